@@ -1,0 +1,67 @@
+# Two commands: `make demo` and `make test`. Each does the set-up it needs and re-uses what is there.
+# Needs nothing but make and Python 3.9 or later; `make VENV=path PYTHON=python3.12 test` chooses others.
+
+VENV ?= .venv
+# The first that runs: a launcher may exist without the version it stands for.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
+	$$name -c "" >/dev/null 2>&1 && { echo $$name; break; }; done)
+
+VENV_PYTHON = $(VENV)/bin/python
+PIP_INSTALL = "$(VENV_PYTHON)" -m pip --disable-pip-version-check install
+# Written last: as long as it is missing or older than its sources, the set-up is not finished. It names
+# the checkout whose package is installed; another checkout that shares the environment sets it up again.
+READY = $(VENV)/.distill_d2_ready
+ifneq ($(shell cat "$(READY)" 2>/dev/null),$(CURDIR))
+.PHONY: $(READY)
+endif
+# One thread per process: results do not depend on the machine, and small tensors are faster so.
+RUN = OMP_NUM_THREADS=1 "$(VENV_PYTHON)"
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-slow clean
+
+help:
+	@echo "make demo       set up, then train a teacher, a student alone and a distilled student"
+	@echo "make test       set up, then run the test suite"
+	@echo "make test-slow  set up, then run the slow tests too (minutes of training)"
+	@echo "make env        only set up: environment, detectron2, this package"
+	@echo "make clean      remove caches and build products (not the environment, data or output)"
+	@echo "VENV=path names the environment folder (now: $(VENV); about 6 GB), PYTHON=name its Python"
+
+env: $(READY)
+
+demo: env
+	@$(RUN) tools/demo.py
+
+test: env
+	$(RUN) -m pytest -q -m "not slow"
+
+test-slow: env
+	$(RUN) -m pytest -q
+
+$(READY): requirements.txt setup.py pyproject.toml tools/install_detectron2.py
+	@rm -f "$(READY)"
+	@$(MAKE) --no-print-directory create-venv
+	$(PIP_INSTALL) -r requirements.txt
+	$(PIP_INSTALL) --no-build-isolation -e ".[test]"
+	"$(VENV_PYTHON)" tools/install_detectron2.py
+	@echo "$(CURDIR)" > "$(READY)"
+	@echo "the environment $(VENV) is ready"
+
+# An environment with a working pip is kept, whichever Python it has.
+.PHONY: create-venv
+create-venv:
+	@if "$(VENV_PYTHON)" -m pip --version >/dev/null 2>&1; then exit 0; fi; \
+	if [ -z "$(PYTHON)" ]; then \
+		echo "make: no Python 3 found; install Python 3.9 or later, or name one: make PYTHON=path" >&2; exit 1; fi; \
+	if ! $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 9))"; then \
+		echo "make: Python 3.9 or later is needed, $(PYTHON) is none; name one: make PYTHON=path" >&2; exit 1; fi; \
+	if ! $(PYTHON) -c "import ensurepip, venv" >/dev/null 2>&1; then \
+		echo "make: $(PYTHON) lacks the module venv or ensurepip; install it (Debian and Ubuntu: the package" \
+			"python3-venv), or name another Python: make PYTHON=path" >&2; exit 1; fi; \
+	echo "creating the environment $(VENV)"; \
+	$(PYTHON) -m venv "$(VENV)"
+
+clean:
+	rm -rf build dist .pytest_cache *.egg-info
+	find . \( -path "./$(VENV)" -o -path ./.git \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,108 @@
+"""Every configuration key that distill_d2 adds to detectron2's."""
+
+from __future__ import annotations
+
+import os
+
+import yaml
+from detectron2.config import CfgNode as CN
+
+from .losses import DISTILL_LOSS_REGISTRY
+from .projects.small_resnet import add_small_resnet_config
+
+
+def add_distill_config(cfg: CN) -> None:
+    """Add the keys of distill_d2 to a detectron2 config, in place.
+
+    Register your own losses before this call: a loss's node, ``MODEL.DISTILLER.<METHOD>``, comes
+    with its registration (its keys are the arguments of the class, documented there).
+    """
+    add_small_resnet_config(cfg)
+
+    # More yaml files, merged after --config-file and before the command line's KEY VALUE pairs.
+    cfg.EXTRA_CFG = []
+
+    # The student's optimizer: "SGD" as detectron2 builds it, or "ADAMW".
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
+    # Datasets to register, a list of {NAME, FORMAT: voc or coco, ...}; see datasets/README.md.
+    cfg.DATASETS.CUSTOM = []
+    # How many images are decoded before training to find unreadable ones (0: none).
+    cfg.DATASETS.CHECK_IMAGES = 500
+
+    cfg.MODEL.DISTILLER = distiller = CN()
+    # The student's meta-architecture, when MODEL.META_ARCHITECTURE is "Distiller".
+    distiller.STUDENT_META_ARCH = ""
+    # The distillation losses to use, by registered name, e.g. ["PKD"].
+    distiller.TYPES = []
+    # Weight of the student's own losses; 0 is pure distillation.
+    distiller.TASK_LOSS_WEIGHT = 1.0
+
+    # The teacher's config: a name in detectron2's model zoo, or a .yaml or .py file of your own.
+    distiller.MODEL_DISTILLER_CONFIG = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
+    # True: the config is a model zoo name, and its published weights are used. False: a file, found
+    # beside the config that names it, in configs/, or by absolute path, with its own weights.
+    distiller.MODEL_LOAD_OFFICIAL = True
+    # The teacher's weights, a path or URL; empty: those that its config names.
+    distiller.TEACHER_WEIGHTS = ""
+    # Regular expressions of checkpoint keys that may be missing, unexpected or mis-shaped.
+    distiller.TEACHER_ALLOW_MISSING = []
+    # Fold frozen normalisation into convolutions and use the faster memory layout (same outputs).
+    distiller.TEACHER_PREPARE = True
+    # Autocast of the teacher: "" (float32), "float16" or "bfloat16".
+    distiller.TEACHER_AUTOCAST = ""
+    # torch.compile of the teacher's backbone; each new input shape costs a compilation.
+    distiller.TEACHER_COMPILE = False
+
+    # Start the student from the teacher's FPN (all of its backbone but the bottom-up network) ...
+    distiller.PRELOAD_FPN = True
+    # ... and from the teacher's heads; tensors whose shapes differ are skipped and listed.
+    distiller.PRELOAD_HEAD = True
+
+    for _, loss in DISTILL_LOSS_REGISTRY:
+        loss.add_config(distiller)
+
+
+def load_yaml(cfg: CN, path: str) -> None:
+    """Merge a yaml file, and its _BASE_, into ``cfg``; plain values only.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file; it is not yaml, or holds a python tag.
+        KeyError: a key that does not exist.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"config file '{path}' does not exist")
+    try:
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(
+            f"config file '{path}' (or its _BASE_) holds a yaml tag: {error.problem} at line "
+            f"{error.problem_mark.line + 1} of {error.problem_mark.name}. Tags can run code and are "
+            "not read; write the literal value"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file '{path}' is not valid yaml: {error}") from error
+    except (KeyError, AssertionError) as error:
+        raise type(error)(f"config file '{path}': {_first_line(error)}") from error
+
+
+def student_config(cfg: CN) -> CN:
+    """A copy of ``cfg`` that describes its student alone, as an ordinary detectron2 config.
+
+    Raises:
+        ValueError: META_ARCHITECTURE is "Distiller" and STUDENT_META_ARCH does not say of what.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        if cfg.MODEL.DISTILLER.STUDENT_META_ARCH in ("", "Distiller"):
+            raise ValueError(
+                'MODEL.META_ARCHITECTURE is "Distiller", so MODEL.DISTILLER.STUDENT_META_ARCH must '
+                "name the student's architecture, e.g. RetinaNet or GeneralizedRCNN"
+            )
+        cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.DISTILLER.STUDENT_META_ARCH
+    return cfg
+
+
+def _first_line(error: Exception) -> str:
+    return str(error.args[0]).splitlines()[0] if error.args else type(error).__name__

@@ -1,0 +1,17 @@
+"""Training and evaluation: from a command line to a checkpoint of a better student."""
+
+from .launch import argument_parser, launch
+from .main import evaluate, main
+from .optimizer import build_optimizer
+from .setup import setup
+from .trainer import DistillTrainer
+
+__all__ = [
+    "DistillTrainer",
+    "argument_parser",
+    "build_optimizer",
+    "evaluate",
+    "launch",
+    "main",
+    "setup",
+]

@@ -1,0 +1,75 @@
+"""Hooks of DistillTrainer beyond detectron2's."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from .interrupt import Interrupted
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints(HookBase):
+    """Save every ``period`` iterations and at the end, on all processes together.
+
+    All take part because each contributes its random state; the main one writes. Losses are
+    flushed first, so that no checkpoint holds the result of a non-finite loss.
+    """
+
+    def __init__(self, period: int):
+        self.period = period
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        if trainer.iter + 1 >= trainer.max_iter:
+            trainer.save("model_final")
+        elif self.period > 0 and (trainer.iter + 1) % self.period == 0:
+            trainer.save(f"model_{trainer.iter:07d}")
+
+
+class StopOnRequest(HookBase):
+    """Save and leave when a process was asked to stop."""
+
+    def before_step(self) -> None:
+        self.trainer.note_stop_request()
+
+    def after_step(self) -> None:
+        if self.trainer.stop_agreed and self.trainer.iter + 1 < self.trainer.max_iter:
+            self.trainer.save(f"model_{self.trainer.iter:07d}")
+            raise Interrupted
+
+
+class ProgressBar(HookBase):
+    """A bar with the remaining time, on a terminal; log lines appear above it."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._bar = None
+
+    @staticmethod
+    def wanted() -> bool:
+        return comm.is_main_process() and sys.stderr.isatty()
+
+    def before_train(self) -> None:
+        loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "distill_d2")]
+        self._stack.enter_context(logging_redirect_tqdm(loggers))
+        self._bar = self._stack.enter_context(
+            tqdm(total=self.trainer.max_iter, initial=self.trainer.start_iter, unit="it")
+        )
+
+    def after_step(self) -> None:
+        history = get_event_storage().histories().get("total_loss")
+        if history is not None:
+            self._bar.set_postfix(loss=f"{history.latest():.3g}", refresh=False)
+        self._bar.update()
+
+    def after_train(self) -> None:
+        self._stack.close()

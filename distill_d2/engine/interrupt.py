@@ -1,0 +1,68 @@
+"""Stop cleanly on Ctrl-C or a scheduler's SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from typing import Callable, Iterator, Optional
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """Training was asked to stop, has finished its step and saved a checkpoint.
+
+    Not an Exception, so that nothing logs it as a failure.
+    """
+
+
+class StopRequest:
+    """The signal that asked this process to stop; None so far."""
+
+    def __init__(self) -> None:
+        self.signal: Optional[int] = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """SIGINT and SIGTERM only note the request inside; the step that runs can end in peace."""
+    request = StopRequest()
+
+    def note(number, _frame):
+        request.signal = number
+
+    with _handling(note):
+        yield request
+
+
+@contextlib.contextmanager
+def forwarding_signals() -> Iterator[StopRequest]:
+    """SIGINT and SIGTERM go on to this process's children, which stop by themselves."""
+    request = StopRequest()
+
+    def forward(number, _frame):
+        request.signal = number
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, number)
+
+    with _handling(forward):
+        yield request
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    previous = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

@@ -1,0 +1,65 @@
+"""Start one process per GPU, or several on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Callable
+
+from detectron2.engine import default_argument_parser
+from detectron2.engine import launch as launch_processes
+
+from .interrupt import forwarding_signals
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """detectron2's arguments, and --num-procs for several processes without GPUs."""
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--num-procs",
+        type=int,
+        default=1,
+        help="number of processes per machine with --num-gpus 0 (CPU, over gloo)",
+    )
+    # detectron2's address, fixed per user, is for several machines; one machine takes a free port,
+    # so that two runs do not collide.
+    parser.set_defaults(dist_url=None, default_dist_url=parser.get_default("dist_url"))
+    return parser
+
+
+def launch(main: Callable, args: argparse.Namespace) -> None:
+    """Run ``main(args)`` in every process of this machine, through ``detectron2.engine.launch``.
+
+    Raises:
+        ValueError: --num-procs with GPUs, or a count that is not positive.
+        SystemExit: 128 + signal number, after SIGINT or SIGTERM.
+    """
+    processes = _processes(args)
+    if args.dist_url is None:
+        args.dist_url = "auto" if args.num_machines == 1 else args.default_dist_url
+    with forwarding_signals() as request:
+        launch_processes(
+            main,
+            processes,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    if request:
+        sys.exit(128 + request.signal)
+
+
+def _processes(args: argparse.Namespace) -> int:
+    if args.num_procs < 1 or args.num_gpus < 0:
+        raise ValueError(
+            f"--num-procs {args.num_procs} --num-gpus {args.num_gpus}: expected at least one process"
+        )
+    if args.num_gpus > 0:
+        if args.num_procs > 1:
+            raise ValueError("--num-procs is for --num-gpus 0; with GPUs there is one process each")
+        return args.num_gpus
+    # detectron2 chooses NCCL wherever it sees a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return args.num_procs

@@ -1,0 +1,176 @@
+"""The same training for LazyConfig (.py) students.
+
+Such a config has detectron2's usual parts, model, optimizer, lr_multiplier, dataloader, train. For
+train_distill.py it also has ``distiller``, a dict of the keys of MODEL.DISTILLER, for example
+
+    distiller = dict(TYPES=["PKD"], MODEL_DISTILLER_CONFIG="COCO-Detection/retinanet_R_101_FPN_3x.yaml")
+
+or its ``model`` is a complete ``L(Distiller)(student=..., teacher=L(load_teacher)(...), losses=...)``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+from typing import Any, Dict, List, Optional
+
+import torch
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.engine import HookBase, default_setup, default_writers
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from .. import model_zoo
+from ..config import add_distill_config
+from ..data import register_shapes
+from ..distiller import Distiller, teacher_and_losses
+from .setup import check_length, check_output_dir, choose_device
+from .trainer import DistillTrainer, autocast_dtype
+
+
+def main(args: argparse.Namespace, distill: bool) -> Any:
+    """As ``engine.main``, for a LazyConfig file."""
+    cfg = setup(args, distill)
+    if args.eval_only:
+        from .main import evaluate
+
+        return evaluate(cfg, LazyDistillTrainer, args.resume)
+    trainer = LazyDistillTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
+    """Load the config, apply path.key=value pairs, check it, start logging.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: the message names the key or file.
+    """
+    args.config_file = model_zoo.find_config(args.config_file)
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), list(args.opts or []))
+    check_length(cfg.train.max_iter, "train.max_iter")
+    check_output_dir(cfg.train.output_dir, "train.output_dir")
+    cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
+    if not distill or args.eval_only:
+        cfg.model = _student(cfg)
+        cfg.pop("distiller", None)
+    elif "distiller" not in cfg and not _is_distiller(cfg.model):
+        raise ValueError(
+            f"{args.config_file} has neither 'distiller' (a dict of MODEL.DISTILLER's keys) nor a "
+            "model L(Distiller)(...), so there is nothing to distil"
+        )
+    register_shapes()
+    default_setup(cfg, args)
+    rank = comm.get_rank()
+    setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
+    return cfg
+
+
+class LazyDistillTrainer(DistillTrainer):
+    """DistillTrainer whose parts are instantiated from a LazyConfig.
+
+    The data loader is the config's own, so a resumed run has a new order of images.
+    """
+
+    @classmethod
+    def build_model(cls, cfg: DictConfig) -> nn.Module:
+        model = instantiate(cfg.model).to(cfg.train.device)
+        if "distiller" not in cfg:
+            return model
+        image_format = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
+        node = _distiller_node(OmegaConf.to_container(cfg.distiller, resolve=True))
+        return Distiller(
+            student=model,
+            **teacher_and_losses(node, cfg.train.device),
+            input_format=image_format or getattr(model, "input_format", None) or "BGR",
+            task_loss_weight=node.TASK_LOSS_WEIGHT,
+            max_iter=cfg.train.max_iter,
+            preload_fpn=node.PRELOAD_FPN,
+            preload_head=node.PRELOAD_HEAD,
+        ).to(cfg.train.device)
+
+    @classmethod
+    def build_optimizer(cls, cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+        cfg.optimizer.params.model = model
+        optimizer = instantiate(cfg.optimizer)
+        cfg.optimizer.params.model = None
+        return optimizer
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: DictConfig, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+        return LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), cfg.train.max_iter)
+
+    @classmethod
+    def build_train_loader(cls, cfg: DictConfig):
+        return instantiate(cfg.dataloader.train)
+
+    @classmethod
+    def test(cls, cfg: DictConfig, model: nn.Module, evaluators=None) -> Dict[str, Any]:
+        if "evaluator" not in cfg.dataloader:
+            return OrderedDict()
+        loader = instantiate(cfg.dataloader.test)
+        results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+        if comm.is_main_process():
+            print_csv_format(results)
+        return results
+
+    def build_writers(self) -> List[Any]:
+        return default_writers(self.cfg.train.output_dir, self.max_iter)
+
+    @staticmethod
+    def auto_scale_workers(cfg: DictConfig, num_workers: int) -> DictConfig:
+        return cfg
+
+    @staticmethod
+    def _max_iter(cfg: DictConfig) -> int:
+        return cfg.train.max_iter
+
+    @staticmethod
+    def _periods(cfg: DictConfig) -> Dict[str, int]:
+        train = cfg.train
+        return {
+            "checkpoint": train.checkpointer.period,
+            "eval": train.eval_period,
+            "log": train.log_period,
+        }
+
+    @staticmethod
+    def _weights(cfg: DictConfig) -> str:
+        return cfg.train.init_checkpoint
+
+    @staticmethod
+    def _output_dir(cfg: DictConfig) -> str:
+        return cfg.train.output_dir
+
+    @staticmethod
+    def _autocast_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
+        return autocast_dtype(cfg.train.device) if cfg.train.amp.enabled else None
+
+    def _precise_bn(self, cfg: DictConfig) -> List[HookBase]:
+        return []
+
+    def _run(self) -> Any:
+        TrainerBase.train(self, self.start_iter, self.max_iter)
+        return getattr(self, "_last_eval_results", None)
+
+
+def _distiller_node(values: Dict[str, Any]) -> CfgNode:
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    node = cfg.MODEL.DISTILLER
+    node.merge_from_other_cfg(CfgNode(values))
+    return node
+
+
+def _is_distiller(model: DictConfig) -> bool:
+    target = model.get("_target_", "")
+    return target is Distiller or str(target).endswith(".Distiller")
+
+
+def _student(cfg: DictConfig) -> DictConfig:
+    return cfg.model.student if _is_distiller(cfg.model) else cfg.model

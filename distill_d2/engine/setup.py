@@ -1,0 +1,173 @@
+"""From command-line arguments to a complete, checked config."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import Any, List, Optional
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from .. import model_zoo
+from ..config import add_distill_config, load_yaml, student_config
+from ..data import check_datasets, register_custom_datasets, register_shapes
+from ..losses import build_losses
+
+
+def setup(args: Any, distill: bool) -> CfgNode:
+    """Load, complete and check the config; start logging to OUTPUT_DIR. Call it in every process.
+
+    The order of precedence, the last wins: defaults, --config-file with its _BASE_, the files of
+    EXTRA_CFG, the command line's KEY VALUE pairs.
+
+    Args:
+        args: of ``argument_parser``; config_file, eval_only, opts are read.
+        distill: wrap the config's model in the Distiller; False (or --eval-only): the student alone.
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError, AssertionError: the message names the key or file,
+            what was found and what was expected.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
+    cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
+    evaluate_only = getattr(args, "eval_only", False)
+    cfg = _with_distiller(cfg) if distill and not evaluate_only else student_config(cfg)
+    register_shapes()
+    register_custom_datasets(cfg.DATASETS.CUSTOM)
+    check_length(cfg.SOLVER.MAX_ITER, "SOLVER.MAX_ITER")
+    _check_batch(cfg.SOLVER.IMS_PER_BATCH)
+    check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
+    if comm.is_main_process():
+        check_datasets(cfg, train=not evaluate_only)
+    comm.synchronize()
+    return cfg
+
+
+def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
+    """The config of a file (a path, or the name of a packaged config) and KEY VALUE pairs.
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError, AssertionError: see ``setup``.
+    """
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    path = model_zoo.find_config(config_file) if config_file else ""
+    if path:
+        load_yaml(cfg, path)
+    opts = list(opts or [])
+    if "EXTRA_CFG" in opts[::2]:
+        _merge_opts(cfg, ["EXTRA_CFG", opts[1 + 2 * opts[::2].index("EXTRA_CFG")]])
+    for extra in list(cfg.EXTRA_CFG):
+        load_yaml(cfg, model_zoo.find_config(extra, relative_to=os.path.dirname(path)))
+    _merge_opts(cfg, opts)
+    _locate_teacher(cfg, path)
+    return cfg
+
+
+def _with_distiller(cfg: CfgNode) -> CfgNode:
+    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+        cfg.MODEL.DISTILLER.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
+        cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    student_config(cfg)  # raises if it does not say of what
+    build_losses(cfg.MODEL.DISTILLER)  # raises for unknown names and values
+    return cfg
+
+
+def _merge_opts(cfg: CfgNode, opts: List[str]) -> None:
+    if len(opts) % 2:
+        raise ValueError(f"the command line's KEY VALUE pairs are incomplete: {opts}")
+    known = set(_keys(cfg))
+    unknown = [key for key in opts[::2] if key not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=3)
+        raise KeyError(f"unknown config key '{unknown[0]}'; the closest are {close}")
+    cfg.merge_from_list(opts)
+
+
+def _keys(node: CfgNode, prefix: str = "") -> List[str]:
+    keys = []
+    for name, value in node.items():
+        keys.append(prefix + name)
+        if isinstance(value, CfgNode):
+            keys += _keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def _locate_teacher(cfg: CfgNode, config_file: str) -> None:
+    """Make a teacher file that a config names absolute: later code does not know that config."""
+    node = cfg.MODEL.DISTILLER
+    if node.MODEL_LOAD_OFFICIAL or not node.MODEL_DISTILLER_CONFIG:
+        return
+    for folder in _config_folders(config_file):
+        path = os.path.join(folder, node.MODEL_DISTILLER_CONFIG)
+        if os.path.isfile(path):
+            node.MODEL_DISTILLER_CONFIG = os.path.abspath(path)
+            return
+
+
+def _config_folders(config_file: str) -> List[str]:
+    """The folders of a config file and, through _BASE_, of those it inherits from."""
+    folders = []
+    while config_file and os.path.isfile(config_file):
+        folders.append(os.path.dirname(os.path.abspath(config_file)))
+        base = _base_of(config_file)
+        config_file = os.path.join(folders[-1], os.path.expanduser(base)) if base else ""
+    return folders
+
+
+def _base_of(config_file: str) -> str:
+    with open(config_file) as file:
+        for line in file:
+            if line.startswith("_BASE_:"):
+                return line.partition(":")[2].strip().strip("\"'")
+    return ""
+
+
+def choose_device(device: str, num_gpus: int) -> str:
+    """The device to train on: a config's "cuda" means the CPU with --num-gpus 0.
+
+    Raises:
+        ValueError: there is no GPU to be had.
+    """
+    if torch.device(device).type != "cuda" or torch.cuda.is_available():
+        return device
+    if num_gpus == 0:
+        return "cpu"
+    raise ValueError(
+        f"--num-gpus {num_gpus} and device '{device}', but torch sees no GPU; for the CPU use "
+        "--num-gpus 0"
+    )
+
+
+def check_length(max_iter: int, key: str) -> None:
+    """Raises ValueError if there is nothing to train."""
+    if max_iter < 1:
+        raise ValueError(f"{key} is {max_iter}; expected at least 1")
+
+
+def check_output_dir(path: str, key: str) -> None:
+    """Create the folder. Raises OSError if nothing can be written to it."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, f".writable-{os.getpid()}")
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+    except OSError as error:
+        raise OSError(f"{key} '{path}' cannot be written to: {error}") from error
+
+
+def _check_batch(images: int) -> None:
+    processes = comm.get_world_size()
+    if images < processes or images % processes:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {images}; expected a multiple of the {processes} processes"
+        )

@@ -1,0 +1,318 @@
+"""DistillTrainer: detectron2's DefaultTrainer for students with or without a teacher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from typing import Any, Dict, List, Optional
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoint import SafeCheckpointer
+from ..data import NamedReadErrors, ResumableTrainingSampler
+from ..distiller import Distiller
+from ..evaluation import build_evaluator
+from ..prepare import native_bfloat16
+from .hooks import Checkpoints, ProgressBar, StopOnRequest
+from .interrupt import Interrupted, StopRequest, stop_request
+from .optimizer import build_optimizer
+from .random_state import random_state, set_random_state
+from .step import TrainStep
+
+logger = logging.getLogger(__name__)
+
+# State that detectron2's dense detectors keep in a plain attribute: the moving average of the
+# number of positives, which divides their losses.
+_MOVING_AVERAGE = "loss_normalizer"
+
+
+class DistillTrainer(DefaultTrainer):
+    """Trains any detectron2 config: a plain detector, or one wrapped in the Distiller.
+
+    Beyond DefaultTrainer: several CPU processes, mixed precision on CPU too, exact resume (data
+    order, random state, the losses' parameters), a checkpoint on SIGINT and SIGTERM, and
+    checkpoints whose "model" is the plain student. Like DefaultTrainer it is built from a config;
+    ``trainer.resume_or_load(resume)`` and ``trainer.train()`` follow.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Raises:
+            ValueError, KeyError, OSError: the config, its data or its teacher is wrong.
+        """
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg
+        self.start_iter, self.max_iter = 0, self._max_iter(cfg)
+        model = self.build_model(cfg)
+        self.plain_model = model
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        self.sampler = _find_sampler(data_loader)
+        self._trainer = TrainStep(
+            distributed(model), data_loader, optimizer, autocast_dtype=self._autocast_dtype(cfg)
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = self._build_checkpointer(model)
+        self.stop = StopRequest()
+        self._random_states: Optional[List[Dict[str, Any]]] = None
+        self.register_hooks(self.build_hooks())
+
+    # Parts, each from the config; LazyDistillTrainer builds them its own way.
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        dataset = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+            if cfg.MODEL.KEYPOINT_ON
+            else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+        mapper = NamedReadErrors(DatasetMapper(cfg, True))
+        if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+            return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
+        sampler = ResumableTrainingSampler(
+            len(dataset),
+            batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+            wide=[image["width"] > image["height"] for image in dataset]
+            if cfg.DATALOADER.ASPECT_RATIO_GROUPING
+            else None,
+        )
+        return build_detection_train_loader(
+            dataset=dataset,
+            mapper=mapper,
+            sampler=sampler,
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            aspect_ratio_grouping=False,  # the sampler groups
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            # Workers draw their seeds from here, not from the generator that training uses.
+            generator=torch.Generator().manual_seed(sampler.seed + comm.get_rank()),
+        )
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        mapper = NamedReadErrors(DatasetMapper(cfg, False))
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
+        return build_evaluator(dataset_name, cfg.OUTPUT_DIR)
+
+    def build_hooks(self) -> List[HookBase]:
+        """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
+        periods = self._periods(self.cfg)
+        ret = [hooks.IterationTimer(), hooks.LRScheduler()]
+        ret += [hook for hook in self._precise_bn(self.cfg) if hook is not None]
+        ret += [Checkpoints(periods["checkpoint"]), StopOnRequest()]
+        ret.append(hooks.EvalHook(periods["eval"], self._evaluate))
+        if comm.is_main_process():
+            ret.append(hooks.PeriodicWriter(self.build_writers(), period=periods["log"]))
+        if ProgressBar.wanted():
+            ret.append(ProgressBar())
+        return ret
+
+    @staticmethod
+    def _max_iter(cfg: CfgNode) -> int:
+        return cfg.SOLVER.MAX_ITER
+
+    @staticmethod
+    def _periods(cfg: CfgNode) -> Dict[str, int]:
+        return {"checkpoint": cfg.SOLVER.CHECKPOINT_PERIOD, "eval": cfg.TEST.EVAL_PERIOD, "log": 20}
+
+    @staticmethod
+    def _weights(cfg: CfgNode) -> str:
+        return cfg.MODEL.WEIGHTS
+
+    @staticmethod
+    def _output_dir(cfg: CfgNode) -> str:
+        return cfg.OUTPUT_DIR
+
+    @staticmethod
+    def _autocast_dtype(cfg: CfgNode) -> Optional[torch.dtype]:
+        return autocast_dtype(cfg.MODEL.DEVICE) if cfg.SOLVER.AMP.ENABLED else None
+
+    def _precise_bn(self, cfg: CfgNode) -> List[Optional[HookBase]]:
+        if not cfg.TEST.PRECISE_BN.ENABLED:
+            return []
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        loader = self.build_train_loader(cfg)
+        return [
+            hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+        ]
+
+    # Training.
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS at iteration 0.
+
+        Raises:
+            ValueError: the last checkpoint is of another model.
+            RuntimeError: only some of the machines see the last checkpoint.
+        """
+        resume = resume and self._all_have_checkpoint()
+        self.checkpointer.resume_or_load(self._weights(self.cfg), resume=resume)
+        if not resume:
+            if isinstance(self.plain_model, Distiller):
+                self.plain_model.preload_student()
+            return
+        self._check_same_model()
+        self.start_iter = self.iter + 1
+        if self.sampler is not None:
+            self.sampler.skip_batches(self.start_iter)
+
+    def train(self):
+        """Run to the last iteration; on SIGINT or SIGTERM save, say how to go on, and return."""
+        with stop_request() as self.stop:
+            try:
+                return self._run()
+            except Interrupted:
+                logger.warning(
+                    f"Stopped by signal {self.stop.signal or 'of another process'} after iteration "
+                    f"{self.iter}; saved in {self._output_dir(self.cfg)}. The same command with "
+                    "--resume goes on from there."
+                )
+                return None
+
+    def _run(self):
+        return super().train()
+
+    def before_train(self) -> None:
+        super().before_train()
+        if self._random_states is not None:
+            set_random_state(self._random_states[comm.get_rank()])
+
+    def note_stop_request(self) -> None:
+        """Tell the step whether this process was asked to stop; the processes then agree."""
+        self._trainer.stop_requested = bool(self.stop)
+
+    @property
+    def stop_agreed(self) -> bool:
+        return self._trainer.report.stop
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint; all processes call it, the main one writes."""
+        self._trainer.report.flush()
+        self._random_states = comm.all_gather(random_state())
+        self.checkpointer.save(name)
+
+    def state_dict(self) -> Dict[str, Any]:
+        state = super().state_dict()
+        state["random"] = self._random_states
+        if self.sampler is not None:
+            state["sampler_seed"] = self.sampler.seed
+        student = self._student()
+        if hasattr(student, _MOVING_AVERAGE):
+            state[_MOVING_AVERAGE] = float(getattr(student, _MOVING_AVERAGE))
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        states = state_dict.get("random")
+        if states is not None and len(states) == comm.get_world_size():
+            self._random_states = states
+        if self.sampler is not None and "sampler_seed" in state_dict:
+            self.sampler.seed = state_dict["sampler_seed"]
+        if _MOVING_AVERAGE in state_dict:
+            setattr(self._student(), _MOVING_AVERAGE, state_dict[_MOVING_AVERAGE])
+
+    def _student(self) -> nn.Module:
+        model = self.plain_model
+        return model.student if isinstance(model, Distiller) else model
+
+    def _build_checkpointer(self, model: nn.Module) -> SafeCheckpointer:
+        """Law 9: "model" is the plain student; the losses' own parameters are "distiller"."""
+        extra = {"distiller": model.losses} if isinstance(model, Distiller) else {}
+        return SafeCheckpointer(
+            self._student(),
+            self._output_dir(self.cfg),
+            trainer=weakref.proxy(self),
+            **extra,
+        )
+
+    def _all_have_checkpoint(self) -> bool:
+        found = comm.all_gather(self.checkpointer.has_checkpoint())
+        if any(found) and not all(found):
+            raise RuntimeError(
+                f"--resume: only {sum(found)} of {len(found)} processes see a checkpoint in "
+                f"{self._output_dir(self.cfg)}; OUTPUT_DIR must be shared by all machines"
+            )
+        return found[0]
+
+    def _check_same_model(self) -> None:
+        keys = self.checkpointer.incompatible
+        wrong = {
+            "missing": keys.missing_keys,
+            "unknown": keys.unexpected_keys,
+            "of another shape": [name for name, _, _ in keys.incorrect_shapes],
+        }
+        if any(wrong.values()):
+            listing = "; ".join(f"{len(v)} {k}: {v[:5]}" for k, v in wrong.items() if v)
+            raise ValueError(
+                f"--resume: the checkpoint {self.checkpointer.get_checkpoint_file()} is of another "
+                f"model ({listing}). Use another OUTPUT_DIR, or start without --resume"
+            )
+
+    def _evaluate(self) -> Dict[str, Any]:
+        state = random_state()  # evaluation must not change what training draws afterwards
+        self._last_eval_results = self.test(self.cfg, self.model)
+        set_random_state(state)
+        return self._last_eval_results
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    """``model`` in DistributedDataParallel where there are several processes, on GPU or CPU."""
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    return DistributedDataParallel(
+        model,
+        device_ids=[comm.get_local_rank()] if on_gpu else None,
+        broadcast_buffers=False,
+        find_unused_parameters=False,
+    )
+
+
+def autocast_dtype(device: str) -> torch.dtype:
+    """What SOLVER.AMP.ENABLED computes in: float16 on a GPU, as detectron2; bfloat16 on a CPU.
+
+    Raises:
+        ValueError: a CPU that only emulates bfloat16.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.float16
+    if not native_bfloat16(torch.device("cpu")):
+        raise ValueError(
+            "SOLVER.AMP.ENABLED is True, but this processor only emulates bfloat16, slower than "
+            "float32; set it to False"
+        )
+    return torch.bfloat16
+
+
+def _find_sampler(loader: Any) -> Optional[ResumableTrainingSampler]:
+    while loader is not None:
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, ResumableTrainingSampler):
+            return sampler
+        loader = getattr(loader, "dataset", None)
+    return None

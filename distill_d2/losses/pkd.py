@@ -1,0 +1,91 @@
+"""PKD: Pearson-correlation distillation of feature maps.
+
+Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
+Coefficient", NeurIPS 2022, arXiv 2207.02039. Per level, with every channel standardised over
+(N, H, W), x^ = (x - mean(x)) / (std(x) + 1e-6), std unbiased:
+
+    L = mean(|s^ - t^|^2) / 2  ~  1 - r,   r the Pearson correlation of s and t per channel
+
+summed over levels. The paper weighs it 10 for one-stage and 6 for two-stage teachers. It does not
+see the scale of either network's activations, so quite different teachers can be used. Statistics
+are those of the process's own batch and include the padding, as in the authors' code.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, Sequence
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..views import Batch, DetectorView
+from .base import DISTILL_LOSS_REGISTRY, DistillLoss
+from .pairing import FeaturePairs
+
+_EPS = 1e-6
+_OVER = (0, 2, 3)
+
+
+class _PearsonDistance(torch.autograd.Function):
+    """mean(|s^ - t^|^2) / 2 in closed form from five sums per channel.
+
+    With a = std(s) + eps, b = std(t) + eps, m = N*H*W, c = x - mean(x), X = sum(c_s c_t):
+    L = sum over channels of [(m-1) var(s)/a^2 + (m-1) var(t)/b^2 - 2X/(ab)] / (2 C m), and
+    dL/ds = p c_s - q c_t with p = [eps/a^3 + X/((m-1) std(s) a^2 b)]/(C m), q = 1/(a b C m).
+    Autograd on the plain formula keeps ten maps of the features' size; this keeps none of its own.
+    """
+
+    @staticmethod
+    def forward(ctx, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        count = student.numel() // student.shape[1]
+        freedom = max(count - 1, 1)
+        mean_s, mean_t = (x.mean(_OVER, keepdim=True) for x in (student, teacher))
+        centred_s, centred_t = student - mean_s, teacher - mean_t
+        squares_s = (centred_s * centred_s).sum(_OVER, keepdim=True)
+        squares_t = (centred_t * centred_t).sum(_OVER, keepdim=True)
+        cross = (centred_s * centred_t).sum(_OVER, keepdim=True)
+        std_s, std_t = (squares_s / freedom).sqrt(), (squares_t / freedom).sqrt()
+        a, b = std_s + _EPS, std_t + _EPS
+        # A constant channel has no direction to move in: its correlation term is 0, not 0/0.
+        slope = torch.where(std_s > 0, cross / (freedom * std_s), torch.zeros_like(cross))
+        scale = 1.0 / student.numel()
+        p = (_EPS / a**3 + slope / (a * a * b)) * scale
+        q = scale / (a * b)
+        ctx.save_for_backward(student, teacher, p, q, q * mean_t - p * mean_s)
+        return 0.5 * scale * (squares_s / a**2 + squares_t / b**2 - 2 * cross / (a * b)).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: torch.Tensor):
+        student, teacher, p, q, shift = ctx.saved_tensors
+        grad = torch.addcmul(shift * grad_output, student, p * grad_output)
+        return grad.addcmul_(teacher, q * grad_output, value=-1), None
+
+
+def pearson_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """PKD's distance of two maps (N, C, H, W), float32: a scalar, differentiable in ``student``."""
+    return _PearsonDistance.apply(student, teacher)
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class PKD(DistillLoss):
+    """Pearson correlation of feature maps; keys in MODEL.DISTILLER.PKD."""
+
+    NODE = "PKD"
+
+    def __init__(self, *, in_features: Sequence[str] = (), weight: float = 6.0, **schedule):
+        """
+        Args:
+            in_features: neck levels or bottom-up stages by name; empty: all common neck levels.
+            weight: 6 for two-stage, 10 for one-stage teachers in the paper.
+            schedule: start_iter, stop_iter, warmup_iters of DistillLoss.
+        """
+        super().__init__(weight=weight, **schedule)
+        self.pairs = FeaturePairs(in_features)
+
+    def forward(
+        self, student: DetectorView, teacher: DetectorView, batch: Batch
+    ) -> Dict[str, torch.Tensor]:
+        """{"loss_pkd": scalar}, the sum over levels; maps are (N, C, H, W) per level."""
+        pairs = self.pairs(student, teacher).values()
+        return {"loss_pkd": torch.stack([pearson_distance(s, t) for s, t in pairs]).sum()}

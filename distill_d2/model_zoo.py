@@ -1,0 +1,89 @@
+"""Find a config by name: those that come with distill_d2, then those of detectron2's model zoo."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from detectron2 import model_zoo as detectron2_zoo
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def available_configs() -> List[str]:
+    """The names that ``get_config_file`` finds, e.g. "Distillation-PKD/....yaml", sorted."""
+    return sorted(_files())
+
+
+def get_config_file(name: str) -> str:
+    """The absolute path of a packaged config.
+
+    Args:
+        name: its path below configs/, e.g. "COCO-Detection/retinanet_R_50_FPN_1x.yaml"; a leading
+            "configs/" is ignored. Where distill_d2 has no config of that name, detectron2's is taken.
+
+    Raises:
+        FileNotFoundError: neither has it; the message lists names that are close.
+    """
+    path = _find_packaged(name)
+    if path is None:
+        raise FileNotFoundError(f"there is no packaged config '{name}'.{_close_names(name)}")
+    return path
+
+
+def find_config(path_or_name: str, relative_to: Optional[str] = None) -> str:
+    """The absolute path of a config file: a path, or the name of a packaged config.
+
+    Args:
+        path_or_name: an absolute path, a path from the current folder or from ``relative_to``, or a
+            name for ``get_config_file``; the first of these that exists.
+        relative_to: the folder of the config that names this one, if any.
+
+    Raises:
+        FileNotFoundError: none exists; the message lists the folders tried and names that are close.
+    """
+    path = os.path.expanduser(path_or_name)
+    folders = [os.getcwd()]
+    if relative_to:
+        folders.append(os.path.abspath(relative_to))
+    for folder in folders:
+        # An absolute path stays as it is.
+        candidate = os.path.normpath(os.path.join(folder, path))
+        if os.path.isfile(candidate):
+            return candidate
+    packaged = _find_packaged(path_or_name)
+    if packaged is not None:
+        return packaged
+    tried = ["the path itself"] if os.path.isabs(path) else [*folders, *map(str, _folders())]
+    raise FileNotFoundError(
+        f"config '{path_or_name}' does not exist; tried: {', '.join(tried)}.{_close_names(path_or_name)}"
+    )
+
+
+def _folders() -> List[Path]:
+    """The folders of packaged configs, first choice first."""
+    folders = [_PACKAGE / "configs"]  # an installed wheel
+    if (_PACKAGE.parent / "setup.py").is_file():  # a checkout, not somebody's site-packages/configs
+        folders.append(_PACKAGE.parent / "configs")
+    folders.append(Path(detectron2_zoo.__file__).resolve().parent / "configs")
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _files() -> Dict[str, Path]:
+    files: Dict[str, Path] = {}
+    for folder in reversed(_folders()):
+        for suffix in ("*.yaml", "*.py"):
+            files.update({path.relative_to(folder).as_posix(): path for path in folder.rglob(suffix)})
+    return files
+
+
+def _find_packaged(name: str) -> Optional[str]:
+    path = _files().get(name[len("configs/") :] if name.startswith("configs/") else name)
+    return None if path is None else str(path)
+
+
+def _close_names(name: str) -> str:
+    close = difflib.get_close_matches(name, available_configs(), n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

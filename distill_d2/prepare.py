@@ -1,0 +1,53 @@
+"""Make a frozen detector faster without changing what it computes."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import nn
+
+
+def fold_norms(model: nn.Module) -> int:
+    """Fold every frozen or evaluating batch norm of detectron2's Conv2d into it, in place.
+
+    y = (Wx + b - mean) * scale + shift  becomes  (scale W) x + (b - mean) scale + shift,
+    computed in float64. Returns the number of folded layers. The model must stay in eval mode.
+    """
+    folded = 0
+    for conv in model.modules():
+        if isinstance(conv, Conv2d) and _scale(conv.norm) is not None:
+            _fold(conv)
+            folded += 1
+    return folded
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` computes bfloat16 itself rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    # Private names, so guarded; mkldnn's own check also says yes where oneDNN only emulates.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def _scale(norm: Optional[nn.Module]) -> Optional[torch.Tensor]:
+    """The factor per channel, in float64, of a norm with fixed statistics; None for others."""
+    fixed = isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm))
+    if not fixed or norm.running_var is None:
+        return None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    return scale if norm.weight is None else scale * norm.weight.double()
+
+
+@torch.no_grad()
+def _fold(conv: Conv2d) -> None:
+    norm, scale = conv.norm, _scale(conv.norm)
+    bias = -norm.running_mean.double() if conv.bias is None else conv.bias.double() - norm.running_mean
+    shift = 0.0 if norm.bias is None else norm.bias.double()
+    conv.weight.copy_(conv.weight.double() * scale.view(-1, 1, 1, 1))
+    conv.bias = nn.Parameter((bias * scale + shift).to(conv.weight.dtype), requires_grad=False)
+    conv.norm = None

@@ -1,0 +1,24 @@
+"""Silence the known, harmless warnings of detectron2's own code; everything else stays visible.
+
+Each filter names one message, so a warning about the user's model or data is never lost.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+_HARMLESS = (
+    # detectron2/model_zoo/model_zoo.py finds its files through pkg_resources (hence setuptools<81).
+    ("pkg_resources is deprecated as an API", UserWarning),
+    # detectron2/modeling/box_regression.py scripts two small functions at import time.
+    (r"`torch\.jit\.script` is deprecated", (FutureWarning, DeprecationWarning)),
+    # detectron2/modeling/anchor_generator.py calls torch.meshgrid and wants its default, "ij".
+    (r"torch\.meshgrid: in an upcoming release", UserWarning),
+)
+
+
+def silence_known_warnings() -> None:
+    """Add the filters to this process; spawned processes add theirs when they import distill_d2."""
+    for message, categories in _HARMLESS:
+        for category in categories if isinstance(categories, tuple) else (categories,):
+            warnings.filterwarnings("ignore", message=message, category=category)

@@ -1,0 +1,18 @@
+"""Views: what a distillation loss may ask of a detector, whichever detector it is."""
+
+from .base import DetectorView, build_view, register_view, require_same_classes
+from .batch import Batch
+from .dense import DensePredictions
+from .rcnn import RCNNView
+from .retinanet import RetinaNetView
+
+__all__ = [
+    "Batch",
+    "DensePredictions",
+    "DetectorView",
+    "RCNNView",
+    "RetinaNetView",
+    "build_view",
+    "register_view",
+    "require_same_classes",
+]

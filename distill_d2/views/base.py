@@ -1,0 +1,237 @@
+"""The part of a view that is the same for every detector: neck levels, backbone stages and taps."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Callable, ContextManager, Dict, Iterator, Optional, Tuple, Type
+
+import torch
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from ..taps import Taps, map_tensors
+
+_VIEWS: Dict[type, Type["DetectorView"]] = {}
+
+
+def register_view(detector: type) -> Callable:
+    """Class decorator: the view to use for this meta-architecture and its subclasses."""
+
+    def register(view: Type["DetectorView"]) -> Type["DetectorView"]:
+        _VIEWS[detector] = view
+        return view
+
+    return register
+
+
+def build_view(model: nn.Module, role: str) -> "DetectorView":
+    """The view registered for the nearest base class of ``model``; the plain one if there is none."""
+    for ancestor in type(model).__mro__:
+        if ancestor in _VIEWS:
+            return _VIEWS[ancestor](model, role)
+    return DetectorView(model, role)
+
+
+def require_same_classes(student: "DetectorView", teacher: "DetectorView", loss: str) -> None:
+    """Check, for a loss that compares class logits, that both detectors have the same classes.
+
+    Raises:
+        ValueError: the numbers of classes differ.
+    """
+    if student.num_classes == teacher.num_classes:
+        return
+    raise ValueError(
+        f"{loss} compares class logits, but the student has {student.num_classes} classes and the "
+        f"teacher {teacher.num_classes}. Use a teacher trained on the student's classes, or a loss "
+        "on features (MODEL.DISTILLER.TYPES)"
+    )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All of ``model`` in eval mode and without gradients; afterwards each module's mode is back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class DetectorView:
+    """One detector as the losses see it; lazy, so that what nobody asks for is not computed.
+
+    When the Distiller is built, a loss states what it will need with the ``require_*`` methods,
+    which fail at once for what this detector cannot give. In a step, it reads ``features``,
+    ``bottom_up``, ``level``, ``tap`` and, where the detector has them, ``dense`` and
+    ``score_boxes``. All tensors come in float32; the student's carry gradients.
+    """
+
+    #: What this kind of detector offers beyond features and taps: "dense", "score_boxes".
+    offers: Tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module, role: str):
+        """
+        Args:
+            model: a detectron2 meta-architecture with a ``backbone``.
+            role: "student" or "teacher", for messages.
+
+        Raises:
+            TypeError: the model has no backbone to look at.
+        """
+        if not isinstance(getattr(model, "backbone", None), nn.Module):
+            raise TypeError(f"the {role}, a {type(model).__name__}, has no module 'backbone'")
+        self.model = model
+        self.role = role
+        self.required = set()
+        self.taps = Taps(model)
+        self.taps.add("backbone")
+        #: Wraps whatever part of the detector the view runs by itself (the teacher's heads).
+        self.context: Callable[[], ContextManager] = contextlib.nullcontext
+        self._float: Dict[str, Any] = {}
+
+    # What the detector has, known when it is built.
+
+    @property
+    def num_classes(self) -> Optional[int]:
+        """Number of foreground classes; None where the kind of detector is unknown."""
+        return None
+
+    @property
+    def strides(self) -> Dict[str, int]:
+        """The stride in pixels of each neck level, by name."""
+        return {name: shape.stride for name, shape in self.neck_shapes.items()}
+
+    @property
+    def neck_shapes(self) -> Dict[str, ShapeSpec]:
+        """Channels and stride of each output of the backbone (of its FPN), by name."""
+        return self.model.backbone.output_shape()
+
+    @property
+    def stage_shapes(self) -> Dict[str, ShapeSpec]:
+        """Channels and stride of each stage of the bottom-up network, by name."""
+        bottom_up = self._bottom_up()
+        channels = getattr(bottom_up, "_out_feature_channels", None)
+        strides = getattr(bottom_up, "_out_feature_strides", None)
+        if channels is None or strides is None:
+            return bottom_up.output_shape()
+        return {name: ShapeSpec(channels=channels[name], stride=strides[name]) for name in channels}
+
+    def require_level(self, name: str) -> ShapeSpec:
+        """State that the level ``name`` (of the neck, or a bottom-up stage) will be read.
+
+        Raises:
+            KeyError: there is none; the message lists those that exist.
+        """
+        if name in self.neck_shapes:
+            return self.neck_shapes[name]
+        if name in self.stage_shapes:
+            self.taps.add(self._stage_path(name))
+            return self.stage_shapes[name]
+        raise KeyError(
+            f"the {self.role} ({type(self.model).__name__}) has no level '{name}'; its neck has "
+            f"{list(self.neck_shapes)}, its bottom-up network {list(self.stage_shapes)}"
+        )
+
+    def require_tap(self, path: str) -> None:
+        """State that the output of the module with this dotted name will be read.
+
+        Raises:
+            KeyError: there is none; the message lists close names.
+        """
+        self.taps.add(path)
+
+    def require(self, capability: str) -> None:
+        """State that ``capability`` ("dense" or "score_boxes") will be used.
+
+        Raises:
+            TypeError: this kind of detector does not have it.
+        """
+        if capability not in self.offers:
+            raise TypeError(
+                f"the {self.role} is a {type(self.model).__name__}, which has no {capability}(); "
+                f"it offers features, bottom_up, tap{''.join(', ' + name for name in self.offers)}"
+            )
+        self.required.add(capability)
+
+    def probe(self, height: int, width: int) -> Dict[str, Tuple[int, ...]]:
+        """Run the backbone once on a black image; the shape (C, H, W) of every level by name."""
+        device = next(self.model.parameters()).device
+        image = torch.zeros(1, self._input_channels(), height, width, device=device)
+        with evaluating(self.model.backbone), self.recording():
+            self.model.backbone(image)
+            names = list(self.neck_shapes) + [
+                name for name in self.stage_shapes if self.taps.has(self._stage_path(name))
+            ]
+            return {name: tuple(self.level(name).shape[1:]) for name in names}
+
+    # What the detector computed in this step.
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Remember what the detector computes inside; forget all of it at the end."""
+        self.taps.recording = True
+        try:
+            yield
+        finally:
+            self.taps.recording = False
+            self.taps.clear()
+            self._float.clear()
+
+    @property
+    def features(self) -> Dict[str, torch.Tensor]:
+        """The neck's outputs by name, each (N, C, H/stride, W/stride)."""
+        return self._in_float("backbone")
+
+    @property
+    def bottom_up(self) -> Dict[str, torch.Tensor]:
+        """The required stages of the bottom-up network by name, each (N, C, H/stride, W/stride)."""
+        return {
+            name: self.level(name)
+            for name in self.stage_shapes
+            if self.taps.has(self._stage_path(name))
+        }
+
+    def level(self, name: str) -> torch.Tensor:
+        """The level ``name`` of the neck, or a required bottom-up stage: (N, C, H, W)."""
+        if name in self.neck_shapes:
+            return self.features[name]
+        output = self._in_float(self._stage_path(name))
+        return output[name] if isinstance(output, dict) else output
+
+    def tap(self, path: str, index: Any = None) -> Any:
+        """The output of the module ``path``; ``index`` picks from a dict, tuple or list of calls."""
+        output = self._in_float(path)
+        return output if index is None else output[index]
+
+    def dense(self):
+        """Raw predictions of a one-stage head: see DensePredictions."""
+        raise TypeError(f"{type(self.model).__name__} has no dense predictions")
+
+    def score_boxes(self, boxes):
+        """A two-stage head's class logits and deltas on given boxes."""
+        raise TypeError(f"{type(self.model).__name__} cannot score boxes")
+
+    def _in_float(self, path: str) -> Any:
+        if path not in self._float:
+            self._float[path] = map_tensors(_to_float, self.taps.output(path))
+        return self._float[path]
+
+    def _bottom_up(self) -> nn.Module:
+        return getattr(self.model.backbone, "bottom_up", self.model.backbone)
+
+    def _stage_path(self, name: str) -> str:
+        bottom_up = self._bottom_up()
+        path = "backbone" if bottom_up is self.model.backbone else "backbone.bottom_up"
+        return f"{path}.{name}" if hasattr(bottom_up, name) else path
+
+    def _input_channels(self) -> int:
+        mean = getattr(self.model, "pixel_mean", None)
+        return 3 if mean is None else mean.numel()
+
+
+def _to_float(tensor: torch.Tensor) -> torch.Tensor:
+    # Contiguous too: element-wise work on two memory layouts is ten times slower on a CPU.
+    return tensor.float().contiguous() if tensor.is_floating_point() else tensor

@@ -1,0 +1,40 @@
+"""What a loss may know of the current training step besides the two detectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Dict, List, Tuple
+
+from detectron2.structures import Instances
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images and ground truth.
+
+    Attributes:
+        inputs: N dicts of detectron2's dataset mapper; "image" is (3, H_i, W_i) on the model's device.
+        padded_size: (H, W) in pixels, to which both detectors padded all images (bottom and right).
+        iteration: the step, counted from 0.
+        max_iter: the number of steps of the whole run.
+    """
+
+    inputs: List[Dict[str, Any]]
+    padded_size: Tuple[int, int]
+    iteration: int
+    max_iter: int
+
+    @property
+    def image_sizes(self) -> List[Tuple[int, int]]:
+        """N (height, width) of the augmented images before padding, in pixels."""
+        return [tuple(item["image"].shape[-2:]) for item in self.inputs]
+
+    @property
+    def instances(self) -> List[Instances]:
+        """N ground truths: gt_boxes (absolute XYXY on the augmented image), gt_classes, ...
+
+        Raises:
+            KeyError: an image has no annotations (it is unlabelled).
+        """
+        device = self.inputs[0]["image"].device
+        return [item["instances"].to(device) for item in self.inputs]

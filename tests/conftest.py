@@ -1,0 +1,28 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # for `import tiny`
+
+import distill_d2  # noqa: E402,F401  first: it silences detectron2's known warnings
+
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_one_seed(monkeypatch, tmp_path):
+    """Equal results on every machine; generated data never lands in the checkout."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+
+
+@pytest.fixture
+def shared():
+    """The folder of real data and golden fixtures beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs real data and golden fixtures in {SHARED}, which is not there")
+    return SHARED

@@ -1,0 +1,126 @@
+"""The packaged configs: plain values, valid keys, detectron2's settings, teachers with weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2 import model_zoo as detectron2_zoo
+from detectron2.config import get_cfg
+
+from distill_d2 import model_zoo
+from distill_d2.config import add_distill_config, load_yaml
+from distill_d2.losses.base import build_losses
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DETECTRON2_CONFIGS = Path(detectron2_zoo.__file__).parent / "configs"
+NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+DISTILLATION = [name for name in NAMES if name.startswith("Distillation-")]
+FEATURE_LOSSES = [name for name in DISTILLATION if name.split("/")[0] in ("Distillation-Mimic", "Distillation-PKD")]
+OFFICIAL = [name for name in NAMES if (DETECTRON2_CONFIGS / name).is_file()]
+
+# What differs from detectron2's config of the same name: the FPN bases evaluate during training.
+DIFFERENT = {"TEST.EVAL_PERIOD": 10000, "SOLVER.CHECKPOINT_PERIOD": 10000}
+
+
+def load(name):
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    load_yaml(cfg, str(CONFIGS / name))
+    return cfg
+
+
+def flat(node, prefix=""):
+    """{"SOLVER.BASE_LR": 0.01, ...}, sequences as lists."""
+    leaves = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            leaves.update(flat(value, f"{prefix}{key}."))
+        else:
+            leaves[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def test_the_expected_configs_exist():
+    expected = {f"Base-{name}.yaml" for name in ("RCNN-C4", "RCNN-DilatedC5", "RCNN-FPN", "RetinaNet")}
+    for folder in ("COCO-Detection", "COCO-InstanceSegmentation", "PascalVOC-Detection"):
+        official = DETECTRON2_CONFIGS.glob(f"{folder}/*.yaml")
+        expected |= {path.relative_to(DETECTRON2_CONFIGS).as_posix() for path in official}
+
+    assert len(expected) > 20
+    assert expected <= set(NAMES)
+    assert len(FEATURE_LOSSES) >= 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_holds_plain_values_and_known_keys(name):
+    yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))  # raises at a tag, as load does for its _BASE_
+    cfg = load(name)
+
+    assert cfg.SOLVER.MAX_ITER > 0
+    assert "MultiStep" not in cfg.SOLVER.LR_SCHEDULER_NAME or max(cfg.SOLVER.STEPS) < cfg.SOLVER.MAX_ITER
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_equals_detectron2s_config(name):
+    official = flat(detectron2_zoo.get_config(name))
+    ours = flat(load(name))
+    different = {key: ours[key] for key in official if ours[key] != official[key]}
+    expected = {} if "C4" in name or "C5" in name else DIFFERENT
+
+    assert different == expected
+
+
+def test_retinanet_anchor_sizes():
+    sizes = load("Base-RetinaNet.yaml").MODEL.ANCHOR_GENERATOR.SIZES
+
+    expected = [[size * 2 ** (octave / 3) for octave in range(3)] for size in (32, 64, 128, 256, 512)]
+    assert [pytest.approx(row, rel=1e-12) for row in expected] == sizes
+
+
+@pytest.mark.parametrize("name", DISTILLATION)
+def test_distillation_builds_its_losses_and_finds_its_teacher(name):
+    node = load(name).MODEL.DISTILLER
+    teacher = node.MODEL_DISTILLER_CONFIG
+
+    assert list(build_losses(node)) == list(node.TYPES)
+    if not node.MODEL_LOAD_OFFICIAL:
+        assert model_zoo.find_config(teacher, relative_to=str((CONFIGS / name).parent))
+        return
+    assert detectron2_zoo.get_config_file(teacher)
+    assert detectron2_zoo.get_checkpoint_url(teacher).startswith("https://")  # raises without weights
+
+
+@pytest.mark.parametrize("name", FEATURE_LOSSES)
+def test_distillation_student_is_the_plain_1x_config(name):
+    plain = {
+        "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "RCNN": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+        "MaskRCNN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    }
+    student = flat(load(name))
+    alone = flat(load(plain[Path(name).name.split("_")[0]]))
+    different = {key: student[key] for key in student if student[key] != alone[key]}
+    own = {key for key in different if not key.startswith("MODEL.DISTILLER.")}
+
+    assert own == {"SOLVER.CLIP_GRADIENTS.ENABLED"}
+    assert different["SOLVER.CLIP_GRADIENTS.ENABLED"] is True
+
+
+@pytest.mark.parametrize("name", FEATURE_LOSSES)
+def test_student_and_teacher_have_the_same_levels(name):
+    cfg = load(name)
+    teacher = load(cfg.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG)
+
+    assert cfg.MODEL.BACKBONE.NAME == teacher.MODEL.BACKBONE.NAME
+    assert cfg.MODEL.FPN.IN_FEATURES == teacher.MODEL.FPN.IN_FEATURES
+    assert cfg.MODEL.MASK_ON == teacher.MODEL.MASK_ON
+
+
+@pytest.mark.parametrize("name", [name for name in FEATURE_LOSSES if "PKD" in name])
+def test_pkd_weight_is_the_papers(name):
+    cfg = load(name)
+    one_stage = "retinanet" in cfg.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG
+
+    assert cfg.MODEL.DISTILLER.PKD.WEIGHT == (10.0 if one_stage else 6.0)

@@ -1,0 +1,91 @@
+"""What an installed wheel holds: the package, all configs, and the packages of projects/."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+JUNK = shutil.ignore_patterns("__pycache__", "*.egg-info", "output", "build")
+
+
+def copy_sources(folder):
+    for name in ("distill_d2", "configs", "projects"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=JUNK)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, folder / name)
+
+
+def require_build_backend():
+    """Skip where wheels cannot be built without a download: setuptools makes them itself since 70.1."""
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed: no wheel can be built")
+    import setuptools
+
+    version = tuple(int(part) for part in setuptools.__version__.split(".")[:2])
+    if version < (70, 1) and importlib.util.find_spec("wheel") is None:
+        pytest.skip(f"setuptools {setuptools.__version__} needs the package wheel, which is not installed")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Return the wheel that `pip wheel .` builds from a copy of the checkout."""
+    require_build_backend()
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    copy_sources(source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    result = subprocess.run([*command, "--wheel-dir", str(output), "."], cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = output.glob("distill_d2-*.whl")
+    return zipfile.ZipFile(path)
+
+
+def files_below(folder, *suffixes):
+    if not folder.is_dir():
+        pytest.skip(f"{folder.name}/ does not exist in this checkout")
+    return {path.relative_to(folder) for suffix in suffixes for path in folder.rglob(f"*{suffix}")}
+
+
+def test_all_configs_are_packaged(wheel):
+    expected = {f"distill_d2/configs/{path.as_posix()}" for path in files_below(ROOT / "configs", ".yaml", ".py")}
+
+    assert expected
+    assert expected <= set(wheel.namelist())
+
+
+def test_all_projects_are_packaged(wheel):
+    found = {path for path in files_below(ROOT / "projects", ".py", ".yaml")}
+    # projects/<Name>/<package>/...: what lies beside the package (a training script) is not packaged.
+    packaged = {path for path in found if (ROOT / "projects" / path.parts[0] / path.parts[1] / "__init__.py").is_file()}
+    expected = {f"distill_d2/projects/{'/'.join(path.parts[1:])}" for path in packaged}
+
+    assert "distill_d2/projects/small_resnet/__init__.py" in expected
+    assert expected <= set(wheel.namelist())
+
+
+def test_whole_package_and_nothing_else(wheel):
+    modules = {f"distill_d2/{path.as_posix()}" for path in files_below(ROOT / "distill_d2", ".py")}
+    names = set(wheel.namelist())
+
+    assert modules <= names
+    # No top-level "configs", "projects" or "tests" that would clash with the packages of others.
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"distill_d2"}
+
+
+def test_metadata(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = wheel.read(name).decode()
+
+    assert "Name: distill_d2\n" in metadata or "Name: distill-d2\n" in metadata
+    assert "Requires-Python: >=3.9\n" in metadata
+    assert "Requires-Dist: setuptools<81\n" in metadata
+    # It is on no package index: pip would fail or fetch somebody else's package of that name.
+    assert "Requires-Dist: detectron2" not in metadata

@@ -1,0 +1,127 @@
+"""Detectors and batches small enough for tests that take milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import List
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances, PolygonMasks
+
+from distill_d2 import add_distill_config
+
+CLASSES = 3
+
+
+def tiny_config(family: str = "retinanet", width: int = 8, channels: int = 16) -> CfgNode:
+    """A detector of two levels and more on a SmallResNet, on the CPU.
+
+    Args:
+        family: "retinanet" (p2-p4), "faster" or "mask" (R-CNN, p2-p6).
+        width: of the stem; stages double it.
+        channels: of the FPN.
+    """
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.PIXEL_STD = [58.0, 58.0, 58.0]
+    cfg.MODEL.BACKBONE.NAME = "build_small_resnet_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.FPN.OUT_CHANNELS = channels
+    small = cfg.MODEL.SMALL_RESNET
+    small.STEM_WIDTH = width
+    small.WIDTHS = [width, 2 * width, 4 * width, 8 * width]
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.SOLVER.MAX_ITER = 4
+    cfg.SOLVER.WARMUP_ITERS = 0
+    cfg.SOLVER.BASE_LR = 0.01
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.INPUT.MIN_SIZE_TRAIN = (64,)
+    cfg.INPUT.MAX_SIZE_TRAIN = 64
+    cfg.INPUT.MIN_SIZE_TEST = 64
+    cfg.INPUT.MAX_SIZE_TEST = 64
+    cfg.SEED = 1
+    if family == "retinanet":
+        _retinanet(cfg)
+    else:
+        _rcnn(cfg, masks=family == "mask")
+    return cfg
+
+
+def _retinanet(cfg: CfgNode) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16.0], [32.0], [64.0]]
+    cfg.MODEL.RETINANET.IN_FEATURES = ["p2", "p3", "p4"]
+    cfg.MODEL.RETINANET.NUM_CLASSES = CLASSES
+    cfg.MODEL.RETINANET.NUM_CONVS = 1
+
+
+def _rcnn(cfg: CfgNode, masks: bool) -> None:
+    cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    cfg.MODEL.SMALL_RESNET.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.SMALL_RESNET.TOP_BLOCK = True
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8.0], [16.0], [32.0], [64.0], [128.0]]
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 16
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 50
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = CLASSES
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 5
+    cfg.MODEL.MASK_ON = masks
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 7
+
+
+def tiny_batch(count: int = 2, size: int = 64, objects: int = 2, masks: bool = False) -> List[dict]:
+    """``count`` random images of about ``size`` pixels (their heights differ) with ``objects`` each."""
+    generator = torch.Generator().manual_seed(0)
+    batch = []
+    for index in range(count):
+        shape = (size - 8 * index, size)
+        corner = torch.rand(objects, 2, generator=generator) * 0.4 * shape[0]
+        side = (0.2 + 0.3 * torch.rand(objects, 2, generator=generator)) * shape[0]
+        boxes = torch.cat([corner, corner + side], dim=1)
+        instances = Instances(shape)
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.randint(0, CLASSES, (objects,), generator=generator)
+        if masks:
+            polygons = [[box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()] for box in boxes]
+            instances.gt_masks = PolygonMasks(polygons)
+        image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=generator)
+        batch.append({"image": image, "instances": instances, "height": shape[0], "width": shape[1]})
+    return batch
+
+
+def save_teacher(cfg: CfgNode, folder: Path) -> str:
+    """Write the config and random weights of a teacher; the path of its yaml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = cfg.clone()
+    cfg.MODEL.WEIGHTS = str(folder / "teacher.pth")
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    path = folder / "teacher.yaml"
+    path.write_text(cfg.dump())
+    return str(path)
+
+
+def distiller_config(student: CfgNode, teacher_yaml: str, types=("PKD",)) -> CfgNode:
+    """The student's config, wrapped in the Distiller."""
+    cfg = student.clone()
+    node = cfg.MODEL.DISTILLER
+    node.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
+    cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    node.MODEL_LOAD_OFFICIAL = False
+    node.MODEL_DISTILLER_CONFIG = teacher_yaml
+    node.TYPES = list(types)
+    node.PRELOAD_FPN = node.PRELOAD_HEAD = False
+    return cfg

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""The whole job on generated data: train a teacher, then a student alone and the same student
+distilled, side by side, and print the three.
+
+    tools/demo.py [--seed 1] [--output output/demo] [--num-gpus 1]
+
+Takes minutes on two CPU cores. Everything it runs is an ordinary command line, printed first; each
+run's log, checkpoints and metrics are in OUTPUT/teacher, OUTPUT/student and OUTPUT/distilled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List
+
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = {
+    "shapes": {
+        "teacher": "quickstart/shapes_teacher.yaml",
+        "student": "quickstart/shapes_student.yaml",
+        "distilled": "quickstart/shapes_distill.yaml",
+    },
+    "bccd": {
+        "teacher": "quickstart/bccd_teacher.yaml",
+        "student": "quickstart/bccd_student.yaml",
+        "distilled": "quickstart/bccd_distill.yaml",
+    },
+}
+
+
+def main() -> None:
+    args = parse_arguments()
+    started = time.time()
+    output = Path(args.output)
+    wait_for([start("teacher", args)])
+    wait_for([start("student", args), start("distilled", args)])
+    print_comparison(output, time.time() - started)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", choices=sorted(CONFIGS), default="shapes")
+    parser.add_argument("--seed", type=int, default=1, help="of all three runs")
+    parser.add_argument("--output", default="output/demo", help="folder for the three runs")
+    parser.add_argument("--num-gpus", type=int, default=0)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for all three runs")
+    return parser.parse_args()
+
+
+def start(name: str, args: argparse.Namespace) -> subprocess.Popen:
+    """Start one training; its output goes to OUTPUT/<name>.out."""
+    script = "train_distill.py" if name == "distilled" else "train_baseline.py"
+    output = Path(args.output)
+    command = [sys.executable, str(ROOT / script), "--num-gpus", str(args.num_gpus)]
+    command += ["--config-file", CONFIGS[args.dataset][name], *args.opts]
+    command += ["SEED", str(args.seed), "OUTPUT_DIR", str(output / name)]
+    if name == "distilled":
+        command += ["MODEL.DISTILLER.TEACHER_WEIGHTS", str(output / "teacher" / "model_final.pth")]
+    output.mkdir(parents=True, exist_ok=True)
+    print(f"$ {shlex.join(command)}", flush=True)
+    log = open(output / f"{name}.out", "w")
+    # One thread per process: two runs share a machine without slowing each other down.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    process.log_file = log.name
+    return process
+
+
+def wait_for(processes: List[subprocess.Popen]) -> None:
+    """Wait for all; on a failure, or Ctrl-C, stop the others and leave."""
+    try:
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                break
+            time.sleep(0.5)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+    failed = [process for process in processes if process.wait()]
+    if failed:
+        tail = Path(failed[0].log_file).read_text().splitlines()[-20:]
+        sys.exit("\n".join(tail) + f"\nfailed; the whole output is in {failed[0].log_file}")
+
+
+def print_comparison(output: Path, seconds: float) -> None:
+    rows = [
+        [name, results["bbox/AP"], results["bbox/AP50"], results["bbox/AP75"]]
+        for name, results in ((n, last_results(output / n)) for n in CONFIGS["shapes"])
+    ]
+    header = ["", "AP", "AP50", "AP75"]
+    print(tabulate(rows, headers=header, tablefmt="pipe", floatfmt=".1f"))
+    gain = rows[2][1] - rows[1][1]
+    print(f"distilled - student: {gain:+.1f} AP; {seconds / 60:.1f} minutes in all")
+
+
+def last_results(run: Path) -> Dict[str, float]:
+    """The last evaluation in a run's metrics.json."""
+    lines = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
+    return [line for line in lines if "bbox/AP" in line][-1]
+
+
+if __name__ == "__main__":
+    main()
