@@ -81,6 +81,11 @@ class Taps:
         """Whether the module ran while recording, since the last ``clear()``."""
         return path in self._calls
 
+    @property
+    def recorded(self) -> List[str]:
+        """Names of the modules that ran while recording, since the last ``clear()``."""
+        return list(self._calls)
+
     def output(self, path: str) -> Any:
         """What the module returned in this step; a list of its outputs if it ran several times.
 

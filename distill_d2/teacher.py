@@ -199,11 +199,18 @@ def load_teacher(
     path = _find_weights(weights or plan.weights, plan.config_file)
     model = plan.build(device)
     loaded = load_teacher_weights(model, path, allow_missing)
-    input_format = plan.input_format or getattr(model, "input_format", None) or "BGR"
     logger.info(f"Teacher {plan.config_file}: {loaded} keys loaded from {path}")
-    teacher = Teacher(model, input_format=input_format, **options)
+    teacher = Teacher(model, input_format=plan.format_of(model), **options)
     teacher.check_device(torch.device(device))
     return teacher
+
+
+def untrained_teacher(distiller: CfgNode, device: str) -> Tuple[nn.Module, str]:
+    """The model, with random weights, of the teacher that a MODEL.DISTILLER node describes, and its
+    input format: for measurements, which need neither training nor a download."""
+    plan = _plan(distiller.MODEL_DISTILLER_CONFIG, distiller.MODEL_LOAD_OFFICIAL)
+    model = plan.build(device)
+    return model, plan.format_of(model)
 
 
 def load_teacher_weights(model: nn.Module, path: str, allow: Sequence[str] = ()) -> int:
@@ -263,6 +270,10 @@ class _Plan:
             config.MODEL.DEVICE = device
             return build_model(config)
         return instantiate(self.config.model).to(device)
+
+    def format_of(self, model: nn.Module) -> str:
+        """Channel order of the input of ``model``, built from this plan."""
+        return self.input_format or getattr(model, "input_format", None) or "BGR"
 
 
 def _plan(name: str, official: bool) -> _Plan:

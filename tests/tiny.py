@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from pathlib import Path
 from typing import List
 
+import cv2
+import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
@@ -125,3 +129,48 @@ def distiller_config(student: CfgNode, teacher_yaml: str, types=("PKD",)) -> Cfg
     node.TYPES = list(types)
     node.PRELOAD_FPN = node.PRELOAD_HEAD = False
     return cfg
+
+
+def write_dataset(folder: Path, count: int = 6) -> dict:
+    """Write ``count`` images with two boxes each as a COCO dataset; its DATASETS.CUSTOM entry."""
+    images, annotations = [], []
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    random = np.random.RandomState(0)
+    for index in range(count):
+        height, width = (48, 64) if index % 2 else (64, 48)
+        pixels = random.randint(0, 256, (height, width, 3), dtype=np.uint8)
+        name = f"{index}.png"
+        cv2.imwrite(str(folder / "images" / name), pixels)
+        images.append({"id": index + 1, "file_name": name, "height": height, "width": width})
+        for corner in (4, 20):
+            box = [corner, corner, 16, 20]
+            x, y, w, h = box
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index + 1,
+                    "category_id": 1 + len(annotations) % CLASSES,
+                    "bbox": box,
+                    "area": w * h,
+                    "iscrowd": 0,
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                }
+            )
+    categories = [{"id": index + 1, "name": f"class{index}"} for index in range(CLASSES)]
+    json_file = folder / "annotations.json"
+    json_file.write_text(
+        json.dumps({"info": {}, "images": images, "annotations": annotations, "categories": categories})
+    )
+    return {
+        "NAME": f"tiny_{zlib.crc32(str(folder).encode())}",
+        "FORMAT": "coco",
+        "JSON": str(json_file),
+        "IMAGES": str(folder / "images"),
+    }
+
+
+def use_dataset(cfg: CfgNode, entry: dict) -> None:
+    """Train and test on the dataset of ``write_dataset``."""
+    cfg.DATASETS.CUSTOM = [entry]
+    cfg.DATASETS.TRAIN = (entry["NAME"],)
+    cfg.DATASETS.TEST = (entry["NAME"],)

@@ -154,9 +154,8 @@ class LazyDistillTrainer(DistillTrainer):
     def _precise_bn(self, cfg: DictConfig) -> List[HookBase]:
         return []
 
-    def _run(self) -> Any:
+    def _run(self) -> None:
         TrainerBase.train(self, self.start_iter, self.max_iter)
-        return getattr(self, "_last_eval_results", None)
 
 
 def _distiller_node(values: Dict[str, Any]) -> CfgNode:

@@ -181,11 +181,16 @@ class DistillTrainer(DefaultTrainer):
         if self.sampler is not None:
             self.sampler.skip_batches(self.start_iter)
 
-    def train(self):
-        """Run to the last iteration; on SIGINT or SIGTERM save, say how to go on, and return."""
+    def train(self) -> Optional[Dict[str, Any]]:
+        """Run to the last iteration; on SIGINT or SIGTERM save, say how to go on, and return.
+
+        Returns:
+            the last evaluation's results; None if it was stopped.
+        """
         with stop_request() as self.stop:
             try:
-                return self._run()
+                self._run()
+                return getattr(self, "_last_eval_results", None)
             except Interrupted:
                 logger.warning(
                     f"Stopped by signal {self.stop.signal or 'of another process'} after iteration "
@@ -194,8 +199,8 @@ class DistillTrainer(DefaultTrainer):
                 )
                 return None
 
-    def _run(self):
-        return super().train()
+    def _run(self) -> None:
+        super().train()
 
     def before_train(self) -> None:
         super().before_train()

@@ -51,6 +51,9 @@ class _PearsonDistance(torch.autograd.Function):
         scale = 1.0 / student.numel()
         p = (_EPS / a**3 + slope / (a * a * b)) * scale
         q = scale / (a * b)
+        # Where c is 0 but for rounding (a constant channel, a 1x1 map), 1/eps must not blow that up.
+        p = torch.where(_varies(std_s, mean_s), p, torch.zeros_like(p))
+        q = torch.where(_varies(std_t, mean_t), q, torch.zeros_like(q))
         ctx.save_for_backward(student, teacher, p, q, q * mean_t - p * mean_s)
         return 0.5 * scale * (squares_s / a**2 + squares_t / b**2 - 2 * cross / (a * b)).sum()
 
@@ -60,6 +63,10 @@ class _PearsonDistance(torch.autograd.Function):
         student, teacher, p, q, shift = ctx.saved_tensors
         grad = torch.addcmul(shift * grad_output, student, p * grad_output)
         return grad.addcmul_(teacher, q * grad_output, value=-1), None
+
+
+def _varies(std: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    return std > 8 * torch.finfo(std.dtype).eps * mean.abs()
 
 
 def pearson_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ _STAGES = ("res2", "res3", "res4", "res5")
 def add_small_resnet_config(cfg: CN) -> None:
     """Add MODEL.SMALL_RESNET, in place."""
     cfg.MODEL.SMALL_RESNET = node = CN()
-    # Channels of the stem (7x7 convolution and max pooling, stride 4) and of each stage.
+    # Channels of the stem (7x7 convolution and max pooling, stride 4) and of each stage; no stage may
+    # have as many as the one before it, since detectron2's block then has no strided shortcut.
     node.STEM_WIDTH = 16
     node.WIDTHS = [16, 32, 64, 128]
     # Basic blocks (two 3x3 convolutions) per stage; stages have strides 4, 8, 16 and 32.
@@ -75,6 +76,11 @@ def _check(node: CN) -> None:
         raise ValueError(
             f"MODEL.SMALL_RESNET needs 4 WIDTHS and 4 BLOCKS, one per stage {list(_STAGES)}; "
             f"got WIDTHS {list(node.WIDTHS)} and BLOCKS {list(node.BLOCKS)}"
+        )
+    if any(width == following for width, following in zip(node.WIDTHS, node.WIDTHS[1:])):
+        raise ValueError(
+            f"MODEL.SMALL_RESNET.WIDTHS is {list(node.WIDTHS)}; each stage must be wider or narrower "
+            "than the one before it"
         )
     unknown = [name for name in node.OUT_FEATURES if name not in _STAGES]
     if unknown or not node.OUT_FEATURES:

@@ -1,0 +1,17 @@
+"""Datasets: those a config names, the generated shapes, and reading them in an order that resumes."""
+
+from .check import NamedReadErrors, check_dataset, check_datasets
+from .custom import datasets_root, register_custom_datasets
+from .sampler import ResumableTrainingSampler
+from .shapes import generate_shapes, register_shapes
+
+__all__ = [
+    "NamedReadErrors",
+    "ResumableTrainingSampler",
+    "check_dataset",
+    "check_datasets",
+    "datasets_root",
+    "generate_shapes",
+    "register_custom_datasets",
+    "register_shapes",
+]

@@ -1,0 +1,396 @@
+"""Views: what losses read is what the detector computes."""
+
+import contextlib
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from tiny import tiny_batch, tiny_config
+from torch import nn
+
+from distill_d2.teacher import Teacher
+from distill_d2.views import DetectorView, RCNNView, RetinaNetView, build_view, register_view
+from distill_d2.views import base as views_base
+from distill_d2.views import require_same_classes
+
+FAMILIES = ["retinanet", "faster", "mask"]
+STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+
+
+def detector(family="retinanet"):
+    return build_model(tiny_config(family))
+
+
+def detector_from_p3():
+    """A RetinaNet whose neck does not read res2."""
+    cfg = tiny_config()
+    cfg.MODEL.SMALL_RESNET.OUT_FEATURES = ["res3", "res4"]
+    cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32.0], [64.0]]
+    return build_model(cfg)
+
+
+@contextlib.contextmanager
+def trained_on(view, batch):
+    """One training forward of the student, recorded."""
+    with view.recording(), EventStorage(0):
+        view.model(batch)
+        yield
+
+
+@pytest.fixture
+def observed():
+    """A teacher that saw one image, with the features that its model itself computes."""
+
+    def observe(family, *capabilities):
+        # Unprepared, so that results are equal to the last bit.
+        teacher = Teacher(detector(family), prepare=False)
+        for capability in capabilities:
+            teacher.view.require(capability)
+        image = torch.randint(0, 256, (3, 64, 96)).float()
+        model = teacher.model
+        with torch.no_grad():
+            features = model.backbone(((image - model.pixel_mean) / model.pixel_std)[None])
+        stack.enter_context(teacher.view.recording())
+        teacher.observe([image], (64, 96))
+        return teacher.view, features
+
+    with contextlib.ExitStack() as stack:
+        yield observe
+
+
+# What the detector has.
+
+
+@pytest.mark.parametrize("family, view", [("retinanet", RetinaNetView), ("faster", RCNNView), ("mask", RCNNView)])
+def test_view_of_each_family(family, view):
+    assert type(build_view(detector(family), "student")) is view
+
+
+def test_view_of_a_subclass_is_its_bases():
+    model = detector()
+    model.__class__ = type("OurRetinaNet", (type(model),), {})
+    assert type(build_view(model, "student")) is RetinaNetView
+
+
+def test_registered_view_is_used(monkeypatch):
+    monkeypatch.setattr(views_base, "_VIEWS", {})
+    model = detector()
+    assert type(build_view(model, "student")) is DetectorView
+
+    @register_view(type(model))
+    class Ours(DetectorView):
+        pass
+
+    assert type(build_view(model, "student")) is Ours
+
+
+def test_a_model_without_backbone():
+    with pytest.raises(TypeError, match="the teacher, a Linear, has no module 'backbone'"):
+        build_view(nn.Linear(1, 1), "teacher")
+
+
+@pytest.mark.parametrize("family, count", [("retinanet", 3), ("faster", 5), ("mask", 5)])
+def test_strides(family, count):
+    view = build_view(detector(family), "student")
+    assert list(view.strides.items()) == list(STRIDES.items())[:count]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_num_classes(family):
+    assert build_view(detector(family), "student").num_classes == 3
+
+
+def test_stage_shapes_include_stages_that_the_neck_does_not_read():
+    view = build_view(detector_from_p3(), "student")
+    shapes = {name: (shape.channels, shape.stride) for name, shape in view.stage_shapes.items()}
+    assert shapes.pop("stem", (8, 4)) == (8, 4)
+    assert shapes == {"res2": (8, 4), "res3": (16, 8), "res4": (32, 16)}
+
+
+def test_require_level_lists_the_levels():
+    view = build_view(detector(), "teacher")
+    message = r"the teacher \(RetinaNet\) has no level 'p7'; its neck has \['p2', 'p3', 'p4'\].*'res3'"
+    with pytest.raises(KeyError, match=message):
+        view.require_level("p7")
+
+
+def test_require_level_gives_its_shape():
+    view = build_view(detector(), "student")
+    neck, stage = view.require_level("p3"), view.require_level("res3")
+    assert (neck.channels, neck.stride) == (16, 8)
+    assert (stage.channels, stage.stride) == (16, 8)
+
+
+def test_require_tap_lists_close_names():
+    view = build_view(detector(), "student")
+    with pytest.raises(KeyError, match="head.cls_subnet"):
+        view.require_tap("head.cls_subnets")
+
+
+@pytest.mark.parametrize("family, capability", [("retinanet", "dense"), ("faster", "score_boxes"), ("mask", "score_boxes")])
+def test_require_what_is_there(family, capability):
+    view = build_view(detector(family), "student")
+    view.require(capability)
+    assert view.required == {capability}
+
+
+@pytest.mark.parametrize(
+    "family, capability, offers",
+    [("retinanet", "score_boxes", "dense"), ("faster", "dense", "score_boxes"), ("mask", "dense", "score_boxes")],
+)
+def test_require_what_is_not_there(family, capability, offers):
+    view = build_view(detector(family), "teacher")
+    message = rf"the teacher is a \w+, which has no {capability}\(\); it offers features, bottom_up, tap, {offers}$"
+    with pytest.raises(TypeError, match=message):
+        view.require(capability)
+    with pytest.raises(TypeError):
+        getattr(view, capability)(*[[]] * (capability == "score_boxes"))
+
+
+@pytest.mark.parametrize("heads", ["CascadeROIHeads", "Res5ROIHeads"])
+def test_rcnn_without_a_single_box_head_cannot_score_boxes(heads):
+    cfg = tiny_config("faster")
+    cfg.MODEL.ROI_HEADS.NAME = heads
+    if heads == "CascadeROIHeads":
+        cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+    else:
+        cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p4"]
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 2  # makes res5 of 16 channels
+        cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 4
+    view = build_view(build_model(cfg), "student")
+    with pytest.raises(TypeError, match="no score_boxes"):
+        view.require("score_boxes")
+    assert view.num_classes == 3
+
+
+def test_require_same_classes():
+    student = build_view(detector(), "student")
+    cfg = tiny_config()
+    cfg.MODEL.RETINANET.NUM_CLASSES = 5
+    teacher = build_view(build_model(cfg), "teacher")
+    require_same_classes(student, student, "KD")
+    with pytest.raises(ValueError, match="KD .* the student has 3 classes and the teacher 5"):
+        require_same_classes(student, teacher, "KD")
+
+
+# What it computed.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_the_necks_outputs(family):
+    view, seen = build_view(detector(family), "student"), []
+    view.model.backbone.register_forward_hook(lambda *args: seen.append(args[-1]))
+    with trained_on(view, tiny_batch(masks=family == "mask")):
+        features = view.features
+        assert list(features) == list(view.strides)
+        assert all(torch.equal(features[name], seen[0][name]) for name in seen[0])
+        shapes = {name: tuple(f.shape) for name, f in features.items()}
+    assert shapes == {name: (2, 16, 64 // s, 64 // s) for name, s in view.strides.items()}
+
+
+def test_features_carry_gradients():
+    view = build_view(detector(), "student")
+    with trained_on(view, tiny_batch()):
+        view.features["p2"].sum().backward()
+    assert view.model.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bottom_up_has_the_required_stages(family):
+    view, seen = build_view(detector(family), "student"), {}
+    view.require_level("res2")
+    view.require_level("res4")
+    for name in ("res2", "res4"):
+        hook = lambda _m, _i, output, name=name: seen.update({name: output})  # noqa: E731
+        getattr(view.model.backbone.bottom_up, name).register_forward_hook(hook)
+    with trained_on(view, tiny_batch(masks=family == "mask")):
+        assert list(view.bottom_up) == ["res2", "res4"]
+        assert torch.equal(view.bottom_up["res4"], seen["res4"])
+        assert torch.equal(view.level("res2"), seen["res2"])
+
+
+def test_a_stage_that_the_neck_does_not_read():
+    view = build_view(detector_from_p3(), "student")
+    view.require_level("res2")
+    with view.recording():
+        view.model.backbone(torch.zeros(1, 3, 64, 64))
+        assert list(view.features) == ["p3", "p4"]
+        assert view.level("res2").shape == (1, 8, 16, 16)
+
+
+def test_level_of_the_neck():
+    view = build_view(detector(), "student")
+    with trained_on(view, tiny_batch()):
+        assert view.level("p3") is view.features["p3"]
+
+
+def test_tap_with_and_without_index():
+    view = build_view(detector(), "student")
+    view.require_tap("head")
+    view.require_tap("head.cls_score")
+    with trained_on(view, tiny_batch()):
+        logits, deltas = view.tap("head")
+        assert torch.equal(view.tap("head", 1)[0], deltas[0])
+        # The shared layer ran once per level.
+        assert torch.equal(view.tap("head.cls_score", 2), logits[2])
+        assert torch.equal(view.tap("backbone", "p3"), view.features["p3"])
+
+
+def test_everything_is_forgotten_after_the_step():
+    view = build_view(detector(), "student")
+    with trained_on(view, tiny_batch()):
+        assert view.features
+    with pytest.raises(RuntimeError, match="'backbone' did not run"):
+        view.features  # noqa: B018
+
+
+def test_second_step_gives_the_second_steps_features():
+    view = build_view(detector(), "student")
+    maps = []
+    for value in (0.0, 1.0):
+        with view.recording():
+            view.model.backbone(torch.full((1, 3, 64, 64), value))
+            maps.append(view.features["p2"])
+    assert not torch.equal(*maps)
+
+
+def test_float32_and_contiguous_under_autocast():
+    view, seen = build_view(detector().to(memory_format=torch.channels_last), "student"), []
+    view.require("dense")
+    view.require_level("res3")
+    view.model.backbone.register_forward_hook(lambda *args: seen.append(args[-1]["p2"]))
+    image = torch.randn(1, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with view.recording():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = view.model.backbone(image)
+            view.model.head(list(features.values()))
+        dense = view.dense()
+        tensors = [*view.features.values(), view.level("res3"), dense.logits, dense.deltas]
+    assert seen[0].dtype == torch.bfloat16 and not seen[0].is_contiguous()
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert all(tensor.is_contiguous() for tensor in tensors)
+
+
+# One-stage heads.
+
+
+def check_dense(dense, model, features):
+    """Against the model's own head, anchors and decoding."""
+    features = [features[name] for name in model.head_in_features]
+    logits, deltas = model.head(features)
+    logits, deltas = model._transpose_dense_predictions([logits, deltas], [model.num_classes, 4])
+    assert dense.level_sizes == [level.shape[1] for level in logits]
+    torch.testing.assert_close(dense.logits, torch.cat(logits, dim=1))
+    torch.testing.assert_close(dense.deltas, torch.cat(deltas, dim=1))
+    anchors = torch.cat([boxes.tensor for boxes in model.anchor_generator(features)])
+    assert torch.equal(dense.anchors, anchors)
+    expected = [model.box2box_transform.apply_deltas(d, anchors) for d in torch.cat(deltas, dim=1)]
+    torch.testing.assert_close(dense.boxes(), torch.stack(expected))
+
+
+def test_dense_of_the_student_is_what_it_computed():
+    view = build_view(detector(), "student")
+    view.require("dense")
+    calls = []
+    view.model.head.register_forward_hook(lambda *_: calls.append(1))
+    with trained_on(view, tiny_batch()):
+        dense = view.dense()
+        assert len(calls) == 1
+        rows = 3 * (16 * 16 + 8 * 8 + 4 * 4)
+        assert dense.logits.shape == (2, rows, 3) and dense.deltas.shape == (2, rows, 4)
+        check_dense(dense, view.model, view.features)
+        dense.logits.sum().backward()
+    assert view.model.head.cls_score.bias.grad.abs().sum() > 0
+
+
+def test_dense_of_the_teacher_runs_its_head_on_demand(observed):
+    view, features = observed("retinanet", "dense")
+    calls = []
+    view.model.head.register_forward_hook(lambda *_: calls.append(1))
+    dense = view.dense()
+    again = view.dense()
+    assert len(calls) == 1
+    assert torch.equal(dense.logits, again.logits) and not dense.logits.requires_grad
+    check_dense(dense, view.model, features)
+
+
+def test_decode_of_chosen_rows(observed):
+    view, _ = observed("retinanet", "dense")
+    dense, rows = view.dense(), torch.tensor([5, 17, 1500])
+    chosen = dense.decode(dense.deltas[:, rows], dense.anchors[rows].expand(1, 3, 4))
+    assert torch.equal(chosen, dense.boxes()[:, rows])
+
+
+# Two-stage heads.
+
+
+def proposals(boxes, size=(64, 96)):
+    return [Instances(size, proposal_boxes=per_image) for per_image in boxes]
+
+
+@pytest.mark.parametrize("family", ["faster", "mask"])
+def test_score_boxes_is_the_roi_heads_own_pipeline(family, observed):
+    view, features = observed(family, "score_boxes")
+    boxes = [Boxes(torch.tensor([[2.0, 3.0, 40.0, 50.0], [0.0, 0.0, 96.0, 64.0], [5.0, 5.0, 9.0, 12.0]]))]
+    (logits,), (deltas,) = view.score_boxes(boxes)
+    assert logits.shape == (3, 4) and deltas.shape == (3, 12) and not logits.requires_grad
+
+    heads, seen = view.model.roi_heads, []
+    heads.box_predictor.register_forward_hook(lambda *args: seen.append(args[-1]))
+    with torch.no_grad():
+        heads._forward_box(features, proposals(boxes))
+    torch.testing.assert_close(logits, seen[0][0])
+    torch.testing.assert_close(deltas, seen[0][1])
+
+
+def test_score_boxes_splits_by_image():
+    view = build_view(detector("faster"), "student")
+    view.require("score_boxes")
+    one, two = torch.tensor([[1.0, 2.0, 30.0, 40.0]]), torch.tensor([[0.0, 0.0, 9.0, 9.0], [3.0, 3.0, 60.0, 50.0]])
+    with view.recording():
+        view.model.backbone(torch.randn(3, 3, 64, 64))
+        boxes = [Boxes(one), Boxes(torch.zeros(0, 4)), Boxes(two)]
+        logits, deltas = view.score_boxes(boxes)
+        assert [len(x) for x in logits] == [1, 0, 2] == [len(x) for x in deltas]
+        swapped, _ = view.score_boxes([Boxes(two[1:]), Boxes(one), Boxes(two)])
+    assert logits[2].requires_grad
+    torch.testing.assert_close(swapped[2], logits[2])
+    assert not torch.allclose(swapped[0], logits[2][1:])  # the same box on another image
+
+
+# Probing.
+
+
+def test_probe_gives_all_levels():
+    view = build_view(detector(), "student")
+    view.require_level("res3")
+    assert view.probe(64, 96) == {
+        "p2": (16, 16, 24),
+        "p3": (16, 8, 12),
+        "p4": (16, 4, 6),
+        "res3": (16, 8, 12),
+    }
+
+
+def test_probe_leaves_no_trace():
+    model = detector().train()
+    model.backbone.bottom_up.res2.eval()
+    model.backbone.fpn_lateral2.eval()
+    view = build_view(model, "student")
+    modes = {name: module.training for name, module in model.named_modules()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert any(name.endswith("running_mean") for name in state)
+    view.probe(64, 64)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert not view.taps.has("backbone") and not view.taps.recording
+
+
+def test_probe_restores_training_after_an_error():
+    view = build_view(detector().train(), "student")
+    with pytest.raises(RuntimeError):
+        view.probe(65, 65)  # the FPN cannot add levels of odd sizes
+    assert all(module.training for module in view.model.modules())

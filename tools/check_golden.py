@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""Run golden fixtures through the public classes of distill_d2 and compare every array.
+
+    tools/check_golden.py FIXTURE.npz [FIXTURE.npz ...]
+
+Prints the largest absolute and relative error of each array, and pass or FAIL against the tolerance
+that the fixture states. Exit status: 0 all pass, 1 an array fails, 2 a file is unreadable or of no
+known kind. A kind of fixture is one file in tools/golden/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import zipfile
+import zlib
+from typing import Dict, List, Optional
+
+import numpy as np
+import torch
+from golden import Fixture, FixtureError, GoldenKind, load_kinds
+from tabulate import tabulate
+
+PASS, FAIL, UNREADABLE = 0, 1, 2
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    """Run the program; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("fixtures", nargs="+", metavar="FIXTURE.npz")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # the order of additions, hence the last digits, is the same everywhere
+    return max(check_file(path) for path in args.fixtures)
+
+
+def check_file(path: str) -> int:
+    """Check one file and print its table; PASS, FAIL or UNREADABLE."""
+    try:
+        arrays = read_arrays(path)
+        return max([check_kind(path, kind, arrays) for kind in kinds_of(arrays)])
+    except FixtureError as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        return UNREADABLE
+
+
+def read_arrays(path: str) -> Dict[str, np.ndarray]:
+    """The arrays of an .npz file; pickled objects are not read.
+
+    Raises:
+        FixtureError: it cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise FixtureError("there is no such file") from None
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise FixtureError(f"cannot be read as an .npz file of arrays: {error}") from error
+
+
+def kinds_of(arrays: Dict[str, np.ndarray]) -> List[GoldenKind]:
+    """The kinds that a file is of.
+
+    Raises:
+        FixtureError: none is known.
+    """
+    known = load_kinds()
+    fitting = [kind for kind in known.values() if kind.fits(arrays)]
+    if not fitting:
+        listing = "\n".join(f"  {name}: {', '.join(kind.holds)}" for name, kind in known.items())
+        raise FixtureError(
+            f"is a fixture of no known kind. The known kinds, and the arrays that they hold:\n{listing}\n"
+            f"It holds {', '.join(sorted(arrays)) or 'nothing'}"
+        )
+    return fitting
+
+
+def check_kind(path: str, kind: GoldenKind, arrays: Dict[str, np.ndarray]) -> int:
+    """Check a file as one kind of fixture and print the table.
+
+    Raises:
+        FixtureError: it lacks an array of this kind.
+    """
+    fixture = kind.run(arrays)
+    print(f"{path}: {kind.name}")
+    print_table(fixture)
+    failed = [c.name for c in fixture.comparisons if not c.passed]
+    verdict = f"FAIL: {len(failed)} of {len(fixture.comparisons)} arrays" if failed else "pass"
+    print(f"{kind.name}: {verdict}\n")
+    return FAIL if failed or not fixture.comparisons else PASS
+
+
+def print_table(fixture: Fixture) -> None:
+    rows = [
+        [
+            c.name,
+            "x".join(map(str, c.expected.shape)) or "scalar",
+            f"{c.absolute_error:.1e}" if c.same_shape else "-",
+            f"{c.relative_error:.1e}" if c.same_shape else "-",
+            f"{c.atol:g} + {c.rtol:g} |x|",
+            "pass" if c.passed else "FAIL" if c.same_shape else f"FAIL: ours is {c.actual.shape}",
+        ]
+        for c in fixture.comparisons
+    ]
+    header = ["array", "shape", "absolute error", "relative error", "tolerance", ""]
+    print(tabulate(rows, headers=header, tablefmt="pipe", disable_numparse=True))
+    if fixture.unused:
+        print(f"not used: {', '.join(fixture.unused)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

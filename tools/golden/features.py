@@ -1,0 +1,38 @@
+"""Fixtures of the losses on feature maps.
+
+Inputs "student/<level>" and "teacher/<level>", (N, C, H, W) of equal shapes. Outputs with weight 1,
+"pkd/loss" and "feature_mimic/<form>/<normalize>/loss" (the values of LOSS_FORM and NORMALIZE), and
+beside each loss its gradients "grad/<level>" with respect to the student's maps.
+"""
+
+from __future__ import annotations
+
+from distill_d2.losses import DistillLoss, FeatureMimic
+from distill_d2.losses.pkd import PKD
+
+from . import Fixture, golden_kind
+from .replay import feature_loss, read_maps
+
+_INPUTS = ["student/*", "teacher/*"]
+
+
+@golden_kind(holds=[*_INPUTS, "pkd/loss"], rtol=1e-5, atol=1e-7)
+def pkd(fixture: Fixture) -> None:
+    _compare(fixture, PKD(weight=1.0), "pkd")
+
+
+@golden_kind(holds=[*_INPUTS, "feature_mimic/*/loss"], rtol=1e-5, atol=1e-7)
+def feature_mimic(fixture: Fixture) -> None:
+    for name in fixture.names("feature_mimic/*/loss"):
+        folder = name.rpartition("/")[0]
+        _, form, normalize = folder.split("/")
+        _compare(fixture, FeatureMimic(loss_form=form, normalize=normalize), folder)
+
+
+def _compare(fixture: Fixture, loss: DistillLoss, folder: str) -> None:
+    student = read_maps(fixture, "student", requires_grad=True)
+    total = sum(feature_loss(loss, student, read_maps(fixture, "teacher")).values())
+    total.backward()
+    fixture.compare(f"{folder}/loss", total)
+    for level, maps in student.items():
+        fixture.compare(f"{folder}/grad/{level}", maps.grad)
