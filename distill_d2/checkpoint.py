@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
+import struct
 import zipfile
 from typing import Any, Dict
 
@@ -15,10 +17,29 @@ from detectron2.utils.file_io import PathManager
 
 try:  # numpy 2
     from numpy._core.multiarray import _reconstruct, scalar
+    from numpy._core.numeric import _frombuffer
 except ImportError:  # numpy 1
     from numpy.core.multiarray import _reconstruct, scalar
+    from numpy.core.numeric import _frombuffer
 
-_READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError)
+_ARRAY_FUNCTIONS = {
+    "multiarray._reconstruct": _reconstruct,
+    "multiarray.scalar": scalar,
+    "numeric._frombuffer": _frombuffer,  # of pickle's protocol 5
+}
+# Whatever unpickling a truncated or damaged file may raise (besides OSError without a file name).
+_READ_ERRORS = (
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -35,10 +56,11 @@ class ArrayUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            module, functions = "", {"_reconstruct": _reconstruct, "scalar": scalar}
-            if name in functions:
-                return functions[name]
+        package, _, submodule = module.rpartition(".")
+        if package in ("numpy.core", "numpy._core"):
+            function = _ARRAY_FUNCTIONS.get(f"{submodule}.{name}")
+            if function is not None:
+                return function
         if (module, name) in self._ALLOWED:
             return self._ALLOWED[module, name]
         raise pickle.UnpicklingError(
@@ -55,6 +77,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     """
 
     incompatible = None
+    _exact = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name``.pth under a temporary name first, so that an interruption, or a full disk,
@@ -76,23 +99,52 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """As detectron2's. Raises OSError or ValueError, naming the file, if it cannot be read."""
-        if path and "://" not in path and not os.path.isfile(path):
+        if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
             raise FileNotFoundError(f"checkpoint '{path}' does not exist")
         return super().load(path, *args, **kwargs)
 
+    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+        """As fvcore's; to resume, the last checkpoint must be of exactly this model.
+
+        Raises:
+            ValueError: it is of another one; the message lists keys.
+        """
+        self._exact = resume and self.has_checkpoint()
+        return super().resume_or_load(path, resume=resume)
+
     def _load_model(self, checkpoint: Dict[str, Any]):
         self.incompatible = super()._load_model(checkpoint)
+        if self._exact:
+            self._check_exact()
         return self.incompatible
+
+    def _check_exact(self) -> None:
+        keys = self.incompatible
+        wrong = {
+            "missing": keys.missing_keys,
+            "unknown": keys.unexpected_keys,
+            "of another shape": [name for name, _, _ in keys.incorrect_shapes],
+        }
+        if any(wrong.values()):
+            listing = "; ".join(f"{len(v)} {k}: {v[:5]}" for k, v in wrong.items() if v)
+            raise ValueError(
+                f"--resume: the checkpoint {self.get_checkpoint_file()} is of another model "
+                f"({listing}). Use another OUTPUT_DIR, or start without --resume"
+            )
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         try:
             if filename.endswith(".pkl"):
                 return _detectron_format(_unpickle(filename))
+            if filename.endswith(".pyth"):
+                return _pycls_format(self._torch_load(filename))
             return super()._load_file(filename)
-        except _READ_ERRORS as error:
+        except (*_READ_ERRORS, OSError) as error:
+            if isinstance(error, OSError) and error.filename:  # not readable, and it says which
+                raise
             raise ValueError(
-                f"cannot read the checkpoint '{filename}': {error}. It may be truncated (download "
-                "or copy it again), or hold objects other than tensors, which are not loaded"
+                f"cannot read the checkpoint '{filename}': {_reason(error)}. It may be truncated "
+                "(download or copy it again), or hold objects other than tensors, which are not loaded"
             ) from error
 
     def _torch_load(self, filename: str) -> Dict[str, Any]:
@@ -111,3 +163,18 @@ def _detectron_format(data: Dict[str, Any]) -> Dict[str, Any]:
     blobs = data.get("blobs", data)
     weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _pycls_format(data: Dict[str, Any]) -> Dict[str, Any]:
+    weights = data["model_state"]
+    weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+
+
+def _reason(error: Exception) -> str:
+    """One line; without torch's advice to load the file in a way that runs its code."""
+    text = str(error).strip() or type(error).__name__
+    if not text.startswith("Weights only load failed"):
+        return text.splitlines()[0]
+    found = re.search(r"GLOBAL (\S+)", text)
+    return f"it wants to use {found.group(1)}" if found else "it is no file of torch.save"

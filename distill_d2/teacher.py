@@ -18,7 +18,7 @@ from torch import nn
 from . import model_zoo
 from .checkpoint import SafeCheckpointer
 from .config import add_distill_config, load_yaml, student_config
-from .prepare import fold_norms, native_bfloat16
+from .prepare import fold_norms, native_bfloat16, prefer_onednn
 from .views import build_view
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,8 @@ class Teacher:
         if self._prepare:
             fold_norms(self.model)
             self.model.to(memory_format=self._memory_format())
+            if self.device.type == "cpu":
+                prefer_onednn(self.model)
         backbone = self.model.backbone
         self._backbone = torch.compile(backbone.forward) if self._compile else backbone
 

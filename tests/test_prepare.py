@@ -167,3 +167,20 @@ def test_native_bfloat16_without_torchs_private_names(monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(prepare.torch.cpu, name, raising=False)
     assert native_bfloat16(torch.device("cpu")) is False
+
+
+@torch.no_grad()
+def test_prefer_onednn_changes_no_output(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1, stride=2, padding=1), nn.Conv2d(4, 2, (1, 3))
+    )
+    image = torch.randn(2, 3, 9, 9)
+    expected = model(image)
+    assert prepare.prefer_onednn(model) == 2
+    torch.testing.assert_close(model(image), expected)
+
+
+def test_prefer_onednn_only_where_it_is_faster(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert prepare.prefer_onednn(nn.Conv2d(8, 8, 1)) == 0

@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
+import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode

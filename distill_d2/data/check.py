@@ -10,73 +10,89 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
+from detectron2.data.detection_utils import check_image_size, read_image
+
+from .custom import datasets_root
+
+_DECODERS = 4  # threads
+_SEED = 0
 
 
 def check_datasets(cfg: CfgNode, train: bool = True) -> None:
-    """Check all datasets of a run: see ``check_dataset``. Takes seconds, and for COCO as long as
-    reading its json once more (about 20 s for train2017).
+    """Check all datasets of a run: see ``check_dataset``. Call it once, in one process, after all
+    datasets are registered.
+
+    It takes seconds, and for COCO as long as reading its json once more (about 20 s for train2017).
 
     Args:
         cfg: a complete config.
         train: also those of DATASETS.TRAIN.
 
     Raises:
-        ValueError, FileNotFoundError: the message names the dataset and what is wrong.
+        ValueError, OSError: the message names the dataset and what is wrong.
     """
     if train and not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name at least one dataset")
+    if cfg.DATASETS.CHECK_IMAGES < 0:
+        raise ValueError(
+            f"DATASETS.CHECK_IMAGES is {cfg.DATASETS.CHECK_IMAGES}; expected 0 (decode none) or more"
+        )
+    names = {key: getattr(cfg.DATASETS, key) for key in (("TRAIN", "TEST") if train else ("TEST",))}
+    for key, datasets in names.items():
+        for name in datasets:
+            _check_registered(name, f"DATASETS.{key}")
     classes = _classes_key(cfg)
-    for name in dict.fromkeys([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]):
-        check_dataset(name, classes, cfg.DATASETS.CHECK_IMAGES)
+    for name in dict.fromkeys(name for datasets in names.values() for name in datasets):
+        trained_on = name in names.get("TRAIN", ())
+        check_dataset(name, classes, cfg.DATASETS.CHECK_IMAGES, need_annotations=trained_on)
 
 
-def check_dataset(name: str, classes: Optional[Tuple[str, int]], check_images: int) -> None:
+def check_dataset(
+    name: str,
+    classes: Optional[Tuple[str, int]] = None,
+    check_images: int = 0,
+    need_annotations: bool = True,
+) -> None:
     """Check that a dataset is registered, has annotations and images, and fits the model.
 
+    That every image file exists costs one listing per folder, not one call per file.
+
     Args:
+        name: of the dataset.
         classes: config key and value of the model's number of classes; None: not known.
-        check_images: decode a random sample of at most this many images.
+        check_images: decode a sample, always the same, of at most this many images.
+        need_annotations: at least one image must have one.
 
     Raises:
-        ValueError: unknown name, no images, another number of classes, an unreadable image.
-        FileNotFoundError: the annotations, or images, do not exist.
+        ValueError: unknown name, no images, no annotations, another number of classes, an image
+            that is unreadable or not as large as its annotation says.
+        OSError: the annotations, or images, do not exist or cannot be read.
     """
-    if name not in DatasetCatalog.list():
-        close = difflib.get_close_matches(name, DatasetCatalog.list(), n=5)
-        raise ValueError(
-            f"dataset '{name}' is not registered; the closest names are {close}. Add your own in "
-            "DATASETS.CUSTOM (datasets/README.md)"
-        )
-    try:
-        dicts = DatasetCatalog.get(name)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the annotations of dataset '{name}' do not exist: {error.filename}. "
-            f"$DETECTRON2_DATASETS is '{os.getenv('DETECTRON2_DATASETS', 'datasets')}'"
-        ) from error
+    _check_registered(name, "the list of datasets")
+    dicts = _load(name)
     if not dicts:
         raise ValueError(f"dataset '{name}' has no images")
-    things = MetadataCatalog.get(name).get("thing_classes")
-    if classes is not None and things is not None and len(things) != classes[1]:
-        raise ValueError(
-            f"dataset '{name}' has {len(things)} classes ({', '.join(things[:5])}...), but "
-            f"{classes[0]} is {classes[1]}"
-        )
-    files = [record["file_name"] for record in dicts]
-    _check_files_exist(name, files)
-    sample = random.Random(0).sample(files, min(check_images, len(files)))
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    if need_annotations and not any(record.get("annotations") for record in dicts):
+        raise ValueError(f"dataset '{name}' has no annotations: {len(dicts)} images and no boxes")
+    _check_classes(name, classes)
+    local = [record for record in dicts if "://" not in record["file_name"]]
+    _check_files_exist(name, [record["file_name"] for record in local])
+    sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
+    with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
         list(pool.map(check_image, sample))
 
 
-def check_image(path: str) -> None:
-    """Decode an image. Raises ValueError, naming it, if that fails."""
+def check_image(record: Dict[str, Any]) -> None:
+    """Decode the image of a dataset dict as detectron2 does.
+
+    Raises:
+        ValueError: that fails, or its size is not as annotated; the message names the file.
+    """
+    path = record["file_name"]
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"the image '{path}' cannot be read: {error}") from error
+        check_image_size(dict(record), read_image(path, format="BGR"))
+    except Exception as error:  # Pillow's decoders raise whatever comes
+        raise ValueError(f"the image '{path}' cannot be used: {error}") from error
 
 
 class NamedReadErrors:
@@ -96,6 +112,41 @@ class NamedReadErrors:
             ) from error
 
 
+def _check_registered(name: str, key: str) -> None:
+    known = DatasetCatalog.list()
+    if name in known:
+        return
+    custom = [other for other in known if MetadataCatalog.get(other).get("custom_entry")]
+    raise ValueError(
+        f"{key} names '{name}', which is not registered; the closest names are "
+        f"{difflib.get_close_matches(name, known, n=5)}, those of DATASETS.CUSTOM are {custom}. Add "
+        "your own in DATASETS.CUSTOM (datasets/README.md)"
+    )
+
+
+def _load(name: str) -> List[Dict[str, Any]]:
+    try:
+        return DatasetCatalog.get(name)
+    except FileNotFoundError as error:
+        root = datasets_root()
+        found = sorted(os.listdir(root))[:20] if os.path.isdir(root) else "does not exist"
+        raise FileNotFoundError(
+            f"the annotations of dataset '{name}' do not exist: {error.filename or error}. "
+            f"$DETECTRON2_DATASETS, '{root}': {found} (layouts: datasets/README.md)"
+        ) from error
+
+
+def _check_classes(name: str, classes: Optional[Tuple[str, int]]) -> None:
+    things = MetadataCatalog.get(name).get("thing_classes")
+    if classes is None or things is None or len(things) == classes[1]:
+        return
+    shown = ", ".join(things[:10]) + (", ..." if len(things) > 10 else "")
+    raise ValueError(
+        f"dataset '{name}' has {len(things)} classes ({shown}), but {classes[0]} is {classes[1]}; set "
+        f"it to {len(things)}"
+    )
+
+
 def _classes_key(cfg: CfgNode) -> Optional[Tuple[str, int]]:
     architecture = cfg.MODEL.META_ARCHITECTURE
     if architecture == "Distiller":
@@ -108,7 +159,7 @@ def _classes_key(cfg: CfgNode) -> Optional[Tuple[str, int]]:
 
 
 def _check_files_exist(name: str, files: Sequence[str]) -> None:
-    listings: Dict[str, set] = {}  # one listing per folder: far fewer calls than one per file
+    listings: Dict[str, set] = {}
     missing: List[str] = []
     for file in files:
         folder, base = os.path.split(file)
@@ -117,7 +168,9 @@ def _check_files_exist(name: str, files: Sequence[str]) -> None:
         if base not in listings[folder]:
             missing.append(file)
     if missing:
+        folder = os.path.dirname(missing[0])
         raise FileNotFoundError(
             f"dataset '{name}': {len(missing)} of {len(files)} images do not exist, the first is "
-            f"'{missing[0]}'"
+            f"'{missing[0]}'; its folder holds {sorted(listings[folder])[:3]}, {len(listings[folder])} "
+            "files in all"
         )

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -28,20 +28,25 @@ CLASSES = ("circle", "square", "triangle", "star", "cross")
 #: Images and seed of each split.
 SPLITS = {"train": (2000, 1), "val": (200, 2)}
 
+_RECIPE = 1  # count it up when the same seed gives other images
 _MIN_COLOUR_DISTANCE = 160  # sum over channels of |shape - mean background|, of 765
 _POINTS_OF_CIRCLE = 32
 _ARM = 0.33  # half width of the cross's arms, for a half length of 1
 _SUBPIXEL_BITS = 4  # precision of drawn corners: 1/16 pixel
+_SMOOTHING = 4  # shapes are drawn this much larger and averaged: smooth edges, on the annotated line
 
 
 def register_shapes() -> None:
-    """Register shapes_train and shapes_val; they are generated when first loaded. Idempotent."""
+    """Register shapes_train and shapes_val, below $DETECTRON2_DATASETS as it is now.
+
+    They are generated when first loaded. Calling it again changes nothing but that folder.
+    """
     root = os.path.join(datasets_root(), "shapes")
     for split in SPLITS:
         name = f"shapes_{split}"
         json_file, images = _paths(root, split)
         if name in DatasetCatalog.list():
-            if MetadataCatalog.get(name).json_file == json_file:
+            if MetadataCatalog.get(name).get("json_file") == json_file:
                 continue
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
@@ -55,7 +60,13 @@ def register_shapes() -> None:
 
 
 def _load(root: str, split: str) -> List[Dict[str, Any]]:
-    generate_shapes(root, split, *SPLITS[split])
+    try:
+        generate_shapes(root, split, *SPLITS[split])
+    except OSError as error:
+        raise OSError(
+            f"shapes_{split} cannot be generated in '{root}': {error}. Set $DETECTRON2_DATASETS to a "
+            "folder that can be written to"
+        ) from error
     return load_coco_json(*_paths(root, split), f"shapes_{split}")
 
 
@@ -64,8 +75,8 @@ def generate_shapes(
 ) -> Tuple[str, str]:
     """Make ``num_images`` images and their annotations, unless they exist.
 
-    The result depends on the arguments alone. Several processes may call it at once: one generates,
-    the others wait. It appears complete or not at all.
+    The result depends on the arguments alone, except for ``root`` and ``split``. Several processes
+    may call it at once: one generates, the others wait. It appears complete or not at all.
 
     Args:
         root: folder of the dataset.
@@ -75,15 +86,26 @@ def generate_shapes(
 
     Returns:
         paths of the json file and of the image folder.
+
+    Raises:
+        ValueError: the folder holds something else, for example another number of images.
+        OSError: it cannot be written.
     """
+    info = {"recipe": _RECIPE, "num_images": num_images, "seed": seed, "image_size": image_size}
+    folder = os.path.join(root, split)
+    if not os.path.exists(folder):
+        os.makedirs(root, exist_ok=True)
+        with file_lock(folder):
+            if not os.path.exists(folder):
+                logger.info(f"Generating {num_images} images in {folder}")
+                _remove_unfinished(Path(root), split)
+                _generate(Path(root), split, info)
     json_file, images = _paths(root, split)
-    if os.path.exists(json_file):
-        return json_file, images
-    os.makedirs(root, exist_ok=True)
-    with file_lock(os.path.join(root, split)):
-        if not os.path.exists(json_file):
-            logger.info(f"Generating {num_images} images in {os.path.join(root, split)}")
-            _generate(Path(root), split, num_images, seed, image_size)
+    if _info(json_file) != info:
+        raise ValueError(
+            f"'{folder}' holds {_info(json_file) or 'no shapes dataset'}, expected {info}; remove that "
+            "folder to generate it again"
+        )
     return json_file, images
 
 
@@ -92,26 +114,25 @@ def _paths(root: str, split: str) -> Tuple[str, str]:
     return os.path.join(folder, "annotations.json"), os.path.join(folder, "images")
 
 
-def _generate(root: Path, split: str, num_images: int, seed: int, size: int) -> None:
+def _info(json_file: str) -> Optional[Dict[str, int]]:
+    try:
+        with open(json_file) as file:
+            return json.load(file)["info"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remove_unfinished(root: Path, split: str) -> None:
+    """Remove what killed processes left; under the lock, so nobody is at work there."""
+    for folder in root.glob(f".{split}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _generate(root: Path, split: str, info: Dict[str, int]) -> None:
     unfinished = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=root))
     try:
         (unfinished / "images").mkdir()
-        images, annotations = [], []
-        for index in range(num_images):
-            pixels, objects = draw_image(np.random.default_rng([seed, index]), size)
-            file = f"{index:05d}.jpg"
-            quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
-            cv2.imwrite(str(unfinished / "images" / file), pixels, quality)
-            images.append({"id": index + 1, "file_name": file, "height": size, "width": size})
-            for label, corners in objects:
-                annotations.append(_annotation(len(annotations) + 1, index + 1, label, corners))
-        categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
-        content = {
-            "info": {"description": f"shapes: {num_images} images, seed {seed}"},
-            "images": images,
-            "annotations": annotations,
-            "categories": categories,
-        }
+        content = _write_images(unfinished / "images", info)
         (unfinished / "annotations.json").write_text(json.dumps(content))
         unfinished.chmod(0o755)
         unfinished.rename(root / split)
@@ -119,95 +140,115 @@ def _generate(root: Path, split: str, num_images: int, seed: int, size: int) -> 
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _write_images(folder: Path, info: Dict[str, int]) -> Dict[str, Any]:
+    size = info["image_size"]
+    images, annotations = [], []
+    for index in range(info["num_images"]):
+        pixels, objects = draw_image(np.random.RandomState([info["seed"], index]), size)
+        file = f"{index:05d}.jpg"
+        if not cv2.imwrite(str(folder / file), pixels, [cv2.IMWRITE_JPEG_QUALITY, 92]):
+            raise OSError(f"cannot write '{folder / file}'")
+        images.append({"id": index + 1, "file_name": file, "height": size, "width": size})
+        for label, corners in objects:
+            annotations.append(_annotation(len(annotations) + 1, index + 1, label, corners))
+    categories = [{"id": index + 1, "name": name} for index, name in enumerate(CLASSES)]
+    return {"info": info, "images": images, "annotations": annotations, "categories": categories}
+
+
 def draw_image(
-    random: np.random.Generator, size: int
+    random: np.random.RandomState, size: int
 ) -> Tuple[np.ndarray, List[Tuple[int, np.ndarray]]]:
     """One image (size, size, 3), uint8, with one to four shapes that do not touch.
 
     Returns:
-        the image and, per shape, its class and its corners (P, 2) in pixels.
+        the image and, per shape, its class and its corners (P, 2), (x, y) in pixels from the image's
+        upper left corner.
     """
     canvas = _background(random, size)
     mean = canvas.mean(axis=(0, 1))
-    canvas = np.ascontiguousarray(np.clip(canvas, 0, 255).astype(np.uint8))
     taken = np.zeros((size, size), np.uint8)
     objects = []
-    for _ in range(random.integers(1, 5)):
-        label, corners = _free_place(random, size, taken)
+    for _ in range(random.randint(1, 5)):
+        label = random.randint(len(CLASSES))
+        corners = _free_place(random, label, taken)
         if corners is None:
             continue
-        colour = random.integers(0, 256, 3)
+        colour = random.randint(0, 256, 3)
         while np.abs(colour - mean).sum() < _MIN_COLOUR_DISTANCE:
-            colour = random.integers(0, 256, 3)
-        _fill(canvas, corners, colour.tolist())
-        _fill(taken, corners, [1])
+            colour = random.randint(0, 256, 3)
+        cover = _cover(corners, size)
+        canvas += cover[:, :, None] * (colour - canvas)
+        taken |= cover > 0
         objects.append((label, corners))
-    return canvas, objects
+    return np.clip(np.round(canvas), 0, 255).astype(np.uint8), objects
 
 
-def _background(random: np.random.Generator, size: int) -> np.ndarray:
+def _background(random: np.random.RandomState, size: int) -> np.ndarray:
     """Greyish noise of several scales, and up to two thin lines, which are no objects."""
     canvas = np.full((size, size, 3), random.uniform(60, 190), np.float32)
     for cells in (3, 8, 24):
         grey = random.normal(0, 12, (cells, cells, 1)) + random.normal(0, 4, (cells, cells, 3))
         canvas += cv2.resize(grey.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-    for _ in range(random.integers(0, 3)):
-        start, end = random.integers(0, size, (2, 2)).tolist()
+    for _ in range(random.randint(0, 3)):
+        start, end = random.randint(0, size, (2, 2)).tolist()
         cv2.line(canvas, start, end, random.uniform(0, 255, 3).tolist(), 1)
-    return canvas
+    return np.clip(canvas, 0, 255)
 
 
-def _free_place(random: np.random.Generator, size: int, taken: np.ndarray, attempts: int = 20):
-    """A class and corners of a shape that touches no other; corners None if there is no room."""
-    label = int(random.integers(len(CLASSES)))
+def _free_place(
+    random: np.random.RandomState, label: int, taken: np.ndarray, attempts: int = 20
+) -> Optional[np.ndarray]:
+    """Corners (P, 2) of a whole shape that touches no other; None if there is no room."""
+    size = len(taken)
     for _ in range(attempts):
         radius = size * np.exp(random.uniform(np.log(0.1), np.log(0.25)))
         centre = random.uniform(radius, size - radius, 2)
         angle = random.uniform(-0.6, 0.6)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        corners = np.clip(_outline(label) @ turn.T * radius + centre, 0, size - 1)
-        place = np.zeros_like(taken)
-        _fill(place, corners, [1])
-        if not (cv2.dilate(place, np.ones((3, 3), np.uint8)) & taken).any():
-            return label, corners
-    return label, None
+        corners = _outline(label) @ turn.T * radius + centre
+        place = cv2.dilate((_cover(corners, size) > 0).astype(np.uint8), np.ones((3, 3), np.uint8))
+        if not (place & taken).any():
+            return corners
+    return None
 
 
 def _outline(label: int) -> np.ndarray:
-    """Corners (P, 2) of a shape of radius 1 around the origin, y downwards."""
+    """Corners (P, 2) of a shape within radius 1 of the origin, y downwards."""
     name = CLASSES[label]
     if name == "circle":
         angles = np.arange(_POINTS_OF_CIRCLE) * 2 * np.pi / _POINTS_OF_CIRCLE
         return np.stack([np.cos(angles), np.sin(angles)], axis=1)
     if name == "square":
-        return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.8
+        return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.7
     if name == "triangle":
-        return np.array([[0, -1], [0.87, 0.6], [-0.87, 0.6]])
+        return np.array([[0, -1], [0.866, 0.5], [-0.866, 0.5]])
     if name == "star":
         angles, radii = np.arange(10) * np.pi / 5, np.tile([1.0, 0.45], 5)
         return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
     a = _ARM
-    quarter = np.array([[-a, -1], [a, -1], [a, -a]])
+    quarter = np.array([[-a, -0.94], [a, -0.94], [a, -a]])
     turn = np.array([[0, -1], [1, 0]])  # a quarter, clockwise on the screen
     return np.concatenate([quarter @ np.linalg.matrix_power(turn, k).T for k in range(4)])
 
 
-def _fill(canvas: np.ndarray, corners: np.ndarray, colour: List[int]) -> None:
-    fixed_point = np.round(corners * 2**_SUBPIXEL_BITS).astype(np.int32)
-    cv2.fillPoly(canvas, [fixed_point], colour, shift=_SUBPIXEL_BITS)
+def _cover(corners: np.ndarray, size: int) -> np.ndarray:
+    """How much of each pixel a shape covers, (size, size), 0 to 1."""
+    large = np.zeros((size * _SMOOTHING, size * _SMOOTHING), np.uint8)
+    # OpenCV puts a pixel's centre at whole coordinates; its edge is half a pixel before.
+    points = np.round((corners * _SMOOTHING - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32)
+    cv2.fillPoly(large, [points], 255, shift=_SUBPIXEL_BITS)
+    return cv2.resize(large, (size, size), interpolation=cv2.INTER_AREA) / np.float32(255)
 
 
 def _annotation(number: int, image: int, label: int, corners: np.ndarray) -> Dict[str, Any]:
-    # A pixel's centre is drawn at whole coordinates; its area reaches half a pixel further.
-    (x1, y1), (x2, y2) = corners.min(axis=0), corners.max(axis=0) + 1
-    x, y = corners[:, 0], corners[:, 1]
-    area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
+    (x1, y1), (x2, y2) = corners.min(axis=0), corners.max(axis=0)
+    area = cv2.contourArea(corners.astype(np.float32))
     return {
         "id": number,
         "image_id": image,
-        "category_id": label + 1,
+        "category_id": int(label) + 1,
         "bbox": [round(float(v), 2) for v in (x1, y1, x2 - x1, y2 - y1)],
         "area": round(float(area), 2),
         "iscrowd": 0,
-        "segmentation": [[round(float(v), 2) for v in (corners + 0.5).ravel()]],
+        "segmentation": [[round(float(v), 2) for v in corners.ravel()]],
     }

@@ -33,18 +33,6 @@ from .setup import check_length, check_output_dir, choose_device
 from .trainer import DistillTrainer, autocast_dtype
 
 
-def main(args: argparse.Namespace, distill: bool) -> Any:
-    """As ``engine.main``, for a LazyConfig file."""
-    cfg = setup(args, distill)
-    if args.eval_only:
-        from .main import evaluate
-
-        return evaluate(cfg, LazyDistillTrainer, args.resume)
-    trainer = LazyDistillTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
-
-
 def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     """Load the config, apply path.key=value pairs, check it, start logging.
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import sys
 from typing import Any, Dict
 
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..checkpoint import SafeCheckpointer
+from . import lazy
 from .setup import setup
 from .trainer import DistillTrainer
-
-logger = logging.getLogger(__name__)
 
 
 def main(args: argparse.Namespace, distill: bool) -> Any:
@@ -22,17 +21,25 @@ def main(args: argparse.Namespace, distill: bool) -> Any:
     Args:
         args: of ``argument_parser``.
         distill: with a teacher, or the student alone.
+
+    Returns:
+        the results of the evaluation.
+
+    Raises:
+        SystemExit: 128 + signal number, where SIGINT or SIGTERM stopped the training.
     """
     if args.config_file.endswith(".py"):
-        from .lazy import main as lazy_main  # LazyConfig needs a trainer of its own
-
-        return lazy_main(args, distill)
-    cfg = setup(args, distill)
+        cfg, trainer_type = lazy.setup(args, distill), lazy.LazyDistillTrainer
+    else:
+        cfg, trainer_type = setup(args, distill), DistillTrainer
     if args.eval_only:
-        return evaluate(cfg, DistillTrainer, args.resume)
-    trainer = DistillTrainer(cfg)
+        return evaluate(cfg, trainer_type, args.resume)
+    trainer = trainer_type(cfg)
     trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    results = trainer.train()
+    if trainer.stop and comm.get_world_size() == 1:  # among several, launch() exits
+        sys.exit(128 + trainer.stop.signal)
+    return results
 
 
 def evaluate(cfg: Any, trainer: type, resume: bool = False) -> Dict[str, Any]:

@@ -176,7 +176,6 @@ class DistillTrainer(DefaultTrainer):
             if isinstance(self.plain_model, Distiller):
                 self.plain_model.preload_student()
             return
-        self._check_same_model()
         self.start_iter = self.iter + 1
         if self.sampler is not None:
             self.sampler.skip_batches(self.start_iter)
@@ -263,20 +262,6 @@ class DistillTrainer(DefaultTrainer):
                 f"{self._output_dir(self.cfg)}; OUTPUT_DIR must be shared by all machines"
             )
         return found[0]
-
-    def _check_same_model(self) -> None:
-        keys = self.checkpointer.incompatible
-        wrong = {
-            "missing": keys.missing_keys,
-            "unknown": keys.unexpected_keys,
-            "of another shape": [name for name, _, _ in keys.incorrect_shapes],
-        }
-        if any(wrong.values()):
-            listing = "; ".join(f"{len(v)} {k}: {v[:5]}" for k, v in wrong.items() if v)
-            raise ValueError(
-                f"--resume: the checkpoint {self.checkpointer.get_checkpoint_file()} is of another "
-                f"model ({listing}). Use another OUTPUT_DIR, or start without --resume"
-            )
 
     def _evaluate(self) -> Dict[str, Any]:
         state = random_state()  # evaluation must not change what training draws afterwards

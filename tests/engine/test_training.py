@@ -126,7 +126,7 @@ def test_non_finite_loss_names_term_and_iteration(job, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_resumes_exactly(job, monkeypatch, caplog, number):
+def test_signal_saves_and_resumes_exactly(job, monkeypatch, number):
     from distill_d2.engine.step import TrainStep
 
     job.run(opts=["OUTPUT_DIR", job.folder / "whole"])
@@ -139,9 +139,11 @@ def test_signal_saves_and_resumes_exactly(job, monkeypatch, caplog, number):
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainStep, "run_step", interrupted)
-        with caplog.at_level("WARNING"):
-            assert job.run() is None
-    assert "--resume" in caplog.text
+        with pytest.raises(SystemExit) as stopped:
+            job.run()
+    assert stopped.value.code == 128 + number
+    log = (Path(job.config.OUTPUT_DIR) / "log.txt").read_text()
+    assert "The same command with --resume goes on from there" in log
     saved = (Path(job.config.OUTPUT_DIR) / "last_checkpoint").read_text()
     assert saved in ("model_0000001.pth", "model_0000002.pth")
     job.run("--resume")

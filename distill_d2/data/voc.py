@@ -1,0 +1,145 @@
+"""Read annotations in VOC layout, also those of tools that know it only roughly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from typing import Any, Dict, List, Sequence, Tuple
+
+from detectron2.structures import BoxMode
+
+logger = logging.getLogger(__name__)
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclass
+class VocObject:
+    """One object: its class, its corners as in the file (from 1, inclusive), and whether it is
+    "difficult", that is, counts neither as found nor as missed."""
+
+    label: str
+    corners: Tuple[float, float, float, float]
+    difficult: bool = False
+
+
+@dataclass
+class VocImage:
+    """What one xml file says: size in pixels, objects, and how many more had no area."""
+
+    width: int
+    height: int
+    objects: List[VocObject]
+    without_area: int
+
+
+def read_split(file: str) -> List[str]:
+    """The image ids of an ImageSets/Main/<split>.txt, each once; further columns are ignored."""
+    with open(file, encoding="utf-8") as lines:
+        return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+
+
+def read_annotation(file: str) -> VocImage:
+    """Read an xml file of Annotations/.
+
+    Raises:
+        ValueError: it does not exist, is no xml, or lacks a size, a name or a number; it is named.
+    """
+    try:
+        tree = ElementTree.parse(file)
+        width, height = (int(float(_text(tree, f"size/{side}"))) for side in ("width", "height"))
+        if width < 1 or height < 1:
+            raise ValueError(f"the image's size is {width} x {height}")
+        found = [_read_object(element, width, height) for element in tree.findall("object")]
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"cannot read the VOC annotation '{file}': {error}") from error
+    objects = [item for item in found if item is not None]
+    return VocImage(width, height, objects, len(found) - len(objects))
+
+
+def _read_object(element: ElementTree.Element, width: int, height: int):
+    """The object; None if its box, or what of it lies in the image, has no area."""
+    corners = tuple(float(_text(element, f"bndbox/{corner}")) for corner in _CORNERS)
+    x1, y1, x2, y2 = corners
+    if x2 <= max(x1, 0) or y2 <= max(y1, 0) or x1 > width or y1 > height:
+        return None
+    difficult = float(element.findtext("difficult") or 0) != 0
+    return VocObject(_text(element, "name"), corners, difficult)
+
+
+def _text(element: Any, path: str) -> str:
+    text = (element.findtext(path) or "").strip()
+    if not text:
+        raise ValueError(f"it has no <{path.replace('/', '><')}>, or an empty one")
+    return text
+
+
+def load_voc(name: str, root: str, split: str, classes: Sequence[str]) -> List[Dict[str, Any]]:
+    """detectron2's dicts of a VOC folder: Annotations/, ImageSets/Main/<split>.txt, JPEGImages/.
+
+    As detectron2's ``load_voc_instances``, which cannot read a split of one image and knows neither
+    other suffixes than .jpg nor the file that an error is about. Boxes without area are dropped.
+
+    Raises:
+        ValueError: an annotation cannot be read, or has a class that is not in ``classes``; the
+            split holds no box.
+    """
+    ids = read_split(os.path.join(root, "ImageSets", "Main", f"{split}.txt"))
+    images = [read_annotation(os.path.join(root, "Annotations", f"{key}.xml")) for key in ids]
+    if not any(image.objects for image in images):
+        raise ValueError(
+            f"dataset '{name}' has no annotations: '{root}', split '{split}', holds {len(ids)} images "
+            "and no boxes"
+        )
+    _check_classes(name, ids, images, classes)
+    without_area = sum(image.without_area for image in images)
+    if without_area:
+        logger.warning(f"Dataset '{name}': dropped {without_area} boxes without area")
+    folder = os.path.join(root, "JPEGImages")
+    files = _image_files(folder)
+    return [
+        {
+            "file_name": os.path.join(folder, files.get(key, f"{key}.jpg")),
+            "image_id": key,
+            "height": image.height,
+            "width": image.width,
+            "annotations": [_instance(item, classes) for item in image.objects],
+        }
+        for key, image in zip(ids, images)
+    ]
+
+
+def _image_files(folder: str) -> Dict[str, str]:
+    """{image id: file name}."""
+    named = [(os.path.splitext(file), file) for file in sorted(os.listdir(folder))]
+    return {key: file for (key, suffix), file in named if suffix.lower() in _IMAGE_SUFFIXES}
+
+
+def _check_classes(
+    name: str, ids: Sequence[str], images: Sequence[VocImage], classes: Sequence[str]
+) -> None:
+    first_image = {}
+    for key, image in zip(ids, images):
+        for item in image.objects:
+            first_image.setdefault(item.label, key)
+    unknown = sorted(set(first_image) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"dataset '{name}': the annotations hold classes {unknown} (the first is in "
+            f"'{first_image[unknown[0]]}.xml') that are not in CLASSES {list(classes)}; all that were "
+            f"found: {sorted(first_image)}"
+        )
+    absent = [label for label in classes if label not in first_image]
+    if absent:
+        logger.warning(f"Dataset '{name}': no box of {absent}")
+
+
+def _instance(item: VocObject, classes: Sequence[str]) -> Dict[str, Any]:
+    x1, y1, x2, y2 = item.corners
+    # Pixels count from 1, and the last one belongs to the box.
+    box = [x1 - 1.0, y1 - 1.0, x2, y2]
+    label = list(classes).index(item.label)
+    return {"category_id": label, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS}

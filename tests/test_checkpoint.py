@@ -1,0 +1,299 @@
+"""Checkpoints: read without running their code, written so that none is lost."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling.backbone.resnet import BasicStem
+from torch import nn
+
+from distill_d2 import checkpoint as module
+from distill_d2.checkpoint import SafeCheckpointer
+
+WEIGHT = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+
+
+class Evil:
+    """Unpickling it creates a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def linear():
+    model = nn.Linear(3, 2)
+    nn.init.zeros_(model.weight)
+    return model
+
+
+def arrays():
+    return {"weight": np.array(WEIGHT, np.float32), "bias": np.array([7.0, 8.0], np.float32)}
+
+
+def write(path, data, protocol=2):
+    path.write_bytes(pickle.dumps(data, protocol))
+    return str(path)
+
+
+def load(model, path):
+    checkpointer = SafeCheckpointer(model)
+    rest = checkpointer.load(str(path))
+    return rest, checkpointer.incompatible
+
+
+# Reading.
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_detectron2s_zoo_format(tmp_path, protocol):
+    model = linear()
+    data = {"model": arrays(), "__author__": "us", "iteration": 3, "ap": np.float64(0.5)}
+    rest, keys = load(model, write(tmp_path / "zoo.pkl", data, protocol))
+    assert model.weight.tolist() == WEIGHT and model.bias.tolist() == [7.0, 8.0]
+    assert rest == {"__author__": "us", "iteration": 3, "ap": 0.5}
+    assert not keys.missing_keys and not keys.unexpected_keys
+
+
+@pytest.mark.parametrize("author", ["numpy.core", "numpy._core"])
+def test_pickles_of_numpy_1_and_2(tmp_path, author):
+    blob = pickle.dumps({"model": arrays(), "__author__": "us"}, 2)
+    for own in (b"numpy._core.", b"numpy.core."):
+        blob = blob.replace(own, b"NUMPY.")
+    assert b"NUMPY.multiarray" in blob
+    path = tmp_path / "zoo.pkl"
+    path.write_bytes(blob.replace(b"NUMPY.", author.encode() + b"."))
+    model = linear()
+    load(model, path)
+    assert model.weight.tolist() == WEIGHT
+
+
+def test_fortran_order_and_other_types(tmp_path):
+    data = {"weight": np.asfortranarray(np.array(WEIGHT)), "bias": np.array([7, 8], np.float16)}
+    model = linear()
+    load(model, write(tmp_path / "zoo.pkl", {"model": data, "__author__": "us"}))
+    assert model.weight.tolist() == WEIGHT and model.bias.tolist() == [7.0, 8.0]
+
+
+def test_pickle_of_python_2(tmp_path):
+    # A byte string of Python 2 with a byte that is not ASCII.
+    text = b"(dp0\nS'__author__'\np1\nS'\\xe9'\np2\nsS'model'\np3\n(dp4\nS'bias'\np5\nF1.0\nss."
+    path = tmp_path / "zoo.pkl"
+    path.write_bytes(text)
+    assert module._unpickle(str(path)) == {"__author__": "\xe9", "model": {"bias": 1.0}}
+
+
+def test_imagenet_weights_of_caffe2(tmp_path):
+    stem = nn.ModuleDict({"stem": BasicStem(3, 4, norm="FrozenBN")})
+    data = {
+        "conv1_w": np.full((4, 3, 7, 7), 2, np.float32),
+        "res_conv1_bn_s": np.full(4, 3, np.float32),
+        "res_conv1_bn_b": np.full(4, 4, np.float32),
+        "conv1_w_momentum": np.zeros((4, 3, 7, 7), np.float32),
+    }
+    load(stem, write(tmp_path / "R-50.pkl", data))
+    conv = stem["stem"].conv1
+    assert (conv.weight == 2).all() and (conv.norm.weight == 3).all() and (conv.norm.bias == 4).all()
+
+
+def test_detectron_1(tmp_path):
+    model = nn.ModuleDict({"box_head": nn.ModuleDict({"fc1": linear()})})
+    blobs = {"fc6_w": arrays()["weight"], "fc6_b": arrays()["bias"], "fc6_w_momentum": arrays()["weight"]}
+    _, keys = load(model, write(tmp_path / "d1.pkl", {"blobs": blobs, "cfg": "text"}))
+    assert model["box_head"]["fc1"].weight.tolist() == WEIGHT
+    assert not keys.missing_keys and not keys.unexpected_keys
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pth(tmp_path, legacy):
+    source, model = nn.Linear(3, 2), linear()
+    path = tmp_path / "model.pth"
+    data = {"model": source.state_dict(), "iteration": 4}
+    torch.save(data, path, _use_new_zipfile_serialization=not legacy)
+    rest, _ = load(model, path)
+    assert torch.equal(model.weight, source.weight) and rest == {"iteration": 4}
+
+
+def test_pth_without_the_model_key(tmp_path):
+    source, model = nn.Linear(3, 2), linear()
+    torch.save(source.state_dict(), tmp_path / "model.pth")
+    load(model, tmp_path / "model.pth")
+    assert torch.equal(model.weight, source.weight)
+
+
+def test_incompatible_keys_are_kept(tmp_path):
+    torch.save({"weight": torch.zeros(5, 3), "more": torch.zeros(1)}, tmp_path / "model.pth")
+    _, keys = load(linear(), tmp_path / "model.pth")
+    assert keys.unexpected_keys == ["more"] and "bias" in keys.missing_keys
+    assert keys.incorrect_shapes == [("weight", (5, 3), (2, 3))]
+
+
+def test_query_for_matching_by_name(tmp_path):
+    torch.save({"conv.weight": torch.full((2, 3), 5.0)}, tmp_path / "model.pth")
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({"conv": linear()})})
+    load(model, f"{tmp_path / 'model.pth'}?matching_heuristics=True")
+    assert (model["backbone"]["conv"].weight == 5).all()
+
+
+def test_empty_path_loads_nothing():
+    rest, keys = load(linear(), "")
+    assert rest == {} and keys is None
+
+
+# Refusing.
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("place", ["top", "inside", "in an array"])
+def test_pkl_that_runs_code(tmp_path, protocol, place):
+    marker = tmp_path / "executed"
+    evil = Evil(marker)
+    inside = np.array([evil], dtype=object) if place == "in an array" else evil
+    data = evil if place == "top" else {"model": {**arrays(), "x": inside}, "__author__": "us"}
+    path = write(tmp_path / "evil.pkl", data, protocol)
+    with pytest.raises(ValueError, match=r"evil.pkl'.*it wants to use posix.system; only numpy arrays"):
+        load(linear(), path)
+    assert not marker.exists()
+    pickle.loads((tmp_path / "evil.pkl").read_bytes())
+    assert marker.exists()  # the test can fail: an ordinary unpickler does run it
+
+
+@pytest.mark.parametrize(
+    "name", ["builtins.eval", "builtins.getattr", "numpy.load", "numpy._core.multiarray.fromfile", "numpy.core.os"]
+)
+def test_globals_that_are_refused(tmp_path, name):
+    owner, _, attribute = name.rpartition(".")
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(f"c{owner}\n{attribute}\n.".encode())
+    with pytest.raises(ValueError, match=f"it wants to use {name}"):
+        load(linear(), path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pyth", ".bin"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_torch_file_that_runs_code(tmp_path, suffix, legacy):
+    marker, path = tmp_path / "executed", tmp_path / f"evil{suffix}"
+    torch.save({"model": Evil(marker)}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=f"cannot read the checkpoint '{path}': it wants to use posix.system") as error:
+        load(linear(), path)
+    assert not marker.exists()
+    assert len(str(error.value).splitlines()) == 1  # without torch's advice to trust the file
+
+
+def test_pyth_is_read_as_weights_only(tmp_path, monkeypatch):
+    path, asked = tmp_path / "pycls.pyth", []
+    torch.save({"model_state": linear().state_dict()}, path)
+    plain = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: asked.append(k.get("weights_only")) or plain(*a, **k))
+    model = nn.Linear(3, 2)
+    load(model, path)
+    assert asked == [True] and (model.weight == 0).all()
+
+
+def lengths(whole):
+    return sorted({0, 1, 2, 3, *range(0, whole, max(whole // 40, 1)), whole - 1})
+
+
+@pytest.mark.parametrize("kind", ["pkl", "pth", "large pth", "legacy pth"])
+def test_truncated(tmp_path, kind):
+    path = tmp_path / f"model.{kind[-3:]}"
+    if kind == "pkl":
+        write(path, {"model": arrays(), "__author__": "us"})
+    else:
+        data = {"model": nn.Linear(200 if kind == "large pth" else 3, 100).state_dict()}
+        torch.save(data, path, _use_new_zipfile_serialization=kind != "legacy pth")
+    whole = path.read_bytes()
+    for length in lengths(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"'{path}': .+It may be truncated"):
+            load(linear(), path)
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pth"])
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Not found</html>", b"\x80\x02]q\x00.", b"\x00" * 64])
+def test_not_a_checkpoint(tmp_path, suffix, content):
+    path = tmp_path / f"page.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="page"):
+        load(linear(), path)
+
+
+@pytest.mark.parametrize("name", ["none.pth", "none.pkl", "none/none.pth"])
+def test_missing_file(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"checkpoint '.*{name}' does not exist"):
+        load(linear(), tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file(tmp_path):
+    torch.save(linear().state_dict(), tmp_path / "model.pth")
+    (tmp_path / "model.pth").chmod(0)
+    with pytest.raises(PermissionError, match="model.pth"):
+        load(linear(), tmp_path / "model.pth")
+
+
+# Writing.
+
+
+def test_save_and_load(tmp_path):
+    model, optimizer = nn.Linear(3, 2), torch.optim.SGD(linear().parameters(), lr=0.5)
+    SafeCheckpointer(model, str(tmp_path), optimizer=optimizer).save("model_1", iteration=1)
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_1.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth"
+
+    other, fresh = linear(), torch.optim.SGD(linear().parameters(), lr=0.1)
+    rest = SafeCheckpointer(other, str(tmp_path), optimizer=fresh).resume_or_load("", resume=True)
+    assert torch.equal(other.weight, model.weight) and rest == {"iteration": 1}
+    assert fresh.param_groups[0]["lr"] == 0.5
+
+
+def test_plain_detectron2_reads_it(tmp_path):
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    model, other = nn.Linear(3, 2), linear()
+    SafeCheckpointer(model, str(tmp_path)).save("model")
+    DetectionCheckpointer(other).load(str(tmp_path / "model.pth"))
+    assert torch.equal(other.weight, model.weight)
+
+
+@pytest.mark.parametrize("name", ["model_1", "model_2"])
+def test_failure_while_writing_loses_nothing(tmp_path, monkeypatch, name):
+    model = linear()
+    checkpointer = SafeCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_1", iteration=1)
+
+    def disk_full(_data, file):
+        file.write(b"half a checkpoint")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module.torch, "save", disk_full)
+    nn.init.ones_(model.weight)
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.save(name, iteration=2)
+
+    assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth"
+    assert not (tmp_path / "model_2.pth").exists()
+    other = nn.Linear(3, 2)
+    rest = SafeCheckpointer(other, str(tmp_path)).resume_or_load("", resume=True)
+    assert rest == {"iteration": 1} and (other.weight == 0).all()
+
+
+def test_saving_again_replaces(tmp_path):
+    model = linear()
+    checkpointer = SafeCheckpointer(model, str(tmp_path))
+    for value in (1.0, 2.0):
+        nn.init.constant_(model.weight, value)
+        checkpointer.save("model")
+    other = linear()
+    load(other, tmp_path / "model.pth")
+    assert (other.weight == 2).all()
+
+
+def test_only_the_main_process_writes(tmp_path):
+    SafeCheckpointer(linear(), str(tmp_path), save_to_disk=False).save("model")
+    SafeCheckpointer(linear(), "").save("model")
+    assert os.listdir(tmp_path) == []
