@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class Distiller(nn.Module):
         *,
         student: nn.Module,
         teacher: Teacher,
-        losses: Mapping[str, DistillLoss],
+        losses: Union[Mapping[str, DistillLoss], Sequence[DistillLoss]],
         input_format: str = "BGR",
         task_loss_weight: float = 1.0,
         max_iter: int = 0,
@@ -57,7 +57,8 @@ class Distiller(nn.Module):
         Args:
             student: a detectron2 detector with a ``backbone``.
             teacher: a whole, frozen detector.
-            losses: distillation losses by name; they are bound to both detectors here.
+            losses: distillation losses by name, or a list (each named by its class); they are bound
+                to both detectors here.
             input_format: channel order of the images in the batches, "BGR" or "RGB".
             task_loss_weight: multiplies the student's own losses.
             max_iter: length of the run, for losses with a schedule over all of it.
@@ -70,6 +71,8 @@ class Distiller(nn.Module):
         if input_format not in ("BGR", "RGB"):
             raise ValueError(f"INPUT.FORMAT is '{input_format}'; the Distiller reads 'BGR' or 'RGB'")
         self.student = student
+        if not isinstance(losses, Mapping):
+            losses = {type(loss).__name__: loss for loss in losses}
         self.losses = nn.ModuleDict(losses)
         # Past Module.__setattr__'s registration: law 2, the teacher is invisible.
         object.__setattr__(self, "teacher", teacher)

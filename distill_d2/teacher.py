@@ -44,6 +44,7 @@ class Teacher:
         model: nn.Module,
         *,
         input_format: str = "BGR",
+        source: str = "",
         prepare: bool = True,
         autocast: str = "",
         compile: bool = False,
@@ -52,6 +53,7 @@ class Teacher:
         Args:
             model: a detectron2 detector with its weights loaded.
             input_format: "BGR" or "RGB".
+            source: where model and weights come from, for the log.
             prepare: fold normalisation into convolutions and choose the faster memory layout, once,
                 before the first step. Outputs stay equal within float error.
             autocast: "", "float16" or "bfloat16".
@@ -68,6 +70,7 @@ class Teacher:
             )
         self.model = model.eval().requires_grad_(False)
         self.input_format = input_format
+        self.source = source
         self.view = build_view(model, "teacher")
         self.view.context = self._context
         self._prepare = prepare
@@ -115,11 +118,12 @@ class Teacher:
             self.view.taps.put("backbone", features)
 
     def describe(self) -> str:
-        """Which part runs in each step, and its number of parameters."""
+        """One line: where it comes from, its size, and which part of it runs in each step."""
         heads = sorted(self.view.required)
         part = "backbone and neck" + (f", and its head for {', '.join(heads)}" if heads else "")
         count = sum(p.numel() for p in self.model.parameters())
-        return f"{type(self.model).__name__}, {count / 1e6:.1f} M parameters; runs {part}"
+        source = f"{self.source}; " if self.source else ""
+        return f"{source}{type(self.model).__name__}, {count / 1e6:.1f} M parameters; runs {part}"
 
     @contextlib.contextmanager
     def _context(self):

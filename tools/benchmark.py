@@ -9,9 +9,9 @@ learning rate 0, so that every round does the same work. Each round runs, after 
 
     student step             forward, backward and optimizer of the student alone
     teacher part, plain      the part of the teacher that the losses use, as detectron2 built it
-    teacher whole, plain     its whole prediction
-    teacher part, prepared   the part as the Distiller runs it
     distilled step           forward, backward and optimizer of the Distiller
+    teacher part, prepared   the part as the Distiller runs it
+    teacher whole, plain     the whole prediction
     <loss> alone             forward and backward of one loss on recorded features
 
 The headline is the ratio distilled step / (student step + teacher part, plain), taken in each round.
@@ -95,9 +95,7 @@ def parse_arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="path or packaged name (yaml)")
-    parser.add_argument(
-        "--size", type=int, nargs="+", default=[512], metavar="PIXELS", help="height and width, or one"
-    )
+    parser.add_argument("--size", default="512", help="of the images in pixels: 512, or HEIGHTxWIDTH")
     parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--objects", type=int, default=8, help="objects per image")
     parser.add_argument("--rounds", type=int, default=5)
@@ -108,12 +106,13 @@ def parse_arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--json", default="", help="also write the measurements of every round here")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args(arguments)
-    if len(args.size) > 2:
-        parser.error(f"--size {args.size}: expected one or two numbers")
+    sides = args.size.lower().split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        parser.error(f"--size {args.size}: expected a number of pixels, or HEIGHTxWIDTH")
     for name in ("batch", "rounds", "warmup"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
-    args.size = [args.size[0], args.size[-1]]
+    args.size = [int(sides[0]), int(sides[-1])]
     return args
 
 
@@ -255,16 +254,16 @@ Tasks = Dict[str, Callable[[], None]]
 
 
 def build_tasks(subjects: Subjects) -> Tasks:
-    """What a round runs, by row name, in the order of the table."""
+    """What a round runs, by row name; neighbours in time are those that the headline compares."""
     distiller, plain = subjects.distiller, subjects.plain
     records = record(subjects)
     size = records.batch.padded_size
     tasks: Tasks = {
         STUDENT: subjects.steps[STUDENT].run_step,
         PART: lambda: run_part(plain, subjects.inputs, size),
-        WHOLE: lambda: run_whole(plain, subjects.inputs),
-        PREPARED: lambda: run_part(distiller.teacher, subjects.inputs, size),
         DISTILLED: subjects.steps[DISTILLED].run_step,
+        PREPARED: lambda: run_part(distiller.teacher, subjects.inputs, size),
+        WHOLE: lambda: run_whole(plain, subjects.inputs),
     }
     for name, loss in distiller.losses.items():
         tasks[f"{name} alone"] = loss_task(distiller, loss, loss, records)

@@ -56,7 +56,8 @@ def read_arrays(path: str) -> Dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise FixtureError("there is no such file") from None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    # TypeError: a single array, from an .npy file
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise FixtureError(f"cannot be read as an .npz file of arrays: {error}") from error
 
 

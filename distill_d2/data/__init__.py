@@ -2,12 +2,14 @@
 
 from .check import NamedReadErrors, check_dataset, check_datasets
 from .custom import datasets_root, register_custom_datasets
+from .loader import build_train_loader
 from .sampler import ResumableTrainingSampler
 from .shapes import generate_shapes, register_shapes
 
 __all__ = [
     "NamedReadErrors",
     "ResumableTrainingSampler",
+    "build_train_loader",
     "check_dataset",
     "check_datasets",
     "datasets_root",

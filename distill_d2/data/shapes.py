@@ -122,14 +122,19 @@ def _info(json_file: str) -> Optional[Dict[str, int]]:
         return None
 
 
+def _unfinished(split: str) -> str:
+    """How folders under construction are called."""
+    return f".{split}.unfinished-"
+
+
 def _remove_unfinished(root: Path, split: str) -> None:
     """Remove what killed processes left; under the lock, so nobody is at work there."""
-    for folder in root.glob(f".{split}-*"):
+    for folder in root.glob(f"{_unfinished(split)}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _generate(root: Path, split: str, info: Dict[str, int]) -> None:
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=root))
+    unfinished = Path(tempfile.mkdtemp(prefix=_unfinished(split), dir=root))
     try:
         (unfinished / "images").mkdir()
         content = _write_images(unfinished / "images", info)

@@ -5,7 +5,7 @@ train_distill.py it also has ``distiller``, a dict of the keys of MODEL.DISTILLE
 
     distiller = dict(TYPES=["PKD"], MODEL_DISTILLER_CONFIG="COCO-Detection/retinanet_R_101_FPN_3x.yaml")
 
-or its ``model`` is a complete ``L(Distiller)(student=..., teacher=L(load_teacher)(...), losses=...)``.
+or its ``model`` is a complete ``L(Distiller)(student=..., teacher=L(load_teacher)(...), losses=[...])``.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import SafeCheckpointer
-from ..data import NamedReadErrors, ResumableTrainingSampler
+from ..data import NamedReadErrors, ResumableTrainingSampler, build_train_loader
 from ..distiller import Distiller
 from ..evaluation import build_evaluator
 from ..prepare import native_bfloat16
@@ -97,16 +97,7 @@ class DistillTrainer(DefaultTrainer):
             if cfg.DATALOADER.ASPECT_RATIO_GROUPING
             else None,
         )
-        return build_detection_train_loader(
-            dataset=dataset,
-            mapper=mapper,
-            sampler=sampler,
-            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-            aspect_ratio_grouping=False,  # the sampler groups
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-            # Workers draw their seeds from here, not from the generator that training uses.
-            generator=torch.Generator().manual_seed(sampler.seed + comm.get_rank()),
-        )
+        return build_train_loader(dataset, mapper, sampler, cfg.DATALOADER.NUM_WORKERS)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import cv2
@@ -137,8 +138,16 @@ def test_interrupted_generation_leaves_nothing(monkeypatch, tmp_path):
 
 
 def test_killed_generation_is_started_again_and_its_remains_removed(tmp_path):
-    remains = tmp_path / ".train-abc"
-    (remains / "images").mkdir(parents=True)
+    job = multiprocessing.get_context("fork").Process(
+        target=generate_shapes, args=(str(tmp_path), "train", 10**6, 1)
+    )
+    job.start()
+    while not list(tmp_path.glob(".*/images/*.jpg")):
+        time.sleep(0.01)
+    job.kill()
+    job.join()
+    (remains,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert remains.name != "train"
     assert len(_pixels(generate_shapes(str(tmp_path), "train", 2, seed=1)[1])) == 2
     assert not remains.exists()
 

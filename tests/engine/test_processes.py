@@ -1,5 +1,6 @@
 """Several processes on the CPU over gloo, real command lines, and signals to a running job."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -74,21 +75,29 @@ def test_baseline_of_a_distillation_config_then_eval_only(job):
     assert "copypaste: AP," in output and "Teacher" not in output
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_to_a_running_job(job, processes):
+@pytest.mark.parametrize("processes, workers", [(1, 0), (2, 0), (1, 2)])
+def test_sigterm_to_a_running_job(job, processes, workers):
+    """As a scheduler sends it: to the first process, or, with data loader workers, to all."""
     job.config.SOLVER.MAX_ITER = 100000
+    job.config.DATALOADER.NUM_WORKERS = workers
     arguments = command(job, "train_distill.py", "--num-procs", processes)
     log = job.folder / "log"
     with open(log, "w") as file:
         process = subprocess.Popen(
-            arguments, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            arguments,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
         )
     try:
         wait_for(lambda: "total_loss" in read(job.config.OUTPUT_DIR, "metrics.json"), process, log)
-        process.send_signal(signal.SIGTERM)
+        send = os.killpg if workers else os.kill
+        send(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     output = log.read_text()
     assert process.returncode == 128 + signal.SIGTERM, output[-5000:]
     assert "--resume goes on from there" in output and "Traceback" not in output

@@ -7,7 +7,8 @@ beside each loss its gradients "grad/<level>" with respect to the student's maps
 
 from __future__ import annotations
 
-from distill_d2.losses import DistillLoss, FeatureMimic
+from distill_d2 import DistillLoss
+from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.pkd import PKD
 
 from . import Fixture, golden_kind

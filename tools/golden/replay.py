@@ -51,7 +51,7 @@ def replayed(maps: Maps, strides: Dict[str, int], role: str) -> Iterator[Detecto
 
 def feature_loss(loss: DistillLoss, student: Maps, teacher: Maps) -> Dict[str, torch.Tensor]:
     """The terms of a loss that reads neck levels only, on given maps."""
-    strides = {name: 2**index for index, name in enumerate(student)}
+    strides = {name: 2**index for index, name in enumerate(student)}  # only compared for equality
     with replayed(student, strides, "student") as ours:
         with replayed(teacher, strides, "teacher") as theirs:
             loss.bind(ours, theirs)

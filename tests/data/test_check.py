@@ -1,0 +1,211 @@
+"""What is checked before training starts."""
+
+import itertools
+import json
+import os
+import pickle
+
+import pytest
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from tiny import CLASSES, distiller_config, tiny_config, use_dataset, write_dataset
+
+from distill_d2.data import NamedReadErrors, check_dataset, check_datasets, register_custom_datasets
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def cfg(folder):
+    """A config whose dataset of six images is registered."""
+    cfg = tiny_config()
+    entry = write_dataset(folder)
+    entry["NAME"] += f"_{next(_numbers)}"
+    use_dataset(cfg, entry)
+    register_custom_datasets([entry])
+    return cfg
+
+
+def name_of(cfg):
+    return cfg.DATASETS.TRAIN[0]
+
+
+def assert_fails(cfg, *texts, error=ValueError, **arguments):
+    with pytest.raises(error) as caught:
+        check_datasets(cfg, **arguments)
+    assert all(text in str(caught.value) for text in texts), caught.value
+
+
+def test_good_datasets_pass(cfg):
+    assert check_datasets(cfg) is None
+
+
+def test_bccd_passes(shared):
+    entry = dict(FORMAT="voc", ROOT=str(shared / "data" / "bccd"), CLASSES=["RBC", "WBC", "Platelets"])
+    entries = [{"NAME": f"check_bccd_{split}", "SPLIT": split, **entry} for split in ("train", "val")]
+    register_custom_datasets(entries)
+    cfg = tiny_config()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("check_bccd_train",), ("check_bccd_val",)
+    cfg.DATASETS.CHECK_IMAGES = 20
+    check_datasets(cfg)
+
+
+def test_nothing_to_train_on(cfg):
+    cfg.DATASETS.TRAIN = ()
+    assert_fails(cfg, "DATASETS.TRAIN is empty")
+    check_datasets(cfg, train=False)
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_unknown_name_lists_close_and_custom_ones(cfg, key):
+    setattr(cfg.DATASETS, key, ("coco_2017_trian",))
+    assert_fails(cfg, f"DATASETS.{key} names 'coco_2017_trian'", "'coco_2017_train'")
+    name = cfg.DATASETS.CUSTOM[0]["NAME"]
+    assert_fails(cfg, name, "DATASETS.CUSTOM")
+
+
+def test_names_are_checked_before_anything_is_read(cfg, monkeypatch):
+    read = []
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: read.append(name) or [])
+    cfg.DATASETS.TEST = ("no_such_dataset",)
+    assert_fails(cfg, "no_such_dataset")
+    assert read == []
+
+
+def test_each_dataset_is_read_once(cfg, monkeypatch):
+    read, get = [], DatasetCatalog.get
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: read.append(name) or get(name))
+    check_datasets(cfg)
+    assert read == [name_of(cfg)]  # it is in both lists
+
+
+def test_missing_annotations(cfg, folder, tmp_path):
+    (folder / "annotations.json").unlink()
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "coco").mkdir()
+    assert_fails(
+        cfg, name_of(cfg), "annotations.json", "['coco']", "datasets/README.md", error=FileNotFoundError
+    )
+
+
+@pytest.mark.parametrize("family, key", [("retinanet", "RETINANET"), ("faster", "ROI_HEADS")])
+@pytest.mark.parametrize("distil", [False, True])
+def test_number_of_classes(cfg, family, key, distil):
+    other = tiny_config(family)
+    other.DATASETS = cfg.DATASETS.clone()
+    if distil:
+        other = distiller_config(other, "teacher.yaml")
+    check_datasets(other)
+    getattr(other.MODEL, key).NUM_CLASSES = 80
+    assert_fails(other, f"MODEL.{key}.NUM_CLASSES is 80", f"has {CLASSES} classes", "class0")
+    assert_fails(other, f"MODEL.{key}.NUM_CLASSES is 80", train=False)
+
+
+def test_number_of_classes_of_an_architecture_that_is_not_known(cfg):
+    cfg.MODEL.META_ARCHITECTURE = "SomeOther"
+    cfg.MODEL.RETINANET.NUM_CLASSES = 80
+    check_datasets(cfg)
+
+
+@pytest.fixture
+def registered():
+    """Registers dicts as a dataset for one test; its name."""
+    names = []
+
+    def register(dicts):
+        names.append(f"check_registered_{next(_numbers)}")
+        DatasetCatalog.register(names[-1], lambda: dicts)
+        return names[-1]
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
+
+
+def test_registered_dataset_without_images(registered):
+    with pytest.raises(ValueError, match="has no images"):
+        check_dataset(registered([]))
+
+
+def test_annotations_are_needed_for_training_alone(cfg, registered):
+    dicts = [{**record, "annotations": []} for record in DatasetCatalog.get(name_of(cfg))]
+    name = registered(dicts)
+    cfg.DATASETS.TEST = (name,)
+    check_datasets(cfg)
+    cfg.DATASETS.TRAIN = (name,)
+    assert_fails(cfg, name, "no annotations", "6 images")
+
+
+def test_missing_images_are_counted_and_named(cfg, folder):
+    for number in (2, 4):
+        (folder / "images" / f"{number}.png").unlink()
+    assert_fails(cfg, "2 of 6 images", "2.png", "4 files", error=FileNotFoundError)
+
+
+def test_missing_folder_of_images(cfg, folder):
+    (folder / "images").rename(folder / "renamed")
+    assert_fails(cfg, "6 of 6 images", error=FileNotFoundError)
+
+
+def test_existence_costs_one_listing_per_folder(cfg, folder, monkeypatch):
+    cfg.DATASETS.CHECK_IMAGES = 0
+    listed, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(str(path)) or listdir(path))
+    monkeypatch.setattr(os.path, "exists", lambda path: pytest.fail("one call per file"))
+    check_datasets(cfg)
+    assert listed == [str(folder / "images")]
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image"])
+def test_unreadable_image_is_named(cfg, folder, content):
+    (folder / "images" / "3.png").write_bytes(content)
+    assert_fails(cfg, "images/3.png' cannot be used")
+
+
+def test_truncated_image_is_named(cfg, folder):
+    image = folder / "images" / "3.png"
+    image.write_bytes(image.read_bytes()[:-2000])
+    assert_fails(cfg, "images/3.png' cannot be used", "truncated")
+
+
+def test_image_of_another_size_is_named(cfg, folder):
+    (folder / "images" / "3.png").write_bytes((folder / "images" / "2.png").read_bytes())
+    assert_fails(cfg, "images/3.png' cannot be used", "48")
+
+
+def test_how_many_images_are_decoded(cfg, folder):
+    for image in (folder / "images").iterdir():
+        image.write_bytes(b"not an image")
+    cfg.DATASETS.CHECK_IMAGES = 1
+    assert_fails(cfg, "cannot be used")
+    cfg.DATASETS.CHECK_IMAGES = 0
+    check_datasets(cfg)
+    cfg.DATASETS.CHECK_IMAGES = -1
+    assert_fails(cfg, "DATASETS.CHECK_IMAGES is -1")
+
+
+# NamedReadErrors
+
+
+def test_mapper_errors_name_the_image(cfg, folder):
+    (folder / "images" / "3.png").write_bytes(b"not an image")
+    mapper = NamedReadErrors(DatasetMapper(cfg, True))
+    good, bad = (DatasetCatalog.get(name_of(cfg))[index] for index in (2, 3))
+    assert mapper(good)["image"].shape[0] == 3
+    with pytest.raises(RuntimeError, match="images/3.png.*UnidentifiedImageError") as caught:
+        mapper(bad)
+    assert type(caught.value.__cause__).__name__ == "UnidentifiedImageError"
+
+
+def test_error_crosses_processes():
+    def fail(record):
+        raise json.JSONDecodeError("two arguments", "more", 0)  # a type that workers cannot rebuild
+
+    with pytest.raises(RuntimeError) as caught:
+        NamedReadErrors(fail)({"file_name": "a.png"})
+    assert "a.png" in str(pickle.loads(pickle.dumps(caught.value)))
