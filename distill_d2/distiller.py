@@ -87,6 +87,7 @@ class Distiller(nn.Module):
         with separate_randomness():
             for loss in self.losses.values():
                 loss.bind(self.student_view, teacher.view)
+        teacher.check_taps()
         student.backbone.register_forward_pre_hook(self._pad_student)
         self._log_start()
 

@@ -71,6 +71,11 @@ class Taps:
 
         self._handles[path] = module.register_forward_hook(remember)
 
+    @property
+    def paths(self) -> List[str]:
+        """The dotted names of all tapped modules."""
+        return list(self._handles)
+
     def put(self, path: str, output: Any) -> None:
         """Remember an output of the module ``path``, as its hook does."""
         versions: List[int] = []

@@ -103,6 +103,15 @@ class Teacher:
                 + (" or 'float16'" if device.type == "cuda" else "")
             )
 
+    def check_taps(self) -> None:
+        """Raises ValueError if losses tap modules inside a backbone that is to be compiled."""
+        inside = [path for path in self.view.taps.paths if path.startswith("backbone.")]
+        if self._compile and inside:
+            raise ValueError(
+                f"MODEL.DISTILLER.TEACHER_COMPILE is True, but losses read {inside}, inside the "
+                "compiled backbone; use levels of the neck, or set it to False"
+            )
+
     def observe(self, images: Sequence[torch.Tensor], padded_size: Tuple[int, int]) -> None:
         """Run backbone and neck on N images (3, H_i, W_i) in this teacher's channel order.
 

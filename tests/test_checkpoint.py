@@ -163,7 +163,14 @@ def test_pkl_that_runs_code(tmp_path, protocol, place):
 
 
 @pytest.mark.parametrize(
-    "name", ["builtins.eval", "builtins.getattr", "numpy.load", "numpy._core.multiarray.fromfile", "numpy.core.os"]
+    "name",
+    [
+        "builtins.eval",
+        "builtins.getattr",
+        "numpy.load",
+        "numpy._core.multiarray.fromfile",
+        "numpy.core.os",
+    ],
 )
 def test_globals_that_are_refused(tmp_path, name):
     owner, _, attribute = name.rpartition(".")
@@ -178,7 +185,8 @@ def test_globals_that_are_refused(tmp_path, name):
 def test_torch_file_that_runs_code(tmp_path, suffix, legacy):
     marker, path = tmp_path / "executed", tmp_path / f"evil{suffix}"
     torch.save({"model": Evil(marker)}, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ValueError, match=f"cannot read the checkpoint '{path}': it wants to use posix.system") as error:
+    message = f"cannot read the checkpoint '{path}': it wants to use posix.system"
+    with pytest.raises(ValueError, match=message) as error:
         load(linear(), path)
     assert not marker.exists()
     assert len(str(error.value).splitlines()) == 1  # without torch's advice to trust the file
@@ -195,7 +203,7 @@ def test_pyth_is_read_as_weights_only(tmp_path, monkeypatch):
 
 
 def lengths(whole):
-    return sorted({0, 1, 2, 3, *range(0, whole, max(whole // 40, 1)), whole - 1})
+    return sorted({*range(40), *range(0, whole, max(whole // 40, 1)), whole - 1})
 
 
 @pytest.mark.parametrize("kind", ["pkl", "pth", "large pth", "legacy pth"])
@@ -214,7 +222,9 @@ def test_truncated(tmp_path, kind):
 
 
 @pytest.mark.parametrize("suffix", ["pkl", "pth"])
-@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>Not found</html>", b"\x80\x02]q\x00.", b"\x00" * 64])
+@pytest.mark.parametrize(
+    "content", [b"<!DOCTYPE html><html>Not found</html>", b"\x80\x02]q\x00.", b"\x00" * 64]
+)
 def test_not_a_checkpoint(tmp_path, suffix, content):
     path = tmp_path / f"page.{suffix}"
     path.write_bytes(content)

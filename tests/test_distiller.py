@@ -241,3 +241,37 @@ def test_colliding_terms_are_an_error(tmp_path):
     model.losses["PKD"].forward = lambda *_: {"loss_cls": torch.zeros((), requires_grad=True)}
     with pytest.raises(ValueError, match="loss_cls"):
         step(model, tiny_batch())
+
+
+def test_compiled_teacher_cannot_be_tapped_inside(tmp_path):
+    cfg = distiller_config(tiny_config(), save_teacher(tiny_config(), tmp_path))
+    cfg.MODEL.DISTILLER.TEACHER_COMPILE = True
+    cfg.MODEL.DISTILLER.PKD.IN_FEATURES = ["res3"]
+    with pytest.raises(ValueError, match="TEACHER_COMPILE is True, but losses read"):
+        build_model(cfg)
+
+
+@pytest.mark.slow
+def test_compiled_teacher_gives_the_same_losses(tmp_path):
+    cfg = distiller_config(tiny_config(), save_teacher(tiny_config(width=16), tmp_path))
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        cfg.MODEL.DISTILLER.TEACHER_COMPILE = compiled
+        losses.append(step(build_model(cfg), tiny_batch())["loss_pkd"])
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_of_the_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill_d2.teacher.native_bfloat16", lambda device: True)
+    cfg = distiller_config(tiny_config(), save_teacher(tiny_config(width=16), tmp_path))
+    exact, dtypes = step(build_model(cfg), tiny_batch())["loss_pkd"], set()
+    cfg.MODEL.DISTILLER.TEACHER_AUTOCAST = "bfloat16"
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    model.teacher.model.backbone.register_forward_hook(
+        lambda _, __, output: dtypes.update(level.dtype for level in output.values())
+    )
+    rounded = step(model, tiny_batch())["loss_pkd"]
+    assert dtypes == {torch.bfloat16} and rounded.dtype is torch.float32
+    assert 0 < abs(rounded - exact) / exact < 0.1

@@ -173,7 +173,10 @@ def test_native_bfloat16_without_torchs_private_names(monkeypatch):
 def test_prefer_onednn_changes_no_output(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1, stride=2, padding=1), nn.Conv2d(4, 2, (1, 3))
+        nn.Conv2d(3, 8, 3),
+        nn.Conv2d(8, 8, 1),
+        nn.Conv2d(8, 4, 1, stride=2, padding=1),
+        nn.Conv2d(4, 2, (1, 3)),
     )
     image = torch.randn(2, 3, 9, 9)
     expected = model(image)

@@ -128,7 +128,8 @@ def test_weights_of_another_architecture(tmp_path):
 
 def test_weights_of_another_width(tmp_path):
     save_teacher(tiny_config(width=16), tmp_path)
-    with pytest.raises(ValueError, match=r"of another shape .*stem.conv1.weight \(16, 3, 7, 7\) \(8, 3, 7, 7\)"):
+    line = r"of another shape .*stem.conv1.weight \(16, 3, 7, 7\) \(8, 3, 7, 7\)"
+    with pytest.raises(ValueError, match=line):
         load_teacher_weights(build_model(tiny_config()), str(tmp_path / "teacher.pth"))
 
 
@@ -189,8 +190,8 @@ def test_weights_in_the_current_folder(tmp_path, monkeypatch):
 def test_weights_override(tmp_path):
     path = save_teacher(tiny_config(), tmp_path / "a")
     save_teacher(tiny_config(), tmp_path / "b")
-    cfg = load_config(config_naming(tmp_path, path), ["MODEL.DISTILLER.TEACHER_WEIGHTS", str(tmp_path / "b/teacher.pth")])
-    teacher = build_teacher(cfg)
+    opts = ["MODEL.DISTILLER.TEACHER_WEIGHTS", str(tmp_path / "b/teacher.pth")]
+    teacher = build_teacher(load_config(config_naming(tmp_path, path), opts))
     assert same_weights(teacher, tmp_path / "b/teacher.pth")
     assert not same_weights(teacher, tmp_path / "a/teacher.pth")
 

@@ -46,12 +46,10 @@ class _PearsonDistance(torch.autograd.Function):
         cross = (centred_s * centred_t).sum(_OVER, keepdim=True)
         std_s, std_t = (squares_s / freedom).sqrt(), (squares_t / freedom).sqrt()
         a, b = std_s + _EPS, std_t + _EPS
-        # A constant channel has no direction to move in: its correlation term is 0, not 0/0.
-        slope = torch.where(std_s > 0, cross / (freedom * std_s), torch.zeros_like(cross))
         scale = 1.0 / student.numel()
-        p = (_EPS / a**3 + slope / (a * a * b)) * scale
+        p = (_EPS / a**3 + cross / (freedom * std_s) / (a * a * b)) * scale
         q = scale / (a * b)
-        # Where c is 0 but for rounding (a constant channel, a 1x1 map), 1/eps must not blow that up.
+        # Where c is 0 but for rounding (a constant channel, a 1x1 map), neither 0/0 nor 1/eps times it.
         p = torch.where(_varies(std_s, mean_s), p, torch.zeros_like(p))
         q = torch.where(_varies(std_t, mean_t), q, torch.zeros_like(q))
         ctx.save_for_backward(student, teacher, p, q, q * mean_t - p * mean_s)

@@ -1,6 +1,7 @@
 """Several processes on the CPU over gloo, real command lines, and signals to a running job."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.modeling import build_model
+from tiny import write_dataset
+
+from distill_d2 import model_zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -115,3 +122,39 @@ def wait_for(condition, process, log, seconds=120):
     while not condition():
         assert process.poll() is None and time.time() < end, log.read_text()[-5000:]
         time.sleep(0.2)
+
+
+def write_coco(root):
+    """Two images each of train2017 and val2017, with the 80 classes of COCO."""
+    categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
+    (root / "coco" / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        entry = write_dataset(root / split, count=2)
+        content = json.loads(Path(entry["JSON"]).read_text())
+        content["categories"] = categories
+        (root / "coco" / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        Path(entry["IMAGES"]).rename(root / "coco" / split)
+
+
+def test_command_lines_of_the_reference_on_coco(tmp_path, monkeypatch):
+    """As its README gives them, but for the sizes that make them run here."""
+    write_coco(tmp_path / "datasets")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "r50.pth")
+    small = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"]
+    small += ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path / "output")]
+
+    def line(script, config, *arguments):
+        start = [sys.executable, str(ROOT / script), "--num-gpus", "0", "--config-file", str(ROOT / config)]
+        return [*start, *arguments, *small]
+
+    config = "configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "r50.pth"), "SOLVER.BASE_LR", "0.001"]
+    run(line("train_baseline.py", config, *weights))
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "output" / "model_final.pth")]
+    config = "configs/Distillation-PKD/retinanet_R_50_R101_pkd_FPN_1x.yaml"
+    (output,) = run(line("train_distill.py", config, "--resume", "--eval-only", *weights))
+    assert "copypaste: AP," in output

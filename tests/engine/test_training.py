@@ -184,3 +184,21 @@ def _setup(job, opts=()):
     from distill_d2.engine import setup
 
     return setup(job.arguments(opts=opts), distill=True)
+
+
+def test_mixed_precision_on_a_processor_that_has_it(job, monkeypatch):
+    monkeypatch.setattr("distill_d2.engine.trainer.native_bfloat16", lambda device: True)
+    job.run(opts=["SOLVER.AMP.ENABLED", True])
+    tensors = checkpoint(job.config.OUTPUT_DIR)["model"].values()
+    assert all(t.dtype is not torch.bfloat16 and torch.isfinite(t).all() for t in tensors)
+
+
+def test_progress_bar_on_a_terminal(job, monkeypatch, capsys):
+    from distill_d2.engine.hooks import ProgressBar
+
+    job.run(opts=["OUTPUT_DIR", job.folder / "plain"])
+    assert "4/4" not in capsys.readouterr().err
+    monkeypatch.setattr(ProgressBar, "wanted", staticmethod(lambda: True))
+    job.run()
+    shown = capsys.readouterr().err
+    assert "4/4" in shown and "loss=" in shown

@@ -147,6 +147,12 @@ def test_constant_teacher_has_no_say_in_the_gradient(level):
     assert gradient.abs().max() * student.numel() < 1e-4
 
 
+@pytest.mark.parametrize("std", [1e-12, 1e-18, 1e-22])
+def test_vanishing_student_is_finite(std):
+    _, gradient = value_and_gradient(pearson_distance, torch.randn(2, 4, 8, 8) * std, torch.randn(2, 4, 8, 8))
+    assert gradient.isfinite().all()
+
+
 def test_constant_channel_leaves_the_others_alone():
     student, teacher = torch.randn(2, 2, 8, 8), torch.randn(2, 2, 8, 8)
     _, alone = value_and_gradient(pearson_distance, student[:, :1], teacher[:, :1])
