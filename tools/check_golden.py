@@ -39,7 +39,7 @@ def check_file(path: str) -> int:
     """Check one file and print its table; PASS, FAIL or UNREADABLE."""
     try:
         arrays = read_arrays(path)
-        return max([check_kind(path, kind, arrays) for kind in kinds_of(arrays)])
+        return check_kinds(path, kinds_of(arrays), arrays)
     except FixtureError as error:
         print(f"{path}: {error}", file=sys.stderr)
         return UNREADABLE
@@ -73,24 +73,36 @@ def kinds_of(arrays: Dict[str, np.ndarray]) -> List[GoldenKind]:
         listing = "\n".join(f"  {name}: {', '.join(kind.holds)}" for name, kind in known.items())
         raise FixtureError(
             f"is a fixture of no known kind. The known kinds, and the arrays that they hold:\n{listing}\n"
-            f"It holds {', '.join(sorted(arrays)) or 'nothing'}"
+            f"It holds {listing_of(sorted(arrays)) or 'nothing'}"
         )
     return fitting
 
 
-def check_kind(path: str, kind: GoldenKind, arrays: Dict[str, np.ndarray]) -> int:
-    """Check a file as one kind of fixture and print the table.
+def check_kinds(path: str, kinds: List[GoldenKind], arrays: Dict[str, np.ndarray]) -> int:
+    """Check a file as each of the kinds that it is of, and print a table of each; PASS or FAIL.
 
     Raises:
-        FixtureError: it lacks an array of this kind.
+        FixtureError: it lacks an array of some kind.
     """
-    fixture = kind.run(arrays)
-    print(f"{path}: {kind.name}")
-    print_table(fixture)
+    fixtures = {kind.name: kind.run(arrays) for kind in kinds}
+    statuses = []
+    for name, fixture in fixtures.items():
+        print(f"{path}: {name}")
+        print_table(fixture)
+        statuses.append(print_verdict(name, fixture))
+    unused = set.intersection(*(set(fixture.unused) for fixture in fixtures.values()))
+    if unused:
+        print(f"{path}: not used: {listing_of(sorted(unused))}")
+    return max(statuses)
+
+
+def print_verdict(name: str, fixture: Fixture) -> int:
     failed = [c.name for c in fixture.comparisons if not c.passed]
-    verdict = f"FAIL: {len(failed)} of {len(fixture.comparisons)} arrays" if failed else "pass"
-    print(f"{kind.name}: {verdict}\n")
-    return FAIL if failed or not fixture.comparisons else PASS
+    if failed or not fixture.comparisons:
+        print(f"{name}: FAIL: {len(failed)} of {len(fixture.comparisons)} arrays\n")
+        return FAIL
+    print(f"{name}: pass\n")
+    return PASS
 
 
 def print_table(fixture: Fixture) -> None:
@@ -100,15 +112,18 @@ def print_table(fixture: Fixture) -> None:
             "x".join(map(str, c.expected.shape)) or "scalar",
             f"{c.absolute_error:.1e}" if c.same_shape else "-",
             f"{c.relative_error:.1e}" if c.same_shape else "-",
-            f"{c.atol:g} + {c.rtol:g} |x|",
+            f"{c.atol:.1g} + {c.rtol:.1g} x",
             "pass" if c.passed else "FAIL" if c.same_shape else f"FAIL: ours is {c.actual.shape}",
         ]
         for c in fixture.comparisons
     ]
     header = ["array", "shape", "absolute error", "relative error", "tolerance", ""]
     print(tabulate(rows, headers=header, tablefmt="pipe", disable_numparse=True))
-    if fixture.unused:
-        print(f"not used: {', '.join(fixture.unused)}")
+
+
+def listing_of(names: List[str], most: int = 20) -> str:
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 if __name__ == "__main__":
