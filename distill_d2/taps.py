@@ -78,9 +78,7 @@ class Taps:
 
     def put(self, path: str, output: Any) -> None:
         """Remember an output of the module ``path``, as its hook does."""
-        versions: List[int] = []
-        map_tensors(lambda tensor: versions.append(tensor._version), output)
-        self._calls.setdefault(path, []).append((output, versions))
+        self._calls.setdefault(path, []).append((output, _versions(output)))
 
     def has(self, path: str) -> bool:
         """Whether the module ran while recording, since the last ``clear()``."""
@@ -100,9 +98,7 @@ class Taps:
         if path not in self._calls:
             raise RuntimeError(f"the module '{path}' did not run in this step, or is not tapped")
         for output, versions in self._calls[path]:
-            now: List[int] = []
-            map_tensors(lambda tensor: now.append(tensor._version), output)
-            if now != versions:
+            if _versions(output) != versions:
                 raise RuntimeError(
                     f"the output of '{path}' was changed in place after it was recorded "
                     "(by an in-place activation, for example); tap the enclosing module instead"
@@ -120,3 +116,10 @@ class Taps:
             handle.remove()
         self._handles.clear()
         self.clear()
+
+
+def _versions(output: Any) -> List[int]:
+    """How often each tensor in ``output`` was changed in place."""
+    versions: List[int] = []
+    map_tensors(lambda tensor: versions.append(tensor._version), output)
+    return versions

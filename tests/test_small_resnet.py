@@ -4,7 +4,6 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
-
 from distill_d2.projects.small_resnet import add_small_resnet_config
 
 

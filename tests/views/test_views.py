@@ -11,9 +11,15 @@ from tiny import tiny_batch, tiny_config
 from torch import nn
 
 from distill_d2.teacher import Teacher
-from distill_d2.views import DetectorView, RCNNView, RetinaNetView, build_view, register_view
+from distill_d2.views import (
+    DetectorView,
+    RCNNView,
+    RetinaNetView,
+    build_view,
+    register_view,
+    require_same_classes,
+)
 from distill_d2.views import base as views_base
-from distill_d2.views import require_same_classes
 
 FAMILIES = ["retinanet", "faster", "mask"]
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Dict, Iterator, Tuple
+from typing import Dict, Iterator
 
 import torch
 from detectron2.layers import ShapeSpec
