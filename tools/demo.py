@@ -23,18 +23,13 @@ from typing import Dict, List
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = {
-    "shapes": {
-        "teacher": "quickstart/shapes_teacher.yaml",
-        "student": "quickstart/shapes_student.yaml",
-        "distilled": "quickstart/shapes_distill.yaml",
-    },
-    "bccd": {
-        "teacher": "quickstart/bccd_teacher.yaml",
-        "student": "quickstart/bccd_student.yaml",
-        "distilled": "quickstart/bccd_distill.yaml",
-    },
+# The three runs: which script, and which config of configs/quickstart/ after the dataset's name.
+RUNS = {
+    "teacher": ("train_baseline.py", "teacher"),
+    "student": ("train_baseline.py", "student"),
+    "distilled": ("train_distill.py", "distill"),
 }
+SECONDS_BETWEEN_NEWS = 30
 
 
 def main() -> None:
@@ -50,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", choices=sorted(CONFIGS), default="shapes")
+    parser.add_argument("--dataset", choices=["shapes", "bccd"], default="shapes")
     parser.add_argument("--seed", type=int, default=1, help="of all three runs")
     parser.add_argument("--output", default="output/demo", help="folder for the three runs")
     parser.add_argument("--num-gpus", type=int, default=0)
@@ -60,10 +55,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def start(name: str, args: argparse.Namespace) -> subprocess.Popen:
     """Start one training; its output goes to OUTPUT/<name>.out."""
-    script = "train_distill.py" if name == "distilled" else "train_baseline.py"
+    script, config = RUNS[name]
     output = Path(args.output)
     command = [sys.executable, str(ROOT / script), "--num-gpus", str(args.num_gpus)]
-    command += ["--config-file", CONFIGS[args.dataset][name], *args.opts]
+    command += ["--config-file", f"quickstart/{args.dataset}_{config}.yaml", *args.opts]
     command += ["SEED", str(args.seed), "OUTPUT_DIR", str(output / name)]
     if name == "distilled":
         command += ["MODEL.DISTILLER.TEACHER_WEIGHTS", str(output / "teacher" / "model_final.pth")]
@@ -79,10 +74,14 @@ def start(name: str, args: argparse.Namespace) -> subprocess.Popen:
 
 def wait_for(processes: List[subprocess.Popen]) -> None:
     """Wait for all; on a failure, or Ctrl-C, stop the others and leave."""
+    shown = time.time()
     try:
         while any(process.poll() is None for process in processes):
             if any(process.poll() for process in processes):
                 break
+            if time.time() - shown > SECONDS_BETWEEN_NEWS:
+                shown = time.time()
+                print("  " + "; ".join(progress(process) for process in processes), flush=True)
             time.sleep(0.5)
     finally:
         for process in processes:
@@ -94,10 +93,18 @@ def wait_for(processes: List[subprocess.Popen]) -> None:
         sys.exit("\n".join(tail) + f"\nfailed; the whole output is in {failed[0].log_file}")
 
 
+def progress(process: subprocess.Popen) -> str:
+    """Where a run is: the last line of its log that tells an iteration."""
+    lines = Path(process.log_file).read_text(errors="replace").splitlines()
+    told = [line.partition("iter: ")[2].split() for line in lines if "iter: " in line]
+    where = f"iteration {told[-1][0]}" if told else "starting"
+    return f"{Path(process.log_file).stem}: {where}"
+
+
 def print_comparison(output: Path, seconds: float) -> None:
     rows = [
         [name, results["bbox/AP"], results["bbox/AP50"], results["bbox/AP75"]]
-        for name, results in ((n, last_results(output / n)) for n in CONFIGS["shapes"])
+        for name, results in ((n, last_results(output / n)) for n in RUNS)
     ]
     header = ["", "AP", "AP50", "AP75"]
     print(tabulate(rows, headers=header, tablefmt="pipe", floatfmt=".1f"))

@@ -255,9 +255,20 @@ class DistillTrainer(DefaultTrainer):
 
     def _evaluate(self) -> Dict[str, Any]:
         state = random_state()  # evaluation must not change what training draws afterwards
+        handle = self.model.register_forward_pre_hook(lambda *_: self._leave_evaluation())
         self._last_eval_results = self.test(self.cfg, self.model)
+        handle.remove()
         set_random_state(state)
         return self._last_eval_results
+
+    def _leave_evaluation(self) -> None:
+        """Evaluation may outlast a scheduler's patience. Several processes would have to leave it
+        together, which they cannot while each evaluates its own images; they end it."""
+        if not self.stop or comm.get_world_size() > 1:
+            return
+        if self.iter < self.max_iter:  # afterwards model_final is there
+            self.save(f"model_{self.iter:07d}")
+        raise Interrupted
 
 
 def distributed(model: nn.Module) -> nn.Module:

@@ -152,6 +152,22 @@ def test_signal_saves_and_resumes_exactly(job, monkeypatch, number):
     )
 
 
+@pytest.mark.parametrize("period, last", [(2, "model_0000001.pth"), (0, "model_final.pth")])
+def test_signal_during_evaluation(job, monkeypatch, period, last):
+    evaluated = []
+
+    def interrupted(cls, cfg, model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        model.eval()
+        evaluated.append(model([]))
+
+    monkeypatch.setattr(DistillTrainer, "test", classmethod(interrupted))
+    with pytest.raises(SystemExit):
+        job.run(opts=["TEST.EVAL_PERIOD", period, "SOLVER.CHECKPOINT_PERIOD", 0])
+    assert not evaluated
+    assert (Path(job.config.OUTPUT_DIR) / "last_checkpoint").read_text() == last
+
+
 def test_preload_copies_only_into_a_fresh_run(job):
     job.config.MODEL.DISTILLER.PRELOAD_HEAD = True
     trainer = DistillTrainer(_setup(job))
