@@ -1,3 +1,4 @@
+import logging
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def _one_thread_one_seed(monkeypatch, tmp_path):
     """Equal results on every machine; generated data never lands in the checkout."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    logging.getLogger("distill_d2").propagate = True  # for caplog; a job's logging turns it off
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
 
 

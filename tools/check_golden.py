@@ -45,6 +45,13 @@ def check_file(path: str) -> int:
         return UNREADABLE
 
 
+# AttributeError and TypeError: a single array, from an .npy file.
+_READ_ERRORS = (
+    *(OSError, ValueError, EOFError, AttributeError, TypeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
+
 def read_arrays(path: str) -> Dict[str, np.ndarray]:
     """The arrays of an .npz file; pickled objects are not read.
 
@@ -56,8 +63,7 @@ def read_arrays(path: str) -> Dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise FixtureError("there is no such file") from None
-    # TypeError: a single array, from an .npy file
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except _READ_ERRORS as error:
         raise FixtureError(f"cannot be read as an .npz file of arrays: {error}") from error
 
 

@@ -187,6 +187,9 @@ class DistillTrainer(DefaultTrainer):
                     "--resume goes on from there."
                 )
                 return None
+            finally:
+                # Ends the loader's workers now: they ignore the SIGTERM that python ends them with.
+                self._trainer._data_loader_iter_obj = None
 
     def _run(self) -> None:
         super().train()
