@@ -15,6 +15,7 @@ from detectron2.utils.logger import setup_logger
 from .. import model_zoo
 from ..config import add_distill_config, load_yaml, student_config
 from ..data import check_datasets, register_custom_datasets, register_shapes
+from ..evaluation import evaluator_kind
 from ..losses import build_losses
 
 
@@ -47,6 +48,8 @@ def setup(args: Any, distill: bool) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     if comm.is_main_process():
         check_datasets(cfg, train=not evaluate_only)
+        for name in cfg.DATASETS.TEST:
+            evaluator_kind(name)  # raises for one that cannot be evaluated
     comm.synchronize()
     return cfg
 

@@ -1,5 +1,5 @@
 """The evaluator that a dataset's metadata asks for."""
 
-from .evaluators import VOCEvaluator, build_evaluator
+from .evaluators import VOCEvaluator, build_evaluator, evaluator_kind
 
-__all__ = ["VOCEvaluator", "build_evaluator"]
+__all__ = ["VOCEvaluator", "build_evaluator", "evaluator_kind"]

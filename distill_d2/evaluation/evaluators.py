@@ -145,6 +145,21 @@ _OTHERS = {
 }
 
 
+def evaluator_kind(dataset_name: str) -> str:
+    """The ``evaluator_type`` in a registered dataset's metadata.
+
+    Raises:
+        ValueError: there is none, or none that is known here.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind in _COCO_LIKE or kind in _OTHERS:
+        return kind
+    raise ValueError(
+        f"dataset '{dataset_name}' has evaluator_type {kind!r} in its metadata; expected one of "
+        f"{sorted([*_COCO_LIKE, *_OTHERS])}"
+    )
+
+
 def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
     """The evaluator for a registered dataset; COCO's and LVIS's write their detections to
     output_dir/inference/<dataset>.
@@ -152,16 +167,10 @@ def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
     Raises:
         ValueError: the dataset's metadata has no ``evaluator_type`` that is known here.
     """
-    metadata = MetadataCatalog.get(dataset_name)
-    kind = metadata.get("evaluator_type")
+    kind = evaluator_kind(dataset_name)
     if kind in _OTHERS:
         return _OTHERS[kind](dataset_name)
-    if kind not in _COCO_LIKE:
-        raise ValueError(
-            f"dataset '{dataset_name}' has evaluator_type {kind!r} in its metadata; expected one of "
-            f"{sorted([*_COCO_LIKE, *_OTHERS])}"
-        )
-    json_file = metadata.get("json_file")
+    json_file = MetadataCatalog.get(dataset_name).get("json_file")
     if json_file and "://" not in json_file and not os.path.exists(json_file):
         DatasetCatalog.get(dataset_name)  # generated on first use, or the loader's error says why not
     folder = os.path.join(output_dir, "inference", dataset_name)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from tiny import save_teacher, tiny_config
 
@@ -118,6 +119,13 @@ def test_dataset_path_without_annotations(job):
 def test_classes_of_dataset_and_model_differ(job):
     job.config.MODEL.RETINANET.NUM_CLASSES = 80
     fails(job, ValueError, "MODEL.RETINANET.NUM_CLASSES", "80", "3")
+
+
+def test_dataset_that_cannot_be_evaluated(job):
+    job.run(distill=False)  # registers the dataset
+    (Path(job.config.OUTPUT_DIR) / "metrics.json").unlink()
+    MetadataCatalog.get(job.entry["NAME"]).__dict__["evaluator_type"] = "sem_seg"
+    fails(job, ValueError, job.entry["NAME"], "'sem_seg'", "pascal_voc")
 
 
 def test_unreadable_image_is_named(job):
