@@ -25,10 +25,11 @@ class Job:
         self.config = distiller_config(student_cfg, teacher)
         self.config.OUTPUT_DIR = str(folder / "output")
         self.config_file = str(folder / "config.yaml")
+        self.text = None  # of the file, instead of the config's
 
     def arguments(self, *arguments, opts=()):
         with open(self.config_file, "w") as file:
-            file.write(self.config.dump())
+            file.write(self.text or self.config.dump())
         return argument_parser().parse_args(
             ["--num-gpus", "0", "--config-file", self.config_file, *arguments, *map(str, opts)]
         )

@@ -156,15 +156,8 @@ def test_misspelt_key_on_the_command_line(job):
     fails(job, KeyError, "SOLVER.MAX_ITERS", "SOLVER.MAX_ITER", opts=["SOLVER.MAX_ITERS", 5])
 
 
-def test_misspelt_key_in_the_file(job, monkeypatch):
-    write = job.arguments
-
-    def misspelt(*arguments, **kwargs):
-        parsed = write(*arguments, **kwargs)
-        Path(job.config_file).write_text("MODEL: {DISTILLER: {TYPE: [PKD]}}\n")
-        return parsed
-
-    monkeypatch.setattr(job, "arguments", misspelt)
+def test_misspelt_key_in_the_file(job):
+    job.text = "MODEL: {DISTILLER: {TYPE: [PKD]}}\n"
     fails(job, KeyError, "MODEL.DISTILLER.TYPE", job.config_file)
 
 
@@ -180,15 +173,8 @@ def test_output_folder_that_cannot_be_written(job):
         job.run()
 
 
-def test_yaml_with_a_python_tag(job, monkeypatch):
-    write = job.arguments
-
-    def tagged(*arguments, **kwargs):
-        parsed = write(*arguments, **kwargs)
-        Path(job.config_file).write_text("SEED: !!python/object/apply:os.getpid []\n")
-        return parsed
-
-    monkeypatch.setattr(job, "arguments", tagged)
+def test_yaml_with_a_python_tag(job):
+    job.text = "SEED: !!python/object/apply:os.getpid []\n"
     fails(job, ValueError, "yaml tag", job.config_file, "line 1")
 
 
