@@ -115,15 +115,20 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Dict[str, Any]):
         self.incompatible = super()._load_model(checkpoint)
         if self._exact:
-            self._check_exact()
+            self._check_exact(checkpoint)
         return self.incompatible
 
-    def _check_exact(self) -> None:
+    def _check_exact(self, checkpoint: Dict[str, Any]) -> None:
         keys = self.incompatible
+        mis_shaped = [name for name, _, _ in keys.incorrect_shapes]
+        losses = self.checkpointables.get("distiller")
+        ours = set(losses.state_dict()) if losses is not None else set()
+        theirs = set(checkpoint.get("distiller", {}))
         wrong = {
-            "missing": keys.missing_keys,
+            "missing": [name for name in keys.missing_keys if name not in mis_shaped],
             "unknown": keys.unexpected_keys,
-            "of another shape": [name for name, _, _ in keys.incorrect_shapes],
+            "of another shape": mis_shaped,
+            "of other losses": sorted(ours ^ theirs),
         }
         if any(wrong.values()):
             listing = "; ".join(f"{len(v)} {k}: {v[:5]}" for k, v in wrong.items() if v)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from .checkpoint import SafeCheckpointer
 from .config import add_distill_config, load_yaml, student_config
 from .prepare import fold_norms, native_bfloat16, prefer_onednn
 from .views import build_view
-
-logger = logging.getLogger(__name__)
 
 _DTYPES = {"": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Keys that never change what a detector computes: normalisation constants and anchors, which come
@@ -214,8 +211,8 @@ def load_teacher(
     path = _find_weights(weights or plan.weights, plan.config_file)
     model = plan.build(device)
     loaded = load_teacher_weights(model, path, allow_missing)
-    logger.info(f"Teacher {plan.config_file}: {loaded} keys loaded from {path}")
-    teacher = Teacher(model, input_format=plan.format_of(model), **options)
+    source = f"{plan.config_file}, {loaded} keys loaded from {path}"
+    teacher = Teacher(model, input_format=plan.format_of(model), source=source, **options)
     teacher.check_device(torch.device(device))
     return teacher
 

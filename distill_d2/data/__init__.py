@@ -2,17 +2,19 @@
 
 from .check import NamedReadErrors, check_dataset, check_datasets
 from .custom import datasets_root, register_custom_datasets
-from .loader import build_train_loader
+from .loader import ShieldedLoader, build_train_loader, end_workers
 from .sampler import ResumableTrainingSampler
 from .shapes import generate_shapes, register_shapes
 
 __all__ = [
     "NamedReadErrors",
     "ResumableTrainingSampler",
+    "ShieldedLoader",
     "build_train_loader",
     "check_dataset",
     "check_datasets",
     "datasets_root",
+    "end_workers",
     "generate_shapes",
     "register_custom_datasets",
     "register_shapes",

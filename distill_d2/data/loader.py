@@ -1,9 +1,11 @@
-"""detectron2's training loader, with workers that survive a job's SIGTERM."""
+"""detectron2's data loaders, with workers that survive a job's SIGTERM and end with it."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from typing import Any, Callable, Dict, List
+import weakref
+from typing import Any, Callable, Dict, Iterator, List
 
 import torch
 from detectron2.data import DatasetFromList, MapDataset
@@ -14,13 +16,48 @@ from torch.utils.data import DataLoader
 
 from .sampler import ResumableTrainingSampler
 
+_iterators: "weakref.WeakSet" = weakref.WeakSet()
+
+
+class ShieldedLoader:
+    """A DataLoader whose workers ignore SIGINT and SIGTERM.
+
+    A terminal's Ctrl-C and a scheduler's SIGTERM go to all processes of a job; the training process
+    still needs its workers to end the step that runs. ``end_workers()`` ends them.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+        self.dataset = loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        with _signals_blocked():  # processes inherit what is blocked when they are started
+            iterator = iter(self.loader)
+        _iterators.add(iterator)
+        return iterator
+
+
+def end_workers() -> None:
+    """End the workers of all loaders that are still being read.
+
+    They ignore the signal with which python ends its children, so it would wait for them for ever,
+    in particular after an error, whose traceback keeps the loader alive.
+    """
+    for iterator in list(_iterators):
+        # Of DataLoader's iterators only those with workers have it; there is no public name.
+        getattr(iterator, "_shutdown_workers", lambda: None)()
+        _iterators.discard(iterator)
+
 
 def build_train_loader(
     dataset: List[Dict[str, Any]],
     mapper: Callable[[Dict[str, Any]], Any],
     sampler: ResumableTrainingSampler,
     num_workers: int,
-) -> DataLoader:
+) -> ShieldedLoader:
     """As detectron2's ``build_detection_train_loader``; an endless loader of lists of dicts.
 
     Args:
@@ -30,20 +67,24 @@ def build_train_loader(
         num_workers: processes that load; 0: in the training process.
     """
     mapped = MapDataset(DatasetFromList(dataset, copy=False), mapper)
-    return DataLoader(
-        ToIterableDataset(mapped, sampler, shard_chunk_size=sampler.batch_size),
-        batch_size=sampler.batch_size,
-        drop_last=True,
-        num_workers=num_workers,
-        collate_fn=trivial_batch_collator,
-        worker_init_fn=_start_worker,
-        # Workers draw their seeds from here, not from the generator that training uses.
-        generator=torch.Generator().manual_seed(sampler.seed + comm.get_rank()),
+    return ShieldedLoader(
+        DataLoader(
+            ToIterableDataset(mapped, sampler, shard_chunk_size=sampler.batch_size),
+            batch_size=sampler.batch_size,
+            drop_last=True,
+            num_workers=num_workers,
+            collate_fn=trivial_batch_collator,
+            worker_init_fn=worker_init_reset_seed,
+            # Workers draw their seeds from here, not from the generator that training uses.
+            generator=torch.Generator().manual_seed(sampler.seed + comm.get_rank()),
+        )
     )
 
 
-def _start_worker(worker_id: int) -> None:
-    worker_init_reset_seed(worker_id)
-    # A scheduler's SIGTERM goes to all processes of a job; the training process still needs its
-    # workers to end the step that runs, and ends them itself.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

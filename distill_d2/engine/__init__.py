@@ -3,7 +3,7 @@
 from .launch import argument_parser, launch
 from .main import evaluate, main
 from .optimizer import build_optimizer
-from .setup import setup
+from .setup import load_config, setup
 from .trainer import DistillTrainer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "build_optimizer",
     "evaluate",
     "launch",
+    "load_config",
     "main",
     "setup",
 ]

@@ -30,15 +30,14 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_request() -> Iterator[StopRequest]:
-    """SIGINT and SIGTERM only note the request inside; the step that runs can end in peace."""
-    request = StopRequest()
+def stop_request(request: StopRequest) -> Iterator[None]:
+    """SIGINT and SIGTERM are only noted inside; the step that runs can end in peace."""
 
     def note(number, _frame):
         request.signal = number
 
     with _handling(note):
-        yield request
+        yield
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Callable
 
 from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_processes
+from torch.multiprocessing import ProcessExitedException
 
 from .interrupt import forwarding_signals
 
@@ -38,15 +39,22 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     processes = _processes(args)
     if args.dist_url is None:
         args.dist_url = "auto" if args.num_machines == 1 else args.default_dist_url
+    if processes * args.num_machines == 1:
+        main(args)
+        return
     with forwarding_signals() as request:
-        launch_processes(
-            main,
-            processes,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        try:
+            launch_processes(
+                main,
+                processes,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
+        except ProcessExitedException:
+            if not request:  # otherwise they were stopped before training, or while evaluating
+                raise
     if request:
         sys.exit(128 + request.signal)
 

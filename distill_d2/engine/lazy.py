@@ -40,7 +40,9 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
         FileNotFoundError, ValueError, OSError: the message names the key or file.
     """
     args.config_file = model_zoo.find_config(args.config_file)
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), list(args.opts or []))
+    cfg = LazyConfig.load(args.config_file)
+    _check_overrides(cfg, args.opts or [])
+    cfg = LazyConfig.apply_overrides(cfg, list(args.opts or []))
     check_length(cfg.train.max_iter, "train.max_iter")
     check_output_dir(cfg.train.output_dir, "train.output_dir")
     cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
@@ -57,6 +59,9 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     rank = comm.get_rank()
     setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
     return cfg
+
+
+_MISSING = object()
 
 
 class LazyDistillTrainer(DistillTrainer):
@@ -144,6 +149,15 @@ class LazyDistillTrainer(DistillTrainer):
 
     def _run(self) -> None:
         TrainerBase.train(self, self.start_iter, self.max_iter)
+
+
+def _check_overrides(cfg: DictConfig, overrides: List[str]) -> None:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ValueError(f"'{override}': a .py config is changed by path.key=value")
+        if key[:1] not in ("+", "~") and OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
+            raise KeyError(f"unknown config key '{key}'; +{key}=... adds a new one")
 
 
 def _distiller_node(values: Dict[str, Any]) -> CfgNode:

@@ -10,6 +10,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ..checkpoint import SafeCheckpointer
+from ..data import end_workers
 from . import lazy
 from .setup import setup
 from .trainer import DistillTrainer
@@ -61,7 +62,10 @@ def evaluate(cfg: Any, trainer: type, resume: bool = False) -> Dict[str, Any]:
             f"--eval-only: the weights do not fill the model; {len(missing)} of its tensors are "
             f"missing or of another shape: {sorted(set(missing))[:10]}"
         )
-    results = trainer.test(cfg, model)
+    try:
+        results = trainer.test(cfg, model)
+    finally:
+        end_workers()
     if comm.is_main_process() and hasattr(cfg, "TEST"):
         verify_results(cfg, results)
     return results

@@ -7,6 +7,7 @@ import os
 from typing import Any, List, Optional
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.utils import comm
@@ -38,8 +39,6 @@ def setup(args: Any, distill: bool) -> CfgNode:
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
     evaluate_only = getattr(args, "eval_only", False)
     cfg = _with_distiller(cfg) if distill and not evaluate_only else student_config(cfg)
-    register_shapes()
-    register_custom_datasets(cfg.DATASETS.CUSTOM)
     check_length(cfg.SOLVER.MAX_ITER, "SOLVER.MAX_ITER")
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
     check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
@@ -55,7 +54,8 @@ def setup(args: Any, distill: bool) -> CfgNode:
 
 
 def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
-    """The config of a file (a path, or the name of a packaged config) and KEY VALUE pairs.
+    """The config of a file (a path, or the name of a packaged config) and KEY VALUE pairs; its
+    datasets are registered.
 
     Raises:
         FileNotFoundError, ValueError, KeyError, AssertionError: see ``setup``.
@@ -72,6 +72,8 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
         load_yaml(cfg, model_zoo.find_config(extra, relative_to=os.path.dirname(path)))
     _merge_opts(cfg, opts)
     _locate_teacher(cfg, path)
+    register_shapes()
+    register_custom_datasets(cfg.DATASETS.CUSTOM)
     return cfg
 
 
@@ -128,10 +130,8 @@ def _config_folders(config_file: str) -> List[str]:
 
 def _base_of(config_file: str) -> str:
     with open(config_file) as file:
-        for line in file:
-            if line.startswith("_BASE_:"):
-                return line.partition(":")[2].strip().strip("\"'")
-    return ""
+        base = (yaml.safe_load(file) or {}).get("_BASE_", "")
+    return base if isinstance(base, str) else ""
 
 
 def choose_device(device: str, num_gpus: int) -> str:

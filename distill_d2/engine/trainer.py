@@ -21,7 +21,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import SafeCheckpointer
-from ..data import NamedReadErrors, ResumableTrainingSampler, build_train_loader
+from ..data import (
+    NamedReadErrors,
+    ResumableTrainingSampler,
+    ShieldedLoader,
+    build_train_loader,
+    end_workers,
+)
 from ..distiller import Distiller
 from ..evaluation import build_evaluator
 from ..prepare import native_bfloat16
@@ -101,7 +107,7 @@ class DistillTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         mapper = NamedReadErrors(DatasetMapper(cfg, False))
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return ShieldedLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
@@ -176,7 +182,7 @@ class DistillTrainer(DefaultTrainer):
         Returns:
             the last evaluation's results; None if it was stopped.
         """
-        with stop_request() as self.stop:
+        with stop_request(self.stop):
             try:
                 self._run()
                 return getattr(self, "_last_eval_results", None)
@@ -188,8 +194,7 @@ class DistillTrainer(DefaultTrainer):
                 )
                 return None
             finally:
-                # Ends the loader's workers now: they ignore the SIGTERM that python ends them with.
-                self._trainer._data_loader_iter_obj = None
+                end_workers()
 
     def _run(self) -> None:
         super().train()

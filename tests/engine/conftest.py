@@ -1,15 +1,7 @@
 import pytest
-import torch
 from tiny import distiller_config, save_teacher, tiny_config, use_dataset, write_dataset
 
 from distill_d2.engine import argument_parser, main
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _same_bits_in_first_and_later_calls():
-    """detectron2's scripted losses change their last bits once TorchScript has profiled them; two
-    runs of one test process would differ where two processes do not."""
-    torch._C._jit_set_profiling_executor(False)
 
 
 class Job:

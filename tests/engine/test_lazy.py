@@ -153,6 +153,13 @@ def test_misspelt_distiller_key(config_file):
         run(config_file, "+distiller.TYPE=[PKD]")
 
 
+def test_misspelt_override(config_file):
+    with pytest.raises(KeyError, match="train.max_itr"):
+        run(config_file, "train.max_itr=4")
+    with pytest.raises(ValueError, match="path.key=value"):
+        run(config_file, "train.max_iter", "4")
+
+
 def test_no_iterations(config_file):
     with pytest.raises(ValueError, match="train.max_iter is 0"):
         run(config_file, "train.max_iter=0")

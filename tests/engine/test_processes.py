@@ -112,6 +112,24 @@ def test_sigterm_to_a_running_job(job, processes, workers):
     assert student(job.config.OUTPUT_DIR, last[: -len(".pth")])
 
 
+def test_broken_image_ends_a_job_with_workers(job):
+    """The workers ignore the signal with which python ends them; the job must not wait for ever."""
+    job.config.DATASETS.CHECK_IMAGES = 0
+    job.config.DATALOADER.NUM_WORKERS = 2
+    broken = Path(job.entry["IMAGES"]) / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    (output,) = run(command(job, "train_baseline.py"), expect=1)
+    assert str(broken) in output
+
+
+def test_sigterm_before_training_stops_at_once(job):
+    (output,) = run(
+        ["timeout", "--preserve-status", "-s", "TERM", "3", *command(job, "train_distill.py")],
+        expect=128 + signal.SIGTERM,
+    )
+    assert "model_final" not in output
+
+
 def read(folder, name):
     path = Path(folder) / name
     return path.read_text() if path.exists() else ""

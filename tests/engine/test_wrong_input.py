@@ -142,6 +142,14 @@ def test_resume_from_another_model(job):
     assert "head.cls_subnet.2.weight" in str(caught.value)
 
 
+def test_resume_with_other_losses(job):
+    job.run()
+    job.config.MODEL.DISTILLER.TYPES = ["FeatureMimic"]
+    job.config.MODEL.DISTILLER.FEATURE_MIMIC.IN_FEATURES = ["res3"]
+    with pytest.raises(ValueError, match="of other losses.*FeatureMimic"):
+        job.run("--resume")
+
+
 def test_evaluation_with_weights_of_another_model(job):
     job.run(distill=False)
     job.config.MODEL.RETINANET.NUM_CONVS = 2
