@@ -5,11 +5,14 @@ from .custom import datasets_root, register_custom_datasets
 from .loader import ShieldedLoader, build_train_loader, end_workers
 from .sampler import ResumableTrainingSampler
 from .shapes import generate_shapes, register_shapes
+from .statistics import BoxStatistics, box_statistics
 
 __all__ = [
+    "BoxStatistics",
     "NamedReadErrors",
     "ResumableTrainingSampler",
     "ShieldedLoader",
+    "box_statistics",
     "build_train_loader",
     "check_dataset",
     "check_datasets",
