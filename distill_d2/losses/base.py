@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Dict, List
+from typing import TYPE_CHECKING, Any, Callable, Dict, List
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -12,6 +12,9 @@ from torch import nn
 
 from ..views import Batch, DetectorView
 from .pairing import FeaturePairs
+
+if TYPE_CHECKING:
+    from ..data.statistics import BoxStatistics
 
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
 DISTILL_LOSS_REGISTRY.__doc__ = """Subclasses of DistillLoss, chosen by MODEL.DISTILLER.TYPES."""
@@ -104,10 +107,25 @@ class DistillLoss(nn.Module):
             return {}
         return {f"loss_{self.NODE.lower()}": sum(p.sum() for p in parameters) * 0.0}
 
+    def use_statistics(self, statistics: Callable[[], "BoxStatistics"]) -> None:
+        """Take the training data's frequencies and sizes of boxes; called before ``bind``.
+
+        Args:
+            statistics: computes or reads them, which may take a while: called only where needed.
+        """
+
+    def import_state(self, state: Dict[str, torch.Tensor], part: str) -> Dict[str, torch.Tensor]:
+        """Of this loss's parameters in an earlier run's checkpoint those to start from.
+
+        Args:
+            part: "all" or "teacher_only", PRELOAD_TYPE.
+        """
+        return state
+
     @classmethod
     def add_config(cls, distiller: CN) -> None:
         """Add this loss's node, with its defaults, to the node MODEL.DISTILLER."""
-        distiller[cls.NODE] = CN({key.upper(): value for key, value in _defaults(cls).items()})
+        distiller[cls.NODE] = CN({key.upper(): value for key, value in keyword_defaults(cls).items()})
 
     @classmethod
     def from_config(cls, distiller: CN) -> "DistillLoss":
@@ -131,7 +149,7 @@ def build_losses(distiller: CN) -> Dict[str, DistillLoss]:
     return {name: DISTILL_LOSS_REGISTRY.get(name).from_config(distiller) for name in names}
 
 
-def _defaults(cls: type) -> Dict[str, Any]:
+def keyword_defaults(cls: type) -> Dict[str, Any]:
     """The keyword arguments of ``cls`` and its base losses with their defaults, base first."""
     defaults: Dict[str, Any] = {}
     for ancestor in reversed(cls.__mro__):

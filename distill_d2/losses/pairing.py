@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import nn
 from ..views import DetectorView
 
 Shapes = Dict[str, Tuple[int, ...]]
+Maps = Dict[str, torch.Tensor]
 Pairs = Dict[str, Tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -19,18 +20,30 @@ class FeaturePairs(nn.Module):
 
     Where channels differ, a trainable 1x1 convolution maps the student's to the teacher's number;
     where sizes differ (two networks may round an odd size differently), the student's map is
-    resized bilinearly. The teacher's maps are never changed.
+    resized bilinearly. The teacher's maps are not changed, unless a loss wants a number of channels.
     """
 
-    def __init__(self, in_features: Sequence[str] = ()):
+    def __init__(
+        self,
+        in_features: Sequence[str] = (),
+        *,
+        channels: Optional[int] = None,
+        contiguous: bool = True,
+    ):
         """
         Args:
             in_features: names of neck levels or bottom-up stages; empty: all neck levels that both
                 detectors have with one stride.
+            channels: map the levels of both detectors to this number of channels, where they differ
+                from it; None: the student's to the teacher's.
+            contiguous: False: maps may come in any memory layout, which saves copies.
         """
         super().__init__()
         self.in_features = list(in_features)
+        self.channels = channels
+        self.contiguous = contiguous
         self.adapters = nn.ModuleDict()
+        self.teacher_adapters = nn.ModuleDict()
         self.strides: Dict[str, int] = {}
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
@@ -51,8 +64,11 @@ class FeaturePairs(nn.Module):
                     f"({_strides(teacher)}); levels pair by name and stride"
                 )
             self.strides[name] = ours.stride
-            if ours.channels != theirs.channels:
-                self.adapters[name] = nn.Conv2d(ours.channels, theirs.channels, kernel_size=1)
+            wanted = self.channels or theirs.channels
+            if ours.channels != wanted:
+                self.adapters[name] = nn.Conv2d(ours.channels, wanted, kernel_size=1)
+            if theirs.channels != wanted:
+                self.teacher_adapters[name] = nn.Conv2d(theirs.channels, wanted, kernel_size=1)
 
     def describe(self, student: Shapes, teacher: Shapes) -> List[List[str]]:
         """One row per level for the table at start-up: name, stride, both shapes, and what is adapted.
@@ -63,22 +79,46 @@ class FeaturePairs(nn.Module):
         rows = []
         for name in self.in_features:
             steps = ["1x1 convolution"] if name in self.adapters else []
+            if name in self.teacher_adapters:
+                steps = ["1x1 convolution of each" if steps else "1x1 convolution of the teacher's"]
             steps += ["resize"] if student[name][1:] != teacher[name][1:] else []
             stride, adapter = self.strides[name], ", ".join(steps) or "none"
             rows.append([name, str(stride), str(student[name]), str(teacher[name]), adapter])
         return rows
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Pairs:
-        """Per level name, the student's map and the teacher's, both (N, C, H, W) of the teacher."""
-        pairs = {}
-        for name in self.in_features:
-            ours, theirs = student.level(name), teacher.level(name)
-            if name in self.adapters:
-                ours = self.adapters[name](ours)
-            if ours.shape[-2:] != theirs.shape[-2:]:
-                ours = F.interpolate(ours, theirs.shape[-2:], mode="bilinear", align_corners=False)
-            pairs[name] = (ours, theirs)
-        return pairs
+        """Per level name, the student's map and the teacher's, of equal shape (N, C, H, W)."""
+        theirs = self.of_teacher(teacher)
+        ours = self.of_student(student, [level.shape[-2:] for level in theirs.values()])
+        return {name: (ours[name], theirs[name]) for name in theirs}
+
+    def of_teacher(self, teacher: DetectorView) -> Maps:
+        """The teacher's map (N, C, H, W) by level name."""
+        return {name: self._level(teacher, name, self.teacher_adapters) for name in self.in_features}
+
+    def of_student(
+        self, student: DetectorView, sizes: Sequence[Tuple[int, int]], *, detach: bool = False
+    ) -> Maps:
+        """The student's map (N, C, H, W) by level name.
+
+        Args:
+            sizes: (H, W) of the teacher's map of each level.
+            detach: gradients reach the adapters, but not the student.
+        """
+        maps = {}
+        for name, size in zip(self.in_features, sizes):
+            level = self._level(student, name, self.adapters, detach)
+            if level.shape[-2:] != tuple(size):
+                level = F.interpolate(level, size, mode="bilinear", align_corners=False)
+            maps[name] = level
+        return maps
+
+    def _level(
+        self, view: DetectorView, name: str, adapters: nn.ModuleDict, detach: bool = False
+    ) -> torch.Tensor:
+        level = view.level(name, contiguous=self.contiguous)
+        level = level.detach() if detach else level
+        return adapters[name](level) if name in adapters else level
 
 
 def _common_levels(student: DetectorView, teacher: DetectorView) -> List[str]:

@@ -90,7 +90,7 @@ class DetectorView:
         self.taps.add("backbone")
         #: Wraps whatever part of the detector the view runs by itself (the teacher's heads).
         self.context: Callable[[], ContextManager] = contextlib.nullcontext
-        self._float: Dict[str, Any] = {}
+        self._float: Dict[Any, Any] = {}
 
     # What the detector has, known when it is built.
 
@@ -183,7 +183,7 @@ class DetectorView:
     @property
     def features(self) -> Dict[str, torch.Tensor]:
         """The neck's outputs by name, each (N, C, H/stride, W/stride)."""
-        return self._in_float("backbone")
+        return {name: self.level(name) for name in self.neck_shapes}
 
     @property
     def bottom_up(self) -> Dict[str, torch.Tensor]:
@@ -194,12 +194,19 @@ class DetectorView:
             if self.taps.has(self._stage_path(name))
         }
 
-    def level(self, name: str) -> torch.Tensor:
-        """The level ``name`` of the neck, or a required bottom-up stage: (N, C, H, W)."""
-        if name in self.neck_shapes:
-            return self.features[name]
-        output = self._in_float(self._stage_path(name))
-        return output[name] if isinstance(output, dict) else output
+    def level(self, name: str, *, contiguous: bool = True) -> torch.Tensor:
+        """The level ``name`` of the neck, or a required bottom-up stage: (N, C, H, W).
+
+        Args:
+            contiguous: False: in whatever memory layout it was computed, which saves a copy.
+        """
+        key = (name, contiguous)
+        if key not in self._float:
+            path = "backbone" if name in self.neck_shapes else self._stage_path(name)
+            output = self.taps.output(path)
+            level = output[name] if isinstance(output, dict) else output
+            self._float[key] = _to_float(level) if contiguous else level.float()
+        return self._float[key]
 
     def tap(self, path: str, index: Any = None) -> Any:
         """The output of the module ``path``; ``index`` picks from a dict, tuple or list of calls."""

@@ -1,0 +1,326 @@
+"""ICD: instance-conditional knowledge distillation.
+
+Kang et al., "Instance-Conditional Knowledge Distillation for Object Detection", NeurIPS 2021, arXiv
+2110.12724. Real and fake instances become queries; a decoder on the teacher's neck, trained by an
+auxiliary task (does the instance exist, and where), learns where in the feature maps the knowledge
+about an instance is. There the student's projected features mimic the teacher's:
+
+    L = WEIGHT_VALUE * mean over images, heads, channels of
+        sum_s M |LN V_S - LN V_T|^2 / sum_s M,      M = sum over real instances of their attention
+
+with weight 8 for one-stage and 3 for two-stage detectors. The student's own losses never train the
+decoder, and the auxiliary task never the student. Only necks are read: any detector will do. Where
+the authors' code and the paper may differ, this is the code. All means are of the process's batch.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Dict, List, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode as CN
+from torch import nn
+
+from ...views import Batch, DetectorView
+from ..base import DISTILL_LOSS_REGISTRY, DistillLoss, keyword_defaults
+from ..pairing import FeaturePairs
+from .auxiliary import AuxiliaryTask
+from .config import add_keys, check_arguments, read_arguments
+from .decoder import ConditionalDecoder, Decoded, dropout_seed
+from .geometry import Geometry, geometry_of
+from .projection import positions_of
+from .queries import InstanceQueries
+from .reference import from_reference, is_reference
+from .sampling import BoxPrior, Queries, SlotSampler
+from .student import StudentValues
+
+Terms = Dict[str, torch.Tensor]
+Maps = List[torch.Tensor]
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class InstanceConditionalDistillation(DistillLoss):
+    """ICD; keys in MODEL.DISTILLER.INS, INS_ATT_MIMIC and MODEL.DISTILLER itself.
+
+    Its parameters, 1.4 M with the defaults: query encoder, decoder and predictor, trained by the
+    auxiliary task alone, and the student's value projections.
+    """
+
+    NODE = "ICD"
+
+    def __init__(
+        self,
+        *,
+        input_feats: Sequence[str] = (),
+        num_classes: int = 0,
+        hidden_dim: int = 256,
+        att_heads: int = 8,
+        att_layers: int = 1,
+        project_pos: bool = True,
+        use_pos_embedding: bool = True,
+        decoder_posemb_on_v: bool = False,
+        distill_norm: str = "ln",
+        dropout: float = 0.0,
+        add_scale_indicator: bool = True,
+        sample_rule: str = "relative",
+        num_neg_pos_ratio: float = 5.0,
+        num_labels: int = 100,
+        max_labels: int = 300,
+        uniform_sample_class: bool = False,
+        uniform_sample_box: bool = False,
+        confidence_loss_weight: float = 1.0,
+        value_reconst: float = -1.0,
+        weight_value: float = 8.0,
+        temp_value: float = 1.0,
+        temp_decay: bool = False,
+        temp_decay_to: float = 1.0,
+        distill_negative: bool = False,
+        loss_form: str = "mse",
+        sample_range: float = 0.3,
+        bypass_distill: int = 1000,
+        bypass_distill_after: int = 99999999,
+        stop_joint: int = 9999999,
+        distill_off: int = 0,
+        distill_on: int = 1,
+        reference_bugs: bool = False,
+        solver: Optional[CN] = None,
+    ):
+        """
+        Args:
+            input_feats: levels by name; empty: all common neck levels.
+            num_classes: of the ground truth; 0: the student's.
+            hidden_dim: channels of the decoder; levels with another number get a 1x1 convolution.
+            att_heads, att_layers: of the decoder; with 0 layers attention alone, without residual.
+            project_pos: a Linear on the positional embedding.
+            use_pos_embedding: add it to the keys; decoder_posemb_on_v: to the values too.
+            distill_norm: "ln" normalises both sides' values per head, "tln" the teacher's, "none".
+            dropout: of the attention weights.
+            add_scale_indicator: rough width and height in the description of an instance.
+            sample_rule, num_neg_pos_ratio, num_labels, max_labels: how many fakes, see SlotSampler.
+            uniform_sample_class, uniform_sample_box: draw classes, or sizes, from no statistics.
+            confidence_loss_weight: of the auxiliary existence loss.
+            value_reconst: above 0, a loss that reconstructs the features from the values (unweighted).
+            weight_value: of the distillation; 0 or less: only the auxiliary task.
+            temp_value: temperature of the attention weights; with temp_decay it goes linearly to
+                temp_decay_to over the run.
+            distill_negative: fakes' attention counts too.
+            loss_form: mse, l1, smoothL1 or L2, see mimic.py.
+            sample_range: jitter of an instance's point, as a part of its box's size.
+            bypass_distill: the first iteration (from 0) at which the student feels this loss; before,
+                only the student's value projection learns. bypass_distill_after: the last one.
+            stop_joint: the last iteration at which the decoder is trained.
+            distill_off, distill_on: flags outside and inside these; 0 detaches the student.
+            reference_bugs: as the authors' code: all boxes of a batch are binned by the size of its
+                last image; a temp_value below 0 is 1, and adds the constant 1 to the loss.
+            solver: MODEL.DISTILLER.SOLVER; None: these parameters are the student's optimizer's.
+
+        Raises:
+            ValueError: a value that cannot be; the message names the key.
+        """
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        check_arguments(arguments)
+        super().__init__()
+        self.settings = CN({k: v for k, v in arguments.items() if k not in ("solver", "__class__")})
+        self.solver = solver
+        self.pairs = FeaturePairs(input_feats, channels=hidden_dim, contiguous=False)
+        self.queries: Optional[InstanceQueries] = None  # it needs the number of classes
+        self.decoder = ConditionalDecoder(
+            att_layers,
+            hidden_dim,
+            att_heads,
+            project_positions=project_pos,
+            use_positions=use_pos_embedding,
+            positions_on_values=decoder_posemb_on_v,
+            dropout=dropout,
+        )
+        self.auxiliary = AuxiliaryTask(hidden_dim)
+        self.student = nn.ModuleList(
+            StudentValues(hidden_dim, positions=decoder_posemb_on_v, project=project_pos)
+            for _ in self.decoder
+        )
+        self.student.requires_grad_(weight_value > 0)
+        reconstructed = self.decoder if value_reconst > 0 else ()
+        self.reconstructors = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim) for _ in reconstructed)
+        self._statistics: Optional[Callable] = None
+
+    @classmethod
+    def add_config(cls, distiller: CN) -> None:
+        add_keys(distiller, keyword_defaults(cls))
+
+    @classmethod
+    def from_config(cls, distiller: CN) -> "InstanceConditionalDistillation":
+        return cls(**read_arguments(distiller), solver=distiller.SOLVER)
+
+    def use_statistics(self, statistics: Callable) -> None:
+        self._statistics = statistics
+
+    def bind(self, student: DetectorView, teacher: DetectorView) -> None:
+        super().bind(student, teacher)
+        s = self.settings
+        classes = s.num_classes or student.num_classes
+        if not classes:
+            raise ValueError(
+                f"MODEL.DISTILLER.INS.NUM_CLASSES is {s.num_classes}, and the number of classes of a "
+                f"{type(student.model).__name__} is unknown; set it"
+            )
+        sampler = SlotSampler(
+            self._prior(classes),
+            rule=s.sample_rule,
+            ratio=s.num_neg_pos_ratio,
+            num_labels=s.num_labels,
+            max_labels=s.max_labels,
+            jitter=s.sample_range,
+            last_image_scale=s.reference_bugs,
+        )
+        self.queries = InstanceQueries(sampler, classes, s.hidden_dim, s.add_scale_indicator)
+
+    def _prior(self, classes: int) -> BoxPrior:
+        s = self.settings
+        prior = BoxPrior.uniform(classes)
+        if self._statistics is None or (s.uniform_sample_class and s.uniform_sample_box):
+            return prior
+        measured = BoxPrior.of(self._statistics(), classes)
+        return BoxPrior(
+            prior.probability if s.uniform_sample_class else measured.probability,
+            prior.mean if s.uniform_sample_box else measured.mean,
+            prior.std if s.uniform_sample_box else measured.std,
+        )
+
+    # One step.
+
+    def forward(self, student: DetectorView, teacher: DetectorView, batch: Batch) -> Terms:
+        """The auxiliary terms "loss_icd_conf_{layer}" and "loss_icd_reg_{layer}", "loss_icd_value"
+        and, with value_reconst, "loss_icd_reconst"; weighted."""
+        maps, queries, geometry = self.read(teacher, batch)
+        with torch.set_grad_enabled(not self._stopped(batch.iteration)):
+            decoded = self.decode(maps, queries, geometry, batch.iteration)
+            terms = self.auxiliary_terms(decoded, queries, maps)
+        if self._stopped(batch.iteration):
+            terms = _reach(terms, self._jointly_trained())
+        if self.settings.weight_value > 0:
+            feels = self.distils(batch.iteration)
+            ours = self.pairs.of_student(student, geometry.level_sizes, detach=not feels)
+            temperature = self.temperature(batch.iteration, batch.max_iter)
+            terms["loss_icd_value"] = self.value_term(
+                list(ours.values()), decoded, queries, geometry, temperature
+            )
+        if self.settings.temp_value < 0:
+            terms["loss_icd_temperature"] = terms["loss_icd_conf_0"].new_ones(())
+        return terms
+
+    def pretrain(self, teacher: DetectorView, batch: Batch) -> Terms:
+        """The auxiliary terms alone."""
+        maps, queries, geometry = self.read(teacher, batch)
+        decoded = self.decode(maps, queries, geometry, batch.iteration)
+        return _reach(self.auxiliary_terms(decoded, queries, maps), self.student.parameters())
+
+    def read(self, teacher: DetectorView, batch: Batch):
+        """The teacher's levels (N, C, H, W), the Queries, and the Geometry of a batch."""
+        maps = list(self.pairs.of_teacher(teacher).values())
+        # The base of the seed is SEED plus the process's rank: fakes differ between processes, a
+        # resumed run has the same, and nobody else's random numbers change.
+        seed = [torch.initial_seed() % 2**63, batch.iteration % 2**63]
+        queries = self.queries.sample(batch, seed)
+        sizes = tuple(tuple(feature.shape[-2:]) for feature in maps)
+        geometry = geometry_of(
+            *(sizes, batch.padded_size, tuple(batch.image_sizes)),
+            *(self.settings.hidden_dim, maps[0].device),
+        )
+        return maps, queries, geometry
+
+    def decode(
+        self, maps: Maps, queries: Queries, geometry: Geometry, iteration: int
+    ) -> List[Decoded]:
+        """What the decoder's layers make of the queries and the teacher's levels."""
+        encoded = self.queries(queries)
+        if self.settings.dropout == 0:
+            return self.decoder(encoded, maps, geometry)
+        with dropout_seed(torch.initial_seed() + iteration, encoded.device):
+            return self.decoder(encoded, maps, geometry)
+
+    def auxiliary_terms(self, decoded: List[Decoded], queries: Queries, maps: Maps) -> Terms:
+        """The terms that train the decoder."""
+        terms: Terms = {}
+        for index, layer in enumerate(decoded):
+            existence, localisation = self.auxiliary(layer.features, queries)
+            terms[f"loss_icd_conf_{index}"] = self.settings.confidence_loss_weight * existence
+            terms[f"loss_icd_reg_{index}"] = localisation
+        if self.reconstructors:
+            features = torch.cat([positions_of(feature) for feature in maps], dim=1).detach()
+            errors = [F.mse_loss(r(layer.values), features) for r, layer in zip(self.reconstructors, decoded)]
+            terms["loss_icd_reconst"] = torch.stack(errors).mean()
+        return terms
+
+    def value_term(
+        self,
+        maps: Maps,
+        decoded: List[Decoded],
+        queries: Queries,
+        geometry: Geometry,
+        temperature: float,
+    ) -> torch.Tensor:
+        """The distillation term, weighted, from the student's levels: a scalar."""
+        s = self.settings
+        counts = queries.filled if s.distill_negative else queries.real
+        distances = [
+            student.distance(
+                *(maps, geometry, layer, layer.attention_mass(counts, temperature)),
+                form=s.loss_form,
+                norm=s.distill_norm,
+            )
+            for student, layer in zip(self.student, decoded)
+        ]
+        return s.weight_value * torch.stack(distances).mean()
+
+    # Schedules.
+
+    def distils(self, iteration: int) -> bool:
+        """Whether the student feels the distillation at this iteration."""
+        s = self.settings
+        outside = iteration < s.bypass_distill or iteration > s.bypass_distill_after
+        return (s.distill_off if outside else s.distill_on) != 0
+
+    def temperature(self, iteration: int, max_iter: int) -> float:
+        """The temperature of the attention weights at this iteration."""
+        s = self.settings
+        if s.temp_value < 0:
+            return 1.0
+        if not s.temp_decay:
+            return s.temp_value
+        done = iteration / max_iter
+        return done * s.temp_decay_to + (1 - done) * s.temp_value
+
+    def solver_advances(self, iteration: int) -> bool:
+        return not self._stopped(iteration)
+
+    def frozen_parameters(self, iteration: int) -> List[nn.Parameter]:
+        return self._jointly_trained() if self._stopped(iteration) else []
+
+    def _stopped(self, iteration: int) -> bool:
+        return iteration > self.settings.stop_joint
+
+    def _jointly_trained(self) -> List[nn.Parameter]:
+        """All but the student's side."""
+        of_student = {id(p) for p in self.student.parameters()}
+        of_student |= {id(p) for p in self.pairs.adapters.parameters()}
+        return [p for p in self.parameters() if id(p) not in of_student]
+
+    # Parameters of an earlier run.
+
+    def import_state(self, state: Dict[str, torch.Tensor], part: str) -> Dict[str, torch.Tensor]:
+        """Of this method's parameters in a checkpoint of ours or of the reference those to start from.
+
+        Args:
+            part: "all", or "teacher_only" without the student's side.
+        """
+        state = from_reference(state) if is_reference(state) else state
+        if part == "all":
+            return state
+        return {k: v for k, v in state.items() if not k.startswith(("student.", "pairs.adapters."))}
+
+
+def _reach(terms: Terms, parameters) -> Terms:
+    """Let the terms' sum reach these parameters with a zero, so that DDP sees a gradient for them."""
+    name, term = next(iter(terms.items()))
+    return {**terms, name: term + 0.0 * sum(p.sum() for p in parameters if p.requires_grad)}

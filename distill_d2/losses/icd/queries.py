@@ -1,0 +1,80 @@
+"""From the ground truth of a batch to queries for the decoder."""
+
+from __future__ import annotations
+
+from typing import List, Sequence, Tuple
+
+import numpy as np
+import torch
+from detectron2.structures import Instances
+from torch import nn
+from torchvision.ops import MLP
+
+from ...views import Batch
+from .descriptor import describe, descriptor_dim
+from .sampling import GroundTruth, Queries, SlotSampler
+
+_MIN_SIDE = 1e-3  # pixels; a box below has no area to speak of
+
+
+class InstanceQueries(nn.Module):
+    """Samples the slots of a batch and encodes them (ICD, section 3.2)."""
+
+    def __init__(self, sampler: SlotSampler, classes: int, dim: int, with_scale: bool):
+        """
+        Args:
+            sampler: chooses and places the fakes.
+            classes: number of classes; dim: C, of the queries.
+            with_scale: rough width and height are part of the description.
+        """
+        super().__init__()
+        self.sampler = sampler
+        self.classes = classes
+        self.with_scale = with_scale
+        self.encoder = MLP(descriptor_dim(classes, with_scale), [dim, dim, dim])
+
+    def sample(self, batch: Batch, seed: Sequence[int]) -> Queries:
+        """The slots of a batch; equal seeds give equal fakes.
+
+        Raises:
+            KeyError: an image has no annotations at all.
+            ValueError: a class that is none of ``classes``.
+        """
+        images = self.ground_truth(batch.inputs, batch.image_sizes)
+        device = batch.inputs[0]["image"].device
+        return self.sampler.sample(images, np.random.default_rng(seed)).to(device)
+
+    def forward(self, queries: Queries) -> torch.Tensor:
+        """(N, K, C)."""
+        return self.encoder(describe(queries, self.classes, self.with_scale))
+
+    def ground_truth(
+        self, inputs: Sequence[dict], sizes: Sequence[Tuple[int, int]]
+    ) -> List[GroundTruth]:
+        """Boxes and classes of N images, on the host; boxes without area are left out.
+
+        Args:
+            sizes: N (height, width) in pixels.
+        """
+        images = []
+        for item, size in zip(inputs, sizes):
+            if "instances" not in item:
+                raise KeyError(
+                    f"image {item.get('file_name', '')} has no annotations, which "
+                    "InstanceConditionalDistillation needs; leave unlabelled images out"
+                )
+            instances: Instances = item["instances"]
+            boxes = instances.gt_boxes.tensor.cpu().double().numpy()
+            classes = instances.gt_classes.cpu().numpy()
+            self._check_classes(classes, item)
+            with_area = ((boxes[:, 2:] - boxes[:, :2]) > _MIN_SIDE).all(axis=1)
+            images.append(GroundTruth(boxes[with_area], classes[with_area], size))
+        return images
+
+    def _check_classes(self, classes: np.ndarray, item: dict) -> None:
+        if len(classes) and not 0 <= classes.min() <= classes.max() < self.classes:
+            raise ValueError(
+                f"image {item.get('file_name', '')} has instances of the classes "
+                f"{sorted(set(classes.tolist()))}, but MODEL.DISTILLER.INS.NUM_CLASSES is "
+                f"{self.classes} (classes 0 to {self.classes - 1})"
+            )

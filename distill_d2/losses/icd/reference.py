@@ -1,0 +1,80 @@
+"""Parameters from the checkpoints of ICD's reference implementation (their entry "teacher")."""
+
+from __future__ import annotations
+
+import re
+from typing import Dict
+
+import torch
+
+State = Dict[str, torch.Tensor]
+
+_OF_TEACHER = "teacher."
+_OF_STUDENT = "distillers.0."
+# Name in the reference, its prefix taken off, to ours. Its MLPs number their three linear layers,
+# torchvision's count what is between them too. With ATT_LAYERS 0 a layer has no number.
+_MLP = {"0": "0", "1": "3", "2": "6"}
+_ENCODER = re.compile(r"ins_encoder\.encoder\.layers\.(\d)\.(\w+)$")
+_PREDICTOR = re.compile(r"ins_encoder\.predictor\.layers\.(\d)\.(\w+)$")
+_RECONSTRUCTOR = re.compile(r"reconst_projector\.(\d+)\.(\w+)$")
+_LAYER = re.compile(r"attention_module\.matt\.(?:(\d+)\.matt\.|(\d+)\.)?(.+)$")
+_BARE_POSITIONS = re.compile(r"attention_module\.pos_projector\.(\w+)$")
+
+
+def is_reference(state: State) -> bool:
+    """Whether the names are those of the reference."""
+    return any(_plain(name).startswith((_OF_TEACHER, _OF_STUDENT)) for name in state)
+
+
+def from_reference(state: State) -> State:
+    """The state_dict of InstanceConditionalDistillation from that of the reference's Distillator.
+
+    Names may have the prefix "module." of a run on several GPUs. Of the student's side, of which the
+    reference uses no more, the value projection and the projector of positions are taken.
+    """
+    converted: State = {}
+    for name, value in state.items():
+        name = _plain(name)
+        if name.startswith(_OF_TEACHER):
+            converted.update(_of_teacher(name[len(_OF_TEACHER) :], value))
+        elif name.startswith(_OF_STUDENT):
+            converted.update(_of_student(name[len(_OF_STUDENT) :], value))
+    return converted
+
+
+def _plain(name: str) -> str:
+    return name[len("module.") :] if name.startswith("module.") else name
+
+
+def _of_teacher(name: str, value: torch.Tensor) -> State:
+    found = _ENCODER.match(name)
+    if found:
+        return {f"queries.encoder.{_MLP[found[1]]}.{found[2]}": value}
+    found = _PREDICTOR.match(name)
+    if found:
+        return {f"auxiliary.predictor.{_MLP[found[1]]}.{found[2]}": value}
+    found = _RECONSTRUCTOR.match(name)
+    if found:
+        return {f"reconstructors.{found[1]}.{found[2]}": value}
+    layer, rest = _of_layer(name)
+    return {f"decoder.{layer}.{rest}": value} if rest else {}
+
+
+def _of_student(name: str, value: torch.Tensor) -> State:
+    layer, rest = _of_layer(name)
+    if rest.startswith("in_proj_"):  # rows of queries, keys, values
+        return {f"student.{layer}.values.{rest[len('in_proj_'):]}": value.chunk(3)[2]}
+    if rest.startswith("pos_projector."):
+        return {f"student.{layer}.{rest}": value}
+    return {}
+
+
+def _of_layer(name: str):
+    """Number and name of a parameter of a decoder layer; ("", "") for others."""
+    found = _BARE_POSITIONS.match(name)
+    if found:
+        return "0", f"pos_projector.{found[1]}"
+    found = _LAYER.match(name)
+    if not found:
+        return "", ""
+    return found[1] or found[2] or "0", found[3]

@@ -1,0 +1,62 @@
+"""The student's side: all that it computes is its values."""
+
+from __future__ import annotations
+
+from typing import List
+
+import torch
+from torch import nn
+
+from .decoder import Decoded, project_positions
+from .geometry import Geometry
+from .mimic import value_distance
+from .projection import project_levels
+
+
+class StudentValues(nn.Module):
+    """The student's value projection, to be compared with that of one decoder layer."""
+
+    def __init__(self, dim: int, *, positions: bool, project: bool):
+        """
+        Args:
+            dim: C.
+            positions: add the positional embedding to what is projected; project: after a Linear.
+        """
+        super().__init__()
+        self.values = nn.Linear(dim, dim)
+        self.positions = positions
+        self.pos_projector = nn.Linear(dim, dim) if positions and project else None
+
+    def offsets(self, geometry: Geometry):
+        """What the positions add to the values, see project_levels; None without positions."""
+        if not self.positions:
+            return None
+        return project_positions(self.pos_projector, geometry, self.values.weight, self.values.bias)
+
+    def forward(self, maps: List[torch.Tensor], geometry: Geometry) -> torch.Tensor:
+        """(N, S, C) of the levels (N, C, H, W)."""
+        return project_levels(
+            maps, self.values.weight, self.values.bias, self.offsets(geometry)
+        )
+
+    def distance(
+        self,
+        maps: List[torch.Tensor],
+        geometry: Geometry,
+        decoded: Decoded,
+        mass: torch.Tensor,
+        *,
+        form: str,
+        norm: str,
+    ) -> torch.Tensor:
+        """The distance of the values from the teacher's, a scalar; see value_distance.
+
+        Args:
+            mass: (N, h, S) attention of the instances.
+        """
+        return value_distance(
+            *(maps, self.values.weight, self.values.bias, self.offsets(geometry)),
+            *(decoded.values, mass),
+            form=form,
+            norm=norm,
+        )
