@@ -156,6 +156,20 @@ class SafeCheckpointer(DetectionCheckpointer):
         return torch.load(filename, map_location="cpu", weights_only=True)
 
 
+def read_checkpoint(path: str) -> Dict[str, Any]:
+    """All entries of a checkpoint, on the CPU.
+
+    Args:
+        path: path or URL.
+
+    Raises:
+        OSError, ValueError: it does not exist or cannot be read; the message names it.
+    """
+    if "://" not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f"checkpoint '{path}' does not exist")
+    return SafeCheckpointer(torch.nn.Module())._load_file(PathManager.get_local_path(path))
+
+
 def _unpickle(filename: str) -> Dict[str, Any]:
     with PathManager.open(filename, "rb") as file:
         return ArrayUnpickler(io.BytesIO(file.read()), encoding="latin1").load()

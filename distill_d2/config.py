@@ -22,7 +22,8 @@ def add_distill_config(cfg: CN) -> None:
     # More yaml files, merged after --config-file and before the command line's KEY VALUE pairs.
     cfg.EXTRA_CFG = []
 
-    # The student's optimizer: "SGD" as detectron2 builds it, or "ADAMW".
+    # The student's optimizer: "SGD" as detectron2 builds it, or "ADAMW". Its CLIP_GRADIENTS.CLIP_TYPE
+    # may also be "full_model": the joint norm of all gradients is limited.
     cfg.SOLVER.OPTIMIZER = "SGD"
 
     # Datasets to register, a list of {NAME, FORMAT: voc or coco, ...}; see datasets/README.md.
@@ -33,8 +34,8 @@ def add_distill_config(cfg: CN) -> None:
     cfg.MODEL.DISTILLER = distiller = CN()
     # The student's meta-architecture, when MODEL.META_ARCHITECTURE is "Distiller".
     distiller.STUDENT_META_ARCH = ""
-    # The distillation losses to use, by registered name, e.g. ["PKD"].
-    distiller.TYPES = []
+    # The distillation losses to use, by registered name.
+    distiller.TYPES = ["InstanceConditionalDistillation"]
     # Weight of the student's own losses; 0 is pure distillation.
     distiller.TASK_LOSS_WEIGHT = 1.0
 
@@ -59,8 +60,64 @@ def add_distill_config(cfg: CN) -> None:
     # ... and from the teacher's heads; tensors whose shapes differ are skipped and listed.
     distiller.PRELOAD_HEAD = True
 
+    # A checkpoint from which a fresh run takes the losses' own parameters (of ICD: the decoder) ...
+    distiller.PRELOAD_TEACHER = ""
+    # ... "all" of them, or "teacher_only" those that the distillation itself does not train.
+    distiller.PRELOAD_TYPE = "teacher_only"
+
+    # This many iterations first, in which only losses that can be pretrained learn; the student and
+    # all schedules start after them.
+    distiller.PRETRAIN_TEACHER_ITERS = 0
+    # The student's backbone is not trained in the first this many iterations (of the student's) ...
+    distiller.FIX_BACKBONE_BEFORE = 0
+    # ... and everything of the student outside its backbone in the first this many.
+    distiller.FIX_HEAD_BEFORE = 0
+    # The optimizer of losses that train their parameters by one of their own.
+    distiller.SOLVER = solver_config()
+
     for _, loss in DISTILL_LOSS_REGISTRY:
         loss.add_config(distiller)
+
+
+def solver_config() -> CN:
+    """The node MODEL.DISTILLER.SOLVER with its defaults."""
+    solver = CN()
+    # "SGD" or "ADAMW".
+    solver.OPTIMIZER = "ADAMW"
+    # detectron2's schedules: WarmupCosineLR, WarmupMultiStepLR or WarmupStepWithFixedGammaLR.
+    solver.LR_SCHEDULER_NAME = "WarmupCosineLR"
+    # Taken from the student's SOLVER, whatever stands here (with a LazyConfig: MAX_ITER from
+    # train.max_iter, STEPS from here).
+    solver.MAX_ITER = -1
+    solver.STEPS = (30000,)
+    # One learning rate and one weight decay for all parameters.
+    solver.BASE_LR = 1e-4
+    solver.WEIGHT_DECAY = 1e-4
+    # Of SGD.
+    solver.MOMENTUM = 0.9
+    solver.NESTEROV = False
+    # Not used; here so that the reference's yaml files load.
+    solver.WEIGHT_DECAY_NORM = 0.0
+    solver.WEIGHT_DECAY_BIAS = 1e-4
+    solver.BIAS_LR_FACTOR = 1.0
+    # Where WarmupCosineLR ends.
+    solver.BASE_LR_END = 0.0
+    # The factor of each decay of the other two schedules, and the fixed-gamma one's number of decays.
+    solver.GAMMA = 0.1
+    solver.NUM_DECAYS = 3
+    # Start at WARMUP_FACTOR times the rate; WARMUP_METHOD is "linear" or "constant".
+    solver.WARMUP_FACTOR = 1.0
+    solver.WARMUP_ITERS = 10
+    solver.WARMUP_METHOD = "linear"
+    # Squeeze the schedule into the iterations after warm-up, instead of starting it at iteration 0.
+    solver.RESCALE_INTERVAL = False
+    # CLIP_TYPE "full_model" limits the joint norm of all gradients, "norm" each one's, "value" elements.
+    solver.CLIP_GRADIENTS = CN()
+    solver.CLIP_GRADIENTS.ENABLED = True
+    solver.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    solver.CLIP_GRADIENTS.CLIP_VALUE = 0.01
+    solver.CLIP_GRADIENTS.NORM_TYPE = 2.0
+    return solver
 
 
 def load_yaml(cfg: CN, path: str) -> None:

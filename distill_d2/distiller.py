@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage, has_event_storage
 from tabulate import tabulate
 from torch import nn
 
 from .config import student_config
+from .data import box_statistics
 from .losses import DistillLoss, build_losses
-from .preload import preload
+from .preload import preload, preload_losses
 from .teacher import Teacher, teacher_of
 from .views import Batch, build_view
 
@@ -38,7 +40,11 @@ class Distiller(nn.Module):
         student: the model being trained, untouched but for forward hooks that remember outputs.
         teacher: a Teacher; not a submodule, yet moved along by ``.to()``.
         losses: the distillation losses by registered name.
+        trainer_has_phases: set by a trainer that runs ``pretrain_iters`` steps more, drops the
+            gradients of ``frozen_parameters``, and gives losses the solver of their own.
     """
+
+    trainer_has_phases = False
 
     @configurable
     def __init__(
@@ -52,6 +58,11 @@ class Distiller(nn.Module):
         max_iter: int = 0,
         preload_fpn: bool = False,
         preload_head: bool = False,
+        preload_teacher: str = "",
+        preload_type: str = "teacher_only",
+        pretrain_iters: int = 0,
+        fix_backbone_before: int = 0,
+        fix_head_before: int = 0,
     ):
         """
         Args:
@@ -62,10 +73,16 @@ class Distiller(nn.Module):
             input_format: channel order of the images in the batches, "BGR" or "RGB".
             task_loss_weight: multiplies the student's own losses.
             max_iter: length of the run, for losses with a schedule over all of it.
-            preload_fpn, preload_head: what ``preload_student`` copies from the teacher.
+            preload_fpn, preload_head: what ``preload_student`` copies from the teacher into the student.
+            preload_teacher: path or URL of an earlier run's checkpoint, from which it takes the losses'
+                parameters; preload_type: "all" of them, or "teacher_only".
+            pretrain_iters: steps before iteration 0, in which only the losses' ``pretrain`` is computed.
+            fix_backbone_before, fix_head_before: the student's backbone, or the rest of it, is not
+                trained before this iteration.
 
         Raises:
-            KeyError, TypeError, ValueError: a loss asks for what a detector cannot give.
+            KeyError, TypeError, ValueError: a loss asks for what a detector cannot give; a number
+                of iterations is negative; there is nothing to pretrain.
         """
         super().__init__()
         if input_format not in ("BGR", "RGB"):
@@ -81,6 +98,16 @@ class Distiller(nn.Module):
         self.max_iter = max_iter
         self.preload_fpn = preload_fpn
         self.preload_head = preload_head
+        self.preload_teacher = preload_teacher
+        self.preload_type = preload_type
+        if preload_type not in ("all", "teacher_only"):
+            raise ValueError(
+                f"MODEL.DISTILLER.PRELOAD_TYPE is '{preload_type}'; expected 'all' or 'teacher_only'"
+            )
+        self.pretrain_iters = pretrain_iters
+        self.fix_backbone_before = fix_backbone_before
+        self.fix_head_before = fix_head_before
+        self._check_phases()
         self._flip = input_format != teacher.input_format
         self._steps = 0
         self._padded_size: Tuple[int, int] = (0, 0)
@@ -98,12 +125,9 @@ class Distiller(nn.Module):
         student = META_ARCH_REGISTRY.get(config.MODEL.META_ARCHITECTURE)(config)
         return {
             "student": student,
-            **teacher_and_losses(node, cfg.MODEL.DEVICE),
+            **node_arguments(node, cfg.MODEL.DEVICE, cfg.DATASETS.TRAIN),
             "input_format": cfg.INPUT.FORMAT,
-            "task_loss_weight": node.TASK_LOSS_WEIGHT,
             "max_iter": cfg.SOLVER.MAX_ITER,
-            "preload_fpn": node.PRELOAD_FPN,
-            "preload_head": node.PRELOAD_HEAD,
         }
 
     @property
@@ -111,12 +135,18 @@ class Distiller(nn.Module):
         return next(self.student.parameters()).device
 
     def preload_student(self) -> None:
-        """Copy the teacher's FPN and heads into the student, as PRELOAD_FPN and PRELOAD_HEAD say.
+        """Start the student from the teacher, as PRELOAD_FPN and PRELOAD_HEAD say, and the losses'
+        parameters from an earlier run, as PRELOAD_TEACHER says.
 
         For a fresh run, after MODEL.WEIGHTS is loaded; DistillTrainer calls it.
+
+        Raises:
+            OSError, ValueError: nothing fits, or PRELOAD_TEACHER cannot be read.
         """
         if self.preload_fpn or self.preload_head:
             preload(self.student, self.teacher.model, fpn=self.preload_fpn, head=self.preload_head)
+        if self.preload_teacher:
+            preload_losses(self.losses, self.preload_teacher, self.preload_type)
 
     def forward(self, batched_inputs: List[Dict[str, Any]]):
         """detectron2's model interface.
@@ -130,24 +160,51 @@ class Distiller(nn.Module):
         """
         if not self.training:
             return self.student(batched_inputs)
+        self._check_trainer()
         images = [item["image"].to(self.device, non_blocking=True) for item in batched_inputs]
         inputs = [{**item, "image": image} for item, image in zip(batched_inputs, images)]
-        factors = {name: loss.factor(self.iteration) for name, loss in self.losses.items()}
-        with self.student_view.recording(), self.teacher.view.recording():
-            losses = self._task_losses(inputs)
-            if any(factors.values()):
-                flipped = [image.flip(0) for image in images] if self._flip else images
-                self.teacher.observe(flipped, self._padded_size)
-            batch = Batch(inputs, self._padded_size, self.iteration, self.max_iter)
-            for name, loss in self.losses.items():
-                _add(losses, self._distill_losses(loss, factors[name], batch), name)
+        losses = self._pretrain(inputs, images) if self.iteration < 0 else self._train(inputs, images)
         self._steps += 1
         return losses
 
     @property
     def iteration(self) -> int:
-        """The trainer's iteration; without a trainer, the number of training steps done."""
-        return get_event_storage().iter if has_event_storage() else self._steps
+        """The student's iteration, negative while losses are pretrained; without a trainer, the
+        number of training steps done."""
+        steps = get_event_storage().iter if has_event_storage() else self._steps
+        return steps - self.pretrain_iters
+
+    def frozen_parameters(self, iteration: int) -> List[nn.Parameter]:
+        """Parameters that stay as they are in this step: the trainer drops their gradients."""
+        frozen = [p for loss in self.losses.values() for p in loss.frozen_parameters(iteration)]
+        backbone = list(self.student.backbone.parameters())
+        if iteration < 0:
+            frozen += self.student.parameters()
+            idle = [loss for loss in self.losses.values() if not _can_pretrain(loss)]
+            return frozen + [p for loss in idle for p in loss.parameters()]
+        if iteration < self.fix_backbone_before:
+            frozen += backbone
+        if iteration < self.fix_head_before:
+            inside = set(backbone)
+            frozen += [p for p in self.student.parameters() if p not in inside]
+        return frozen
+
+    def _train(
+        self, inputs: List[Dict[str, Any]], images: List[torch.Tensor]
+    ) -> Dict[str, torch.Tensor]:
+        factors = {name: loss.factor(self.iteration) for name, loss in self.losses.items()}
+        with self.student_view.recording(), self.teacher.view.recording():
+            losses = self._task_losses(inputs)
+            if any(factors.values()):
+                self._observe(images)
+            batch = Batch(inputs, self._padded_size, self.iteration, self.max_iter)
+            for name, loss in self.losses.items():
+                _add(losses, self._distill_losses(loss, factors[name], batch), name)
+        return losses
+
+    def _observe(self, images: List[torch.Tensor]) -> None:
+        flipped = [image.flip(0) for image in images] if self._flip else images
+        self.teacher.observe(flipped, self._padded_size)
 
     def _task_losses(self, inputs: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
         losses = dict(self.student(inputs))
@@ -163,6 +220,75 @@ class Distiller(nn.Module):
         with torch.autocast(self.device.type, enabled=False):  # law 7: always in float32
             terms = loss(self.student_view, self.teacher.view, batch)
         return {name: term * factor for name, term in terms.items()}
+
+    # Pretraining: the losses learn from the teacher alone.
+
+    def _pretrain(
+        self, inputs: List[Dict[str, Any]], images: List[torch.Tensor]
+    ) -> Dict[str, torch.Tensor]:
+        terms: Dict[str, torch.Tensor] = {}
+        self._padded_size = self._size_without_forward(images)
+        batch = Batch(inputs, self._padded_size, self.iteration, self.max_iter)
+        with self.teacher.view.recording(), torch.autocast(self.device.type, enabled=False):
+            self._observe(images)
+            for name, loss in self.losses.items():
+                _add(terms, loss.pretrain(self.teacher.view, batch), name)
+        if not terms:
+            raise ValueError(f"{self._pretrain_key()}, but no loss returned a term to pretrain with")
+        first = next(iter(terms))
+        terms[first] = terms[first] + self._zero()
+        return terms
+
+    def _zero(self) -> torch.Tensor:
+        """A zero that reaches every parameter, so that DDP sees all of them."""
+        return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
+
+    def _size_without_forward(self, images: List[torch.Tensor]) -> Tuple[int, int]:
+        """The size to which the student would pad; detectron2's own rule, on tensors without data."""
+        shapes = [torch.empty(image.shape, device="meta") for image in images]
+        backbone = self.student.backbone
+        padded = ImageList.from_tensors(
+            shapes, backbone.size_divisibility, padding_constraints=backbone.padding_constraints
+        )
+        return self._common_size(*padded.tensor.shape[-2:])
+
+    # What the configured phases ask of the losses and of the trainer.
+
+    def _check_phases(self) -> None:
+        negative = {key: value for key, value in self._phases().items() if value < 0}
+        if negative:
+            raise ValueError(f"{negative}: expected numbers of iterations, 0 or more")
+        if self.pretrain_iters and not any(_can_pretrain(loss) for loss in self.losses.values()):
+            raise ValueError(
+                f"{self._pretrain_key()}, but none of the losses {list(self.losses)} can be "
+                "pretrained; set it to 0, or add one that can to MODEL.DISTILLER.TYPES"
+            )
+
+    def _check_trainer(self) -> None:
+        if self.trainer_has_phases:
+            return
+        asked = {key: value for key, value in self._phases().items() if value}
+        if asked:
+            raise RuntimeError(
+                f"{asked}: this trainer cannot do that. Train with distill_d2.engine.DistillTrainer "
+                "(train_distill.py), or set them to 0"
+            )
+        own = [name for name, loss in self.losses.items() if loss.solver is not None]
+        if own and self._steps == 0:
+            logger.warning(
+                f"This trainer's one optimizer also trains the parameters of {own}; "
+                "MODEL.DISTILLER.SOLVER is not used"
+            )
+
+    def _phases(self) -> Dict[str, int]:
+        return {
+            "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS": self.pretrain_iters,
+            "MODEL.DISTILLER.FIX_BACKBONE_BEFORE": self.fix_backbone_before,
+            "MODEL.DISTILLER.FIX_HEAD_BEFORE": self.fix_head_before,
+        }
+
+    def _pretrain_key(self) -> str:
+        return f"MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS is {self.pretrain_iters}"
 
     # One common padding (law 6).
 
@@ -233,10 +359,33 @@ class Distiller(nn.Module):
         )
 
 
-def teacher_and_losses(distiller: CfgNode, device: str) -> Dict[str, Any]:
-    """The arguments ``losses`` and ``teacher`` of Distiller, from a MODEL.DISTILLER node."""
+def node_arguments(distiller: CfgNode, device: str, datasets: Sequence[str]) -> Dict[str, Any]:
+    """The arguments of Distiller that a MODEL.DISTILLER node decides.
+
+    Args:
+        device: of the teacher.
+        datasets: names of the training datasets, for losses that use their statistics.
+    """
     with separate_randomness():
-        return {"losses": build_losses(distiller), "teacher": teacher_of(distiller, device)}
+        losses, teacher = build_losses(distiller), teacher_of(distiller, device)
+    for loss in losses.values() if datasets else ():
+        loss.use_statistics(lambda: box_statistics(datasets))
+    return {
+        "losses": losses,
+        "teacher": teacher,
+        "task_loss_weight": distiller.TASK_LOSS_WEIGHT,
+        "preload_fpn": distiller.PRELOAD_FPN,
+        "preload_head": distiller.PRELOAD_HEAD,
+        "preload_teacher": distiller.PRELOAD_TEACHER,
+        "preload_type": distiller.PRELOAD_TYPE,
+        "pretrain_iters": distiller.PRETRAIN_TEACHER_ITERS,
+        "fix_backbone_before": distiller.FIX_BACKBONE_BEFORE,
+        "fix_head_before": distiller.FIX_HEAD_BEFORE,
+    }
+
+
+def _can_pretrain(loss: DistillLoss) -> bool:
+    return type(loss).pretrain is not DistillLoss.pretrain
 
 
 def _add(losses: Dict[str, torch.Tensor], terms: Dict[str, torch.Tensor], name: str) -> None:

@@ -1,12 +1,16 @@
-"""Start a student from its teacher: the "inheriting strategy" of ICD (NeurIPS 2021, section 4)."""
+"""Start a student from its teacher, the "inheriting strategy" of ICD (NeurIPS 2021, section 4), and
+the losses' own parameters from an earlier run."""
 
 from __future__ import annotations
 
 import logging
-from typing import Dict
+from typing import Any, Dict, Mapping
 
 import torch
 from torch import nn
+
+from .checkpoint import read_checkpoint
+from .losses import DistillLoss
 
 logger = logging.getLogger(__name__)
 
@@ -59,3 +63,66 @@ def _describe_skipped(candidates: Dict[str, torch.Tensor], ours: Dict[str, torch
         if tensor.shape != ours[name].shape
     ]
     return "\nSkipped, of another shape:\n" + "\n".join(lines) if lines else ""
+
+
+def preload_losses(losses: Mapping[str, DistillLoss], path: str, part: str) -> int:
+    """Start the losses' own parameters from a checkpoint: of ours its entry "distiller", of ICD's
+    reference implementation its "teacher".
+
+    Args:
+        losses: by registered name.
+        path: path or URL.
+        part: "all", or "teacher_only": of ICD all but the student's side.
+
+    Returns:
+        the number of tensors loaded.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: it cannot be read, holds nothing for these losses, or
+            something that does not fit; the message lists keys.
+    """
+    checkpoint = read_checkpoint(path)
+    loaded = sum(
+        _preload_loss(loss, _entry_of(checkpoint, name), part, f"{name}, from '{path}'")
+        for name, loss in losses.items()
+    )
+    if not loaded:
+        raise ValueError(
+            f"MODEL.DISTILLER.PRELOAD_TEACHER '{path}' holds no parameters of {list(losses)}; expected "
+            'a checkpoint of train_distill.py with these losses (its "distiller"), or of the reference '
+            f'implementation of ICD (its "teacher"). It has {sorted(checkpoint)}'
+        )
+    logger.info(f"Loaded {loaded} tensors of the losses from {path} ({part}).")
+    return loaded
+
+
+def _entry_of(checkpoint: Mapping[str, Any], name: str) -> Dict[str, torch.Tensor]:
+    prefix = f"{name}."
+    ours = checkpoint.get("distiller", {})
+    found = {key[len(prefix) :]: value for key, value in ours.items() if key.startswith(prefix)}
+    return found or checkpoint.get("teacher", {})
+
+
+def _preload_loss(
+    loss: DistillLoss, state: Mapping[str, torch.Tensor], part: str, source: str
+) -> int:
+    theirs, ours = loss.import_state(state, part), loss.state_dict()
+    if not theirs or not ours:
+        return 0
+    wrong = {
+        "missing": sorted(set(loss.import_state(ours, part)) - set(theirs)),
+        "unknown": sorted(set(theirs) - set(ours)),
+        "of another shape": [
+            f"{name} {tuple(value.shape)}, here {tuple(ours[name].shape)}"
+            for name, value in theirs.items()
+            if name in ours and value.shape != ours[name].shape
+        ],
+    }
+    if any(wrong.values()):
+        listing = "; ".join(f"{len(v)} {kind}: {v[:5]}" for kind, v in wrong.items() if v)
+        raise ValueError(
+            f"MODEL.DISTILLER.PRELOAD_TEACHER does not fit {source}: {listing}. Use the settings of "
+            "the run that wrote it (HIDDEN_DIM, NUM_CLASSES, ATT_LAYERS, ...)"
+        )
+    loss.load_state_dict(theirs, strict=False)
+    return len(theirs)

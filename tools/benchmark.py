@@ -9,12 +9,18 @@ learning rate 0, so that every round does the same work. Each round runs, after 
 
     student step             forward, backward and optimizer of the student alone
     teacher part, plain      the part of the teacher that the losses use, as detectron2 built it
-    distilled step           forward, backward and optimizer of the Distiller
+    distilled step           forward, backward and all optimizers of the Distiller
     teacher part, prepared   the part as the Distiller runs it
     teacher whole, plain     the whole prediction
-    <loss> alone             forward and backward of one loss on recorded features
+    <loss> alone             forward and backward of one loss on recorded features, and the update of
+                             its parameters where it has an optimizer of its own
+    <loss> part: ...         forward and backward of its parts, where PARTS names any
 
 The headline is the ratio distilled step / (student step + teacher part, plain), taken in each round.
+Beside "<loss> alone" runs "<loss> alone, naive formula", and time and peak memory of the two are
+compared: always where the formula is a few lines below (PKD); with --against-naive also where it is
+an oracle of the tests, which only a checkout has (InstanceConditionalDistillation, about twice the
+time of the loss).
 On a CPU ratios are of process time, which other work on the machine disturbs least; on a GPU they
 are of wall-clock time, with the device synchronised.
 """
@@ -25,6 +31,7 @@ import argparse
 import copy
 import ctypes
 import gc
+import importlib.util
 import itertools
 import json
 import logging
@@ -33,10 +40,13 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -48,20 +58,24 @@ from tabulate import tabulate
 from torch import nn
 
 from distill_d2 import Distiller, DistillLoss, Teacher
-from distill_d2.config import student_config
+from distill_d2.config import solver_config, student_config
 from distill_d2.engine import build_optimizer
+from distill_d2.engine.optimizer import create_optimizer, has_own_solver
 from distill_d2.engine.setup import choose_device, load_config
 from distill_d2.engine.step import TrainStep
 from distill_d2.engine.trainer import autocast_dtype
 from distill_d2.losses import build_losses
 from distill_d2.taps import Taps, map_tensors
 from distill_d2.teacher import load_teacher_weights, untrained_teacher
-from distill_d2.views import Batch
+from distill_d2.views import Batch, DetectorView
 
 STUDENT, PART, WHOLE = "student step", "teacher part, plain", "teacher whole, plain"
 PREPARED, DISTILLED = "teacher part, prepared", "distilled step"
 # A loss takes milliseconds, a step seconds: each round repeats the losses this often.
 LOSS_REPEATS = 5
+NAIVE_ROW = "{}, naive formula"
+# Where the tests keep the naive versions of losses.
+ORACLES = Path(__file__).resolve().parents[1] / "tests" / "losses"
 MEGABYTE = 2**20
 
 
@@ -78,11 +92,13 @@ def main(arguments: Optional[List[str]] = None) -> Dict[str, Any]:
     cfg.MODEL.DEVICE = args.device or choose_device(cfg.MODEL.DEVICE, num_gpus=0)
     subjects = build_subjects(cfg, args)
     with EventStorage(subjects.iteration):
-        tasks = build_tasks(subjects)
+        tasks = build_tasks(subjects, args.against_naive)
         meter = Meter(torch.device(cfg.MODEL.DEVICE))
         rounds = run_rounds(tasks, meter, args.rounds, args.warmup)
         memory = {name: meter.peak_memory(run) for name, run in tasks.items()}
     report = summarise(rounds, memory, meter.clock)
+    if not meter.per_row:
+        report["memory_ratios"] = {}
     report["facts"] = facts(args, cfg, meter)
     print_report(report)
     if args.json:
@@ -103,6 +119,9 @@ def parse_arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--device", default="", help="default: MODEL.DEVICE, or cpu without a GPU")
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0: as it chooses")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--against-naive", action="store_true", help="time the tests' naive versions of losses too"
+    )
     parser.add_argument("--json", default="", help="also write the measurements of every round here")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args(arguments)
@@ -127,7 +146,8 @@ class Subjects:
         distiller: the distilled student; its own student is the student alone.
         plain: an unprepared copy of the teacher.
         inputs: one batch of the dataset mapper's dicts.
-        steps: a training step of the student alone and of the Distiller, on one optimizer.
+        steps: a training step of the student alone and of the Distiller, on one optimizer; losses
+            with an optimizer of their own have it in the second.
         iteration: at which every loss is on.
     """
 
@@ -193,20 +213,53 @@ def build_steps(
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     dtype = autocast_dtype(cfg.MODEL.DEVICE) if cfg.SOLVER.AMP.ENABLED else None
-    models = {STUDENT: distiller.student, DISTILLED: distiller}
+    own = {
+        name: own_optimizer(loss, list(loss.parameters()))
+        for name, loss in distiller.losses.items()
+        if has_own_solver(loss)
+    }
+    step = partial(
+        TrainStep, data_loader=itertools.repeat(inputs), optimizer=optimizer, autocast_dtype=dtype
+    )
     return {
-        name: TrainStep(model, itertools.repeat(inputs), optimizer, autocast_dtype=dtype)
-        for name, model in models.items()
+        STUDENT: step(distiller.student),
+        DISTILLED: step(distiller, own_optimizers=own),
     }
 
 
+def own_optimizer(
+    loss: DistillLoss, parameters: List[torch.Tensor]
+) -> Optional[torch.optim.Optimizer]:
+    """As ``loss`` wants it for its own parameters, but for these and at learning rate 0; None if the
+    student's optimizer trains them."""
+    if not has_own_solver(loss):
+        return None
+    node = solver_config()
+    node.merge_from_other_cfg(CfgNode(loss.solver))
+    node.BASE_LR = 0.0
+    trained = [{"params": [p for p in parameters if p.requires_grad]}]
+    return create_optimizer(node, trained, "MODEL.DISTILLER.SOLVER")
+
+
 def iteration_with_all(losses: Dict[str, DistillLoss]) -> int:
-    """The first iteration at which all losses have their full weight."""
-    iteration = max(loss.start_iter + loss.warmup_iters for loss in losses.values())
-    off = [name for name, loss in losses.items() if loss.factor(iteration) == 0.0]
-    if off:
-        sys.exit(f"benchmark: {off} would cost nothing: WEIGHT is 0, or STOP_ITER <= {iteration}")
-    return iteration
+    """The first iteration at which all losses have their full weight and teach the student."""
+    first = max(loss.start_iter + loss.warmup_iters for loss in losses.values())
+    # Other iterations at which something changes: an ICD that teaches its decoder first.
+    later = {loss.settings.bypass_distill for loss in losses.values() if hasattr(loss, "distils")}
+    for iteration in sorted({first, *(i for i in later if i > first)}):
+        off = [name for name, loss in losses.items() if not teaches(loss, iteration)]
+        if not off:
+            return iteration
+    sys.exit(
+        f"benchmark: {off} would cost nothing, or not reach the student: WEIGHT is 0, or STOP_ITER or "
+        f"BYPASS_DISTILL_AFTER is no later than iteration {iteration}, or DISTILL_ON is 0"
+    )
+
+
+def teaches(loss: DistillLoss, iteration: int) -> bool:
+    """Whether the student feels ``loss`` at this iteration."""
+    distils = getattr(loss, "distils", None)
+    return loss.factor(iteration) > 0 and (distils is None or distils(iteration))
 
 
 def generate_inputs(cfg: CfgNode, args: argparse.Namespace, classes: int) -> List[Dict[str, Any]]:
@@ -251,9 +304,11 @@ def diamond(box: torch.Tensor):
 
 
 Tasks = Dict[str, Callable[[], None]]
+Compute = Callable[[DetectorView, DetectorView, Batch], Dict[str, torch.Tensor]]
+NaiveFormula = Callable[[DistillLoss], Tuple[Compute, List[torch.Tensor]]]
 
 
-def build_tasks(subjects: Subjects) -> Tasks:
+def build_tasks(subjects: Subjects, against_naive: bool = False) -> Tasks:
     """What a round runs, by row name; neighbours in time are those that the headline compares."""
     distiller, plain = subjects.distiller, subjects.plain
     records = record(subjects)
@@ -265,12 +320,25 @@ def build_tasks(subjects: Subjects) -> Tasks:
         PREPARED: lambda: run_part(distiller.teacher, subjects.inputs, size),
         WHOLE: lambda: run_whole(plain, subjects.inputs),
     }
+    formulas = {**NAIVE, **(NAIVE_IN_TESTS if against_naive else {})}
     for name, loss in distiller.losses.items():
-        tasks[f"{name} alone"] = loss_task(distiller, loss, loss, records)
-        if name in NAIVE:
-            tasks[f"{name} alone, naive formula"] = loss_task(
-                distiller, loss, naive_of(loss, NAIVE[name]), records
-            )
+        tasks.update(loss_tasks(name, loss, formulas.get(name), Replay(distiller, records)))
+    return tasks
+
+
+def loss_tasks(
+    name: str, loss: DistillLoss, formula: Optional[NaiveFormula], replay: Replay
+) -> Tasks:
+    """The rows of one loss; ``formula`` of NAIVE or NAIVE_IN_TESTS."""
+    parameters, alone = list(loss.parameters()), f"{name} alone"
+    tasks: Tasks = {alone: LossTask(replay, loss, parameters, own_optimizer(loss, parameters))}
+    if formula is not None:
+        compute, theirs = formula(loss)
+        optimizer = own_optimizer(loss, theirs)
+        tasks[NAIVE_ROW.format(alone)] = LossTask(replay, compute, theirs, optimizer)
+    if name in PARTS:
+        for part, compute in replay(partial(PARTS[name], loss)).items():
+            tasks[f"{name} part: {part}"] = LossTask(replay, compute, parameters)
     return tasks
 
 
@@ -333,41 +401,102 @@ def record(subjects: Subjects) -> Records:
     return records
 
 
-def loss_task(
-    distiller: Distiller, loss: DistillLoss, compute: Callable, records: Records
-) -> Callable[[], None]:
-    """Forward and backward of ``compute``, the loss or another formula, on recorded outputs."""
-    student, teacher = distiller.student_view, distiller.teacher.view
+class Replay:
+    """Calls functions on the recorded outputs, as a step of the Distiller would."""
 
-    def run() -> None:
-        for _ in range(LOSS_REPEATS):
-            # An existing gradient would be added to, which is not the loss's own work.
-            for leaf in records.leaves:
-                leaf.grad = None
-            loss.zero_grad(set_to_none=True)
-            with student.recording(), teacher.recording():
-                replay(student.taps, records.student)
-                replay(teacher.taps, records.teacher)
-                terms = compute(student, teacher, records.batch)
-            sum(terms.values()).backward()
+    def __init__(self, distiller: Distiller, records: Records):
+        self.student, self.teacher = distiller.student_view, distiller.teacher.view
+        self.records = records
 
-    run.repeats = LOSS_REPEATS
-    return run
+    def __call__(self, compute: Callable) -> Any:
+        """What ``compute(student, teacher, batch)`` returns, see DistillLoss.forward."""
+        with self.student.recording(), self.teacher.recording():
+            put_outputs(self.student.taps, self.records.student)
+            put_outputs(self.teacher.taps, self.records.teacher)
+            return compute(self.student, self.teacher, self.records.batch)
 
 
-def replay(taps: Taps, outputs: Dict[str, Any]) -> None:
+def put_outputs(taps: Taps, outputs: Dict[str, Any]) -> None:
     for path, output in outputs.items():
         taps.put(path, output)
 
 
-def naive_of(loss: DistillLoss, formula: Callable) -> Callable:
-    """The plain formula over the level pairs of ``loss``."""
+class LossTask:
+    """Forward and backward of a loss, or another formula, on recorded outputs, and the update of its
+    parameters by an optimizer of its own; LOSS_REPEATS times."""
 
-    def compute(student, teacher, _batch) -> Dict[str, torch.Tensor]:
-        pairs = loss.pairs(student, teacher).values()
-        return {"loss": torch.stack([formula(s, t) for s, t in pairs]).sum()}
+    repeats = LOSS_REPEATS
 
-    return compute
+    def __init__(
+        self,
+        replay: Replay,
+        compute: Compute,
+        parameters: List[torch.Tensor],
+        optimizer: Optional[torch.optim.Optimizer] = None,
+    ):
+        self.replay = replay
+        self.compute = compute
+        self.leaves = [*replay.records.leaves, *parameters]
+        self.optimizer = optimizer
+
+    def __call__(self) -> None:
+        for _ in range(self.repeats):
+            # An existing gradient would be added to, which is not the loss's own work.
+            self.release()
+            sum(self.replay(self.compute).values()).backward()
+            if self.optimizer is not None:
+                self.optimizer.step()
+        self.release()
+
+    def release(self) -> None:
+        """Drop all gradients: they are part of the memory of the task that makes them."""
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+# The parts of a loss.
+
+
+def icd_parts(
+    loss: DistillLoss, _student: DetectorView, teacher: DetectorView, batch: Batch
+) -> Dict[str, Compute]:
+    """ICD's two halves, each with its backward; what the decoder gave is there for the second."""
+    with torch.no_grad():
+        maps, queries, geometry = loss.read(teacher, batch)
+        decoded = loss.decode(maps, queries, geometry, batch.iteration)
+
+    def auxiliary(_student, teacher, batch):
+        maps, queries, geometry = loss.read(teacher, batch)
+        layers = loss.decode(maps, queries, geometry, batch.iteration)
+        return loss.auxiliary_terms(layers, queries, maps)
+
+    def value(student, _teacher, batch):
+        ours = list(loss.pairs.of_student(student, geometry.level_sizes).values())
+        temperature = loss.temperature(batch.iteration, batch.max_iter)
+        return {"value": loss.value_term(ours, decoded, queries, geometry, temperature)}
+
+    parts = {"decoder + auxiliary task": auxiliary}
+    return {**parts, "value loss": value} if loss.settings.weight_value > 0 else parts
+
+
+# Of a loss, by its registered name: its parts by row name, from (loss, student, teacher, batch).
+PARTS = {"InstanceConditionalDistillation": icd_parts}
+
+
+# Plain formulas to compare a loss with.
+
+
+def of_pairs(formula: Callable) -> NaiveFormula:
+    """The sum of ``formula(student's map, teacher's map)`` over the level pairs of a loss."""
+
+    def naive(loss: DistillLoss) -> Tuple[Compute, List[torch.Tensor]]:
+        def compute(student, teacher, _batch):
+            pairs = loss.pairs(student, teacher).values()
+            return {"loss": torch.stack([formula(s, t) for s, t in pairs]).sum()}
+
+        return compute, list(loss.parameters())
+
+    return naive
 
 
 def naive_pkd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -382,8 +511,69 @@ def standardise(feature: torch.Tensor) -> torch.Tensor:
     return flat.reshape(channels, count, height, width).permute(1, 0, 2, 3)
 
 
-# Plain formulas to compare a loss's own time with, by the loss's registered name.
-NAIVE = {"PKD": naive_pkd}
+def naive_icd(loss: DistillLoss) -> Tuple[Compute, List[torch.Tensor]]:
+    """ICD by the tests' oracle: the same features and numbers of slots, random weights of its own."""
+    oracle = load_oracle("naive_icd")
+    settings = {name.upper(): value for name, value in loss.settings.items()}
+    settings["NUM_CLASSES"] = loss.queries.classes
+    device = next(loss.parameters()).device
+    weights = {n: w.to(device) for n, w in naive_icd_weights(oracle, settings).items()}
+    naive = oracle.NaiveICD(weights, settings, settings, settings["REFERENCE_BUGS"])
+    random = np.random.RandomState(0)
+
+    def compute(student, teacher, batch):
+        theirs = loss.pairs.of_teacher(teacher)
+        ours = loss.pairs.of_student(student, [level.shape[-2:] for level in theirs.values()])
+        instances = [item["instances"] for item in batch.inputs]
+        queries = oracle.draw_queries(
+            random,
+            [real.gt_boxes.tensor.cpu() for real in instances],
+            [real.gt_classes.cpu() for real in instances],
+            batch.image_sizes,
+            *(settings, settings),
+        )
+        outputs = naive.forward(
+            *(theirs, ours, queries.to(device), batch.image_sizes, batch.padded_size),
+            iteration=batch.iteration,
+            max_iter=batch.max_iter,
+        )
+        return outputs["losses"]  # the rest would hold memory
+
+    return compute, [*naive.weights.values(), *loss.pairs.parameters()]
+
+
+def naive_icd_weights(oracle: ModuleType, settings: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+    """The oracle's random weights, with a soft attention as our loss has at the start.
+
+    The oracle's own is sharp, and one-hot on the large features of random networks: nearly all of it
+    is denormal numbers then, with which a CPU takes five times as long, and no trained model has them.
+    """
+    weights = oracle.random_weights(
+        torch.Generator().manual_seed(0),
+        hidden_dim=settings["HIDDEN_DIM"],
+        heads=settings["ATT_HEADS"],
+        layers=settings["ATT_LAYERS"],
+        classes=settings["NUM_CLASSES"],
+        add_scale=settings["ADD_SCALE_INDICATOR"],
+        reconst=settings["VALUE_RECONST"] > 0,
+    )
+    return {n: w * 0.1 if n.endswith("in_proj_weight") else w for n, w in weights.items()}
+
+
+def load_oracle(name: str) -> ModuleType:
+    """A module of the tests' naive versions, by its path: the tests are no package."""
+    path = ORACLES / f"{name}.py"
+    if not path.is_file():
+        sys.exit(f"benchmark: --against-naive needs {path}, which is in a checkout of the repository")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# By a loss's registered name, from the loss: the formula and the parameters that it trains.
+NAIVE: Dict[str, NaiveFormula] = {"PKD": of_pairs(naive_pkd)}
+NAIVE_IN_TESTS: Dict[str, NaiveFormula] = {"InstanceConditionalDistillation": naive_icd}
 
 
 # How it is measured.
@@ -403,6 +593,7 @@ class Meter:
     Attributes:
         clock: which of a Sample's times ratios are of, "wall" or "process".
         memory_note: what the memory column holds.
+        per_row: whether that is each row's own.
     """
 
     def __init__(self, device: torch.device):
@@ -417,6 +608,7 @@ class Meter:
                 if self._reset_peak
                 else "peak resident memory of the process so far; this system cannot reset it per row"
             )
+        self.per_row = self.on_gpu or self._reset_peak is not None
 
     def time(self, run: Callable[[], None]) -> Sample:
         repeats = getattr(run, "repeats", 1)
@@ -429,6 +621,8 @@ class Meter:
 
     def peak_memory(self, run: Callable[[], None]) -> float:
         """Megabytes, see ``memory_note``. Not to be timed: it returns cached memory first."""
+        if isinstance(run, LossTask):
+            run.release()  # what another task left would not be counted as this one's
         gc.collect()
         self._wait()
         if self.on_gpu:
@@ -515,10 +709,9 @@ def summarise(
         f"{DISTILLED} / ({STUDENT} + {PART})": paired(times[DISTILLED], floor),
         f"{PREPARED} / {PART}": paired(times[PREPARED], times[PART]),
     }
-    for name in times:
-        if name.endswith(", naive formula"):
-            alone = name[: -len(", naive formula")]
-            ratios[f"{alone} / {name}"] = paired(times[alone], times[name])
+    compared = [(name, NAIVE_ROW.format(name)) for name in times if NAIVE_ROW.format(name) in times]
+    for ours, naive in compared:
+        ratios[f"{ours} / {naive}"] = paired(times[ours], times[naive])
     rows = {
         name: {
             "wall_ms": [1000 * sample.wall for sample in samples],
@@ -527,7 +720,12 @@ def summarise(
         }
         for name, samples in rounds.items()
     }
-    return {"clock": clock, "rows": rows, "ratios": ratios}
+    # Very small tasks take no memory that the system would notice.
+    memory_ratios = {
+        f"{ours} / {naive}": memory[ours] / memory[naive] if memory[naive] else None
+        for ours, naive in compared
+    }
+    return {"clock": clock, "rows": rows, "ratios": ratios, "memory_ratios": memory_ratios}
 
 
 def paired(above: List[float], below: List[float]) -> List[float]:
@@ -575,6 +773,14 @@ def print_report(report: Dict[str, Any]) -> None:
     print("\n" + tabulate(rows, headers=header, tablefmt="pipe", disable_numparse=True))
     ratios = [[name, spread(values, 3)] for name, values in report["ratios"].items()]
     header = [f"ratio in each round, of {report['clock']} time", "median [min max]"]
+    print("\n" + tabulate(ratios, headers=header, tablefmt="pipe", disable_numparse=True))
+    if not report["memory_ratios"]:
+        return
+    ratios = [
+        [name, "-" if ratio is None else f"{ratio:.3f}"]
+        for name, ratio in report["memory_ratios"].items()
+    ]
+    header = ["ratio of memory", "once"]
     print("\n" + tabulate(ratios, headers=header, tablefmt="pipe", disable_numparse=True))
 
 

@@ -28,7 +28,8 @@ from torch import nn
 from .. import model_zoo
 from ..config import add_distill_config
 from ..data import register_shapes
-from ..distiller import Distiller, teacher_and_losses
+from ..distiller import Distiller, node_arguments
+from .optimizer import trained_with_student
 from .setup import check_length, check_output_dir, choose_device
 from .trainer import DistillTrainer, autocast_dtype
 
@@ -79,17 +80,14 @@ class LazyDistillTrainer(DistillTrainer):
         node = _distiller_node(OmegaConf.to_container(cfg.distiller, resolve=True))
         return Distiller(
             student=model,
-            **teacher_and_losses(node, cfg.train.device),
+            **node_arguments(node, cfg.train.device, _train_datasets(cfg)),
             input_format=image_format or getattr(model, "input_format", None) or "BGR",
-            task_loss_weight=node.TASK_LOSS_WEIGHT,
             max_iter=cfg.train.max_iter,
-            preload_fpn=node.PRELOAD_FPN,
-            preload_head=node.PRELOAD_HEAD,
         ).to(cfg.train.device)
 
     @classmethod
     def build_optimizer(cls, cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
-        cfg.optimizer.params.model = model
+        cfg.optimizer.params.model = trained_with_student(model)
         optimizer = instantiate(cfg.optimizer)
         cfg.optimizer.params.model = None
         return optimizer
@@ -122,6 +120,10 @@ class LazyDistillTrainer(DistillTrainer):
     @staticmethod
     def _max_iter(cfg: DictConfig) -> int:
         return cfg.train.max_iter
+
+    @staticmethod
+    def _steps(cfg: DictConfig) -> None:
+        return None
 
     @staticmethod
     def _periods(cfg: DictConfig) -> Dict[str, int]:
@@ -158,6 +160,12 @@ def _check_overrides(cfg: DictConfig, overrides: List[str]) -> None:
             raise ValueError(f"'{override}': a .py config is changed by path.key=value")
         if key[:1] not in ("+", "~") and OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
             raise KeyError(f"unknown config key '{key}'; +{key}=... adds a new one")
+
+
+def _train_datasets(cfg: DictConfig) -> List[str]:
+    """Names of the training datasets, where the config has them in detectron2's usual place."""
+    names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _distiller_node(values: Dict[str, Any]) -> CfgNode:

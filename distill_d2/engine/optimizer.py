@@ -1,37 +1,112 @@
-"""The student's optimizer."""
+"""The student's optimizer, and what all optimizers share: their names and gradient clipping."""
 
 from __future__ import annotations
 
+import copy
+from typing import Any, Callable, Dict, List
+
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver import build_optimizer as build_sgd
 from detectron2.solver import get_default_optimizer_params
-from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
+
+from ..distiller import Distiller
+from ..losses import DistillLoss
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that SOLVER.OPTIMIZER names: "SGD" (as detectron2 does) or "ADAMW".
 
     ADAMW takes SOLVER's BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS,
-    BIAS_LR_FACTOR and CLIP_GRADIENTS as SGD does, with torch's betas (0.9, 0.999).
+    BIAS_LR_FACTOR and CLIP_GRADIENTS as SGD does, with torch's betas (0.9, 0.999). Parameters of a
+    Distiller's losses that have a solver of their own are left out.
 
     Raises:
-        ValueError: another name.
+        ValueError: another OPTIMIZER or CLIP_GRADIENTS.CLIP_TYPE.
     """
-    name = cfg.SOLVER.OPTIMIZER.upper()
-    if name == "SGD":
-        return build_sgd(cfg, model)
-    if name != "ADAMW":
-        raise ValueError(f"SOLVER.OPTIMIZER is '{cfg.SOLVER.OPTIMIZER}'; expected SGD or ADAMW")
     params = get_default_optimizer_params(
-        model,
+        trained_with_student(model),
         base_lr=cfg.SOLVER.BASE_LR,
         weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
     )
-    optimizer = torch.optim.AdamW
-    return maybe_add_gradient_clipping(cfg, optimizer)(
-        params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY
-    )
+    return create_optimizer(cfg.SOLVER, params, "SOLVER")
+
+
+def create_optimizer(
+    solver: CfgNode, params: List[Dict[str, Any]], key: str
+) -> torch.optim.Optimizer:
+    """The optimizer of a SOLVER node for these parameter groups, with its gradient clipping.
+
+    Args:
+        key: the node's name, for messages.
+
+    Raises:
+        ValueError: an unknown OPTIMIZER or CLIP_GRADIENTS.CLIP_TYPE.
+    """
+    name = solver.OPTIMIZER.upper()
+    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    if name == "SGD":
+        momentum = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+        optimizer = torch.optim.SGD(params, **common, **momentum, foreach=True)
+    elif name == "ADAMW":
+        optimizer = torch.optim.AdamW(params, **common)
+    else:
+        raise ValueError(f"{key}.OPTIMIZER is '{solver.OPTIMIZER}'; expected SGD or ADAMW")
+    _add_clipping(optimizer, solver.CLIP_GRADIENTS, f"{key}.CLIP_GRADIENTS")
+    return optimizer
+
+
+def trained_with_student(model: nn.Module) -> nn.Module:
+    """What the student's optimizer trains, as one module, under the student's own names.
+
+    Names matter to a LazyConfig whose rates depend on them (the layers of a vision transformer).
+    """
+    if not isinstance(model, Distiller):
+        return model
+    losses = {name: loss for name, loss in model.losses.items() if not has_own_solver(loss)}
+    trained = copy.copy(model.student)  # shares everything but the dict of its children
+    trained._modules = {**model.student._modules, "distiller": nn.ModuleDict(losses)}
+    return trained
+
+
+def has_own_solver(loss: DistillLoss) -> bool:
+    """Whether this loss asks for a solver, and has something to train."""
+    return loss.solver is not None and any(p.requires_grad for p in loss.parameters())
+
+
+def _add_clipping(optimizer: torch.optim.Optimizer, node: CfgNode, key: str) -> None:
+    """Clip before each step, as a CLIP_GRADIENTS node says.
+
+    detectron2's own clipping fails on parameters without a gradient, as frozen ones are.
+    """
+    if not node.ENABLED:
+        return
+    if node.CLIP_TYPE not in _CLIPPERS:
+        raise ValueError(f"{key}.CLIP_TYPE is '{node.CLIP_TYPE}'; expected one of {list(_CLIPPERS)}")
+    clipper, limit, norm_type = _CLIPPERS[node.CLIP_TYPE], node.CLIP_VALUE, node.NORM_TYPE
+
+    def clip(optimizer: torch.optim.Optimizer, _args, _kwargs) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for p in parameters if p.grad is not None]
+        if parameters:
+            clipper(parameters, limit, norm_type)
+
+    optimizer.register_step_pre_hook(clip)
+
+
+def _clip_each(parameters: List[nn.Parameter], limit: float, norm_type: float) -> None:
+    for parameter in parameters:
+        nn.utils.clip_grad_norm_(parameter, limit, norm_type)
+
+
+def _clip_values(parameters: List[nn.Parameter], limit: float, _norm_type: float) -> None:
+    nn.utils.clip_grad_value_(parameters, limit)
+
+
+_CLIPPERS: Dict[str, Callable] = {
+    "full_model": nn.utils.clip_grad_norm_,
+    "norm": _clip_each,
+    "value": _clip_values,
+}

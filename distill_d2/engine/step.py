@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Dict, List, Optional, Tuple
+from types import MappingProxyType
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from torch import nn
+
+
+# Iteration, names of the losses and of the extra values, all values and "stop", their arrival.
+_Pending = Tuple[int, List[str], List[str], torch.Tensor, Optional[torch.cuda.Event]]
 
 
 class LossReport:
-    """Each step's losses, averaged over the processes, put into the event storage.
+    """Each step's losses and extra values, averaged over the processes, put into the event storage.
 
     On a GPU the values of a step are read while the next one runs, so that the step never waits.
     All processes see the same averages, hence they agree on a non-finite loss, and on stopping when
@@ -22,12 +28,18 @@ class LossReport:
 
     def __init__(self) -> None:
         self.stop = False
-        self._pending: Optional[Tuple[int, List[str], torch.Tensor, Optional[torch.cuda.Event]]] = None
+        self._pending: Optional[_Pending] = None
 
-    def push(self, losses: Dict[str, torch.Tensor], iteration: int, stop: bool) -> None:
-        """Take the losses (scalars on any device) of this iteration."""
+    def push(
+        self,
+        losses: Dict[str, torch.Tensor],
+        iteration: int,
+        stop: bool,
+        extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        """Take the losses of this iteration, and values that are no losses (scalars on one device)."""
         self.flush()
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        values = torch.stack([v.detach().float() for v in (*losses.values(), *extra.values())])
         values = torch.cat([values, values.new_full((1,), float(stop))])
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(values)
@@ -37,7 +49,7 @@ class LossReport:
             host = torch.empty(values.shape, pin_memory=True)
             values, event = host.copy_(values, non_blocking=True), torch.cuda.Event()
             event.record()
-        self._pending = (iteration, list(losses), values, event)
+        self._pending = (iteration, list(losses), list(extra), values, event)
         if event is None:
             self.flush()
 
@@ -49,12 +61,13 @@ class LossReport:
         """
         if self._pending is None:
             return
-        iteration, names, values, event = self._pending
+        iteration, names, extra, values, event = self._pending
         self._pending = None
         if event is not None:
             event.synchronize()
-        *losses, stop = values.tolist()
+        *values, stop = values.tolist()
         self.stop = self.stop or stop > 0
+        losses, extra_values = values[: len(names)], values[len(names) :]
         bad = {name: loss for name, loss in zip(names, losses) if not math.isfinite(loss)}
         if bad:
             raise FloatingPointError(
@@ -67,15 +80,30 @@ class LossReport:
         storage.put_scalar("total_loss", sum(losses), cur_iter=iteration)
         if len(losses) > 1:
             storage.put_scalars(cur_iter=iteration, **dict(zip(names, losses)))
+        for name, value in zip(extra, extra_values):
+            if math.isfinite(value):  # float16 may overflow; the update is skipped, and JSON has no inf
+                storage.put_scalar(name, value, cur_iter=iteration)
 
 
 class TrainStep(SimpleTrainer):
-    """detectron2's step, with autocast on any device and a LossReport."""
+    """detectron2's step, with autocast on any device, several optimizers and a LossReport."""
 
-    def __init__(self, model, data_loader, optimizer, *, autocast_dtype: Optional[torch.dtype]):
+    def __init__(
+        self,
+        model,
+        data_loader,
+        optimizer,
+        *,
+        autocast_dtype: Optional[torch.dtype],
+        own_optimizers: Mapping[str, torch.optim.Optimizer] = MappingProxyType({}),
+        frozen_parameters: Callable[[], Sequence[nn.Parameter]] = tuple,
+    ):
         """
         Args:
+            optimizer: the student's.
             autocast_dtype: None for float32; float16 (scaled gradients) or bfloat16.
+            own_optimizers: of losses, by their names; with any, gradient norms are reported.
+            frozen_parameters: those that this step must leave as they are.
         """
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device
@@ -84,6 +112,8 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.report = LossReport()
         self.stop_requested = False
+        self.own_optimizers = dict(own_optimizers)
+        self.frozen_parameters = frozen_parameters
 
     def run_step(self) -> None:
         start = time.perf_counter()
@@ -91,12 +121,40 @@ class TrainStep(SimpleTrainer):
         get_event_storage().put_scalar("data_time", time.perf_counter() - start)
         with self._autocast():
             losses = self.model(data)
-        self.optimizer.zero_grad()
+        optimizers = [self.optimizer, *self.own_optimizers.values()]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         self.grad_scaler.scale(sum(losses.values())).backward()
+        for parameter in self.frozen_parameters():
+            parameter.grad = None  # not zero: weight decay and momentum would still move it
         self.after_backward()
-        self.report.push(losses, self.iter, self.stop_requested)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
+        self.report.push(losses, self.iter, self.stop_requested, self._gradient_norms())
+        self._update(optimizers)
+
+    def _update(self, optimizers: List[torch.optim.Optimizer]) -> None:
+        """GradScaler takes no optimizer without gradients; a plain step of it changes nothing."""
+        active = [optimizer for optimizer in optimizers if _gradients(optimizer)]
+        for optimizer in optimizers:
+            if optimizer in active:
+                self.grad_scaler.step(optimizer)
+            else:
+                optimizer.step()
+        if active:
+            self.grad_scaler.update()
+
+    def _gradient_norms(self) -> Dict[str, torch.Tensor]:
+        """Before clipping. Of optimizers that have gradients in this step."""
+        if not self.own_optimizers:
+            return {}
+        optimizers = {"grad_norm": self.optimizer}
+        optimizers.update((f"{name}/grad_norm", own) for name, own in self.own_optimizers.items())
+        norms = {}
+        for name, optimizer in optimizers.items():
+            gradients = _gradients(optimizer)
+            if gradients:
+                self.grad_scaler.unscale_(optimizer)
+                norms[name] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return norms
 
     def _autocast(self):
         return torch.autocast(
@@ -111,3 +169,8 @@ class TrainStep(SimpleTrainer):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> List[torch.Tensor]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [p.grad for p in parameters if p.grad is not None]

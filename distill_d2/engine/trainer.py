@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -31,10 +31,20 @@ from ..data import (
 from ..distiller import Distiller
 from ..evaluation import build_evaluator
 from ..prepare import native_bfloat16
-from .hooks import Checkpoints, ProgressBar, StopOnRequest
+from .hooks import (
+    Checkpoints,
+    EvalHook,
+    LRScheduler,
+    PreciseBN,
+    ProgressBar,
+    SolverPrinter,
+    SolverSchedules,
+    StopOnRequest,
+)
 from .interrupt import Interrupted, StopRequest, stop_request
 from .optimizer import build_optimizer
 from .random_state import random_state, set_random_state
+from .solvers import build_solvers
 from .step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -48,9 +58,15 @@ class DistillTrainer(DefaultTrainer):
     """Trains any detectron2 config: a plain detector, or one wrapped in the Distiller.
 
     Beyond DefaultTrainer: several CPU processes, mixed precision on CPU too, exact resume (data
-    order, random state, the losses' parameters), a checkpoint on SIGINT and SIGTERM, and
-    checkpoints whose "model" is the plain student. Like DefaultTrainer it is built from a config;
+    order, random state, the losses' parameters), a checkpoint on SIGINT and SIGTERM, checkpoints
+    whose "model" is the plain student, losses with a solver of their own, and the training phases
+    of MODEL.DISTILLER (PRETRAIN_TEACHER_ITERS, FIX_BACKBONE_BEFORE, FIX_HEAD_BEFORE). Like
+    DefaultTrainer it is built from a config;
     ``trainer.resume_or_load(resume)`` and ``trainer.train()`` follow.
+
+    Attributes:
+        pretrain_iters: iterations before the student's first; ``iter`` and ``max_iter`` count them.
+        solvers: the LossSolver of each loss that has one, by the loss's name.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -61,14 +77,21 @@ class DistillTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
-        self.start_iter, self.max_iter = 0, self._max_iter(cfg)
         model = self.build_model(cfg)
         self.plain_model = model
+        self.pretrain_iters = self._prepare_phases(model)
+        self.start_iter, self.max_iter = 0, self._max_iter(cfg) + self.pretrain_iters
+        self.solvers = build_solvers(model, self._max_iter(cfg), self._steps(cfg))
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self.sampler = _find_sampler(data_loader)
         self._trainer = TrainStep(
-            distributed(model), data_loader, optimizer, autocast_dtype=self._autocast_dtype(cfg)
+            distributed(model),
+            data_loader,
+            optimizer,
+            autocast_dtype=self._autocast_dtype(cfg),
+            own_optimizers={name: solver.optimizer for name, solver in self.solvers.items()},
+            frozen_parameters=_frozen_parameters(model),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self._build_checkpointer(model)
@@ -116,12 +139,13 @@ class DistillTrainer(DefaultTrainer):
     def build_hooks(self) -> List[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
         periods = self._periods(self.cfg)
-        ret = [hooks.IterationTimer(), hooks.LRScheduler()]
+        ret = [hooks.IterationTimer(), LRScheduler(), SolverSchedules()]
         ret += [hook for hook in self._precise_bn(self.cfg) if hook is not None]
         ret += [Checkpoints(periods["checkpoint"]), StopOnRequest()]
-        ret.append(hooks.EvalHook(periods["eval"], self._evaluate))
+        ret.append(EvalHook(periods["eval"], self._evaluate))
         if comm.is_main_process():
-            ret.append(hooks.PeriodicWriter(self.build_writers(), period=periods["log"]))
+            writers = self.build_writers() + ([SolverPrinter(self.solvers)] if self.solvers else [])
+            ret.append(hooks.PeriodicWriter(writers, period=periods["log"]))
         if ProgressBar.wanted():
             ret.append(ProgressBar())
         return ret
@@ -129,6 +153,10 @@ class DistillTrainer(DefaultTrainer):
     @staticmethod
     def _max_iter(cfg: CfgNode) -> int:
         return cfg.SOLVER.MAX_ITER
+
+    @staticmethod
+    def _steps(cfg: CfgNode) -> Optional[Sequence[int]]:
+        return cfg.SOLVER.STEPS
 
     @staticmethod
     def _periods(cfg: CfgNode) -> Dict[str, int]:
@@ -154,16 +182,28 @@ class DistillTrainer(DefaultTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0
         loader = self.build_train_loader(cfg)
         return [
-            hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+            PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
         ]
 
     # Training.
+
+    @staticmethod
+    def _prepare_phases(model: nn.Module) -> int:
+        if not isinstance(model, Distiller):
+            return 0
+        model.trainer_has_phases = True
+        return model.pretrain_iters
+
+    @property
+    def pretraining(self) -> bool:
+        """Whether this iteration trains losses only."""
+        return self.iter < self.pretrain_iters
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS at iteration 0.
 
         Raises:
-            ValueError: the last checkpoint is of another model.
+            ValueError: the last checkpoint is of another model, or of other solvers of losses.
             RuntimeError: only some of the machines see the last checkpoint.
         """
         resume = resume and self._all_have_checkpoint()
@@ -221,6 +261,8 @@ class DistillTrainer(DefaultTrainer):
     def state_dict(self) -> Dict[str, Any]:
         state = super().state_dict()
         state["random"] = self._random_states
+        state["pretrain_iters"] = self.pretrain_iters
+        state["solvers"] = {name: solver.state_dict() for name, solver in self.solvers.items()}
         if self.sampler is not None:
             state["sampler_seed"] = self.sampler.seed
         student = self._student()
@@ -229,7 +271,10 @@ class DistillTrainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        self._check_solvers(state_dict)
         super().load_state_dict(state_dict)
+        for name, solver in self.solvers.items():
+            solver.load_state_dict(state_dict["solvers"][name])
         states = state_dict.get("random")
         if states is not None and len(states) == comm.get_world_size():
             self._random_states = states
@@ -237,6 +282,21 @@ class DistillTrainer(DefaultTrainer):
             self.sampler.seed = state_dict["sampler_seed"]
         if _MOVING_AVERAGE in state_dict:
             setattr(self._student(), _MOVING_AVERAGE, state_dict[_MOVING_AVERAGE])
+
+    def _check_solvers(self, state_dict: Dict[str, Any]) -> None:
+        """Before anything is loaded: with other solvers the student's optimizer differs, too."""
+        found, expected = sorted(state_dict.get("solvers", {})), sorted(self.solvers)
+        if found != expected:
+            raise ValueError(
+                f"--resume: the checkpoint has optimizers of the losses {found}, this run has them of "
+                f"{expected}. Use the checkpoint's losses, another OUTPUT_DIR, or start without --resume"
+            )
+        pretrained = state_dict.get("pretrain_iters", 0)
+        if pretrained != self.pretrain_iters:
+            raise ValueError(
+                f"--resume: MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS is {self.pretrain_iters}, but the "
+                f"checkpoint's run has {pretrained}; iterations are counted from there"
+            )
 
     def _student(self) -> nn.Module:
         model = self.plain_model
@@ -306,6 +366,12 @@ def autocast_dtype(device: str) -> torch.dtype:
             "float32; set it to False"
         )
     return torch.bfloat16
+
+
+def _frozen_parameters(model: nn.Module) -> Callable[[], Sequence[nn.Parameter]]:
+    if not isinstance(model, Distiller):
+        return tuple
+    return lambda: model.frozen_parameters(model.iteration)
 
 
 def _find_sampler(loader: Any) -> Optional[ResumableTrainingSampler]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Callable, Dict, List
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -42,6 +42,11 @@ class DistillLoss(nn.Module):
 
     #: Name of the config node below MODEL.DISTILLER.
     NODE: str = ""
+
+    #: The SOLVER node (keys of MODEL.DISTILLER.SOLVER; those left out have its defaults) of an
+    #: optimizer of its own for this loss's parameters; None: they are trained by the student's.
+    #: DistillTrainer's affair: under another trainer one optimizer trains all parameters.
+    solver: Optional[CN] = None
 
     def __init__(
         self,
@@ -121,6 +126,23 @@ class DistillLoss(nn.Module):
             part: "all" or "teacher_only", PRELOAD_TYPE.
         """
         return state
+
+    def solver_advances(self, iteration: int) -> bool:
+        """Whether the learning rate schedule of ``solver`` goes on after this iteration."""
+        return True
+
+    def frozen_parameters(self, iteration: int) -> List[nn.Parameter]:
+        """Parameters that stay as they are in this step: DistillTrainer drops their gradients."""
+        return []
+
+    def pretrain(self, teacher: DetectorView, batch: Batch) -> Dict[str, torch.Tensor]:
+        """Terms that train this loss's own parameters before the student is trained, in the steps
+        of MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS (``batch.iteration`` < 0); they are summed as they are.
+
+        Parameters that no term reaches get a gradient of zero, for DDP's sake; to keep weight decay
+        off them, name them in ``frozen_parameters``.
+        """
+        return {}
 
     @classmethod
     def add_config(cls, distiller: CN) -> None:

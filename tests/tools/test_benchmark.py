@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.structures import BitMasks, PolygonMasks
@@ -23,6 +24,8 @@ STEPS = [
     "teacher whole, plain",
 ]
 HEADLINE = "distilled step / (student step + teacher part, plain)"
+ICD = "InstanceConditionalDistillation"
+TINY_ICD = ["MODEL.DISTILLER.INS.HIDDEN_DIM", "16", "MODEL.DISTILLER.INS.ATT_HEADS", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,29 @@ def measured(tool, make_config, tmp_path_factory):
     return report, printed.getvalue(), json.loads(path.read_text())
 
 
+@pytest.fixture(scope="module")
+def icd_config(make_config):
+    return make_config([ICD])
+
+
+@pytest.fixture(scope="module")
+def icd(tool, icd_config):
+    """(subjects, tasks) with the naive version."""
+    subjects = build(tool, icd_config)
+    with tool.EventStorage(subjects.iteration):
+        return subjects, tool.build_tasks(subjects, against_naive=True)
+
+
+def build(tool, config_file, *opts):
+    arguments = ["--config-file", config_file, "--size", "64", *TINY_ICD, *opts]
+    args = tool.parse_arguments(arguments)
+    return tool.build_subjects(tool.load_config(args.config_file, args.opts), args)
+
+
+def terms(task):
+    return task.replay(task.compute)
+
+
 def run(tool, config_file, *more):
     arguments = ["--config-file", config_file, "--size", "64", "--rounds", "2", "--threads", "1"]
     return tool.main([*arguments, "--device", "cpu", *more])
@@ -87,6 +113,161 @@ def test_ratios_are_of_each_round(measured):
         assert ratio == pytest.approx(times["distilled step"][index] / floor)
     pkd = report["ratios"]["PKD alone / PKD alone, naive formula"]
     assert pkd[0] == pytest.approx(times["PKD alone"][0] / times["PKD alone, naive formula"][0])
+
+
+@pytest.fixture(scope="module")
+def measured_icd(tool, icd_config, tmp_path_factory):
+    """As ``measured``, against the naive version."""
+    path, printed = tmp_path_factory.mktemp("json") / "report.json", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        report = run(tool, icd_config, "--json", str(path), "--against-naive", *TINY_ICD)
+    return report, printed.getvalue(), json.loads(path.read_text())
+
+
+def test_icd_in_parts_and_against_its_naive_version(tool, measured_icd):
+    report, printed, written = measured_icd
+    alone, naive = f"{ICD} alone", f"{ICD} alone, naive formula"
+    parts = [f"{ICD} part: decoder + auxiliary task", f"{ICD} part: value loss"]
+    assert list(report["rows"]) == [*STEPS, alone, naive, *parts]
+    times = [report["rows"][name]["process_ms"] for name in (alone, naive)]
+    assert report["ratios"][f"{alone} / {naive}"] == pytest.approx(tool.paired(*times))
+    assert list(report["memory_ratios"]) == [f"{alone} / {naive}"]
+    assert written == report
+    assert printed.count(f"| {alone} / {naive} ") == 2 and "| ratio of memory " in printed
+    assert all(f"| {part} " in printed for part in parts)
+
+
+def test_naive_icd_only_when_asked_for(tool, icd):
+    subjects, tasks = icd
+    with tool.EventStorage(subjects.iteration):
+        fewer = tool.build_tasks(subjects)
+    assert set(tasks) - set(fewer) == {f"{ICD} alone, naive formula"}
+
+
+def test_parts_of_icd_are_its_terms(icd):
+    tasks = icd[1]
+    whole = terms(tasks[f"{ICD} alone"])
+    auxiliary = terms(tasks[f"{ICD} part: decoder + auxiliary task"])
+    value = terms(tasks[f"{ICD} part: value loss"])["value"]
+    assert auxiliary == {name: whole[name] for name in ("loss_icd_conf_0", "loss_icd_reg_0")}
+    assert value == whole["loss_icd_value"] > 0
+    value.backward()  # through the student's side alone
+    parts = tasks[f"{ICD} part: value loss"]
+    reached = [leaf.grad is not None for leaf in parts.replay.records.leaves]
+    assert all(reached) and len(reached) == 3
+    parts.release()
+    assert all(leaf.grad is None for leaf in parts.leaves)
+
+
+def test_icd_without_its_value_loss_has_one_part(tool, icd_config):
+    subjects = build(tool, icd_config, "MODEL.DISTILLER.INS_ATT_MIMIC.WEIGHT_VALUE", "0.0")
+    with tool.EventStorage(subjects.iteration):
+        tasks = tool.build_tasks(subjects)
+    assert [name for name in tasks if "part:" in name] == [f"{ICD} part: decoder + auxiliary task"]
+
+
+def test_naive_icd_does_the_same_work(tool, icd, monkeypatch):
+    subjects, tasks = icd
+    loss, slots, oracle = subjects.distiller.losses[ICD], [], tool.load_oracle("naive_icd")
+    draw = oracle.draw_queries
+
+    def spy(*args):
+        slots.append(draw(*args))
+        return slots[-1]
+
+    oracle.draw_queries = spy
+    monkeypatch.setattr(tool, "load_oracle", lambda _name: oracle)
+    compute, parameters = tool.naive_icd(loss)
+    replay = tasks[f"{ICD} alone"].replay
+    losses = replay(compute)
+    queries = replay(lambda _student, teacher, batch: loss.read(teacher, batch)[1])
+    assert slots[0].classes.shape == queries.classes.shape == (2, 48)  # 8 objects, 5 fakes each
+    assert slots[0].is_real.sum() == sum(queries.real) == 16
+    assert losses.keys() == {"tea.0.prop_conf", "tea.0.prop_reg", "distill.0.matt.value"}
+    sum(losses.values()).backward()
+    assert all(leaf.grad.abs().sum() > 0 for leaf in replay.records.leaves)
+    assert sum(p.grad is not None for p in parameters) > 20
+    tasks[f"{ICD} alone"].release()
+
+
+def test_attention_of_naive_icd_is_not_slowed_down_by_denormal_numbers(tool):
+    from distill_d2.losses.icd import InstanceConditionalDistillation
+
+    settings = InstanceConditionalDistillation(num_classes=3).settings
+    settings = {name.upper(): value for name, value in settings.items()}
+    oracle = tool.load_oracle("naive_icd")
+    naive = oracle.NaiveICD(tool.naive_icd_weights(oracle, settings), settings, settings)
+    generator = torch.Generator().manual_seed(0)
+    maps = {"p3": 10 * torch.randn(1, 256, 16, 16, generator=generator)}  # as random networks have
+    boxes, classes = [torch.tensor([[10.0, 10.0, 60.0, 80.0]])], [torch.tensor([1])]
+    sizes, random = [(128, 128)], np.random.RandomState(0)
+    queries = oracle.draw_queries(random, boxes, classes, sizes, settings, settings)
+    out = naive.forward(maps, maps, queries, sizes, sizes[0], iteration=0, max_iter=1)
+    assert out["dec/0/attn_softmax"].min() > torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize("row", [f"{ICD} alone", f"{ICD} alone, naive formula"])
+def test_both_sides_update_their_parameters(icd, row):
+    task = icd[1][row]
+    task()
+    updated = task.optimizer.state
+    assert updated and all(any(p is leaf for leaf in task.leaves) for p in updated)
+    assert all(leaf.grad is None for leaf in task.leaves)
+
+
+def test_own_optimizer_is_the_losss_and_changes_nothing(tool, icd):
+    parameter = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    optimizer = tool.own_optimizer(icd[0].distiller.losses[ICD], [parameter, frozen])
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 1
+    parameter.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    assert parameter.grad.norm() == pytest.approx(0.01, rel=1e-3)
+    assert parameter.tolist() == [3.0, 4.0]
+
+
+def test_losses_without_a_solver_have_no_own_optimizer(tool, make_config):
+    subjects = build(tool, make_config(["PKD"]))
+    assert subjects.steps[tool.DISTILLED].own_optimizers == {}
+    with tool.EventStorage(0):
+        assert tool.build_tasks(subjects)["PKD alone"].optimizer is None
+
+
+def test_distilled_step_has_the_losss_optimizer(tool, icd):
+    subjects = icd[0]
+    student, distilled = subjects.steps[tool.STUDENT], subjects.steps[tool.DISTILLED]
+    assert student.own_optimizers == {} and list(distilled.own_optimizers) == [ICD]
+    of_loss = {id(p) for p in subjects.distiller.losses[ICD].parameters()}
+    groups = distilled.own_optimizers[ICD].param_groups
+    assert {id(p) for group in groups for p in group["params"]} == of_loss
+    assert all(group["lr"] == 0 for group in groups)
+    others = {id(p) for group in student.optimizer.param_groups for p in group["params"]}
+    assert not others & of_loss
+
+
+def test_naive_version_outside_a_checkout(tool, icd_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "ORACLES", tmp_path)
+    with pytest.raises(SystemExit, match="--against-naive needs .*naive_icd.py.*checkout"):
+        run(tool, icd_config, "--against-naive", *TINY_ICD)
+
+
+def test_memory_is_compared_where_each_row_has_its_own(tool, make_config, monkeypatch):
+    monkeypatch.setattr(tool, "linux_reset_peak", lambda: None)
+    report = run(tool, make_config(["PKD"]), "--rounds", "1")
+    assert report["memory_ratios"] == {}
+    assert "cannot reset" in report["facts"]["memory"]
+
+
+def test_ratio_of_memory(tool, capsys):
+    names = [*STEPS, "A alone", "A alone, naive formula", "B alone", "B alone, naive formula"]
+    rounds = {name: [tool.Sample(wall=1.0, process=1.0)] for name in names}
+    memory = {**dict.fromkeys(names, 1.0), "A alone, naive formula": 4.0, "B alone, naive formula": 0.0}
+    report = tool.summarise(rounds, memory, "wall")
+    assert list(report["memory_ratios"].values()) == [0.25, None]
+    tool.print_report({**report, "facts": {}})
+    printed = capsys.readouterr().out
+    assert "naive formula | 0.250 " in printed and "naive formula | - " in printed
 
 
 def test_median_and_spread(tool):
@@ -120,14 +301,12 @@ def test_generated_masks_fill_their_boxes(tool, mask_format, kind):
 
 
 def test_weights_stay_and_the_plain_teacher_is_unprepared(tool, make_config):
-    args = tool.parse_arguments(["--config-file", make_config(["PKD"]), "--size", "64"])
-    cfg = tool.load_config(args.config_file, [])
-    subjects = tool.build_subjects(cfg, args)
-    before = {k: v.clone() for k, v in subjects.distiller.student.named_parameters()}
-    with tool.EventStorage(0):
+    subjects = build(tool, make_config(["PKD", ICD]))
+    before = {k: v.clone() for k, v in subjects.distiller.named_parameters()}
+    with tool.EventStorage(subjects.iteration):
         for task in tool.build_tasks(subjects).values():
             task()
-    after = dict(subjects.distiller.student.named_parameters())
+    after = dict(subjects.distiller.named_parameters())
     assert all(torch.equal(before[name], after[name]) for name in before)
     norms = [
         sum("norm" in name for name in teacher.model.state_dict())
@@ -156,6 +335,31 @@ def test_loss_that_starts_later_is_measured_switched_on(tool, make_config):
     args = tool.parse_arguments(["--config-file", make_config(["PKD"]), "--size", "64", *opts])
     cfg = tool.load_config(args.config_file, args.opts)
     assert tool.build_subjects(cfg, args).iteration == 10
+
+
+@pytest.mark.parametrize(
+    "opts, iteration",
+    [
+        ([], 1000),
+        (["BYPASS_DISTILL", "30", "PKD.START_ITER", "20", "PKD.WARMUP_ITERS", "5"], 30),
+        (["BYPASS_DISTILL", "10", "PKD.START_ITER", "20", "PKD.WARMUP_ITERS", "5"], 25),
+        (["DISTILL_OFF", "1"], 0),
+    ],
+)
+def test_icd_is_measured_teaching_the_student(tool, make_config, opts, iteration):
+    assert build(tool, make_config(["PKD", ICD]), *of_distiller(opts)).iteration == iteration
+
+
+@pytest.mark.parametrize(
+    "opts, culprit", [(["DISTILL_ON", "0"], f"{ICD}.*DISTILL_ON"), (["PKD.STOP_ITER", "500"], "PKD'\\]")]
+)
+def test_losses_that_never_teach_together_are_refused(tool, make_config, opts, culprit):
+    with pytest.raises(SystemExit, match=culprit):
+        build(tool, make_config(["PKD", ICD]), *of_distiller(opts))
+
+
+def of_distiller(opts):
+    return [f"MODEL.DISTILLER.{word}" if word[0].isalpha() else word for word in opts]
 
 
 def test_loss_that_is_off_is_refused(tool, make_config):

@@ -88,7 +88,7 @@ class DecoderLayer(nn.Module):
         heads: int,
         *,
         project_positions: bool = True,
-        use_positions: bool = True,
+        positions_on_keys: bool = True,
         positions_on_values: bool = False,
         dropout: float = 0.0,
         bare: bool = False,
@@ -97,20 +97,20 @@ class DecoderLayer(nn.Module):
         Args:
             dim: C, divisible by ``heads``.
             project_positions: a Linear on the positional embedding before it is added.
-            use_positions: add the embedding to the keys; positions_on_values: to the values too.
+            positions_on_keys, positions_on_values: what the embedding is added to.
             dropout: of the attention weights.
         """
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.use_positions = use_positions
+        self.positions_on_keys = positions_on_keys
         self.positions_on_values = positions_on_values
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         nn.init.xavier_uniform_(self.in_proj_weight)
         self.out_proj = nn.Linear(dim, dim)
         nn.init.zeros_(self.out_proj.bias)
-        used = use_positions or positions_on_values
+        used = positions_on_keys or positions_on_values
         self.pos_projector = nn.Linear(dim, dim) if project_positions and used else None
         self.feed_forward = not bare
         if not bare:
@@ -126,7 +126,7 @@ class DecoderLayer(nn.Module):
         query_weight, key_weight, value_weight = self.in_proj_weight.chunk(3)
         query_bias, key_bias, value_bias = self.in_proj_bias.chunk(3)
         q = self._split(F.linear(queries, query_weight, query_bias))
-        k = self._project(maps, geometry, key_weight, key_bias, self.use_positions)
+        k = self._project(maps, geometry, key_weight, key_bias, self.positions_on_keys)
         values = self._project(maps, geometry, value_weight, value_bias, self.positions_on_values)
         k, v = self._split(k), self._split(values)
         mask = None if geometry.padding is None else ~geometry.padding[:, None, None]

@@ -93,7 +93,7 @@ class InstanceConditionalDistillation(DistillLoss):
             hidden_dim: channels of the decoder; levels with another number get a 1x1 convolution.
             att_heads, att_layers: of the decoder; with 0 layers attention alone, without residual.
             project_pos: a Linear on the positional embedding.
-            use_pos_embedding: add it to the keys; decoder_posemb_on_v: to the values too.
+            use_pos_embedding: add it to the keys; decoder_posemb_on_v: and to the values.
             distill_norm: "ln" normalises both sides' values per head, "tln" the teacher's, "none".
             dropout: of the attention weights.
             add_scale_indicator: rough width and height in the description of an instance.
@@ -125,21 +125,20 @@ class InstanceConditionalDistillation(DistillLoss):
         self.solver = solver
         self.pairs = FeaturePairs(input_feats, channels=hidden_dim, contiguous=False)
         self.queries: Optional[InstanceQueries] = None  # it needs the number of classes
+        on_values = use_pos_embedding and decoder_posemb_on_v
         self.decoder = ConditionalDecoder(
             att_layers,
             hidden_dim,
             att_heads,
             project_positions=project_pos,
-            use_positions=use_pos_embedding,
-            positions_on_values=decoder_posemb_on_v,
+            positions_on_keys=use_pos_embedding,
+            positions_on_values=on_values,
             dropout=dropout,
         )
         self.auxiliary = AuxiliaryTask(hidden_dim)
         self.student = nn.ModuleList(
-            StudentValues(hidden_dim, positions=decoder_posemb_on_v, project=project_pos)
-            for _ in self.decoder
+            StudentValues(hidden_dim, positions=on_values, project=project_pos) for _ in self.decoder
         )
-        self.student.requires_grad_(weight_value > 0)
         reconstructed = self.decoder if value_reconst > 0 else ()
         self.reconstructors = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim) for _ in reconstructed)
         self._statistics: Optional[Callable] = None
@@ -174,6 +173,8 @@ class InstanceConditionalDistillation(DistillLoss):
             last_image_scale=s.reference_bugs,
         )
         self.queries = InstanceQueries(sampler, classes, s.hidden_dim, s.add_scale_indicator)
+        for parameter in self._of_student():
+            parameter.requires_grad_(s.weight_value > 0)
 
     def _prior(self, classes: int) -> BoxPrior:
         s = self.settings
@@ -197,7 +198,7 @@ class InstanceConditionalDistillation(DistillLoss):
             decoded = self.decode(maps, queries, geometry, batch.iteration)
             terms = self.auxiliary_terms(decoded, queries, maps)
         if self._stopped(batch.iteration):
-            terms = _reach(terms, self._jointly_trained())
+            terms = _reach(terms, self._of_teacher())
         if self.settings.weight_value > 0:
             feels = self.distils(batch.iteration)
             ours = self.pairs.of_student(student, geometry.level_sizes, detach=not feels)
@@ -213,7 +214,7 @@ class InstanceConditionalDistillation(DistillLoss):
         """The auxiliary terms alone."""
         maps, queries, geometry = self.read(teacher, batch)
         decoded = self.decode(maps, queries, geometry, batch.iteration)
-        return _reach(self.auxiliary_terms(decoded, queries, maps), self.student.parameters())
+        return self.auxiliary_terms(decoded, queries, maps)
 
     def read(self, teacher: DetectorView, batch: Batch):
         """The teacher's levels (N, C, H, W), the Queries, and the Geometry of a batch."""
@@ -295,16 +296,21 @@ class InstanceConditionalDistillation(DistillLoss):
         return not self._stopped(iteration)
 
     def frozen_parameters(self, iteration: int) -> List[nn.Parameter]:
-        return self._jointly_trained() if self._stopped(iteration) else []
+        if iteration < 0:  # pretraining
+            return self._of_student()
+        return self._of_teacher() if self._stopped(iteration) else []
 
     def _stopped(self, iteration: int) -> bool:
         return iteration > self.settings.stop_joint
 
-    def _jointly_trained(self) -> List[nn.Parameter]:
-        """All but the student's side."""
-        of_student = {id(p) for p in self.student.parameters()}
-        of_student |= {id(p) for p in self.pairs.adapters.parameters()}
-        return [p for p in self.parameters() if id(p) not in of_student]
+    def _of_student(self) -> List[nn.Parameter]:
+        """What the distillation trains: the student's side."""
+        return [*self.student.parameters(), *self.pairs.adapters.parameters()]
+
+    def _of_teacher(self) -> List[nn.Parameter]:
+        """What the auxiliary task trains."""
+        of_student = set(self._of_student())
+        return [p for p in self.parameters() if p not in of_student]
 
     # Parameters of an earlier run.
 
@@ -314,7 +320,12 @@ class InstanceConditionalDistillation(DistillLoss):
         Args:
             part: "all", or "teacher_only" without the student's side.
         """
-        state = from_reference(state) if is_reference(state) else state
+        if is_reference(state):
+            # It has projectors of positions even where they are not used.
+            ours = self.state_dict()
+            state = {
+                k: v for k, v in from_reference(state).items() if k in ours or "pos_projector" not in k
+            }
         if part == "all":
             return state
         return {k: v for k, v in state.items() if not k.startswith(("student.", "pairs.adapters."))}

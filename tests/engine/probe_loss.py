@@ -1,0 +1,51 @@
+"""A loss with two parameters and a solver of its own, which sends no gradient to the student.
+
+Importing it registers it, once per process (pytest imports tests of a folder by their bare names).
+"""
+
+import torch
+from torch import nn
+
+from distill_d2.losses import DISTILL_LOSS_REGISTRY, DistillLoss
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class ProbeLoss(DistillLoss):
+    """(query value)^2 + value; pretraining is query^2 alone."""
+
+    NODE = "PROBE"
+    has_solver = True
+    stop_after = None
+
+    def __init__(self, *, weight=1.0, **schedule):
+        super().__init__(weight=weight, **schedule)
+        self.query = nn.Parameter(torch.ones(1))
+        self.value = nn.Parameter(torch.ones(1))
+
+    @classmethod
+    def from_config(cls, distiller):
+        loss = super().from_config(distiller)
+        loss.solver = distiller.SOLVER if cls.has_solver else None
+        return loss
+
+    def forward(self, student, teacher, batch):
+        assert all(feature.isfinite().all() for feature in teacher.features.values())
+        return {"loss_probe": ((self.query * self.value) ** 2 + self.value).sum()}
+
+    def pretrain(self, teacher, batch):
+        assert all(feature.isfinite().all() for feature in teacher.features.values())
+        return {"loss_probe_pretrain": (self.query**2).sum(), "loss_probe_other": self.query.sum()}
+
+    def solver_advances(self, iteration):
+        return self.stop_after is None or iteration < self.stop_after + 1
+
+    def frozen_parameters(self, iteration):
+        if iteration < 0:
+            return [self.value]
+        return [] if self.solver_advances(iteration) else [self.query]
+
+
+LAZY_PROBE = """
+distiller["SOLVER"] = dict(OPTIMIZER="SGD", BASE_LR=0.5, WARMUP_ITERS=0)
+distiller["PRETRAIN_TEACHER_ITERS"] = 2
+"""

@@ -1,0 +1,160 @@
+"""ICD's keys: names, defaults, and errors that name the key (law 10)."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from detectron2.config import CfgNode as CN
+from icd_case import Case
+
+from distill_d2.losses.base import DISTILL_LOSS_REGISTRY, keyword_defaults
+from distill_d2.losses.icd import InstanceConditionalDistillation
+from distill_d2.losses.icd.config import argument_names
+
+DISTILLER, INS, MIMIC = "MODEL.DISTILLER.", "MODEL.DISTILLER.INS.", "MODEL.DISTILLER.INS_ATT_MIMIC."
+# The reference's, where ours are no other: ours take levels and classes from the detectors.
+DEFAULTS = {
+    "": {
+        **{"TEACHER": "ModelTeacher_II", "BYPASS_DISTILL": 1000, "BYPASS_DISTILL_AFTER": 99999999},
+        **{"STOP_JOINT": 9999999, "DISTILL_OFF": 0, "DISTILL_ON": 1, "IGNORE_DISTILL": [""]},
+    },
+    "INS": {
+        **{"TASK_NAME": "InstanceEncoder", "DECODER": "DecoderWrapper", "HIDDEN_DIM": 256},
+        **{"ATT_HEADS": 8, "ATT_LAYERS": 1, "PROJECT_POS": True, "USE_POS_EMBEDDING": True},
+        **{"DECODER_POSEMB_ON_V": False, "DISTILL_WITH_POS": False, "DISTILL_NORM": "ln"},
+        **{"DROPOUT": 0.0, "ADD_SCALE_INDICATOR": True},
+        **{"SAMPLE_RULE": "relative", "NUM_NEG_POS_RATIO": 5.0, "NUM_LABELS": 100, "MAX_LABELS": 300},
+        **{"UNIFORM_SAMPLE_CLASS": False, "UNIFORM_SAMPLE_BOX": False, "CONFIDENCE_LOSS_WEIGHT": 1.0},
+        "VALUE_RECONST": -1.0,
+    },
+    "INS_ATT_MIMIC": {
+        **{"WEIGHT_VALUE": 8.0, "TEMP_VALUE": 1.0, "TEMP_DECAY": False, "TEMP_DECAY_TO": 1.0},
+        **{"TEMP_MASK": 1.0, "DISTILL_NEGATIVE": False, "LOSS_FORM": "mse", "SAMPLE_RANGE": 0.3},
+    },
+}
+
+
+def node():
+    distiller = CN({"SOLVER": CN({"OPTIMIZER": "ADAMW"})})
+    InstanceConditionalDistillation.add_config(distiller)
+    return distiller
+
+
+def build(**settings):
+    return InstanceConditionalDistillation(**settings)
+
+
+def test_keys_have_the_references_defaults():
+    distiller = node()
+    for name, keys in DEFAULTS.items():
+        found = distiller[name] if name else distiller
+        for key, value in keys.items():
+            assert found[key] == value and type(found[key]) is type(value), key
+
+
+def test_every_argument_is_a_key():
+    expected = set(keyword_defaults(InstanceConditionalDistillation)) - {"solver"}
+    of_the_base = {"weight", "start_iter", "stop_iter", "warmup_iters"}
+    assert set(argument_names()) == expected - of_the_base
+
+
+def test_built_from_its_keys():
+    distiller = node()
+    distiller.BYPASS_DISTILL = 7
+    distiller.INS.ATT_LAYERS = 2
+    distiller.INS.INPUT_FEATS = ["p3"]
+    distiller.INS_ATT_MIMIC.WEIGHT_VALUE = 3.0
+    loss = InstanceConditionalDistillation.from_config(distiller)
+    assert len(loss.decoder) == len(loss.student) == 2
+    assert loss.pairs.in_features == ["p3"] and loss.settings.weight_value == 3.0
+    assert not loss.distils(6) and loss.distils(7)
+    assert loss.solver is distiller.SOLVER
+
+
+def test_registered():
+    name = "InstanceConditionalDistillation"
+    assert DISTILL_LOSS_REGISTRY.get(name) is InstanceConditionalDistillation
+
+
+OTHERS = {"TEACHER": "ModelTeacher", "INS.TASK_NAME": "Other", "INS.DECODER": "Other"}
+
+
+@pytest.mark.parametrize("path", OTHERS)
+def test_other_classes_of_the_reference(path):
+    distiller = node()
+    distiller.merge_from_list([path, OTHERS[path]])
+    message = rf"MODEL.DISTILLER.{path} is '{OTHERS[path]}'; '.*' is the only"
+    with pytest.raises(ValueError, match=message):
+        InstanceConditionalDistillation.from_config(distiller)
+
+
+WRONG = [
+    (MIMIC + "LOSS_FORM is 'huber'; expected one of .*'smoothL1'", {"loss_form": "huber"}),
+    (INS + "DISTILL_NORM is 'bn'; expected one of .*'tln'", {"distill_norm": "bn"}),
+    (INS + "SAMPLE_RULE is 'all'; expected one of .*'fixed'", {"sample_rule": "all"}),
+    (INS + "HIDDEN_DIM is 20; .* INS.ATT_HEADS, which is 8", {"hidden_dim": 20}),
+    (INS + "HIDDEN_DIM is 9; .* INS.ATT_HEADS, which is 3", {"hidden_dim": 9, "att_heads": 3}),
+    (INS + "HIDDEN_DIM is 0; expected at least 1", {"hidden_dim": 0}),
+    (INS + "ATT_HEADS is 0; expected at least 1", {"att_heads": 0}),
+    (INS + "MAX_LABELS is 0; expected at least 1", {"max_labels": 0}),
+    (INS + "NUM_LABELS is 0; expected at least 1", {"num_labels": 0}),
+    (INS + "ATT_LAYERS is -1; expected 0 or more", {"att_layers": -1}),
+    (INS + "NUM_CLASSES is -1; expected 0 or more", {"num_classes": -1}),
+    (INS + "NUM_NEG_POS_RATIO is -0.5; expected 0 or more", {"num_neg_pos_ratio": -0.5}),
+    (INS + "CONFIDENCE_LOSS_WEIGHT is -1", {"confidence_loss_weight": -1}),
+    (INS + "DROPOUT is 1.0; expected 0 or more and below 1", {"dropout": 1.0}),
+    (INS + "DROPOUT is -0.1", {"dropout": -0.1}),
+    (MIMIC + "SAMPLE_RANGE is -0.3", {"sample_range": -0.3}),
+    (MIMIC + "TEMP_DECAY_TO is 0.0; expected above 0", {"temp_decay_to": 0.0}),
+    (MIMIC + "TEMP_VALUE is 0.0; expected above 0", {"temp_value": 0.0}),
+    (MIMIC + "TEMP_VALUE is -1.0; expected above 0", {"temp_value": -1.0}),
+    (MIMIC + "TEMP_VALUE is 0.0", {"temp_value": 0.0, "reference_bugs": True}),
+]
+
+
+@pytest.mark.parametrize("message, settings", WRONG, ids=[str(settings) for _, settings in WRONG])
+def test_wrong_values_name_their_key(message, settings):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
+
+
+def test_learnable_temperature_needs_the_references_bugs():
+    assert build(temp_value=-1.0, reference_bugs=True).temperature(0, 1) == 1.0
+
+
+EDGES = [{"att_heads": 1}, {"att_layers": 0}, {"num_neg_pos_ratio": 0.0}]
+
+
+@pytest.mark.parametrize("settings", EDGES, ids=str)
+def test_edges_are_allowed(settings):
+    build(**settings)
+
+
+def test_unknown_number_of_classes():
+    """The detector of the maps is of no kind whose classes are known."""
+    with pytest.raises(ValueError, match=INS + "NUM_CLASSES is 0, .*MapDetector is unknown; set it"):
+        case = Case()
+        case.loss.settings.num_classes = 0
+        case.loss.bind(*case.views())
+
+
+def test_missing_levels_are_listed():
+    with pytest.raises(KeyError, match=r"no level 'p3'; its neck has \['p4', 'p5'\]"):
+        Case(input_feats=["p4", "p3"])
+
+
+def statistics(classes):
+    sizes = np.full((classes, 2), 0.1)
+    return SimpleNamespace(counts=np.arange(classes), mean=sizes, std=sizes)
+
+
+def test_fewer_classes_than_the_training_data():
+    with pytest.raises(ValueError, match="NUM_CLASSES is 7, but .* class 9"):
+        Case(statistics=statistics(10))
+    Case(statistics=statistics(7))
+
+
+def test_statistics_are_not_asked_for_where_not_needed():
+    case = Case(uniform_sample_class=True, uniform_sample_box=True)
+    case.loss.use_statistics(lambda: pytest.fail("computed"))
+    case.loss.bind(*case.views())

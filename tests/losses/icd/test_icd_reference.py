@@ -1,0 +1,125 @@
+"""Parameters from the reference's checkpoints, and those to start from."""
+
+import pytest
+import torch
+from icd_case import Case
+from naive_icd import random_weights
+
+from distill_d2.losses.icd.reference import from_reference, is_reference
+
+DEAD = ("linear_in", "linear_out", "norm1", "norm2", "out_proj", "predictor")
+
+
+def weights(layers=1, reconst=False):
+    """A whole checkpoint entry "teacher"."""
+    options = {"hidden_dim": 16, "heads": 4, "layers": layers, "classes": 7, "reconst": reconst}
+    pixels = {"pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+    return {**pixels, **random_weights(torch.Generator().manual_seed(0), **options)}
+
+
+def prefixed(state):
+    return {f"module.{name}": value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("layers", [0, 1, 2])
+@pytest.mark.parametrize("reconst", [False, True])
+def test_every_parameter_is_there(layers, prefix, reconst):
+    state = {prefix + name: value for name, value in weights(layers, reconst).items()}
+    settings = {"att_layers": layers, "value_reconst": 1.0 if reconst else -1.0}
+    loss = Case(decoder_posemb_on_v=True, **settings).loss
+    assert is_reference(state)
+    loss.load_state_dict(from_reference(state))  # strict: nothing is missing or more
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_values_go_where_they_belong(layers):
+    state, last = weights(layers), max(layers, 1) - 1
+    ours = from_reference(prefixed(state))
+    side, matt = ("matt.", "") if layers == 0 else (f"matt.{last}.matt.", f"matt.{last}.")
+    for part in ("weight", "bias"):
+        packed = state[f"distillers.0.attention_module.{side}in_proj_{part}"]
+        assert torch.equal(ours[f"student.{last}.values.{part}"], packed[32:])
+        expected = state[f"teacher.attention_module.{side}in_proj_{part}"]
+        assert torch.equal(ours[f"decoder.{last}.in_proj_{part}"], expected)
+        expected = state[f"teacher.attention_module.{matt}pos_projector.{part}"]
+        assert torch.equal(ours[f"decoder.{last}.pos_projector.{part}"], expected)
+        for theirs, number in ((0, 0), (1, 3), (2, 6)):
+            encoder = state[f"teacher.ins_encoder.encoder.layers.{theirs}.{part}"]
+            assert torch.equal(ours[f"queries.encoder.{number}.{part}"], encoder)
+            predictor = state[f"teacher.ins_encoder.predictor.layers.{theirs}.{part}"]
+            assert torch.equal(ours[f"auxiliary.predictor.{number}.{part}"], predictor)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_no_layers_may_have_a_number_or_none(layers):
+    """The names of a bare decoder: "matt.in_proj_weight", or "matt.0.matt.in_proj_weight"."""
+    names = set(from_reference(weights(layers)))
+    assert {"decoder.0.in_proj_weight", "decoder.0.pos_projector.weight"} < names
+    assert "student.0.values.bias" in names
+    assert not any(name.startswith(("decoder.1", "decoder..", "decoder.matt")) for name in names)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_dead_parameters_are_left_out(layers):
+    ours = [name for name in from_reference(weights(layers)) if name.startswith("student.")]
+    parts = ["pos_projector.bias", "pos_projector.weight", "values.bias", "values.weight"]
+    expected = [f"student.{layer}.{part}" for layer in range(max(layers, 1)) for part in parts]
+    assert sorted(ours) == expected
+    dead = {name: value for name, value in weights(layers).items() if name.startswith("distillers.")}
+    dead = {name: value for name, value in dead.items() if any(part in name for part in DEAD)}
+    assert dead and from_reference(dead) == {}
+
+
+def test_what_is_not_of_the_method_is_left_out():
+    state = {"pixel_mean": torch.zeros(3), "distillers.0.temp_value": torch.ones(1)}
+    assert from_reference(state) == {}
+
+
+def test_wrong_shapes_surface():
+    state = weights()
+    state["teacher.ins_encoder.predictor.layers.2.weight"] = torch.zeros(9, 16)
+    loss = Case(decoder_posemb_on_v=True).loss
+    with pytest.raises(RuntimeError, match="size mismatch for auxiliary.predictor.6.weight"):
+        loss.load_state_dict(from_reference(state))
+
+
+def test_another_number_of_classes_surfaces():
+    loss = Case(decoder_posemb_on_v=True, num_classes=8).loss
+    with pytest.raises(RuntimeError, match="size mismatch for queries.encoder.0.weight"):
+        loss.load_state_dict(from_reference(weights()))
+
+
+def test_our_own_names_are_not_the_references():
+    assert not is_reference(Case(value_reconst=1.0, channels=(10, 12)).loss.state_dict())
+    assert not is_reference({})
+
+
+# What a run starts from
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_all_of_a_reference_checkpoint(prefix):
+    state = {prefix + name: value for name, value in weights().items()}
+    imported = Case(decoder_posemb_on_v=True).loss.import_state(state, "all")
+    expected = from_reference(weights())
+    assert imported.keys() == expected.keys()
+    assert all(torch.equal(imported[name], expected[name]) for name in expected)
+
+
+def test_teacher_only_of_a_reference_checkpoint():
+    imported = Case().loss.import_state(prefixed(weights()), "teacher_only")
+    expected = {name for name in from_reference(weights()) if not name.startswith("student.")}
+    assert set(imported) == expected and expected
+
+
+@pytest.mark.parametrize("part", ["all", "teacher_only"])
+def test_own_checkpoint(part):
+    loss = Case(channels=(10, 12), value_reconst=1.0).loss
+    state = loss.state_dict()
+    imported = loss.import_state(dict(state), part)
+    left_out = set(state) - set(imported)
+    of_student = {name for name in state if name.startswith(("student.", "pairs.adapters."))}
+    assert left_out == (of_student if part == "teacher_only" else set())
+    assert len(of_student) == 2 + 2 * 2 and any("teacher_adapters" in name for name in imported)
+    assert all(torch.equal(imported[name], state[name]) for name in imported)
