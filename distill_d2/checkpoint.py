@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
 import re
 import struct
 import zipfile
-from typing import Any, Dict
+from typing import Any, Dict, Iterator
 
 import numpy as np
 import torch
@@ -138,26 +139,19 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
-        try:
+        with _naming(filename):
             if filename.endswith(".pkl"):
                 return _detectron_format(_unpickle(filename))
             if filename.endswith(".pyth"):
                 return _pycls_format(self._torch_load(filename))
             return super()._load_file(filename)
-        except (*_READ_ERRORS, OSError) as error:
-            if isinstance(error, OSError) and error.filename:  # not readable, and it says which
-                raise
-            raise ValueError(
-                f"cannot read the checkpoint '{filename}': {_reason(error)}. It may be truncated "
-                "(download or copy it again), or hold objects other than tensors, which are not loaded"
-            ) from error
 
     def _torch_load(self, filename: str) -> Dict[str, Any]:
-        return torch.load(filename, map_location="cpu", weights_only=True)
+        return _torch_load(filename)
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
-    """All entries of a checkpoint, on the CPU.
+    """All entries of a checkpoint of a training (.pth), on the CPU.
 
     Args:
         path: path or URL.
@@ -167,7 +161,29 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     """
     if "://" not in path and not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint '{path}' does not exist")
-    return SafeCheckpointer(torch.nn.Module())._load_file(PathManager.get_local_path(path))
+    with _naming(path):
+        entries = _torch_load(PathManager.get_local_path(path))
+    if not isinstance(entries, dict):
+        raise ValueError(f"'{path}' holds a {type(entries).__name__}, not the entries of a checkpoint")
+    return entries
+
+
+def _torch_load(filename: str) -> Any:
+    return torch.load(filename, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def _naming(filename: str) -> Iterator[None]:
+    """Errors of reading a file become a ValueError that names it; OSErrors that do so stay."""
+    try:
+        yield
+    except (*_READ_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.filename:  # not readable, and it says which
+            raise
+        raise ValueError(
+            f"cannot read the checkpoint '{filename}': {_reason(error)}. It may be truncated "
+            "(download or copy it again), or hold objects other than tensors, which are not loaded"
+        ) from error
 
 
 def _unpickle(filename: str) -> Dict[str, Any]:

@@ -520,9 +520,13 @@ def naive_icd(loss: DistillLoss) -> Tuple[Compute, List[torch.Tensor]]:
     weights = {n: w.to(device) for n, w in naive_icd_weights(oracle, settings).items()}
     naive = oracle.NaiveICD(weights, settings, settings, settings["REFERENCE_BUGS"])
     random = np.random.RandomState(0)
+    plain: Dict[str, torch.Tensor] = {}  # the memory layout of a teacher that nobody prepared
 
     def compute(student, teacher, batch):
         theirs = loss.pairs.of_teacher(teacher)
+        if not plain and not loss.pairs.teacher_adapters:
+            plain.update((name, level.contiguous()) for name, level in theirs.items())
+        theirs = plain or theirs
         ours = loss.pairs.of_student(student, [level.shape[-2:] for level in theirs.values()])
         instances = [item["instances"] for item in batch.inputs]
         queries = oracle.draw_queries(

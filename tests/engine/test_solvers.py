@@ -180,7 +180,8 @@ def test_student_equals_the_baseline_and_the_loss_learns(probe):
     job = probe
     job.run(distill=False, opts=["OUTPUT_DIR", job.folder / "baseline"])
     job.run()
-    assert_equal(checkpoint(job.folder / "baseline")["model"], checkpoint(job.config.OUTPUT_DIR)["model"])
+    baseline = checkpoint(job.folder / "baseline")["model"]
+    assert_equal(baseline, checkpoint(job.config.OUTPUT_DIR)["model"])
     learnt = loss_of(job.config.OUTPUT_DIR)
     assert all(not torch.equal(value, torch.ones(1)) for value in learnt.values())
 

@@ -10,6 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
+from job import Job
 
 from distill_d2 import teacher as teacher_module
 from distill_d2.config import student_config
@@ -69,8 +70,6 @@ def test_eval_only_builds_no_teacher(job, monkeypatch):
 
 @pytest.mark.parametrize("family", ["retinanet", "mask"])
 def test_resumed_run_equals_uninterrupted(tmp_path, family):
-    from conftest import Job
-
     job = Job(tmp_path, family)
     job.config.MODEL.DISTILLER.TYPES = ["FeatureMimic"]
     job.config.MODEL.DISTILLER.FEATURE_MIMIC.IN_FEATURES = ["res3"]

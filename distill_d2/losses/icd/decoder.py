@@ -52,9 +52,9 @@ class Decoded:
     values: torch.Tensor
     padding: Optional[torch.Tensor]
 
-    def logits(self, image: int, slots: slice) -> torch.Tensor:
-        """Attention logits (h, slots, S) of one image; -inf in padding."""
-        queries = self.queries[image, :, slots] * self.queries.shape[-1] ** -0.5
+    def logits(self, image: int, slots: slice, temperature: float = 1.0) -> torch.Tensor:
+        """Attention logits (h, slots, S) of one image, over ``temperature``; -inf in padding."""
+        queries = self.queries[image, :, slots] * (self.queries.shape[-1] ** -0.5 / temperature)
         logits = queries @ self.keys[image].transpose(1, 2)
         return logits if self.padding is None else logits.masked_fill_(self.padding[image], -torch.inf)
 
@@ -68,8 +68,8 @@ class Decoded:
         mass = self.keys.new_zeros(batch, heads, positions)
         for image, count in enumerate(counts):
             for start in range(0, count, _MASS_CHUNK):
-                logits = self.logits(image, slice(start, min(start + _MASS_CHUNK, count)))
-                mass[image] += logits.div_(temperature).softmax(dim=-1).sum(dim=1)
+                slots = slice(start, min(start + _MASS_CHUNK, count))
+                mass[image] += self.logits(image, slots, temperature).softmax(dim=-1).sum(dim=1)
         return mass
 
 

@@ -157,6 +157,11 @@ class InstanceConditionalDistillation(DistillLoss):
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         super().bind(student, teacher)
         s = self.settings
+        if 0 < s.num_classes < (student.num_classes or 0):
+            raise ValueError(
+                f"MODEL.DISTILLER.INS.NUM_CLASSES is {s.num_classes}, but the student has "
+                f"{student.num_classes} classes; set it to 0, which means the student's"
+            )
         classes = s.num_classes or student.num_classes
         if not classes:
             raise ValueError(
