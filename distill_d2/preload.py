@@ -83,7 +83,7 @@ def preload_losses(losses: Mapping[str, DistillLoss], path: str, part: str) -> i
     """
     checkpoint = read_checkpoint(path)
     loaded = sum(
-        _preload_loss(loss, _entry_of(checkpoint, name), part, f"{name}, from '{path}'")
+        _preload_loss(loss, _state_of(loss, name, checkpoint), part, f"{name}, from '{path}'")
         for name, loss in losses.items()
     )
     if not loaded:
@@ -96,21 +96,23 @@ def preload_losses(losses: Mapping[str, DistillLoss], path: str, part: str) -> i
     return loaded
 
 
-def _entry_of(checkpoint: Mapping[str, Any], name: str) -> Dict[str, torch.Tensor]:
+def _state_of(
+    loss: DistillLoss, name: str, checkpoint: Mapping[str, Any]
+) -> Dict[str, torch.Tensor]:
     prefix = f"{name}."
     ours = checkpoint.get("distiller", {})
     found = {key[len(prefix) :]: value for key, value in ours.items() if key.startswith(prefix)}
-    return found or checkpoint.get("teacher", {})
+    return found or loss.from_reference(checkpoint.get("teacher", {}))
 
 
 def _preload_loss(
     loss: DistillLoss, state: Mapping[str, torch.Tensor], part: str, source: str
 ) -> int:
-    theirs, ours = loss.import_state(state, part), loss.state_dict()
+    theirs, ours = loss.starting_state(state, part), loss.state_dict()
     if not theirs or not ours:
         return 0
     wrong = {
-        "missing": sorted(set(loss.import_state(ours, part)) - set(theirs)),
+        "missing": sorted(set(loss.starting_state(ours, part)) - set(theirs)),
         "unknown": sorted(set(theirs) - set(ours)),
         "of another shape": [
             f"{name} {tuple(value.shape)}, here {tuple(ours[name].shape)}"

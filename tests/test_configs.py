@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import get_cfg
+from detectron2.modeling import build_backbone
 
 from distill_d2 import model_zoo
 from distill_d2.config import add_distill_config, load_yaml
@@ -18,6 +20,7 @@ DETECTRON2_CONFIGS = Path(detectron2_zoo.__file__).parent / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 DISTILLATION = [name for name in NAMES if name.startswith("Distillation-")]
 FEATURE_LOSSES = [name for name in DISTILLATION if name.split("/")[0] in ("Distillation-Mimic", "Distillation-PKD")]
+ICD = [name for name in DISTILLATION if name.startswith("Distillation-ICD/")]
 OFFICIAL = [name for name in NAMES if (DETECTRON2_CONFIGS / name).is_file()]
 
 # What differs from detectron2's config of the same name: the FPN bases evaluate during training.
@@ -51,6 +54,7 @@ def test_the_expected_configs_exist():
     assert len(expected) > 20
     assert expected <= set(NAMES)
     assert len(FEATURE_LOSSES) >= 6
+    assert sorted(ICD) == sorted(f"Distillation-ICD/{name}" for name in ICD_TABLE)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -92,7 +96,7 @@ def test_distillation_builds_its_losses_and_finds_its_teacher(name):
     assert detectron2_zoo.get_checkpoint_url(teacher).startswith("https://")  # raises without weights
 
 
-@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("name", FEATURE_LOSSES + ICD)
 def test_distillation_student_is_the_plain_1x_config(name):
     plain = {
         "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
@@ -108,7 +112,7 @@ def test_distillation_student_is_the_plain_1x_config(name):
     assert different["SOLVER.CLIP_GRADIENTS.ENABLED"] is True
 
 
-@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("name", FEATURE_LOSSES + ICD)
 def test_student_and_teacher_have_the_same_levels(name):
     cfg = load(name)
     teacher = load(cfg.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG)
@@ -124,3 +128,46 @@ def test_pkd_weight_is_the_papers(name):
     one_stage = "retinanet" in cfg.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG
 
     assert cfg.MODEL.DISTILLER.PKD.WEIGHT == (10.0 if one_stage else 6.0)
+
+
+# Table 6.1 of ICD's specification: official teacher, its config, levels, MAX_LABELS, WEIGHT_VALUE, BASE_LR.
+RETINANET_LEVELS, FPN_LEVELS = ["p3", "p4", "p5", "p6", "p7"], ["p2", "p3", "p4", "p5", "p6"]
+ICD_TABLE = {
+    "retinanet_R_50_R101_icd_FPN_1x.yaml": (
+        *(True, "COCO-Detection/retinanet_R_101_FPN_3x.yaml", RETINANET_LEVELS, 300, 8.0, 0.01),
+    ),
+    "RCNN_R_50_R101_icd_FPN_1x.yaml": (
+        *(True, "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", FPN_LEVELS, 100, 3.0, 0.02),
+    ),
+    "MaskRCNN_R_50_R101_icd_FPN_1x.yaml": (
+        *(True, "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml", FPN_LEVELS, 100, 3.0, 0.02),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ICD)
+def test_icd_has_the_values_of_its_specification(name):
+    cfg = load(name)
+    node, solver = cfg.MODEL.DISTILLER, cfg.SOLVER
+    values = (node.MODEL_LOAD_OFFICIAL, node.MODEL_DISTILLER_CONFIG, node.INS.INPUT_FEATS)
+    values += (node.INS.MAX_LABELS, node.INS_ATT_MIMIC.WEIGHT_VALUE, solver.BASE_LR)
+
+    assert values == ICD_TABLE[Path(name).name]
+    assert node.TYPES == ["InstanceConditionalDistillation"]
+    assert (cfg.MODEL.WEIGHTS, cfg.MODEL.RESNETS.DEPTH) == ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", 50)
+    assert (solver.STEPS, solver.MAX_ITER, solver.IMS_PER_BATCH) == ((60000, 80000), 90000, 16)
+    assert solver.CLIP_GRADIENTS.ENABLED and (solver.OPTIMIZER, node.SOLVER.OPTIMIZER) == ("SGD", "ADAMW")
+    assert (cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD) == (10000, 10000)
+
+
+@pytest.mark.parametrize("name", ICD)
+def test_icd_reads_levels_that_are_there(name):
+    cfg = load(name)
+    teacher = detectron2_zoo.get_config(cfg.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG)
+    with torch.device("meta"):  # shapes without weights
+        levels = [build_backbone(config).output_shape() for config in (cfg, teacher)]
+
+    for name in cfg.MODEL.DISTILLER.INS.INPUT_FEATS:
+        student, teacher = (shapes[name] for shapes in levels)
+        assert student.stride == teacher.stride
+        assert student.channels == teacher.channels == cfg.MODEL.DISTILLER.INS.HIDDEN_DIM

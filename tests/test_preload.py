@@ -1,11 +1,18 @@
-"""Starting a student from its teacher."""
+"""Starting a student from its teacher, and the losses from an earlier run."""
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from losses.naive_icd import random_weights
 from tiny import tiny_config
 
-from distill_d2.preload import preload
+from distill_d2.distiller import Distiller
+from distill_d2.losses.feature_mimic import FeatureMimic
+from distill_d2.losses.icd.loss import InstanceConditionalDistillation
+from distill_d2.preload import preload, preload_losses
+from distill_d2.teacher import Teacher
+
+ICD = "InstanceConditionalDistillation"
 
 
 def detector(family="retinanet", fpn_norm="", **sizes):
@@ -106,3 +113,118 @@ def test_gradients_stay_possible():
     student = detector()
     preload(student, detector(), fpn=True, head=True)
     assert all(p.requires_grad and p.is_leaf for p in student.head.parameters())
+
+
+# The losses' own parameters, from an earlier run.
+
+
+class Losses:
+    """ICD, bound to a student and a teacher of 16 channels, beside a loss with an adapter; and checkpoints."""
+
+    def __init__(self, folder, width=8, **settings):
+        settings = {"hidden_dim": 16, "att_heads": 4, "input_feats": ["p2", "p3"], **settings}
+        model = Distiller(
+            student=build_model(tiny_config(width=width)),
+            teacher=Teacher(build_model(tiny_config(width=16))),
+            losses=[InstanceConditionalDistillation(**settings), FeatureMimic(in_features=["res3"])],
+        )
+        self.losses, self.path = model.losses, str(folder / "earlier.pth")
+
+    def state(self):
+        return {name: value.clone() for name, value in self.losses.state_dict().items()}
+
+    def save(self, entry="distiller", prefix="", **more):
+        """A checkpoint of these losses, of random values; what it holds, by our names."""
+        values = {name: torch.rand(value.shape) for name, value in self.losses.state_dict().items()}
+        torch.save({entry: {prefix + n: v for n, v in values.items()}, **more}, self.path)
+        return values
+
+    def load(self, part):
+        """The names of the parameters that changed."""
+        before = self.state()
+        count = preload_losses(self.losses, self.path, part)
+        after = self.losses.state_dict()
+        names = {name for name in after if not torch.equal(after[name], before[name])}
+        assert len(names) == count
+        return names
+
+
+@pytest.fixture
+def losses(tmp_path):
+    return Losses(tmp_path)
+
+
+MIMIC = {f"FeatureMimic.pairs.adapters.res3.{kind}" for kind in ("weight", "bias")}
+VALUES = {f"{ICD}.student.0.values.{kind}" for kind in ("weight", "bias")}
+
+
+def test_all_losses_of_an_earlier_run(losses):
+    saved = losses.save(model={})
+    assert losses.load("all") == set(saved)
+    assert all(torch.equal(value, saved[name]) for name, value in losses.state().items())
+
+
+def test_all_but_the_students_side(losses):
+    saved = losses.save()
+    assert losses.load("teacher_only") == set(saved) - VALUES
+
+
+def test_earlier_run_with_some_of_the_losses(losses):
+    saved = {name: value for name, value in losses.save().items() if name.startswith(ICD)}
+    torch.save({"distiller": saved}, losses.path)
+    assert losses.load("all") == set(saved)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("others", [{}, {"model": {}, "iteration": 1}])
+def test_checkpoint_of_the_reference(losses, prefix, others):
+    """It has nothing for the other loss."""
+    sizes = {"hidden_dim": 16, "heads": 4, "layers": 1, "classes": 3}
+    weights = random_weights(torch.Generator().manual_seed(0), **sizes)
+    torch.save({"teacher": {prefix + n: v for n, v in weights.items()}, **others}, losses.path)
+    assert losses.load("all") == set(losses.state()) - MIMIC
+    values = weights["distillers.0.attention_module.matt.0.matt.in_proj_weight"][32:]
+    assert torch.equal(losses.state()[f"{ICD}.student.0.values.weight"], values)
+
+
+def nothing_changes(losses, error, message, part="all"):
+    before = losses.state()
+    with pytest.raises(error, match=message):
+        preload_losses(losses.losses, losses.path, part)
+    assert all(torch.equal(value, before[name]) for name, value in losses.state().items())
+
+
+def test_earlier_run_of_another_width(losses, tmp_path):
+    Losses(tmp_path, hidden_dim=32).save()
+    message = rf"PRELOAD_TEACHER does not fit {ICD}, from '.*earlier.pth': .*of another shape: .*\(32,"
+    nothing_changes(losses, ValueError, message)
+
+
+def test_earlier_run_with_other_layers(losses, tmp_path):
+    Losses(tmp_path, att_layers=2).save()
+    nothing_changes(losses, ValueError, r"\d+ unknown: \['decoder.1.in_proj_bias'")
+    Losses(tmp_path, att_layers=1).save()
+    more = Losses(tmp_path, att_layers=2)
+    nothing_changes(more, ValueError, r"\d+ missing: \['decoder.1.in_proj_bias'")
+
+
+NOTHING = [{"model": {}}, {"model": {}, "distiller": {}}, {"distiller": {"PKD.x": torch.zeros(1)}}]
+
+
+@pytest.mark.parametrize("entries", NOTHING)
+def test_checkpoint_with_nothing_for_them(losses, entries):
+    torch.save(entries, losses.path)
+    message = rf"PRELOAD_TEACHER '.*earlier.pth' holds no parameters of \['{ICD}', 'FeatureMimic'\].* It has "
+    nothing_changes(losses, ValueError, message + str(sorted(entries)).replace("[", r"\["))
+
+
+def test_something_else_than_a_checkpoint(losses):
+    torch.save([torch.zeros(1)], losses.path)
+    nothing_changes(losses, ValueError, "earlier.pth' holds a list")
+    with open(losses.path, "wb") as file:
+        file.write(b"no checkpoint")
+    nothing_changes(losses, ValueError, "cannot read the checkpoint '.*earlier.pth'")
+
+
+def test_checkpoint_that_does_not_exist(losses):
+    nothing_changes(losses, FileNotFoundError, "checkpoint '.*earlier.pth' does not exist")

@@ -1,14 +1,21 @@
 """Building, loading and checking teachers: law 3 of the design, and every place one may come from."""
 
+import os
+
 import pytest
 import torch
 from detectron2 import model_zoo as detectron2_zoo
+from detectron2.config import LazyConfig, instantiate
+from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
-from tiny import save_teacher, tiny_config
+from detectron2.utils.events import EventStorage
+from tiny import save_teacher, tiny_batch, tiny_config
 from torch import nn
 
 from distill_d2 import teacher as module
+from distill_d2.distiller import Distiller
 from distill_d2.engine.setup import load_config
+from distill_d2.losses.icd.loss import InstanceConditionalDistillation
 from distill_d2.teacher import (
     Teacher,
     build_teacher,
@@ -322,6 +329,92 @@ def test_lsj_baseline():
     for name, feature in features.items():
         error = (feature - expected[name]).abs().max() / expected[name].abs().max()
         assert error < 1e-5
+
+
+# Teachers of detectron2's new_baselines: trained with large-scale jitter (LSJ) and synchronised
+# batch normalisation, in LazyConfigs.
+
+LSJ_NAME = "new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py"
+SYNC_BN = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
+LSJ = """
+from detectron2 import model_zoo
+
+model = model_zoo.get_config("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py").model
+model.input_format = "RGB"
+model.pixel_mean, model.pixel_std = [120.0, 110.0, 100.0], [58.0, 57.0, 56.0]
+train = dict(init_checkpoint={weights!r})
+"""
+
+
+def save_random(model, path):
+    """As a trained one: statistics that are not those of the start."""
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.endswith(("running_mean", "running_var")):
+                value.copy_(0.5 + torch.rand(value.shape))
+    torch.save({"model": model.state_dict()}, path)
+
+
+def student_of(teacher):
+    """A Distiller of a tiny student with ICD; its necks have 16 and 256 channels."""
+    loss = InstanceConditionalDistillation(hidden_dim=16, att_heads=4, bypass_distill=0)
+    model = Distiller(student=build_model(tiny_config("faster")), teacher=teacher, losses=[loss])
+    return model.train()
+
+
+def losses_of(model, batch):
+    with EventStorage(0):
+        losses = model(batch)
+    sum(losses.values()).backward()
+    return losses
+
+
+def test_lsj_teacher_of_the_zoo_for_icd(tmp_path, monkeypatch):
+    weights = str(tmp_path / "model_final.pth")
+    cfg = detectron2_zoo.get_config(LSJ_NAME)
+    save_random(instantiate(cfg.model), weights)
+    asked = []
+    monkeypatch.setattr(
+        detectron2_zoo.model_zoo, "get_checkpoint_url", lambda name: asked.append(name) or weights
+    )
+    teacher = load_teacher(LSJ_NAME, prepare=False)  # so that its norms stay what they are
+    assert asked == [LSJ_NAME] and same_weights(teacher, weights)
+    norms = [module for module in teacher.model.modules() if isinstance(module, SYNC_BN)]
+    assert len(norms) > 100 and not any(module.training for module in teacher.model.modules())
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert teacher.input_format == "BGR" and teacher.model.pixel_std.flatten().tolist() == [1.0] * 3
+
+    model = student_of(teacher)
+    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    losses = losses_of(model, tiny_batch())
+    assert 8 < losses["loss_icd_value"] < 24
+    adapters = model.losses["InstanceConditionalDistillation"].pairs.teacher_adapters
+    assert list(adapters) == ["p2", "p3", "p4", "p5", "p6"]
+    assert all(adapter.weight.shape == (16, 256, 1, 1) for adapter in adapters.values())
+    assert any(adapter.weight.grad.any() for adapter in adapters.values())
+    after = teacher.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    os.unlink(weights)  # 250 MB
+
+
+def test_lsj_teacher_of_a_file_sees_its_own_format(tmp_path):
+    """The student's images are BGR with other constants."""
+    (tmp_path / "teacher.py").write_text(LSJ.format(weights="teacher.pth"))
+    save_random(instantiate(LazyConfig.load(str(tmp_path / "teacher.py")).model), tmp_path / "teacher.pth")
+    teacher, seen = load_teacher(str(tmp_path / "teacher.py"), official=False), []
+    assert teacher.input_format == "RGB"
+    model = student_of(teacher)
+    teacher.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    batch = tiny_batch()
+    losses = losses_of(model, batch)
+    assert all(loss.isfinite() for loss in losses.values()) and losses["loss_icd_value"] > 0
+    mean, std = torch.tensor([120.0, 110.0, 100.0]), torch.tensor([58.0, 57.0, 56.0])
+    for padded, item in zip(seen[-1], batch):
+        expected = (item["image"].flip(0) - mean[:, None, None]) / std[:, None, None]
+        height, width = expected.shape[1:]
+        torch.testing.assert_close(padded[:, :height, :width], expected)
+        assert not padded[:, height:].any()
+    os.unlink(tmp_path / "teacher.pth")
 
 
 # What it is, once built.

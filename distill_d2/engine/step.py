@@ -13,7 +13,6 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-
 # Iteration, names of the losses and of the extra values, all values and "stop", their arrival.
 _Pending = Tuple[int, List[str], List[str], torch.Tensor, Optional[torch.cuda.Event]]
 

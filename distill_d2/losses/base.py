@@ -119,13 +119,18 @@ class DistillLoss(nn.Module):
             statistics: computes or reads them, which may take a while: called only where needed.
         """
 
-    def import_state(self, state: Dict[str, torch.Tensor], part: str) -> Dict[str, torch.Tensor]:
+    def starting_state(self, state: Dict[str, torch.Tensor], part: str) -> Dict[str, torch.Tensor]:
         """Of this loss's parameters in an earlier run's checkpoint those to start from.
 
         Args:
             part: "all" or "teacher_only", PRELOAD_TYPE.
         """
         return state
+
+    def from_reference(self, state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """This loss's parameters from those, under their names, of its authors' implementation (the
+        entry "teacher" of ICD's checkpoints); {} where there are none."""
+        return {}
 
     def solver_advances(self, iteration: int) -> bool:
         """Whether the learning rate schedule of ``solver`` goes on after this iteration."""

@@ -1,15 +1,20 @@
-"""One step of ICD in each phase of a training, in each of two processes; run by test_icd.py."""
+"""One step of ICD in each phase of a training, in each of two processes, and then, because starting
+them takes longer than all they do, a resumed run in the same processes; started by test_icd.py."""
 
+import argparse
+import sys
 from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from tiny import tiny_batch
 
-from distill_d2.engine import argument_parser, launch, setup
-from distill_d2.engine.trainer import distributed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tiny import tiny_batch  # noqa: E402
+
+from distill_d2.engine import argument_parser, launch, main, setup  # noqa: E402
+from distill_d2.engine.trainer import distributed  # noqa: E402
 
 # Of a run with PRETRAIN_TEACHER_ITERS 2, BYPASS_DISTILL 1, STOP_JOINT 3: the student's iteration, and
 # the numbers of objects in the images of the processes. The last only has to go through.
@@ -51,8 +56,8 @@ def start(cfg):
     return model
 
 
-def work(args):
-    cfg = setup(args, distill=True)
+def compute(cfg):
+    """Write each process's results of each phase to a file."""
     model = start(cfg)
     wrapped = distributed(model)
     results = {}
@@ -62,5 +67,13 @@ def work(args):
     torch.save(results, Path(cfg.OUTPUT_DIR) / f"rank{comm.get_rank()}.pth")
 
 
+def work(args):
+    compute(setup(args, distill=True))
+    resumed = {**vars(args), "config_file": args.then_resume, "resume": True}
+    main(argparse.Namespace(**resumed), distill=True)
+
+
 if __name__ == "__main__":
-    launch(work, argument_parser().parse_args())
+    parser = argument_parser()
+    parser.add_argument("--then-resume", help="the config of a run")
+    launch(work, parser.parse_args())

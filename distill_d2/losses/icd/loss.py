@@ -31,7 +31,7 @@ from .decoder import ConditionalDecoder, Decoded, dropout_seed
 from .geometry import Geometry, geometry_of
 from .projection import positions_of
 from .queries import InstanceQueries
-from .reference import from_reference, is_reference
+from .reference import from_reference
 from .sampling import BoxPrior, Queries, SlotSampler
 from .student import StudentValues
 
@@ -319,21 +319,17 @@ class InstanceConditionalDistillation(DistillLoss):
 
     # Parameters of an earlier run.
 
-    def import_state(self, state: Dict[str, torch.Tensor], part: str) -> Dict[str, torch.Tensor]:
-        """Of this method's parameters in a checkpoint of ours or of the reference those to start from.
-
-        Args:
-            part: "all", or "teacher_only" without the student's side.
-        """
-        if is_reference(state):
-            # It has projectors of positions even where they are not used.
-            ours = self.state_dict()
-            state = {
-                k: v for k, v in from_reference(state).items() if k in ours or "pos_projector" not in k
-            }
+    def starting_state(self, state: Dict[str, torch.Tensor], part: str) -> Dict[str, torch.Tensor]:
+        """All of it, or for "teacher_only" all but the student's side."""
         if part == "all":
             return state
         return {k: v for k, v in state.items() if not k.startswith(("student.", "pairs.adapters."))}
+
+    def from_reference(self, state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        ours = self.state_dict()
+        # It has projectors of positions even where they are not used.
+        converted = from_reference(state).items()
+        return {k: v for k, v in converted if k in ours or "pos_projector" not in k}
 
 
 def _reach(terms: Terms, parameters) -> Terms:

@@ -21,11 +21,6 @@ _LAYER = re.compile(r"attention_module\.matt\.(?:(\d+)\.matt\.|(\d+)\.)?(.+)$")
 _BARE_POSITIONS = re.compile(r"attention_module\.pos_projector\.(\w+)$")
 
 
-def is_reference(state: State) -> bool:
-    """Whether the names are those of the reference."""
-    return any(_plain(name).startswith((_OF_TEACHER, _OF_STUDENT)) for name in state)
-
-
 def from_reference(state: State) -> State:
     """The state_dict of InstanceConditionalDistillation from that of the reference's Distillator.
 

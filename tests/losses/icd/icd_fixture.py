@@ -10,7 +10,14 @@ from typing import Dict
 
 import numpy as np
 import torch
-from naive_icd import NaiveICD, Slots, draw_slots, queries_from_slots, random_weights, slot_count
+from naive_icd import (
+    NaiveICD,
+    Slots,
+    draw_slots,
+    queries_from_slots,
+    random_weights,
+    slot_count,
+)
 
 STRIDES = {"p4": 16, "p5": 32, "p6": 64}
 SIZES, PADDED = [(140, 220), (190, 130), (100, 180)], (192, 256)

@@ -9,7 +9,6 @@ from icd_case import Case, close
 
 from distill_d2.losses.icd import decoder
 
-
 SIZES = {"padded": ((60, 90), (50, 128)), "full": ((64, 128), (64, 128))}
 
 

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from icd_case import Case, close, compare_gradients, compare_losses
-from tiny import save_teacher, tiny_batch, tiny_config
+from tiny import tiny_batch, tiny_config
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.icd import InstanceConditionalDistillation
