@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """The whole job on generated data: train a teacher, then a student alone and the same student
-distilled, side by side, and print the three.
+distilled, side by side, and print them.
 
-    tools/demo.py [--seed 1] [--output output/demo] [--num-gpus 1]
+    tools/demo.py [--seed 1] [--methods pkd mimic icd] [--output output/demo] [--num-gpus 1]
 
 Takes minutes on two CPU cores. Everything it runs is an ordinary command line, printed first; each
-run's log, checkpoints and metrics are in OUTPUT/teacher, OUTPUT/student and OUTPUT/distilled.
+run's log, checkpoints and metrics are in OUTPUT/teacher, OUTPUT/student and OUTPUT/<method>.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from typing import Dict, List
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
-# The three runs: which script, and which config of configs/quickstart/ after the dataset's name.
+# By name of a run: its script, its config in configs/quickstart/ after the dataset's name, and options.
 RUNS = {
-    "teacher": ("train_baseline.py", "teacher"),
-    "student": ("train_baseline.py", "student"),
-    "distilled": ("train_distill.py", "distill"),
+    "teacher": ("train_baseline.py", "teacher", []),
+    "student": ("train_baseline.py", "student", []),
+    "pkd": ("train_distill.py", "distill", []),
+    "mimic": ("train_distill.py", "distill", ["MODEL.DISTILLER.TYPES", "['FeatureMimic']"]),
+    "icd": ("train_distill.py", "icd", []),
 }
+METHODS = list(RUNS)[2:]
 SECONDS_BETWEEN_NEWS = 30
 
 
@@ -37,8 +40,10 @@ def main() -> None:
     started = time.time()
     output = Path(args.output)
     wait_for([start("teacher", args)])
-    wait_for([start("student", args), start("distilled", args)])
-    print_comparison(output, time.time() - started)
+    others = ["student", *args.methods]
+    for index in range(0, len(others), 2):  # two at a time
+        wait_for([start(name, args) for name in others[index : index + 2]])
+    print_comparison(output, args.methods, time.time() - started)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,21 +51,22 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", choices=["shapes", "bccd"], default="shapes")
-    parser.add_argument("--seed", type=int, default=1, help="of all three runs")
-    parser.add_argument("--output", default="output/demo", help="folder for the three runs")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:1])
+    parser.add_argument("--seed", type=int, default=1, help="of all runs")
+    parser.add_argument("--output", default="output/demo", help="folder for the runs")
     parser.add_argument("--num-gpus", type=int, default=0)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for all three runs")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for all runs")
     return parser.parse_args()
 
 
 def start(name: str, args: argparse.Namespace) -> subprocess.Popen:
     """Start one training; its output goes to OUTPUT/<name>.out."""
-    script, config = RUNS[name]
+    script, config, options = RUNS[name]
     output = Path(args.output)
     command = [sys.executable, str(ROOT / script), "--num-gpus", str(args.num_gpus)]
-    command += ["--config-file", f"quickstart/{args.dataset}_{config}.yaml", *args.opts]
+    command += ["--config-file", f"quickstart/{args.dataset}_{config}.yaml", *options, *args.opts]
     command += ["SEED", str(args.seed), "OUTPUT_DIR", str(output / name)]
-    if name == "distilled":
+    if name in METHODS:
         command += ["MODEL.DISTILLER.TEACHER_WEIGHTS", str(output / "teacher" / "model_final.pth")]
     output.mkdir(parents=True, exist_ok=True)
     print(f"$ {shlex.join(command)}", flush=True)
@@ -101,15 +107,17 @@ def progress(process: subprocess.Popen) -> str:
     return f"{Path(process.log_file).stem}: {where}"
 
 
-def print_comparison(output: Path, seconds: float) -> None:
+def print_comparison(output: Path, methods: List[str], seconds: float) -> None:
+    found = {name: last_results(output / name) for name in ("teacher", "student", *methods)}
     rows = [
         [name, results["bbox/AP"], results["bbox/AP50"], results["bbox/AP75"]]
-        for name, results in ((n, last_results(output / n)) for n in RUNS)
+        for name, results in found.items()
     ]
     header = ["", "AP", "AP50", "AP75"]
     print(tabulate(rows, headers=header, tablefmt="pipe", floatfmt=".1f"))
-    gain = rows[2][1] - rows[1][1]
-    print(f"distilled - student: {gain:+.1f} AP; {seconds / 60:.1f} minutes in all")
+    gains = [found[name]["bbox/AP"] - found["student"]["bbox/AP"] for name in methods]
+    gains = ", ".join(f"{name} - student: {gain:+.1f} AP" for name, gain in zip(methods, gains))
+    print(f"{gains}; {seconds / 60:.1f} minutes in all")
 
 
 def last_results(run: Path) -> Dict[str, float]:

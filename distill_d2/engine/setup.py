@@ -68,10 +68,11 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
     opts = list(opts or [])
     if "EXTRA_CFG" in opts[::2]:
         _merge_opts(cfg, ["EXTRA_CFG", opts[1 + 2 * opts[::2].index("EXTRA_CFG")]])
-    for extra in list(cfg.EXTRA_CFG):
-        load_yaml(cfg, model_zoo.find_config(extra, relative_to=os.path.dirname(path)))
+    extra = [model_zoo.find_config(f, relative_to=os.path.dirname(path)) for f in cfg.EXTRA_CFG]
+    for file in extra:
+        load_yaml(cfg, file)
     _merge_opts(cfg, opts)
-    _locate_teacher(cfg, path)
+    _locate_teacher(cfg, [path, *extra])
     register_shapes()
     register_custom_datasets(cfg.DATASETS.CUSTOM)
     return cfg
@@ -106,12 +107,12 @@ def _keys(node: CfgNode, prefix: str = "") -> List[str]:
     return keys
 
 
-def _locate_teacher(cfg: CfgNode, config_file: str) -> None:
-    """Make a teacher file that a config names absolute: later code does not know that config."""
+def _locate_teacher(cfg: CfgNode, config_files: List[str]) -> None:
+    """Make a teacher file that one of the configs names absolute: later code does not know them."""
     node = cfg.MODEL.DISTILLER
     if node.MODEL_LOAD_OFFICIAL or not node.MODEL_DISTILLER_CONFIG:
         return
-    for folder in _config_folders(config_file):
+    for folder in (folder for file in config_files for folder in _config_folders(file)):
         path = os.path.join(folder, node.MODEL_DISTILLER_CONFIG)
         if os.path.isfile(path):
             node.MODEL_DISTILLER_CONFIG = os.path.abspath(path)

@@ -195,6 +195,16 @@ def test_extra_cfg_comes_before_the_command_line(job):
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (0.5, 2)
 
 
+def test_a_teacher_is_found_beside_the_extra_cfg_that_names_it(job):
+    folder = job.folder / "extra"
+    folder.mkdir()
+    (folder / "my_teacher.yaml").write_text("VERSION: 2\n")
+    node = "{DISTILLER: {MODEL_DISTILLER_CONFIG: my_teacher.yaml}}"
+    (folder / "extra.yaml").write_text(f"MODEL: {node}\n")
+    cfg = _setup(job, opts=["EXTRA_CFG", f"['{folder / 'extra.yaml'}']"])
+    assert cfg.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG == str(folder / "my_teacher.yaml")
+
+
 def _setup(job, opts=()):
     from distill_d2.engine import setup
 

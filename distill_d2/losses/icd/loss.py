@@ -294,6 +294,11 @@ class InstanceConditionalDistillation(DistillLoss):
             return 1.0
         if not s.temp_decay:
             return s.temp_value
+        if max_iter < 1:
+            raise ValueError(
+                f"MODEL.DISTILLER.INS_ATT_MIMIC.TEMP_DECAY needs the length of the run, but Distiller's "
+                f"max_iter is {max_iter}"
+            )
         done = iteration / max_iter
         return done * s.temp_decay_to + (1 - done) * s.temp_value
 
