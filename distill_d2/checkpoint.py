@@ -79,6 +79,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     incompatible = None
     _exact = False
+    _with_losses = True
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name``.pth under a temporary name first, so that an interruption, or a full disk,
@@ -104,13 +105,19 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise FileNotFoundError(f"checkpoint '{path}' does not exist")
         return super().load(path, *args, **kwargs)
 
-    def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
+    def resume_or_load(
+        self, path: str, *, resume: bool = True, with_losses: bool = True
+    ) -> Dict[str, Any]:
         """As fvcore's; to resume, the last checkpoint must be of exactly this model.
+
+        Args:
+            with_losses: and of the same losses; False: only the model is wanted.
 
         Raises:
             ValueError: it is of another one; the message lists keys.
         """
         self._exact = resume and self.has_checkpoint()
+        self._with_losses = with_losses
         return super().resume_or_load(path, resume=resume)
 
     def _load_model(self, checkpoint: Dict[str, Any]):
@@ -129,7 +136,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             "missing": [name for name in keys.missing_keys if name not in mis_shaped],
             "unknown": keys.unexpected_keys,
             "of another shape": mis_shaped,
-            "of other losses": sorted(ours ^ theirs),
+            "of other losses": sorted(ours ^ theirs) if self._with_losses else [],
         }
         if any(wrong.values()):
             listing = "; ".join(f"{len(v)} {k}: {v[:5]}" for k, v in wrong.items() if v)

@@ -84,7 +84,7 @@ def solver_config() -> CN:
     solver = CN()
     # "SGD" or "ADAMW".
     solver.OPTIMIZER = "ADAMW"
-    # detectron2's schedules: WarmupCosineLR, WarmupMultiStepLR or WarmupStepWithFixedGammaLR.
+    # detectron2's schedules WarmupCosineLR or WarmupMultiStepLR.
     solver.LR_SCHEDULER_NAME = "WarmupCosineLR"
     # Taken from the student's SOLVER, whatever stands here (with a LazyConfig: MAX_ITER from
     # train.max_iter, STEPS from here).
@@ -100,11 +100,11 @@ def solver_config() -> CN:
     solver.WEIGHT_DECAY_NORM = 0.0
     solver.WEIGHT_DECAY_BIAS = 1e-4
     solver.BIAS_LR_FACTOR = 1.0
+    solver.NUM_DECAYS = 3
     # Where WarmupCosineLR ends.
     solver.BASE_LR_END = 0.0
-    # The factor of each decay of the other two schedules, and the fixed-gamma one's number of decays.
+    # The factor of WarmupMultiStepLR at each of STEPS.
     solver.GAMMA = 0.1
-    solver.NUM_DECAYS = 3
     # Start at WARMUP_FACTOR times the rate; WARMUP_METHOD is "linear" or "constant".
     solver.WARMUP_FACTOR = 1.0
     solver.WARMUP_ITERS = 10

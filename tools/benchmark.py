@@ -514,7 +514,7 @@ def standardise(feature: torch.Tensor) -> torch.Tensor:
 def naive_icd(loss: DistillLoss) -> Tuple[Compute, List[torch.Tensor]]:
     """ICD by the tests' oracle: the same features and numbers of slots, random weights of its own."""
     oracle = load_oracle("naive_icd")
-    settings = {name.upper(): value for name, value in loss.settings.items()}
+    settings = {name.upper(): value for name, value in vars(loss.settings).items()}
     settings["NUM_CLASSES"] = loss.queries.classes
     device = next(loss.parameters()).device
     weights = {n: w.to(device) for n, w in naive_icd_weights(oracle, settings).items()}

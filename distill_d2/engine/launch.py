@@ -7,8 +7,10 @@ import os
 import sys
 from typing import Callable
 
+import torch
 from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_processes
+from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
 from .interrupt import forwarding_signals
@@ -45,18 +47,25 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     with forwarding_signals() as request:
         try:
             launch_processes(
-                main,
+                _run_with_others,
                 processes,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(args,),
+                args=(main, args),
             )
         except ProcessExitedException:
             if not request:  # otherwise they were stopped before training, or while evaluating
                 raise
     if request:
         sys.exit(128 + request.signal)
+
+
+def _run_with_others(main: Callable, args: argparse.Namespace) -> None:
+    main(args)
+    # gloo aborts a process that ends while another one still talks to it.
+    comm.synchronize()
+    torch.distributed.destroy_process_group()
 
 
 def _processes(args: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ from torch import nn
 
 from .. import model_zoo
 from ..config import add_distill_config
-from ..data import register_shapes
+from ..data import box_statistics, register_shapes
 from ..distiller import Distiller, node_arguments
 from .optimizer import trained_with_student
 from .setup import check_length, check_output_dir, choose_device
@@ -74,13 +74,17 @@ class LazyDistillTrainer(DistillTrainer):
     @classmethod
     def build_model(cls, cfg: DictConfig) -> nn.Module:
         model = instantiate(cfg.model).to(cfg.train.device)
+        datasets = _train_datasets(cfg)
+        if isinstance(model, Distiller) and datasets:
+            for loss in model.losses.values():
+                loss.use_statistics(lambda: box_statistics(datasets))
         if "distiller" not in cfg:
             return model
         image_format = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
         node = _distiller_node(OmegaConf.to_container(cfg.distiller, resolve=True))
         return Distiller(
             student=model,
-            **node_arguments(node, cfg.train.device, _train_datasets(cfg)),
+            **node_arguments(node, cfg.train.device, datasets),
             input_format=image_format or getattr(model, "input_format", None) or "BGR",
             max_iter=cfg.train.max_iter,
         ).to(cfg.train.device)

@@ -54,7 +54,7 @@ def evaluate(cfg: Any, trainer: type, resume: bool = False) -> Dict[str, Any]:
     weights = trainer._weights(cfg)
     if not weights and not (resume and checkpointer.has_checkpoint()):
         raise ValueError("--eval-only needs weights: set MODEL.WEIGHTS, or --resume with OUTPUT_DIR")
-    checkpointer.resume_or_load(weights, resume=resume)
+    checkpointer.resume_or_load(weights, resume=resume, with_losses=False)
     keys = checkpointer.incompatible
     missing = keys.missing_keys + [name for name, _, _ in keys.incorrect_shapes]
     if missing:

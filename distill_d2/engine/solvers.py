@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.solver import build_lr_scheduler
+from omegaconf import OmegaConf
 from torch import nn
 
 from ..config import solver_config
@@ -14,6 +15,8 @@ from ..losses import DistillLoss
 from .optimizer import create_optimizer, has_own_solver
 
 _KEY = "MODEL.DISTILLER.SOLVER"
+_SCHEDULES = ("WarmupCosineLR", "WarmupMultiStepLR")
+_WARMUPS = ("linear", "constant")
 
 
 class LossSolver:
@@ -33,16 +36,14 @@ class LossSolver:
             KeyError, ValueError: the loss's solver has an unknown key or value.
         """
         node = solver_config()
-        node.merge_from_other_cfg(CfgNode(loss.solver))
+        node.merge_from_other_cfg(_plain(loss.solver))
         node.MAX_ITER = max_iter
         node.STEPS = tuple(node.STEPS if steps is None else steps)
+        _check(node)
         parameters = [p for p in loss.parameters() if p.requires_grad]
         self._loss = loss
         self.optimizer = create_optimizer(node, [{"params": parameters}], _KEY)
-        try:
-            self._scheduler = build_lr_scheduler(CfgNode({"SOLVER": node}), self.optimizer)
-        except ValueError as error:
-            raise ValueError(f"{_KEY}: {error}") from error
+        self._scheduler = build_lr_scheduler(CfgNode({"SOLVER": node}), self.optimizer)
 
     @property
     def lr(self) -> float:
@@ -53,10 +54,26 @@ class LossSolver:
         if self._loss.solver_advances(iteration):
             self._scheduler.step()
 
+    @property
+    def _kind(self) -> str:
+        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        return f"{type(self.optimizer).__name__} of {count} tensors"
+
     def state_dict(self) -> Dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self._scheduler.state_dict()}
+        return {
+            "kind": self._kind,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+        }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Raises ValueError if the state is of another optimizer, or of other parameters."""
+        if state["kind"] != self._kind:
+            raise ValueError(
+                f"--resume: the checkpoint's optimizer of {type(self._loss).__name__} is {state['kind']}, "
+                f"this run's is {self._kind} ({_KEY}.OPTIMIZER, and the loss's settings). Use the "
+                "checkpoint's settings, another OUTPUT_DIR, or start without --resume"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
 
@@ -76,3 +93,32 @@ def build_solvers(
         for name, loss in model.losses.items()
         if has_own_solver(loss)
     }
+
+
+def _plain(solver: Mapping[str, Any]) -> CfgNode:
+    """A node of plain values; one of a LazyConfig is OmegaConf's."""
+    if OmegaConf.is_config(solver):
+        solver = OmegaConf.to_container(solver, resolve=True)
+    return CfgNode(solver)
+
+
+def _check(node: CfgNode) -> None:
+    """Raises ValueError for what would fail in the schedule, some of it only at its end."""
+    if node.LR_SCHEDULER_NAME not in _SCHEDULES:
+        raise ValueError(
+            f"{_KEY}.LR_SCHEDULER_NAME is '{node.LR_SCHEDULER_NAME}'; expected one of {list(_SCHEDULES)}"
+        )
+    if not 0 <= node.BASE_LR_END <= node.BASE_LR or node.BASE_LR == 0:
+        raise ValueError(
+            f"{_KEY}: expected BASE_LR above 0 and BASE_LR_END from 0 to BASE_LR; got BASE_LR "
+            f"{node.BASE_LR}, BASE_LR_END {node.BASE_LR_END}"
+        )
+    if node.WARMUP_METHOD not in _WARMUPS:
+        raise ValueError(
+            f"{_KEY}.WARMUP_METHOD is '{node.WARMUP_METHOD}'; expected one of {list(_WARMUPS)}"
+        )
+    if node.RESCALE_INTERVAL and node.WARMUP_ITERS >= node.MAX_ITER:
+        raise ValueError(
+            f"{_KEY}.RESCALE_INTERVAL needs WARMUP_ITERS, {node.WARMUP_ITERS}, below the length of the "
+            f"run, {node.MAX_ITER}"
+        )

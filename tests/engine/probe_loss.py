@@ -1,15 +1,11 @@
-"""A loss with two parameters and a solver of its own, which sends no gradient to the student.
-
-Importing it registers it, once per process (pytest imports tests of a folder by their bare names).
-"""
+"""A loss with two parameters and a solver of its own, which sends no gradient to the student."""
 
 import torch
 from torch import nn
 
-from distill_d2.losses import DISTILL_LOSS_REGISTRY, DistillLoss
+from distill_d2.losses import DistillLoss
 
 
-@DISTILL_LOSS_REGISTRY.register()
 class ProbeLoss(DistillLoss):
     """(query value)^2 + value; pretraining is query^2 alone."""
 

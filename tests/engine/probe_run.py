@@ -3,9 +3,12 @@
 Spawned processes import this file again, and so the loss.
 """
 
-import probe_loss  # noqa: F401  registers the loss
+from probe_loss import ProbeLoss
 
+from distill_d2 import DISTILL_LOSS_REGISTRY
 from distill_d2.engine import argument_parser, launch, main
+
+DISTILL_LOSS_REGISTRY.register(ProbeLoss)
 
 
 def train(args):

@@ -120,6 +120,8 @@ def test_trains_logs_and_saves(tmp_path, family, monkeypatch):
     job.config.DATASETS.TEST = job.config.DATASETS.TRAIN
     results = job.run("--eval-only", opts=["MODEL.WEIGHTS", output(job) / "model_final.pth"])
     assert "AP" in results["bbox"]
+    resumed = job.run("--eval-only", "--resume")
+    assert resumed["bbox"] == pytest.approx(results["bbox"], nan_ok=True)
 
 
 ALONE = {
@@ -462,7 +464,8 @@ def test_yaml_of_the_reference(job):
     loss = build_losses(node)[ICD]
     given = {**written, **written["INS"], **written["INS_ATT_MIMIC"]}
     given = {key.lower(): value for key, value in given.items()}
-    assert all(loss.settings[name] == given[name] for name in loss.settings if name != "reference_bugs")
+    settings = vars(loss.settings)
+    assert all(settings[name] == given[name] for name in settings if name != "reference_bugs")
     solver = LossSolver(loss, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS)
     (group,) = solver.optimizer.param_groups
     assert isinstance(solver.optimizer, torch.optim.SGD)

@@ -1,5 +1,7 @@
 """LazyConfig (.py) students: the same scripts, keys and checkpoints."""
 
+import json
+
 import pytest
 import torch
 from tiny import save_teacher, tiny_config, use_dataset, write_dataset
@@ -127,17 +129,22 @@ def test_model_that_is_a_complete_distiller(config_file, tmp_path):
         head
         + f"""
 from distill_d2 import Distiller
+from distill_d2.losses.icd import InstanceConditionalDistillation as ICD
 from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import load_teacher
+solver = dict(BASE_LR=0.02, CLIP_GRADIENTS=dict(CLIP_VALUE=0.1))
 model = L(Distiller)(
     student=model,
     teacher=L(load_teacher)(config="{teacher}", official=False),
-    losses=[L(PKD)(weight=2.0)],
+    losses=[L(PKD)(weight=2.0), L(ICD)(input_feats=["p2", "p3"], hidden_dim=16, solver=solver)],
 )
 """
     )
     run(config_file)
-    assert "loss_pkd" in (config_file.parent / "output" / "metrics.json").read_text()
+    first = json.loads((tmp_path / "output" / "metrics.json").read_text().splitlines()[0])
+    assert {"loss_pkd", "loss_icd_value"} < set(first)
+    assert first["InstanceConditionalDistillation/lr"] == pytest.approx(0.02)
+    assert (tmp_path / "data" / "annotations.box_statistics.json").is_file()
     run(config_file, "--eval-only", f"train.init_checkpoint={tmp_path}/output/model_final.pth")
 
 

@@ -16,6 +16,7 @@ from test_training import assert_equal, checkpoint, metrics
 from tiny import distiller_config, save_teacher, tiny_batch, tiny_config
 from torch import nn
 
+from distill_d2 import DISTILL_LOSS_REGISTRY
 from distill_d2.distiller import Distiller
 from distill_d2.engine import DistillTrainer, build_optimizer, setup
 from distill_d2.engine.solvers import LossSolver
@@ -26,6 +27,12 @@ PRETRAIN = "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS"
 
 
 @pytest.fixture(autouse=True)
+def _registered(monkeypatch):
+    """For these tests only: a registered loss has a node in every config, also of other tests' jobs."""
+    monkeypatch.setitem(DISTILL_LOSS_REGISTRY._obj_map, "ProbeLoss", ProbeLoss)
+
+
+@pytest.fixture(autouse=True)
 def _own_period(monkeypatch):
     """Write every iteration, not every 20."""
     periods = DistillTrainer._periods
@@ -33,7 +40,7 @@ def _own_period(monkeypatch):
 
 
 @pytest.fixture
-def probe(job):
+def probe(_registered, job):
     job.config.MODEL.DISTILLER.TYPES = ["ProbeLoss"]
     return job
 
@@ -137,7 +144,14 @@ def test_schedule_is_the_students_in_length_and_steps():
     "keys, message",
     [
         ({"OPTIMIZER": "LAMB"}, r"MODEL.DISTILLER.SOLVER.OPTIMIZER is 'LAMB'; expected SGD or ADAMW"),
-        ({"LR_SCHEDULER_NAME": "Wave"}, "MODEL.DISTILLER.SOLVER: .*Wave"),
+        (
+            {"LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR"},  # fails at the last iteration
+            "MODEL.DISTILLER.SOLVER.LR_SCHEDULER_NAME is 'Warm.*'; expected one of .*WarmupCosineLR",
+        ),
+        ({"BASE_LR": 0.0}, "MODEL.DISTILLER.SOLVER: expected BASE_LR above 0"),
+        ({"BASE_LR_END": 1.0}, "BASE_LR_END from 0 to BASE_LR; got BASE_LR 0.0001, BASE_LR_END 1.0"),
+        ({"WARMUP_METHOD": "slow"}, "SOLVER.WARMUP_METHOD is 'slow'; expected one of"),
+        ({"RESCALE_INTERVAL": True, "WARMUP_ITERS": 9}, "RESCALE_INTERVAL needs WARMUP_ITERS, 9, below"),
         (
             {"CLIP_GRADIENTS": CfgNode({"CLIP_TYPE": "some"})},
             r"MODEL.DISTILLER.SOLVER.CLIP_GRADIENTS.CLIP_TYPE is 'some'; expected one of \['full_model'",
@@ -223,6 +237,13 @@ def test_resume_without_the_states(probe):
     torch.save(saved, path)
     with pytest.raises(ValueError, match=r"optimizers of the losses \[\], this run .*\['ProbeLoss'\]"):
         job.run("--resume")
+
+
+def test_resume_with_another_optimizer(probe):
+    probe.run()
+    message = "optimizer of ProbeLoss is AdamW of 2 tensors, this run's is SGD of 2 tensors"
+    with pytest.raises(ValueError, match=message):
+        probe.run("--resume", opts=[SOLVER + "OPTIMIZER", "SGD"])
 
 
 def test_resume_where_the_loss_has_no_solver_any_more(probe, monkeypatch):

@@ -194,7 +194,7 @@ def test_attention_of_naive_icd_is_not_slowed_down_by_denormal_numbers(tool):
     from distill_d2.losses.icd import InstanceConditionalDistillation
 
     settings = InstanceConditionalDistillation(num_classes=3).settings
-    settings = {name.upper(): value for name, value in settings.items()}
+    settings = {name.upper(): value for name, value in vars(settings).items()}
     oracle = tool.load_oracle("naive_icd")
     naive = oracle.NaiveICD(tool.naive_icd_weights(oracle, settings), settings, settings)
     generator = torch.Generator().manual_seed(0)

@@ -18,6 +18,7 @@ from distill_d2.losses.icd import InstanceConditionalDistillation
 from distill_d2.losses.icd.config import argument_names
 from distill_d2.losses.icd.descriptor import describe
 from distill_d2.losses.icd.mimic import layer_norm
+from distill_d2.losses.icd.projection import split_levels
 from distill_d2.losses.icd.reference import from_reference
 from distill_d2.losses.icd.sampling import Draws, SlotSampler
 from distill_d2.views import Batch
@@ -156,11 +157,12 @@ def _compare_geometry(fixture: Fixture, run: _Run) -> None:
     fixture.compare("geo/pad_mask", padding)
     heights, widths = zip(*geometry.level_sizes)
     parts = zip(geometry.rows.split(heights, dim=1), geometry.columns.split(widths, dim=1))
+    per_level = split_levels(padding, geometry.level_sizes)
     dense = []
-    for name, (start, end), size, (rows, columns) in zip(
-        run.levels, geometry.bounds, geometry.level_sizes, parts
+    for name, part, size, (rows, columns) in zip(
+        run.levels, per_level, geometry.level_sizes, parts
     ):
-        fixture.compare(f"geo/pad_mask/{name}", padding[:, None, start:end].unflatten(-1, size))
+        fixture.compare(f"geo/pad_mask/{name}", part[:, None].unflatten(-1, size))
         grid = torch.broadcast_tensors(rows[:, :, None], columns[:, None])
         dense.append(torch.cat(grid, dim=-1).flatten(1, 2))
     # Nothing attends to padding; what we leave there is the embedding of the image's border.

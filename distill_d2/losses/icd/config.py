@@ -11,21 +11,23 @@ from .sampling import SAMPLE_RULES
 
 # Arguments of InstanceConditionalDistillation by node; "" is MODEL.DISTILLER itself.
 _ARGUMENTS = {
-    "": ("bypass_distill", "bypass_distill_after", "stop_joint", "distill_off", "distill_on"),
+    "": "bypass_distill bypass_distill_after stop_joint distill_off distill_on".split(),
     "INS": (
-        *("input_feats", "num_classes", "hidden_dim", "att_heads", "att_layers", "project_pos"),
-        *("use_pos_embedding", "decoder_posemb_on_v", "distill_norm", "dropout"),
-        *("add_scale_indicator", "sample_rule", "num_neg_pos_ratio", "num_labels", "max_labels"),
-        *("uniform_sample_class", "uniform_sample_box", "confidence_loss_weight", "value_reconst"),
-        "reference_bugs",
-    ),
+        "input_feats num_classes hidden_dim att_heads att_layers project_pos use_pos_embedding "
+        "decoder_posemb_on_v distill_norm dropout add_scale_indicator sample_rule num_neg_pos_ratio "
+        "num_labels max_labels uniform_sample_class uniform_sample_box confidence_loss_weight "
+        "value_reconst reference_bugs"
+    ).split(),
     "INS_ATT_MIMIC": (
-        *("weight_value", "temp_value", "temp_decay", "temp_decay_to", "distill_negative"),
-        *("loss_form", "sample_range"),
-    ),
+        "weight_value temp_value temp_decay temp_decay_to distill_negative loss_form sample_range"
+    ).split(),
 }
 # Keys that choose nothing: the names of the reference's only classes, and keys that it never reads.
-_CLASSES = {"TEACHER": "ModelTeacher_II", "INS.TASK_NAME": "InstanceEncoder", "INS.DECODER": "DecoderWrapper"}
+_CLASSES = {
+    "TEACHER": "ModelTeacher_II",
+    "INS.TASK_NAME": "InstanceEncoder",
+    "INS.DECODER": "DecoderWrapper",
+}
 _UNREAD = {"IGNORE_DISTILL": [""], "INS.DISTILL_WITH_POS": False, "INS_ATT_MIMIC.TEMP_MASK": 1.0}
 
 
@@ -83,17 +85,19 @@ def check_arguments(values: Dict[str, Any]) -> None:
     _one_of(v, "sample_rule", SAMPLE_RULES)
     for name in ("hidden_dim", "att_heads", "max_labels", "num_labels"):
         _require(v, name, v[name] >= 1, "at least 1")
-    for name in ("num_classes", "att_layers", "num_neg_pos_ratio", "confidence_loss_weight", "sample_range"):
+    for name in ("num_classes", "att_layers", "num_neg_pos_ratio", "confidence_loss_weight"):
         _require(v, name, v[name] >= 0, "0 or more")
-    fits = v["hidden_dim"] % v["att_heads"] == 0 and v["hidden_dim"] % 2 == 0
-    _require(v, "hidden_dim", fits, f"an even multiple of INS.ATT_HEADS, which is {v['att_heads']}")
+    multiple = f"a multiple of INS.ATT_HEADS, which is {v['att_heads']}"
+    _require(v, "hidden_dim", v["hidden_dim"] % v["att_heads"] == 0, multiple)
+    # The positional embedding is half for the row, half for the column; layer norm of 1 channel is 0.
+    fits = v["hidden_dim"] % 2 == 0 and v["hidden_dim"] > v["att_heads"]
+    _require(v, "hidden_dim", fits, f"an even number, at least twice INS.ATT_HEADS ({v['att_heads']})")
+    _require(v, "sample_range", 0 <= v["sample_range"] <= 0.5, "0 to 0.5, a point inside the box")
     _require(v, "dropout", 0 <= v["dropout"] < 1, "0 or more and below 1")
     _require(v, "temp_decay_to", v["temp_decay_to"] > 0, "above 0")
-    learnable = v["temp_value"] < 0 and v["reference_bugs"]
-    _require(
-        *(v, "temp_value", v["temp_value"] > 0 or learnable),
-        "above 0 (below 0 the reference names the temperature learnable, but gives it no gradient)",
-    )
+    holds = v["temp_value"] > 0 or (v["temp_value"] < 0 and v["reference_bugs"])
+    reason = "below 0 the reference names the temperature learnable, but gives it no gradient"
+    _require(v, "temp_value", holds, f"above 0 ({reason})")
 
 
 def _one_of(values: Dict[str, Any], name: str, allowed) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 
@@ -37,14 +37,6 @@ class Geometry:
     padding: Optional[torch.Tensor]
     rows: torch.Tensor
     columns: torch.Tensor
-
-    @property
-    def bounds(self) -> List[Tuple[int, int]]:
-        """First position of each level, and the first after it."""
-        ends = [0]
-        for height, width in self.level_sizes:
-            ends.append(ends[-1] + height * width)
-        return list(zip(ends, ends[1:]))
 
 
 @functools.lru_cache(maxsize=4)

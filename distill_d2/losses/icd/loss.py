@@ -15,8 +15,11 @@ the authors' code and the paper may differ, this is the code. All means are of t
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
 from typing import Callable, Dict, List, Optional, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode as CN
@@ -26,7 +29,7 @@ from ...views import Batch, DetectorView
 from ..base import DISTILL_LOSS_REGISTRY, DistillLoss, keyword_defaults
 from ..pairing import FeaturePairs
 from .auxiliary import AuxiliaryTask
-from .config import add_keys, check_arguments, read_arguments
+from .config import add_keys, argument_names, check_arguments, read_arguments
 from .decoder import ConditionalDecoder, Decoded, dropout_seed
 from .geometry import Geometry, geometry_of
 from .projection import positions_of
@@ -34,6 +37,8 @@ from .queries import InstanceQueries
 from .reference import from_reference
 from .sampling import BoxPrior, Queries, SlotSampler
 from .student import StudentValues
+
+logger = logging.getLogger(__name__)
 
 Terms = Dict[str, torch.Tensor]
 Maps = List[torch.Tensor]
@@ -118,10 +123,10 @@ class InstanceConditionalDistillation(DistillLoss):
         Raises:
             ValueError: a value that cannot be; the message names the key.
         """
-        arguments = {name: value for name, value in locals().items() if name != "self"}
-        check_arguments(arguments)
+        settings = {name: value for name, value in locals().items() if name in argument_names()}
+        check_arguments(settings)
         super().__init__()
-        self.settings = CN({k: v for k, v in arguments.items() if k not in ("solver", "__class__")})
+        self.settings = SimpleNamespace(**settings)
         self.solver = solver
         self.pairs = FeaturePairs(input_feats, channels=hidden_dim, contiguous=False)
         self.queries: Optional[InstanceQueries] = None  # it needs the number of classes
@@ -153,9 +158,14 @@ class InstanceConditionalDistillation(DistillLoss):
 
     def use_statistics(self, statistics: Callable) -> None:
         self._statistics = statistics
+        if self.queries is not None:  # bound already
+            self.queries.sampler.prior = self._prior(self.queries.classes)
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
-        super().bind(student, teacher)
+        try:
+            super().bind(student, teacher)
+        except KeyError as error:
+            raise KeyError(f"MODEL.DISTILLER.INS.INPUT_FEATS: {error.args[0]}") from error
         s = self.settings
         if 0 < s.num_classes < (student.num_classes or 0):
             raise ValueError(
@@ -184,7 +194,10 @@ class InstanceConditionalDistillation(DistillLoss):
     def _prior(self, classes: int) -> BoxPrior:
         s = self.settings
         prior = BoxPrior.uniform(classes)
-        if self._statistics is None or (s.uniform_sample_class and s.uniform_sample_box):
+        if s.uniform_sample_class and s.uniform_sample_box:
+            return prior
+        if self._statistics is None:
+            logger.info("ICD has no statistics of the training data: fakes are drawn uniformly.")
             return prior
         measured = BoxPrior.of(self._statistics(), classes)
         return BoxPrior(
@@ -224,15 +237,11 @@ class InstanceConditionalDistillation(DistillLoss):
     def read(self, teacher: DetectorView, batch: Batch):
         """The teacher's levels (N, C, H, W), the Queries, and the Geometry of a batch."""
         maps = list(self.pairs.of_teacher(teacher).values())
-        # The base of the seed is SEED plus the process's rank: fakes differ between processes, a
-        # resumed run has the same, and nobody else's random numbers change.
-        seed = [torch.initial_seed() % 2**63, batch.iteration % 2**63]
-        queries = self.queries.sample(batch, seed)
+        queries = self.queries.sample(batch, _seed(batch.iteration))
         sizes = tuple(tuple(feature.shape[-2:]) for feature in maps)
-        geometry = geometry_of(
-            *(sizes, batch.padded_size, tuple(batch.image_sizes)),
-            *(self.settings.hidden_dim, maps[0].device),
-        )
+        images = tuple(batch.image_sizes)
+        channels, device = self.settings.hidden_dim, maps[0].device
+        geometry = geometry_of(sizes, batch.padded_size, images, channels, device)
         return maps, queries, geometry
 
     def decode(
@@ -242,7 +251,7 @@ class InstanceConditionalDistillation(DistillLoss):
         encoded = self.queries(queries)
         if self.settings.dropout == 0:
             return self.decoder(encoded, maps, geometry)
-        with dropout_seed(torch.initial_seed() + iteration, encoded.device):
+        with dropout_seed(_seed(iteration), encoded.device):
             return self.decoder(encoded, maps, geometry)
 
     def auxiliary_terms(self, decoded: List[Decoded], queries: Queries, maps: Maps) -> Terms:
@@ -254,7 +263,10 @@ class InstanceConditionalDistillation(DistillLoss):
             terms[f"loss_icd_reg_{index}"] = localisation
         if self.reconstructors:
             features = torch.cat([positions_of(feature) for feature in maps], dim=1).detach()
-            errors = [F.mse_loss(r(layer.values), features) for r, layer in zip(self.reconstructors, decoded)]
+            errors = [
+                F.mse_loss(reconstruct(layer.values), features)
+                for reconstruct, layer in zip(self.reconstructors, decoded)
+            ]
             terms["loss_icd_reconst"] = torch.stack(errors).mean()
         return terms
 
@@ -271,7 +283,10 @@ class InstanceConditionalDistillation(DistillLoss):
         counts = queries.filled if s.distill_negative else queries.real
         distances = [
             student.distance(
-                *(maps, geometry, layer, layer.attention_mass(counts, temperature)),
+                maps,
+                geometry,
+                layer.values,
+                layer.attention_mass(counts, temperature),
                 form=s.loss_form,
                 norm=s.distill_norm,
             )
@@ -335,6 +350,16 @@ class InstanceConditionalDistillation(DistillLoss):
         # It has projectors of positions even where they are not used.
         converted = from_reference(state).items()
         return {k: v for k, v in converted if k in ours or "pos_projector" not in k}
+
+
+def _seed(iteration: int) -> int:
+    """For this process's random numbers of an iteration.
+
+    torch's seed is SEED plus the rank: processes differ, a resumed run repeats, and nobody else's
+    random numbers change.
+    """
+    entropy = [torch.initial_seed(), iteration % 2**32]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def _reach(terms: Terms, parameters) -> Terms:

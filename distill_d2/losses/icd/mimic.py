@@ -98,9 +98,10 @@ def _centred(parameter: torch.Tensor, heads: int) -> torch.Tensor:
 class _NormalisedDistance(torch.autograd.Function):
     """sum over n, s, h of share * |LN(x) - LN(t)|^2 / d, with x = W f + b centred in every head.
 
-    With A = mean x^2, B = var t, X = mean x t over the d channels of a head, r = (A + eps)^-1/2 and
-    q = (B + eps)^-1/2:   |LN x - LN t|^2 / d = A r^2 + B q^2 - 2 X r q   and, up to a constant per
-    head that the centred W does not pass on,   d/dx_j = (2/d) [(eps r^4 + X q r^3) x_j - r q t_j].
+    With t centred as well, A = mean x^2, B = mean t^2, X = mean x t over the d channels of a head,
+    r = (A + eps)^-1/2 and q = (B + eps)^-1/2:
+        |LN x - LN t|^2 / d = A r^2 + B q^2 - 2 X r q,
+        d/dx_j = (2/d) [(eps r^4 + X q r^3) x_j - r q t_j].
     The gradients are computed in the same pass over the positions, chunk by chunk, so that neither
     the values of the student nor their gradients are ever there as a whole.
     """
@@ -150,8 +151,8 @@ def _distance_and_slope(x, target, share, heads):
     """The sum of a chunk, and its derivative by x in the memory of x; x and target (N, s, D)."""
     size = x.shape[-1] // heads
     x_heads, t_heads = x.unflatten(-1, (heads, size)), target.unflatten(-1, (heads, size))
-    a = _mean_square(x_heads)
-    b = _mean_square(t_heads - t_heads.mean(-1, keepdim=True))  # torch.var takes ten times as long
+    t_heads = t_heads - t_heads.mean(-1, keepdim=True)
+    a, b = _mean_square(x_heads), _mean_square(t_heads)
     cross = torch.linalg.vecdot(x_heads, t_heads) / size
     r, q = (a + _EPS).rsqrt(), (b + _EPS).rsqrt()
     distance = a * r**2 + b * q**2 - 2 * cross * r * q

@@ -33,7 +33,7 @@ class InstanceQueries(nn.Module):
         self.with_scale = with_scale
         self.encoder = MLP(descriptor_dim(classes, with_scale), [dim, dim, dim])
 
-    def sample(self, batch: Batch, seed: Sequence[int]) -> Queries:
+    def sample(self, batch: Batch, seed: int) -> Queries:
         """The slots of a batch; equal seeds give equal fakes.
 
         Raises:

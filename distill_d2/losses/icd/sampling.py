@@ -120,11 +120,9 @@ class Slots:
             [self.points, self.ltrb, self.scales, np.stack(columns, axis=-1)], axis=-1
         )
         values = upload(torch.from_numpy(packed.astype(np.float32)), device)
-        points, ltrb, scales, classes, is_real, is_padding = values.split((2, 4, 2, 1, 1, 1), dim=-1)
-        return Queries(
-            *(points, ltrb, scales, classes.squeeze(-1), is_real.squeeze(-1), is_padding.squeeze(-1)),
-            *(self.real, self.filled),
-        )
+        points, ltrb, scales, columns = values.split((2, 4, 2, 3), dim=-1)
+        classes, is_real, is_padding = columns.unbind(dim=-1)
+        return Queries(points, ltrb, scales, classes, is_real, is_padding, self.real, self.filled)
 
 
 @dataclass(frozen=True)

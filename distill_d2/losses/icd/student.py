@@ -7,7 +7,7 @@ from typing import List
 import torch
 from torch import nn
 
-from .decoder import Decoded, project_positions
+from .decoder import project_positions
 from .geometry import Geometry
 from .mimic import value_distance
 from .projection import project_levels
@@ -35,15 +35,13 @@ class StudentValues(nn.Module):
 
     def forward(self, maps: List[torch.Tensor], geometry: Geometry) -> torch.Tensor:
         """(N, S, C) of the levels (N, C, H, W)."""
-        return project_levels(
-            maps, self.values.weight, self.values.bias, self.offsets(geometry)
-        )
+        return project_levels(maps, self.values.weight, self.values.bias, self.offsets(geometry))
 
     def distance(
         self,
         maps: List[torch.Tensor],
         geometry: Geometry,
-        decoded: Decoded,
+        teacher: torch.Tensor,
         mass: torch.Tensor,
         *,
         form: str,
@@ -52,11 +50,8 @@ class StudentValues(nn.Module):
         """The distance of the values from the teacher's, a scalar; see value_distance.
 
         Args:
+            teacher: (N, S, C) its values.
             mass: (N, h, S) attention of the instances.
         """
-        return value_distance(
-            *(maps, self.values.weight, self.values.bias, self.offsets(geometry)),
-            *(decoded.values, mass),
-            form=form,
-            norm=norm,
-        )
+        weight, bias, offsets = self.values.weight, self.values.bias, self.offsets(geometry)
+        return value_distance(maps, weight, bias, offsets, teacher, mass, form=form, norm=norm)

@@ -61,10 +61,6 @@ def test_rows_and_columns_are_the_embedding(name, channels):
         torch.testing.assert_close(ours_x, expected[:, half:], atol=2e-6, rtol=0)
 
 
-def test_bounds_of_the_levels():
-    assert geometry("one_image_fills").bounds == [(0, 128), (128, 160), (160, 162)]
-
-
 def test_geometry_is_remembered():
     assert geometry("padded") is geometry("padded")
     assert geometry("padded") is not geometry("padded", channels=8)
