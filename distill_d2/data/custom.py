@@ -59,7 +59,9 @@ def register_custom_datasets(entries: Sequence[Dict[str, Any]]) -> None:
 
 def _describe_taken(name: str) -> str:
     entry = MetadataCatalog.get(name).get("custom_entry")
-    return "a dataset that is not from DATASETS.CUSTOM" if entry is None else f"another dataset, {entry},"
+    if entry is None:
+        return "a dataset that is not from DATASETS.CUSTOM"
+    return f"another dataset, {entry},"
 
 
 def _check_entry(entry: Any) -> None:

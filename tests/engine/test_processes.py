@@ -154,25 +154,63 @@ def write_coco(root):
         Path(entry["IMAGES"]).rename(root / "coco" / split)
 
 
-def test_command_lines_of_the_reference_on_coco(tmp_path, monkeypatch):
-    """As its README gives them, but for the sizes that make them run here."""
+# What makes the reference's command lines run here.
+SMALL = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"]
+SMALL += ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2", "SOLVER.BASE_LR", "0.001"]
+
+
+@pytest.fixture
+def coco(tmp_path, monkeypatch):
     write_coco(tmp_path / "datasets")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    return tmp_path
+
+
+def reference_line(folder, script, config, *arguments):
+    start = [sys.executable, str(ROOT / script), "--num-gpus", "0", "--config-file"]
+    return [*start, str(ROOT / config), *arguments, *SMALL, "OUTPUT_DIR", str(folder / "output")]
+
+
+def write_weights(config, path):
+    """Random weights of a zoo model; residual branches are damped, as trained ones are."""
     cfg = get_cfg()
-    cfg.merge_from_file(model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+    cfg.merge_from_file(model_zoo.get_config_file(config))
     cfg.MODEL.DEVICE = "cpu"
-    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "r50.pth")
-    small = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"]
-    small += ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path / "output")]
+    model = build_model(cfg)
+    for name, norm in model.backbone.named_modules():
+        if name.endswith("conv3.norm"):
+            norm.weight.fill_(0.2)
+    torch.save({"model": model.state_dict()}, path)
+    return str(path)
 
-    def line(script, config, *arguments):
-        start = [sys.executable, str(ROOT / script), "--num-gpus", "0", "--config-file", str(ROOT / config)]
-        return [*start, *arguments, *small]
 
+def test_command_lines_of_the_reference_on_coco(coco):
+    """As its README gives them, but for the sizes."""
     config = "configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-    weights = ["MODEL.WEIGHTS", str(tmp_path / "r50.pth"), "SOLVER.BASE_LR", "0.001"]
-    run(line("train_baseline.py", config, *weights))
-    weights = ["MODEL.WEIGHTS", str(tmp_path / "output" / "model_final.pth")]
+    weights = write_weights("COCO-Detection/retinanet_R_50_FPN_1x.yaml", coco / "r50.pth")
+    run(reference_line(coco, "train_baseline.py", config, "MODEL.WEIGHTS", weights))
     config = "configs/Distillation-PKD/retinanet_R_50_R101_pkd_FPN_1x.yaml"
-    (output,) = run(line("train_distill.py", config, "--resume", "--eval-only", *weights))
-    assert "copypaste: AP," in output
+    weights = ["MODEL.WEIGHTS", str(coco / "output" / "model_final.pth")]
+    line = reference_line(coco, "train_distill.py", config, "--resume", "--eval-only", *weights)
+    assert "copypaste: AP," in run(line)[0]
+
+
+@pytest.mark.parametrize(
+    "student, teacher",
+    [
+        ("retinanet", "COCO-Detection/retinanet_R_101_FPN_3x.yaml"),
+        pytest.param("RCNN", "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", marks=pytest.mark.slow),
+        pytest.param(
+            *("MaskRCNN", "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_icds_command_lines_of_the_reference_on_coco(coco, student, teacher):
+    config = f"configs/Distillation-ICD/{student}_R_50_R101_icd_FPN_1x.yaml"
+    weights = ["MODEL.WEIGHTS", "", "MODEL.DISTILLER.TEACHER_WEIGHTS", write_weights(teacher, coco / "t.pth")]
+    run(reference_line(coco, "train_distill.py", config, "--resume", *weights))
+    saved = torch.load(coco / "output" / "model_final.pth", weights_only=True)
+    assert saved["distiller"] and saved["trainer"]["iteration"] == 1
+    line = reference_line(coco, "train_distill.py", config, "--resume", "--eval-only", *weights)
+    assert "copypaste: AP," in run(line)[0]

@@ -23,8 +23,10 @@ NORMS = ("ln", "tln", "none")
 
 _EPS = 1e-5  # of the layer norms
 _MIN_MASS = 1e-6
-# Positions that are worked on at once on a CPU: their values stay in its cache.
+# Positions, of all images, that are worked on at once. On a CPU their values stay in its cache, on a
+# GPU they bound the memory of a step.
 _CPU_CHUNK = 2048
+_GPU_CHUNK = 32768
 
 
 def value_distance(
@@ -109,7 +111,7 @@ class _NormalisedDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, teacher, share, *maps):
         heads, batch = share.shape[1], len(teacher)
-        chunk = teacher.shape[1] if teacher.is_cuda else max(_CPU_CHUNK // batch, 1)
+        chunk = max((_GPU_CHUNK if teacher.is_cuda else _CPU_CHUNK) // batch, 1)
         share = share.transpose(1, 2)
         down = weight.t().expand(batch, -1, -1)
         loss = teacher.new_zeros(())
