@@ -81,7 +81,10 @@ def preload_losses(losses: Mapping[str, DistillLoss], path: str, part: str) -> i
         FileNotFoundError, OSError, ValueError: it cannot be read, holds nothing for these losses, or
             something that does not fit; the message lists keys.
     """
-    checkpoint = read_checkpoint(path)
+    try:
+        checkpoint = read_checkpoint(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"MODEL.DISTILLER.PRELOAD_TEACHER: {error}") from error
     loaded = sum(
         _preload_loss(loss, _state_of(loss, name, checkpoint), part, f"{name}, from '{path}'")
         for name, loss in losses.items()
