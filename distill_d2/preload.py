@@ -1,4 +1,4 @@
-"""Start a student from its teacher, the "inheriting strategy" of ICD (NeurIPS 2021, section 4), and
+"""Start a student from its teacher, the "inheriting strategy" of ICD (NeurIPS 2021), and
 the losses' own parameters from an earlier run."""
 
 from __future__ import annotations

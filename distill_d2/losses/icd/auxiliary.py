@@ -1,4 +1,4 @@
-"""The auxiliary task that trains the decoder: which slots are real, and where (ICD, section 3.3)."""
+"""The auxiliary task that trains the decoder: which slots are real, and where (ICD, NeurIPS 2021)."""
 
 from __future__ import annotations
 

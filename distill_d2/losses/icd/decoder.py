@@ -1,4 +1,4 @@
-"""The conditional decoder: query slots attend to the teacher's features (ICD, section 3.3)."""
+"""The conditional decoder: query slots attend to the teacher's features (ICD, NeurIPS 2021)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention-weighted value mimicking (ICD, section 3.4).
+"""Attention-weighted value mimicking (ICD, NeurIPS 2021).
 
 Student and teacher project their features to values, V_S and V_T; per head of d channels both are
 normalised (layer norm without affine, LN). With M the attention of an image's instances, summed:

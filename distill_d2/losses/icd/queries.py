@@ -18,7 +18,7 @@ _MIN_SIDE = 1e-3  # pixels; a box below has no area to speak of
 
 
 class InstanceQueries(nn.Module):
-    """Samples the slots of a batch and encodes them (ICD, section 3.2)."""
+    """Samples the slots of a batch and encodes them (ICD, NeurIPS 2021)."""
 
     def __init__(self, sampler: SlotSampler, classes: int, dim: int, with_scale: bool):
         """

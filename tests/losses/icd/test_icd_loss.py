@@ -582,14 +582,14 @@ def test_float32_under_autocast_and_no_synchronisation(tmp_path, monkeypatch, pa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_on_a_gpu_waits_for_nothing():
     case = Case()
-    case.loss.cuda()
+    case.loss.to("cuda")
     for maps in (case.student, case.teacher):
         for name, level in maps.items():
-            maps[name] = level.detach().cuda().requires_grad_(maps is case.student)
+            maps[name] = level.detach().to("cuda").requires_grad_(maps is case.student)
     case.step()
     batch = case.batch()
     for item in batch.inputs:
-        item["image"] = item["image"].cuda()
+        item["image"] = item["image"].to("cuda")
     views = case.views()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
