@@ -71,8 +71,8 @@ class LossSolver:
         if state["kind"] != self._kind:
             raise ValueError(
                 f"--resume: the checkpoint's optimizer of {type(self._loss).__name__} is "
-                f"{state['kind']}, this run's is {self._kind} ({_KEY}.OPTIMIZER, and the loss's settings). "
-                "Use the checkpoint's settings, another OUTPUT_DIR, or start without --resume"
+                f"{state['kind']}, this run's is {self._kind} ({_KEY}.OPTIMIZER, and the loss's "
+                "settings). Use the checkpoint's settings, another OUTPUT_DIR, or start without --resume"
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
