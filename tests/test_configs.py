@@ -18,7 +18,8 @@ from distill_d2.losses.base import build_losses
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DETECTRON2_CONFIGS = Path(detectron2_zoo.__file__).parent / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
-DISTILLATION = [name for name in NAMES if name.startswith("Distillation-")]
+# Folders below them hold plain detectors.
+DISTILLATION = [name for name in NAMES if name.startswith("Distillation-") and name.count("/") == 1]
 FEATURE_LOSSES = [name for name in DISTILLATION if name.split("/")[0] in ("Distillation-Mimic", "Distillation-PKD")]
 ICD = [name for name in DISTILLATION if name.startswith("Distillation-ICD/")]
 OFFICIAL = [name for name in NAMES if (DETECTRON2_CONFIGS / name).is_file()]

@@ -14,11 +14,13 @@ Shapes = Dict[str, Tuple[int, ...]]
 Maps = Dict[str, torch.Tensor]
 Pairs = Dict[str, Tuple[torch.Tensor, torch.Tensor]]
 
+_SHARED = "shared"
+
 
 class FeaturePairs(nn.Module):
     """The levels that a loss compares, by name: "p3" of the student with "p3" of the teacher.
 
-    Where channels differ, a trainable 1x1 convolution maps the student's to the teacher's number;
+    Where channels differ, a trainable convolution maps the student's to the teacher's number;
     where sizes differ (two networks may round an odd size differently), the student's map is
     resized bilinearly. The teacher's maps are not changed, unless a loss wants a number of channels.
     """
@@ -29,6 +31,9 @@ class FeaturePairs(nn.Module):
         *,
         channels: Optional[int] = None,
         contiguous: bool = True,
+        kernel_size: int = 1,
+        shared: bool = False,
+        always: bool = False,
     ):
         """
         Args:
@@ -37,11 +42,17 @@ class FeaturePairs(nn.Module):
             channels: map the levels of both detectors to this number of channels, where they differ
                 from it; None: the student's to the teacher's.
             contiguous: False: maps may come in any memory layout, which saves copies.
+            kernel_size: of the convolutions, an odd number.
+            shared: one convolution for all levels.
+            always: convolve the student's levels even where channels agree.
         """
         super().__init__()
         self.in_features = list(in_features)
         self.channels = channels
         self.contiguous = contiguous
+        self.kernel_size = kernel_size
+        self.shared = shared
+        self.always = always
         self.adapters = nn.ModuleDict()
         self.teacher_adapters = nn.ModuleDict()
         self.strides: Dict[str, int] = {}
@@ -51,10 +62,12 @@ class FeaturePairs(nn.Module):
 
         Raises:
             KeyError: a detector lacks a level.
-            ValueError: strides differ, or no level is common.
+            ValueError: strides differ, no level is common, or levels that are to share a convolution
+                have different channels.
         """
         if not self.in_features:
             self.in_features = _common_levels(student, teacher)
+        ours_to, theirs_to = {}, {}
         for name in self.in_features:
             ours, theirs = student.require_level(name), teacher.require_level(name)
             if ours.stride != theirs.stride:
@@ -65,10 +78,29 @@ class FeaturePairs(nn.Module):
                 )
             self.strides[name] = ours.stride
             wanted = self.channels or theirs.channels
-            if ours.channels != wanted:
-                self.adapters[name] = nn.Conv2d(ours.channels, wanted, kernel_size=1)
-            if theirs.channels != wanted:
-                self.teacher_adapters[name] = nn.Conv2d(theirs.channels, wanted, kernel_size=1)
+            ours_to[name] = (ours.channels, wanted)
+            theirs_to[name] = (theirs.channels, wanted)
+        self.adapters.update(self._convolutions(ours_to, self.always))
+        self.teacher_adapters.update(self._convolutions(theirs_to, False))
+
+    def _convolutions(self, channels: Dict[str, Tuple[int, int]], always: bool) -> nn.ModuleDict:
+        """By level, or under one name for all, those needed for its (input, output) channels."""
+        needed = {name: pair for name, pair in channels.items() if always or pair[0] != pair[1]}
+        if not needed or not self.shared:
+            return nn.ModuleDict({name: self._convolution(*pair) for name, pair in needed.items()})
+        if len(set(channels.values())) > 1:
+            raise ValueError(
+                f"the levels {list(channels)} share one convolution, but need different (input, output) "
+                f"channels: {channels}; choose levels of equal channels, or do not share it"
+            )
+        return nn.ModuleDict({_SHARED: self._convolution(*channels[self.in_features[0]])})
+
+    def _convolution(self, channels: int, wanted: int) -> nn.Conv2d:
+        return nn.Conv2d(channels, wanted, self.kernel_size, padding=self.kernel_size // 2)
+
+    def _adapter(self, adapters: nn.ModuleDict, name: str) -> Optional[nn.Module]:
+        key = _SHARED if self.shared else name
+        return adapters[key] if key in adapters else None
 
     def describe(self, student: Shapes, teacher: Shapes) -> List[List[str]]:
         """One row per level for the table at start-up: name, stride, both shapes, and what is adapted.
@@ -78,9 +110,10 @@ class FeaturePairs(nn.Module):
         """
         rows = []
         for name in self.in_features:
-            steps = ["1x1 convolution"] if name in self.adapters else []
-            if name in self.teacher_adapters:
-                steps = ["1x1 convolution of each" if steps else "1x1 convolution of the teacher's"]
+            kernel = f"{self.kernel_size}x{self.kernel_size} convolution"
+            steps = [kernel] if self._adapter(self.adapters, name) else []
+            if self._adapter(self.teacher_adapters, name):
+                steps = [f"{kernel} of each" if steps else f"{kernel} of the teacher's"]
             steps += ["resize"] if student[name][1:] != teacher[name][1:] else []
             stride, adapter = self.strides[name], ", ".join(steps) or "none"
             rows.append([name, str(stride), str(student[name]), str(teacher[name]), adapter])
@@ -118,7 +151,8 @@ class FeaturePairs(nn.Module):
     ) -> torch.Tensor:
         level = view.level(name, contiguous=self.contiguous)
         level = level.detach() if detach else level
-        return adapters[name](level) if name in adapters else level
+        adapter = self._adapter(adapters, name)
+        return level if adapter is None else adapter(level)
 
 
 def _common_levels(student: DetectorView, teacher: DetectorView) -> List[str]:

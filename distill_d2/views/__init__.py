@@ -1,18 +1,27 @@
 """Views: what a distillation loss may ask of a detector, whichever detector it is."""
 
-from .base import DetectorView, build_view, register_view, require_same_classes
+from .base import (
+    DetectorView,
+    build_view,
+    register_view,
+    require_same_boxes,
+    require_same_classes,
+)
 from .batch import Batch
-from .dense import DensePredictions
+from .fcos import FCOSView
+from .predictions import Predictions
 from .rcnn import RCNNView
 from .retinanet import RetinaNetView
 
 __all__ = [
     "Batch",
-    "DensePredictions",
     "DetectorView",
+    "FCOSView",
+    "Predictions",
     "RCNNView",
     "RetinaNetView",
     "build_view",
     "register_view",
+    "require_same_boxes",
     "require_same_classes",
 ]

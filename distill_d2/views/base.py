@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, ContextManager, Dict, Iterator, Optional, Tuple, Type
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple, Type
 
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.structures import Boxes
 from torch import nn
 
 from ..taps import Taps, map_tensors
+from .predictions import Predictions
 
 _VIEWS: Dict[type, Type["DetectorView"]] = {}
 
@@ -47,6 +49,32 @@ def require_same_classes(student: "DetectorView", teacher: "DetectorView", loss:
     )
 
 
+def require_same_boxes(
+    student: "DetectorView", teacher: "DetectorView", capability: str, loss: str
+) -> None:
+    """Check, for a loss that compares predictions row by row, that both detectors have the same
+    anchors and box parametrisation.
+
+    Raises:
+        ValueError: they differ.
+    """
+    ours, theirs = student.sample_boxes(capability), teacher.sample_boxes(capability)
+    for what, a, b in zip(("anchors", "box parametrisation"), ours, theirs):
+        if a.shape != b.shape or not torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-3):
+            raise ValueError(
+                f"{loss} compares the {capability} predictions of student and teacher row by row, but "
+                f"their {what} differ: on a 2x2 grid of each level the student has {_listing(a)}, the "
+                f"teacher {_listing(b)}. Use a teacher with the student's (MODEL.ANCHOR_GENERATOR, "
+                "BBOX_REG_WEIGHTS), or a loss on features (MODEL.DISTILLER.TYPES)"
+            )
+
+
+def _listing(boxes: torch.Tensor) -> str:
+    first = ", ".join(f"{number:.1f}" for number in boxes[0].tolist())
+    last = ", ".join(f"{number:.1f}" for number in boxes[-1].tolist())
+    return f"{len(boxes)} boxes, from [{first}] to [{last}]"
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """All of ``model`` in eval mode and without gradients; afterwards each module's mode is back."""
@@ -65,11 +93,11 @@ class DetectorView:
 
     When the Distiller is built, a loss states what it will need with the ``require_*`` methods,
     which fail at once for what this detector cannot give. In a step, it reads ``features``,
-    ``bottom_up``, ``level``, ``tap`` and, where the detector has them, ``dense`` and
-    ``score_boxes``. All tensors come in float32; the student's carry gradients.
+    ``bottom_up``, ``level``, ``tap`` and, where the detector has them, ``dense``, ``rpn``,
+    ``box_head`` and ``score_boxes``. All tensors come in float32; the student's carry gradients.
     """
 
-    #: What this kind of detector offers beyond features and taps: "dense", "score_boxes".
+    #: What this kind of detector offers beyond features and taps: names of methods, "dense" for one.
     offers: Tuple[str, ...] = ()
 
     def __init__(self, model: nn.Module, role: str):
@@ -144,7 +172,7 @@ class DetectorView:
         self.taps.add(path)
 
     def require(self, capability: str) -> None:
-        """State that ``capability`` ("dense" or "score_boxes") will be used.
+        """State that ``capability`` ("dense", "rpn", "box_head" or "score_boxes") will be used.
 
         Raises:
             TypeError: this kind of detector does not have it.
@@ -205,26 +233,45 @@ class DetectorView:
             path = "backbone" if name in self.neck_shapes else self._stage_path(name)
             output = self.taps.output(path)
             level = output[name] if isinstance(output, dict) else output
-            self._float[key] = _to_float(level) if contiguous else level.float()
+            self._float[key] = _to_float(level) if contiguous else _to_float_as_it_is(level)
         return self._float[key]
 
-    def tap(self, path: str, index: Any = None) -> Any:
-        """The output of the module ``path``; ``index`` picks from a dict, tuple or list of calls."""
-        output = self._in_float(path)
-        return output if index is None else output[index]
+    def tap(self, path: str, index: Any = None, *, contiguous: bool = True) -> Any:
+        """The output of the module ``path``; ``index`` picks from a dict, tuple or list of calls.
 
-    def dense(self):
-        """Raw predictions of a one-stage head: see DensePredictions."""
+        Args:
+            contiguous: False: in whatever memory layout it was computed, which saves copies.
+        """
+        key = (path, contiguous)
+        if key not in self._float:
+            convert = _to_float if contiguous else _to_float_as_it_is
+            self._float[key] = map_tensors(convert, self.taps.output(path))
+        return self._float[key] if index is None else self._float[key][index]
+
+    def dense(self) -> Predictions:
+        """A one-stage head's predictions for all anchors or points of a batch."""
         raise TypeError(f"{type(self.model).__name__} has no dense predictions")
 
-    def score_boxes(self, boxes):
+    def rpn(self) -> Predictions:
+        """A region proposal network's predictions for all anchors; its one class is "object"."""
+        raise TypeError(f"{type(self.model).__name__} has no region proposal network")
+
+    def box_head(self, proposals: Optional[List[Boxes]] = None) -> Predictions:
+        """A box head's predictions for N images' proposals; None: for ``sampled_proposals``, as the
+        student has scored them."""
+        raise TypeError(f"{type(self.model).__name__} has no box head")
+
+    def sampled_proposals(self) -> List[Boxes]:
+        """N images' proposals that the student sampled for its own loss in this step."""
+        raise TypeError(f"{type(self.model).__name__} has no proposals")
+
+    def score_boxes(self, boxes: List[Boxes]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
         """A two-stage head's class logits and deltas on given boxes."""
         raise TypeError(f"{type(self.model).__name__} cannot score boxes")
 
-    def _in_float(self, path: str) -> Any:
-        if path not in self._float:
-            self._float[path] = map_tensors(_to_float, self.taps.output(path))
-        return self._float[path]
+    def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Some anchors (R, 4) of this detector, and the boxes (R, 4) that fixed deltas make of them."""
+        raise TypeError(f"{type(self.model).__name__} has no {capability}()")
 
     def _bottom_up(self) -> nn.Module:
         return getattr(self.model.backbone, "bottom_up", self.model.backbone)
@@ -239,6 +286,10 @@ class DetectorView:
         return 3 if mean is None else mean.numel()
 
 
+def _to_float_as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 def _to_float(tensor: torch.Tensor) -> torch.Tensor:
     # Contiguous too: element-wise work on two memory layouts is ten times slower on a CPU.
-    return tensor.float().contiguous() if tensor.is_floating_point() else tensor
+    return _to_float_as_it_is(tensor).contiguous()

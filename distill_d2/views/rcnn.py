@@ -1,15 +1,23 @@
-"""The two-stage detectors' view: scores of given boxes."""
+"""The two-stage detectors' view: the RPN's anchors, and scores of given boxes."""
 
 from __future__ import annotations
 
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Boxes
+from torch.nn.utils.rnn import pad_sequence
 
+from .anchored import AnchoredHead, decode_sample
 from .base import DetectorView, register_view
+from .matching import match_by_iou
+from .predictions import Predictions, decoder_of
+
+_RPN_HEAD = "proposal_generator.rpn_head"
+_PREDICTOR = "roi_heads.box_predictor"
 
 
 @register_view(GeneralizedRCNN)
@@ -18,11 +26,47 @@ class RCNNView(DetectorView):
     def offers(self) -> Tuple[str, ...]:
         heads = self.model.roi_heads
         one_predictor = isinstance(heads, StandardROIHeads) and not isinstance(heads, CascadeROIHeads)
-        return ("score_boxes",) if one_predictor else ()
+        has_rpn = isinstance(self.model.proposal_generator, RPN)
+        return ("rpn",) * has_rpn + ("score_boxes", "box_head") * one_predictor
 
     @property
     def num_classes(self) -> int:
         return self.model.roi_heads.num_classes
+
+    def require(self, capability: str) -> None:
+        super().require(capability)
+        if capability == "rpn":
+            self.taps.add(_RPN_HEAD)
+        if capability == "box_head":
+            self._check_box_head()
+            self.taps.add("roi_heads")
+            self.taps.add(_PREDICTOR)
+
+    def rpn(self) -> Predictions:
+        return self._rpn().predictions(self)
+
+    def box_head(self, proposals: Optional[List[Boxes]] = None) -> Predictions:
+        if proposals is None:
+            proposals = self.sampled_proposals()
+            counts = [len(boxes) for boxes in proposals]
+            logits, deltas = (output.split(counts) for output in self.tap(_PREDICTOR))
+        else:
+            logits, deltas = self.score_boxes(proposals)
+        boxes, logits, deltas, valid = _padded([b.tensor for b in proposals], logits, deltas)
+        heads = self.model.roi_heads
+        return Predictions(
+            logit_levels=[logits.unsqueeze(2)],
+            delta_levels=[deltas.unsqueeze(2)],
+            anchors=boxes,
+            decode=decoder_of(heads.box_predictor.box2box_transform),
+            match=lambda others, kept: match_by_iou(heads.proposal_matcher, others, kept, boxes),
+            background=True,
+            valid=valid,
+        )
+
+    def sampled_proposals(self) -> List[Boxes]:
+        sampled, _ = self.taps.output("roi_heads")
+        return [per_image.proposal_boxes for per_image in sampled]
 
     def score_boxes(self, boxes: List[Boxes]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
         """Run the box head on N images' boxes (absolute XYXY pixels on the augmented image).
@@ -37,3 +81,46 @@ class RCNNView(DetectorView):
             logits, deltas = heads.box_predictor(heads.box_head(pooled))
         counts = [len(per_image) for per_image in boxes]
         return list(logits.float().split(counts)), list(deltas.float().split(counts))
+
+    def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
+        if capability == "rpn":
+            return self._rpn().sample()
+        boxes = torch.tensor([[8.0, 8.0, 40.0, 24.0]])  # any: the proposals are shared
+        return boxes, decode_sample(self.model.roi_heads.box_predictor.box2box_transform, boxes)
+
+    def _rpn(self) -> AnchoredHead:
+        rpn = self.model.proposal_generator
+        return AnchoredHead(
+            path=_RPN_HEAD,
+            in_features=rpn.in_features,
+            classes=1,
+            anchor_generator=rpn.anchor_generator,
+            transform=rpn.box2box_transform,
+            match=lambda boxes, valid, anchors: match_by_iou(
+                rpn.anchor_matcher, boxes, valid, Boxes.cat(anchors).tensor
+            ),
+        )
+
+    def _check_box_head(self) -> None:
+        heads = self.model.roi_heads
+        if heads.box_predictor.use_sigmoid_ce:
+            raise ValueError(
+                f"the {self.role}'s box head has a sigmoid per class (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is "
+                "True); a softmax with background is expected"
+            )
+        if heads.train_on_pred_boxes and self.role == "student":
+            raise ValueError(
+                "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES is True: the student replaces its proposals "
+                "after it has scored them, so that a teacher cannot score the same ones; set it to False"
+            )
+
+
+def _padded(
+    boxes: List[torch.Tensor], logits: List[torch.Tensor], deltas: List[torch.Tensor]
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """N images' rows, filled up with zeros to the longest, and which of them are there (N, R)."""
+    counts = [len(per_image) for per_image in boxes]
+    full = torch.ones(len(boxes), max(counts), dtype=torch.bool, device=boxes[0].device)
+    for row, count in zip(full, counts):
+        row[count:] = False
+    return (*(pad_sequence(part, batch_first=True) for part in (boxes, logits, deltas)), full)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import List, Tuple
+
 import torch
 from detectron2.modeling import RetinaNet
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.structures import Boxes
 
+from .anchored import AnchoredHead
 from .base import DetectorView, register_view
-from .dense import DensePredictions
+from .matching import match_by_iou
+from .predictions import Predictions
 
 
 @register_view(RetinaNet)
@@ -22,25 +26,23 @@ class RetinaNetView(DetectorView):
         super().require(capability)
         self.taps.add("head")
 
-    def dense(self) -> DensePredictions:
-        """The head's predictions; the teacher's head runs here, the student's has run already."""
-        features = [self.features[name] for name in self.model.head_in_features]
-        if not self.taps.has("head"):
-            with self.context():
-                self.model.head(features)  # its tap remembers the outputs
-        logits, deltas = self.tap("head")
-        anchors = self.model.anchor_generator(features)
-        logits = [permute_to_N_HWA_K(level, self.num_classes) for level in logits]
-        transform = self.model.box2box_transform
+    def dense(self) -> Predictions:
+        return self._head().predictions(self)
 
-        def decode(deltas: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-            flat = transform.apply_deltas(deltas.reshape(-1, 4), anchors.reshape(-1, 4))
-            return flat.view_as(deltas)
+    def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
+        return self._head().sample()
 
-        return DensePredictions(
-            logits=torch.cat(logits, dim=1),
-            deltas=torch.cat([permute_to_N_HWA_K(level, 4) for level in deltas], dim=1),
-            anchors=torch.cat([boxes.tensor for boxes in anchors]),
-            level_sizes=[level.shape[1] for level in logits],
-            decode=decode,
+    def _head(self) -> AnchoredHead:
+        return AnchoredHead(
+            path="head",
+            in_features=self.model.head_in_features,
+            classes=self.num_classes,
+            anchor_generator=self.model.anchor_generator,
+            transform=self.model.box2box_transform,
+            match=self._match,
         )
+
+    def _match(
+        self, boxes: torch.Tensor, valid: torch.Tensor, anchors: List[Boxes]
+    ) -> torch.Tensor:
+        return match_by_iou(self.model.anchor_matcher, boxes, valid, Boxes.cat(anchors).tensor)

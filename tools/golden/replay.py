@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Dict, Iterator
+from typing import Dict, Iterator, Optional, Tuple
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -11,7 +11,7 @@ from detectron2.modeling import Backbone
 from torch import nn
 
 from distill_d2 import DetectorView, DistillLoss
-from distill_d2.views import Batch, build_view
+from distill_d2.views import Batch, Predictions, build_view, register_view
 
 from . import Fixture
 
@@ -40,10 +40,36 @@ class _Detector(nn.Module):
         self.backbone = backbone
 
 
+class _DenseDetector(_Detector):
+    predictions: Predictions
+
+
+@register_view(_DenseDetector)
+class _DenseView(DetectorView):
+    offers = ("dense",)
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.predictions.logit_levels[0].shape[-1]
+
+    def dense(self) -> Predictions:
+        return self.model.predictions
+
+    def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
+        predictions = self.model.predictions
+        anchors = predictions.anchors
+        return anchors, predictions.decode(torch.full_like(anchors, 0.1), anchors)
+
+
 @contextlib.contextmanager
-def replayed(maps: Maps, strides: Dict[str, int], role: str) -> Iterator[DetectorView]:
-    """The view of a detector whose neck has just returned ``maps``, (N, C, H, W) by level name."""
-    view = build_view(_Detector(_Replay(maps, strides)), role)
+def replayed(
+    maps: Maps, strides: Dict[str, int], role: str, predictions: Optional[Predictions] = None
+) -> Iterator[DetectorView]:
+    """The view of a detector whose neck has just returned ``maps``, (N, C, H, W) by level name, and
+    whose dense head, if it has one, ``predictions``."""
+    detector = (_Detector if predictions is None else _DenseDetector)(_Replay(maps, strides))
+    detector.predictions = predictions
+    view = build_view(detector, role)
     with view.recording():
         view.model.backbone(torch.empty(0))
         yield view

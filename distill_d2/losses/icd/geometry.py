@@ -13,7 +13,7 @@ from typing import Optional, Sequence, Tuple
 
 import torch
 
-from .transfer import upload
+from ...transfer import upload
 
 Size = Tuple[int, int]
 

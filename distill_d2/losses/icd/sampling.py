@@ -12,7 +12,7 @@ from typing import List, Sequence, Tuple
 import numpy as np
 import torch
 
-from .transfer import upload
+from ...transfer import upload
 
 SAMPLE_RULES = ("relative", "fixed")
 SCALE_BINS = 5

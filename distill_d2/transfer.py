@@ -6,7 +6,7 @@ import torch
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on ``device``; through pinned memory, so that the host does not wait."""
-    if device.type != "cuda":
+    """A tensor on ``device``; one of the host through pinned memory, so that the host does not wait."""
+    if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

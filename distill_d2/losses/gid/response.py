@@ -1,0 +1,98 @@
+"""The response terms: the heads' outputs on the rows that belong to the instances."""
+
+from __future__ import annotations
+
+from typing import Callable, Optional
+
+import torch
+import torch.nn.functional as F
+from fvcore.nn import giou_loss
+
+from ...views import Predictions
+
+CLS_MODES = ("BCE", "L1", "L2")
+REG_MODES = ("L1", "L2", "BCE", "GIoU")
+
+RowLoss = Callable[..., torch.Tensor]
+
+
+def cls_term(
+    student: Predictions,
+    teacher: Predictions,
+    mask: torch.Tensor,
+    *,
+    mode: str = "BCE",
+    beta: float = 0.0,
+) -> torch.Tensor:
+    """Distance of the class logits, summed over classes, mean over the rows of the mask.
+
+    "BCE": binary cross-entropy with the teacher's probabilities as targets, whose least value is their
+    entropy, not 0; heads with a background class: cross-entropy. "L1", "L2": of the logits.
+
+    Args:
+        mask: (N, R) bool.
+        beta: of "L1"; 0: plain L1.
+
+    Returns:
+        a scalar; 0 without rows.
+    """
+    cross_entropy = mode == "BCE" and student.background
+    loss = _cross_entropy if cross_entropy else _row_loss(mode, beta)
+    levels = zip(student.logit_levels, teacher.logit_levels, mask.split(student.level_sizes, dim=1))
+    total = sum(_masked_sum(loss, part.view(s.shape[:3]), s, t) for s, t, part in levels)
+    return total / mask.sum().clamp(min=1)
+
+
+def reg_term(
+    student: Predictions,
+    teacher: Predictions,
+    mask: torch.Tensor,
+    *,
+    mode: str = "L1",
+    beta: float = 0.0,
+) -> torch.Tensor:
+    """Distance of the box deltas, summed over the four, mean over the rows of the mask.
+
+    "L1", "L2" and "BCE" (with the sigmoid of the teacher's as targets) of the deltas as they are;
+    "GIoU": 1 - generalised IoU of the decoded boxes. Where classes have deltas of their own, those of
+    the teacher's highest foreground class.
+
+    Args, returns: as of ``cls_term``.
+    """
+    classes = _compared_classes(student, teacher)
+    ours, theirs = student.deltas_of(classes), teacher.deltas_of(classes)
+    if mode != "GIoU":
+        total = _masked_sum(_row_loss(mode, beta), mask, ours, theirs)
+    else:
+        anchors = student.anchors.expand_as(theirs)
+        decode = student.decode
+        total = _masked_sum(
+            lambda s, t, a: giou_loss(decode(s, a), decode(t, a)), mask, ours, theirs, anchors
+        )
+    return total / mask.sum().clamp(min=1)
+
+
+def _compared_classes(student: Predictions, teacher: Predictions) -> Optional[torch.Tensor]:
+    specific = student.class_specific or teacher.class_specific
+    return teacher.best_class() if specific else None
+
+
+def _row_loss(mode: str, beta: float) -> RowLoss:
+    """(student (..., K), teacher (..., K)) -> (...)."""
+    if mode == "BCE":
+        return lambda s, t: F.binary_cross_entropy_with_logits(s, t.sigmoid(), reduction="none").sum(-1)
+    if mode == "L2":
+        return lambda s, t: F.mse_loss(s, t, reduction="none").sum(-1)
+    return lambda s, t: F.smooth_l1_loss(s, t, reduction="none", beta=beta).sum(-1)
+
+
+def _cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return -(teacher.softmax(dim=-1) * student.log_softmax(dim=-1)).sum(dim=-1)
+
+
+def _masked_sum(loss: RowLoss, mask: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+    """The sum of a loss per row over the rows of the mask."""
+    if mask.device.type == "cpu":
+        return loss(*(value[mask] for value in values)).sum()
+    # To pick rows, the host would have to wait for their number.
+    return torch.where(mask, loss(*values), 0.0).sum()

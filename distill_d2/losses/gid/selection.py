@@ -1,0 +1,183 @@
+"""General instances: the boxes where student and teacher disagree most (GID, general instance
+selection module).
+
+All shapes are fixed, with a mask of the slots that are filled, and NMS is done as often as boxes are
+wanted for all images at once: nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Sequence, Tuple
+
+import torch
+
+from ...transfer import upload
+from ...views import Predictions
+from ...views.matching import batched_iou
+
+SCORES = ("classwise", "max_first")
+
+
+@dataclass(frozen=True)
+class GeneralInstances:
+    """K slots of each of N images, best first.
+
+    Attributes:
+        boxes: (N, K, 4) float32, absolute XYXY pixels inside the image.
+        scores: (N, K) float32, how much the detectors disagree, 0 to 1.
+        rows: (N, K) int64, which of the R rows of Predictions a box comes from; -1: from none.
+        from_teacher: (N, K) bool, whether it is the teacher's box, not the student's.
+        valid: (N, K) bool, False for empty slots; the rest of these is arbitrary, but finite.
+    """
+
+    boxes: torch.Tensor
+    scores: torch.Tensor
+    rows: torch.Tensor
+    from_teacher: torch.Tensor
+    valid: torch.Tensor
+
+
+class GeneralInstanceSelection:
+    """Scores every row, and selects the best rows' boxes by class-agnostic NMS."""
+
+    def __init__(
+        self,
+        *,
+        score: str = "classwise",
+        centerness: bool = False,
+        nms_thresh: float = 0.3,
+        pre_nms_topk: int = 3000,
+        post_nms_topk: int = 10,
+        min_side: float = 10.0,
+    ):
+        """
+        Args:
+            score: with probabilities p_t of the teacher and p_s of the student, "classwise"
+                max_c |p_t[c] - p_s[c]| (the paper's) or "max_first" |max_c p_t[c] - max_c p_s[c]| (the
+                authors' code).
+            centerness: multiply probabilities by the centerness, where detectors have one.
+            nms_thresh: a box that overlaps a better one by more IoU than this is dropped.
+            pre_nms_topk: rows per image whose boxes are decoded.
+            post_nms_topk: K.
+            min_side: boxes must be wider and higher than this, in pixels.
+        """
+        self.score = score
+        self.centerness = centerness
+        self.nms_thresh = nms_thresh
+        self.pre_nms_topk = pre_nms_topk
+        self.post_nms_topk = post_nms_topk
+        self.min_side = min_side
+
+    @torch.no_grad()
+    def __call__(
+        self, teacher: Predictions, student: Predictions, image_sizes: Sequence[Tuple[int, int]]
+    ) -> GeneralInstances:
+        """Select at most K instances of each image.
+
+        Args:
+            teacher, student: predictions for the same rows.
+            image_sizes: N (height, width) in pixels before padding; boxes are clipped to them.
+        """
+        scores, from_teacher = self.gaps(teacher, student)
+        count = min(self.pre_nms_topk, scores.shape[1])
+        scores, rows = scores.nan_to_num(nan=-1.0).topk(count)
+        from_teacher = from_teacher.gather(1, rows)
+        boxes = self._clip(_boxes(teacher, student, rows, from_teacher), image_sizes)
+        picked, valid = first_kept(
+            boxes, self._usable(boxes, scores), self.nms_thresh, self.post_nms_topk
+        )
+        return GeneralInstances(
+            boxes=_at(boxes, picked),
+            scores=scores.gather(1, picked),
+            rows=rows.gather(1, picked),
+            from_teacher=from_teacher.gather(1, picked),
+            valid=valid,
+        )
+
+    @torch.no_grad()
+    def gaps(
+        self, teacher: Predictions, student: Predictions
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The score of every row (N, R), -1 for rows that are not valid, and whether the teacher is
+        the more confident there (N, R)."""
+        scores, from_teacher = [], []
+        for level in range(len(student.logit_levels)):
+            theirs = self._probabilities(teacher, level)
+            ours = self._probabilities(student, level)
+            from_teacher.append((theirs.amax(-1) > ours.amax(-1)).flatten(1))
+            scores.append(theirs.sub_(ours).abs_().amax(-1).flatten(1))
+        scores = torch.cat(scores, dim=1)
+        if student.valid is not None:
+            scores = torch.where(student.valid, scores, -1.0)
+        return scores, torch.cat(from_teacher, dim=1)
+
+    def _probabilities(self, predictions: Predictions, level: int) -> torch.Tensor:
+        """(N, P, A, K) of the foreground classes; (N, P, A, 1), the largest, for "max_first"."""
+        logits = predictions.logit_levels[level]
+        if predictions.background:
+            probabilities = logits.softmax(dim=-1)[..., :-1]
+            if self.score == "max_first":
+                probabilities = probabilities.amax(dim=-1, keepdim=True)
+        else:
+            if self.score == "max_first":
+                logits = logits.amax(dim=-1, keepdim=True)
+            probabilities = logits.contiguous().sigmoid()
+        if self.centerness and predictions.centerness_levels:
+            probabilities = probabilities * predictions.centerness_levels[level].sigmoid()
+        return probabilities
+
+    def _clip(
+        self, boxes: torch.Tensor, image_sizes: Sequence[Tuple[int, int]]
+    ) -> torch.Tensor:
+        limits = torch.tensor([(w, h, w, h) for h, w in image_sizes], dtype=boxes.dtype)
+        return boxes.clamp(min=0).minimum(upload(limits, boxes.device)[:, None])
+
+    def _usable(self, boxes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # Where both detectors say exactly the same, nothing is to be learnt: score > 0.
+        sides = boxes[..., 2:] - boxes[..., :2]
+        return (sides > self.min_side).all(dim=-1) & boxes.isfinite().all(dim=-1) & (scores > 0)
+
+
+def first_kept(
+    boxes: torch.Tensor, usable: torch.Tensor, threshold: float, count: int
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The first ``count`` boxes of each image that greedy NMS keeps.
+
+    Args:
+        boxes: (N, T, 4) absolute XYXY, best first; usable: (N, T) bool, the others are left out.
+        threshold: boxes are dropped that overlap a kept one by more IoU than this.
+
+    Returns:
+        their indices (N, count), and which of these are there (N, count) bool.
+    """
+    picked, valid = [], []
+    for _ in range(count):
+        best = usable.int().argmax(dim=1, keepdim=True)  # the first that is left
+        picked.append(best)
+        valid.append(usable.gather(1, best))
+        overlap = batched_iou(_at(boxes, best), boxes).squeeze(1)
+        usable = (usable & ~(overlap > threshold)).scatter(1, best, False)
+    return torch.cat(picked, dim=1), torch.cat(valid, dim=1)
+
+
+def _boxes(
+    teacher: Predictions, student: Predictions, rows: torch.Tensor, from_teacher: torch.Tensor
+) -> torch.Tensor:
+    """Decoded boxes (N, T, 4) of the given rows (N, T), each by the deltas of one detector."""
+    theirs, ours = (_at(_own_deltas(p), rows) for p in (teacher, student))
+    deltas = torch.where(from_teacher[..., None], theirs, ours)
+    anchors = student.anchors.expand(len(rows), *student.anchors.shape[-2:])
+    return student.decode(deltas, _at(anchors, rows))
+
+
+def _own_deltas(predictions: Predictions) -> torch.Tensor:
+    """(N, R, 4), of the class that the detector itself ranks highest."""
+    if not predictions.class_specific:
+        return predictions.deltas
+    return predictions.deltas_of(predictions.best_class())
+
+
+def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(N, R, 4) at (N, T): (N, T, 4)."""
+    return values.gather(1, index[..., None].expand(*index.shape, values.shape[-1]))

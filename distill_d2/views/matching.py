@@ -1,0 +1,82 @@
+"""Which rows belong to given boxes: detectron2's rules on a whole batch at once.
+
+detectron2's Matcher works image by image and waits for the device; these give the same labels without.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.modeling.matcher import Matcher
+
+
+def batched_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of every pair.
+
+    Args:
+        boxes: (..., M, 4), absolute XYXY; others: (..., R, 4), with leading dimensions that broadcast.
+
+    Returns:
+        (..., M, R); NaN where both areas are 0.
+    """
+    ours, theirs = boxes.unsqueeze(-2), others.unsqueeze(-3)
+    intersection = _intersection(ours, theirs)
+    return intersection / (_area(ours) + _area(theirs) - intersection)
+
+
+def batched_ioa(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(..., M, R): the part of each of ``boxes`` that lies in each of ``others``; see ``batched_iou``."""
+    ours, theirs = boxes.unsqueeze(-2), others.unsqueeze(-3)
+    return _intersection(ours, theirs) / _area(ours)
+
+
+def match_by_iou(
+    matcher: Matcher, boxes: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """The labels that ``matcher`` gives to rows.
+
+    Args:
+        boxes: (N, M, 4), absolute XYXY; valid: (N, M) bool.
+        rows: (R, 4) or (N, R, 4) anchors or proposals.
+
+    Returns:
+        (N, R) int8: 1 positive, 0 negative, -1 ignored.
+    """
+    iou = batched_iou(boxes, rows.expand(len(boxes), *rows.shape[-2:]))
+    iou = torch.where(valid[..., None], iou, -1.0)
+    best = iou.amax(dim=1)
+    labels = torch.full_like(best, matcher.labels[0], dtype=torch.int8)
+    for threshold, label in zip(matcher.thresholds[1:-1], matcher.labels[1:]):
+        labels = torch.where(best >= threshold, label, labels)
+    if not matcher.allow_low_quality_matches:
+        return labels
+    highest = iou.amax(dim=2, keepdim=True)
+    low_quality = ((iou == highest) & (highest > 0)).any(dim=1)
+    return torch.where(low_quality, 1, labels)
+
+
+def rows_inside(boxes: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Which rows have their centre inside a valid box.
+
+    Args: as of ``match_by_iou``.
+
+    Returns:
+        (N, R) bool.
+    """
+    x1, y1, x2, y2 = boxes.unsqueeze(-2).unbind(-1)
+    left, top, right, bottom = rows.expand(len(boxes), *rows.shape[-2:]).unsqueeze(1).unbind(-1)
+    x, y = (left + right) / 2, (top + bottom) / 2
+    inside = (x > x1) & (x < x2) & (y > y1) & (y < y2)
+    return (inside & valid[..., None]).any(dim=1)
+
+
+def _intersection(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    left, top, right, bottom = others.unbind(-1)
+    width = (torch.minimum(x2, right) - torch.maximum(x1, left)).clamp_(min=0)
+    height = (torch.minimum(y2, bottom) - torch.maximum(y1, top)).clamp_(min=0)
+    return width.mul_(height)
+
+
+def _area(boxes: torch.Tensor) -> torch.Tensor:
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (x2 - x1) * (y2 - y1)

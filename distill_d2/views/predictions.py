@@ -1,0 +1,104 @@
+"""What a head predicts, in one layout for all detectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, List, Optional, Sequence
+
+import torch
+
+Match = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A head's raw predictions for R rows of each of N images: anchors, points or proposals.
+
+    The rows are those of all levels, from fine to coarse; inside a level of P = H W positions with A
+    anchors each, the order is (H, W, anchor). Proposals are one level, with A = 1. Parts are kept per
+    level, in whatever memory layout the head gave them, so that nothing is copied that nobody reads.
+
+    Attributes:
+        logit_levels: per level (N, P, A, K) class logits; with ``background`` (N, P, A, K + 1).
+        delta_levels: per level (N, P, A, 4) box regression in the detector's own parametrisation;
+            (N, P, A, 4 K) where each class has its own.
+        anchors: (R, 4) or, where images differ, (N, R, 4): absolute XYXY pixels on the padded image.
+        decode: (deltas (..., 4), anchors (..., 4)) -> boxes (..., 4), absolute XYXY.
+        match: (boxes (N, M, 4), valid (N, M)) -> (N, R) int8: the detector's own assignment of boxes to
+            rows: 1 where a row belongs to a valid box, 0 where to none, -1 where it is ignored.
+        centerness_levels: per level (N, P, A, 1) logits; empty where a detector has none.
+        background: the probabilities are a softmax, whose last class is the background; otherwise
+            each class has a sigmoid.
+        valid: (N, R) bool, False for rows that only fill up; None: all rows are.
+    """
+
+    logit_levels: Sequence[torch.Tensor]
+    delta_levels: Sequence[torch.Tensor]
+    anchors: torch.Tensor
+    decode: Decode
+    match: Match
+    centerness_levels: Sequence[torch.Tensor] = ()
+    background: bool = False
+    valid: Optional[torch.Tensor] = None
+
+    @property
+    def level_sizes(self) -> List[int]:
+        """Number of rows of each level; they add up to R."""
+        return [level.shape[1] * level.shape[2] for level in self.logit_levels]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """(N, R, K), or (N, R, K + 1) with ``background``: a copy of all levels."""
+        return rows_of(self.logit_levels)
+
+    @property
+    def deltas(self) -> torch.Tensor:
+        """(N, R, 4), or (N, R, 4 K) where each class has its own: a copy of all levels."""
+        return rows_of(self.delta_levels)
+
+    @property
+    def class_specific(self) -> bool:
+        """Whether each class has deltas of its own."""
+        return self.delta_levels[0].shape[-1] > 4
+
+    def best_class(self) -> torch.Tensor:
+        """(N, R) int64: the foreground class with the highest logit."""
+        logits = self.logits
+        return (logits[..., :-1] if self.background else logits).argmax(dim=-1)
+
+    def deltas_of(self, classes: Optional[torch.Tensor]) -> torch.Tensor:
+        """(N, R, 4): the deltas for the given (N, R) class of each row; not read unless
+        ``class_specific``."""
+        deltas = self.deltas
+        if not self.class_specific:
+            return deltas
+        deltas = deltas.unflatten(-1, (-1, 4))
+        index = classes[..., None, None].expand(*classes.shape, 1, 4)
+        return deltas.gather(2, index).squeeze(2)
+
+    def boxes(self) -> torch.Tensor:
+        """(N, R, 4) decoded boxes; prefer ``decode`` on the rows that you keep."""
+        deltas = self.deltas_of(self.best_class() if self.class_specific else None)
+        return self.decode(deltas, self.anchors.expand_as(deltas))
+
+
+def rows_of(levels: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Concatenate (N, P, A, ...) of all levels to (N, R, ...)."""
+    return torch.cat([level.flatten(1, 2) for level in levels], dim=1)
+
+
+def by_position(output: torch.Tensor, length: int) -> torch.Tensor:
+    """A view of a head's output (N, A length, H, W) as (N, H W, A, length); nothing is copied."""
+    split = output.flatten(2).unflatten(1, (-1, length))
+    return split.permute(0, 3, 1, 2)
+
+
+def decoder_of(transform) -> Decode:
+    """``Predictions.decode`` by a box2box transform of detectron2."""
+
+    def decode(deltas: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        flat = transform.apply_deltas(deltas.reshape(-1, 4), anchors.reshape(-1, 4))
+        return flat.view(deltas.shape)
+
+    return decode
