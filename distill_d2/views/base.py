@@ -233,20 +233,14 @@ class DetectorView:
             path = "backbone" if name in self.neck_shapes else self._stage_path(name)
             output = self.taps.output(path)
             level = output[name] if isinstance(output, dict) else output
-            self._float[key] = _to_float(level) if contiguous else _to_float_as_it_is(level)
+            self._float[key] = _to_float(level) if contiguous else level.float()
         return self._float[key]
 
-    def tap(self, path: str, index: Any = None, *, contiguous: bool = True) -> Any:
-        """The output of the module ``path``; ``index`` picks from a dict, tuple or list of calls.
-
-        Args:
-            contiguous: False: in whatever memory layout it was computed, which saves copies.
-        """
-        key = (path, contiguous)
-        if key not in self._float:
-            convert = _to_float if contiguous else _to_float_as_it_is
-            self._float[key] = map_tensors(convert, self.taps.output(path))
-        return self._float[key] if index is None else self._float[key][index]
+    def tap(self, path: str, index: Any = None) -> Any:
+        """The output of the module ``path``; ``index`` picks from a dict, tuple or list of calls."""
+        if path not in self._float:
+            self._float[path] = map_tensors(_to_float, self.taps.output(path))
+        return self._float[path] if index is None else self._float[path][index]
 
     def dense(self) -> Predictions:
         """A one-stage head's predictions for all anchors or points of a batch."""
@@ -286,10 +280,6 @@ class DetectorView:
         return 3 if mean is None else mean.numel()
 
 
-def _to_float_as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
 def _to_float(tensor: torch.Tensor) -> torch.Tensor:
     # Contiguous too: element-wise work on two memory layouts is ten times slower on a CPU.
-    return _to_float_as_it_is(tensor).contiguous()
+    return tensor.float().contiguous() if tensor.is_floating_point() else tensor

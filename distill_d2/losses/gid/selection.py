@@ -105,26 +105,28 @@ class GeneralInstanceSelection:
         for level in range(len(student.logit_levels)):
             theirs = self._probabilities(teacher, level)
             ours = self._probabilities(student, level)
-            from_teacher.append((theirs.amax(-1) > ours.amax(-1)).flatten(1))
-            scores.append(theirs.sub_(ours).abs_().amax(-1).flatten(1))
+            from_teacher.append(_by_row(theirs.amax(2) > ours.amax(2)))
+            scores.append(_by_row(theirs.sub_(ours).abs_().amax(2)))
         scores = torch.cat(scores, dim=1)
         if student.valid is not None:
             scores = torch.where(student.valid, scores, -1.0)
         return scores, torch.cat(from_teacher, dim=1)
 
     def _probabilities(self, predictions: Predictions, level: int) -> torch.Tensor:
-        """(N, P, A, K) of the foreground classes; (N, P, A, 1), the largest, for "max_first"."""
-        logits = predictions.logit_levels[level]
+        """(N, A, K, P) of the foreground classes; (N, A, 1, P), the largest, for "max_first"."""
+        # Positions last is the memory layout of a convolution's output.
+        logits = predictions.logit_levels[level].permute(0, 2, 3, 1)
         if predictions.background:
-            probabilities = logits.softmax(dim=-1)[..., :-1]
-            if self.score == "max_first":
-                probabilities = probabilities.amax(dim=-1, keepdim=True)
+            probabilities = logits.softmax(dim=2)[:, :, :-1]
+        elif self.score == "max_first":
+            probabilities = logits.amax(dim=2, keepdim=True).sigmoid()
         else:
-            if self.score == "max_first":
-                logits = logits.amax(dim=-1, keepdim=True)
-            probabilities = logits.contiguous().sigmoid()
+            probabilities = logits.sigmoid()
+        if self.score == "max_first":
+            probabilities = probabilities.amax(dim=2, keepdim=True)
         if self.centerness and predictions.centerness_levels:
-            probabilities = probabilities * predictions.centerness_levels[level].sigmoid()
+            centerness = predictions.centerness_levels[level].permute(0, 2, 3, 1)
+            probabilities = probabilities * centerness.sigmoid()
         return probabilities
 
     def _clip(
@@ -176,6 +178,11 @@ def _own_deltas(predictions: Predictions) -> torch.Tensor:
     if not predictions.class_specific:
         return predictions.deltas
     return predictions.deltas_of(predictions.best_class())
+
+
+def _by_row(values: torch.Tensor) -> torch.Tensor:
+    """(N, A, P) to the order of rows, (N, P A)."""
+    return values.transpose(1, 2).flatten(1)
 
 
 def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -65,8 +65,8 @@ GT = {
 CLUSTERS = ((30, 50, 120, 150), (160, 90, 280, 230))  # of image 2
 
 
-def make_fixture(seed: int = 0) -> Arrays:
-    """All arrays by name; `gid.md` beside the recorded ones says what they are."""
+def make_fixture(seed: int = 1) -> Arrays:
+    """All arrays by name, those of gid.md. Not every seed keeps its distance from all ties; 1 does."""
     arrays = _inputs(seed)
     arrays.update(outputs(arrays, SCENARIOS, narrow="student_narrow_feat"))
     return arrays
@@ -94,9 +94,13 @@ def outputs(arrays: Arrays, scenarios: Dict[str, Sequence[int]], narrow: str) ->
         found = _scenario(arrays, images, selected, prefix not in WITHOUT_GRADIENTS)
         result.update({prefix + name: array for name, array in found.items()})
     first, images = next(iter(scenarios.items()))
-    for name, array in {**_modes(arrays, selected), **_paper(selected)}.items():
+    pooled = [
+        _pool(arrays, _maps(_inputs_of(arrays, model, images)), selected.instances)
+        for model in ("teacher", "student")
+    ]
+    for name, array in {**_modes(arrays, selected, pooled), **_paper(selected)}.items():
         result[first + name] = array
-    for name, array in _adapter(arrays, selected, narrow).items():
+    for name, array in _adapter(arrays, selected, pooled[0], narrow).items():
         result[f"adapter_{first}{name}"] = array
     return result
 
@@ -155,7 +159,7 @@ def _scenario(arrays: Arrays, images: Sequence[int], selected: _Selected, gradie
         "relation": relation_loss(*pooled, of_image),
         "cls_logits": response_loss(teacher["logits"], student["logits"], masks, "BCE"),
         "reg_deltas": response_loss(
-            teacher["deltas"], student["deltas"], masks, "L1", config["rbeta"]
+            *(inputs["deltas"] for inputs in (teacher, student)), masks, "L1", config["rbeta"]
         ),
     }
     found = {
@@ -194,10 +198,9 @@ def _gradients(raw: Dict[str, Tensor], student: Dict[str, Tensor], config: Dict)
     return found
 
 
-def _modes(arrays: Arrays, selected: _Selected) -> Arrays:
+def _modes(arrays: Arrays, selected: _Selected, pooled: Sequence[Tensor]) -> Arrays:
     images = range(len(selected.instances))
     teacher, student = (_inputs_of(arrays, model, images) for model in ("teacher", "student"))
-    pooled = [_pool(arrays, _maps(inputs), selected.instances) for inputs in (teacher, student)]
     found = {}
     for name, (mode, beta) in MODES.items():
         if name.startswith("feature"):
@@ -223,16 +226,14 @@ def _paper(selected: _Selected) -> Arrays:
     }
 
 
-def _adapter(arrays: Arrays, selected: _Selected, narrow: str) -> Arrays:
+def _adapter(arrays: Arrays, selected: _Selected, teacher: Tensor, narrow: str) -> Arrays:
     names = {f"student_feat_p{level}": f"{narrow}_p{level}" for level in LEVELS}
     names.update(adapter_weight="adapter_weight", adapter_bias="adapter_bias")
     leaves = {name: torch.from_numpy(arrays[n]).double().requires_grad_() for name, n in names.items()}
     *maps, weight, bias = leaves.values()
     maps = adapt(maps, [weight] * len(maps), [bias] * len(maps))
-    images = range(len(selected.instances))
-    teacher = _pool(arrays, _maps(_inputs_of(arrays, "teacher", images)), selected.instances)
     student = _pool(arrays, maps, selected.instances)
-    of_image = [image for image in images for _ in selected.instances[image]]
+    of_image = [image for image, found in enumerate(selected.instances) for _ in found]
     losses = {
         "feature": feature_loss(teacher, student),
         "relation": relation_loss(teacher, student, of_image),
@@ -328,7 +329,7 @@ def _margins(arrays: Arrays, selected: _Selected) -> Dict:
 
 
 def _nms_margins(arrays: Arrays, selected: _Selected, image: int) -> Dict:
-    """Of one image's selection: IoUs from the threshold, sides from the limit, scores from each other."""
+    """Of one image: IoUs from the threshold, sides from the limit, scores from those they suppress."""
     config, size = config_of(arrays), tuple(arrays["image_sizes"][image].tolist())
     teacher, student = (selected.probabilities[m][image] for m in ("teacher", "student"))
     scores = [abs(max(t) - max(s)) for t, s in zip(teacher, student)]

@@ -1,9 +1,9 @@
 """GID as its paper and its authors' code define it, plainly: an oracle for the package's version.
 
-Nothing here is shared with the package, with detectron2 or with torchvision. Loops run over images, rows,
-instances, pairs, bins and sampling points. What needs no gradient is computed on single numbers (NumPy's
-scalars, of the tensors' own precision: whether two anchors fit a box equally well depends on it); the
-losses are made of tensors, so that autograd differentiates them.
+Nothing here is shared with the package, with detectron2 or with torchvision. Loops run over images,
+rows, instances, pairs, bins and sampling points. What needs no gradient is computed on single numbers
+(NumPy's scalars, of the tensors' own precision: whether two anchors fit a box equally well depends on
+it); the losses are made of tensors, so that autograd differentiates them.
 
 Shapes: N images, R rows (anchors, points or proposals), K classes, C channels, M instances of the batch.
 A box is four numbers, absolute XYXY pixels; sizes of images are (height, width).
@@ -49,7 +49,7 @@ def sigmoid_probabilities(logits: Tensor, centerness: Optional[Tensor] = None) -
 
 
 def softmax_probabilities(logits: Tensor) -> List[list]:
-    """Probabilities (R, K) of the classes of logits (R, K + 1); the background, which is last, is left out."""
+    """Probabilities (R, K) of the classes of logits (R, K + 1), whose last is the background."""
     rows = []
     for row in numbers(logits):
         exponentials = [np.exp(x - max(row)) for x in row]
@@ -118,9 +118,9 @@ def area(box: Box):
 
 
 def intersection(a: Box, b: Box):
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return width * height if width > 0 and height > 0 else 0.0
+    if a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]:
+        return 0.0
+    return (min(a[2], b[2]) - max(a[0], b[0])) * (min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def iou(a: Box, b: Box):
@@ -172,7 +172,7 @@ def select_image(
     post_nms_topk: int = 10,
     min_side: float = 10.0,
 ) -> List[Instance]:
-    """General instances of one image, best first, from both models' probabilities (R, K) and boxes (R, 4)."""
+    """One image's general instances, best first, from both models' probabilities (R, K) and boxes."""
     candidates = []
     for row, (t, s) in enumerate(zip(teacher, student)):
         from_teacher = bool(max(t) > max(s))
@@ -188,7 +188,9 @@ def select_image(
     return nms(surviving, nms_thresh, post_nms_topk)
 
 
-def select(teacher, student, teacher_boxes, student_boxes, image_sizes, **options) -> List[List[Instance]]:
+def select(
+    teacher, student, teacher_boxes, student_boxes, image_sizes, **options
+) -> List[List[Instance]]:
     """`select_image` for each image of a batch."""
     batch = zip(teacher, student, teacher_boxes, student_boxes, image_sizes)
     return [select_image(*image, **options) for image in batch]
@@ -205,7 +207,7 @@ def category(
     num_classes: int,
     thresholds: Tuple[float, float] = (0.4, 0.5),
 ) -> str:
-    """ "pos", "semi_pos", "neg" or "none" of an instance whose row has this label for the ground truth."""
+    """pos, semi_pos, neg or none of an instance; `label` is its row's, K or -1 are no object's."""
     if 0 <= label < num_classes:
         return "pos"
     covered = max([intersection(box, gt) / area(box) for gt in gt_boxes], default=0.0)
@@ -258,8 +260,8 @@ def roi_align(feature: Tensor, box: Box, scale: float, resolution: int, sampling
             total = nothing
             for i in range(down):
                 for j in range(across):
-                    y = y0 + (row + (i + 0.5) / down) * bin_height
-                    x = x0 + (column + (j + 0.5) / across) * bin_width
+                    y = y0 + row * bin_height + (i + 0.5) * bin_height / down
+                    x = x0 + column * bin_width + (j + 0.5) * bin_width / across
                     value = bilinear(cells, y, x)
                     total = total if value is None else total + value
             bins.append(total / max(1, down * across))
@@ -359,8 +361,8 @@ def match(
     """For each anchor the box that it overlaps most and the label of that IoU.
 
     A label is of the IoUs from the threshold before it to below the one after it. With
-    `allow_low_quality` the anchors that fit a box best, all of them if several do equally, get label 1 (for
-    a box that touches no anchor these are all anchors).
+    `allow_low_quality` the anchors that fit a box best, all of them if several do equally, get label 1
+    (for a box that touches no anchor these are all anchors).
     """
     if not boxes:
         return [(0, labels[0]) for _ in anchors]

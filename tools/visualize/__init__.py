@@ -1,0 +1,60 @@
+"""What a distillation loss looks at, drawn on images.
+
+A method is one file of this folder; nothing else needs an edit:
+
+    @method(loss="MeanFeature")  # the registered name
+    def mean(loss, student, teacher, batch, picture: Picture) -> List[Row]:
+        pairs = loss.pairs(student, teacher)
+        ...
+        return [Row([picture.ground_truth(), Panel("p3", picture.heat(...))])]
+
+It is called in a step of training, on one image, with what the loss itself is given: the views of both
+detectors and the Batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List
+
+from .picture import ColourScale, LegendEntry, Mark, Panel, Picture, Row
+
+__all__ = ["ColourScale", "LegendEntry", "Mark", "Method", "Panel", "Picture", "Row", "load_methods", "method"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to draw one registered loss: (loss, student view, teacher view, batch, picture) -> rows."""
+
+    name: str
+    loss: str
+    draw: Callable[..., List[Row]]
+
+
+METHODS: Dict[str, Method] = {}
+
+
+def method(*, loss: str) -> Callable:
+    """Decorator: register a function that draws the loss of this registered name, under its own name.
+
+    Raises:
+        ValueError: there is a method of that name already.
+    """
+
+    def register(draw: Callable[..., Any]) -> Callable[..., Any]:
+        name = draw.__name__
+        if name in METHODS:
+            raise ValueError(f"there are two methods named '{name}'")
+        METHODS[name] = Method(name, loss, draw)
+        return draw
+
+    return register
+
+
+def load_methods() -> Dict[str, Method]:
+    """All methods by name: those of the files of this folder."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return METHODS

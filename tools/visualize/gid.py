@@ -1,0 +1,57 @@
+"""GID: the general instances, where student and teacher disagree most, by kind."""
+
+from __future__ import annotations
+
+from typing import Dict, List
+
+import torch
+
+from distill_d2.losses.gid import GID, GeneralInstances
+from distill_d2.views import Batch, DetectorView
+
+from . import LegendEntry, Mark, Panel, Picture, Row, method
+from .picture import SKY, VERMILLION, WHITE, YELLOW
+
+_KINDS = {
+    "pos": ("positive", SKY),
+    "semi_pos": ("semi-positive", YELLOW),
+    "neg": ("negative", VERMILLION),
+}
+_NO_KIND = ("none of them", WHITE)
+
+
+@method(loss="GID")
+def gid(
+    loss: GID, student: DetectorView, teacher: DetectorView, batch: Batch, picture: Picture
+) -> List[Row]:
+    """Ground truth beside the selected instances: the colour is the kind, the number the score, and a
+    dashed box is the student's."""
+    heads = loss.predictions(student, teacher) if loss.compares_heads else None
+    instances = loss.instances(heads, batch)
+    if loss.settings.gi_mode == "gt":
+        kinds = {"pos": instances.valid}
+    else:
+        kinds = loss.categories(instances, heads[0], batch)
+    return [selection_row(instances, kinds, loss.settings.gi_mode, picture)]
+
+
+def selection_row(
+    instances: GeneralInstances, kinds: Dict[str, torch.Tensor], mode: str, picture: Picture
+) -> Row:
+    """The row of the first image.
+
+    Args:
+        kinds: (N, K) bool of "pos", "semi_pos" and "neg".
+        mode: GI_MODE, for the title.
+    """
+    marks, counts = [], dict.fromkeys([*_KINDS.values(), _NO_KIND], 0)
+    for slot in instances.valid[0].nonzero().flatten().tolist():
+        kind = next((_KINDS[name] for name, mask in kinds.items() if mask[0, slot]), _NO_KIND)
+        counts[kind] += 1
+        box, score = instances.boxes[0, slot].tolist(), float(instances.scores[0, slot])
+        dashed = not instances.from_teacher[0, slot]
+        marks.append(Mark(box, kind[1], f"{score:.2f}", dashed=dashed))
+    legend = [LegendEntry(f"{name} ({count})", colour) for (name, colour), count in counts.items()]
+    legend.append(LegendEntry("the student's box; the others are the teacher's", WHITE, dashed=True))
+    title = f"{len(marks)} general instances with scores (GI_MODE {mode})"
+    return Row([picture.ground_truth(), Panel(title, picture.boxes(marks))], legend=legend)

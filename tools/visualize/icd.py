@@ -1,0 +1,66 @@
+"""ICD: where on the levels the decoder looks for each instance."""
+
+from __future__ import annotations
+
+from typing import List
+
+import torch
+
+from distill_d2.losses.icd import InstanceConditionalDistillation
+from distill_d2.losses.icd.sampling import Queries
+from distill_d2.views import Batch, DetectorView
+
+from . import ColourScale, Mark, Panel, Picture, Row, method
+from .picture import GREEN, WHITE
+
+_MOST = 5  # instances, the largest
+
+
+@method(loss="InstanceConditionalDistillation")
+def icd(
+    loss: InstanceConditionalDistillation,
+    student: DetectorView,
+    teacher: DetectorView,
+    batch: Batch,
+    picture: Picture,
+) -> List[Row]:
+    """A row per instance: its box among the others, and the attention of the decoder's last layer, the
+    mean over heads, on each level. It adds up to 1 over all positions of all levels."""
+    maps, queries, geometry = loss.read(teacher, batch)
+    decoded = loss.decode(maps, queries, geometry, batch.iteration)[-1]
+    temperature = loss.temperature(batch.iteration, batch.max_iter)
+    logits = decoded.logits(0, slice(queries.real[0]), temperature)
+    attention = logits.softmax(dim=-1).mean(dim=0)  # (instances, positions)
+    boxes = boxes_of(queries, picture)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    largest = sides.prod(dim=1).argsort(descending=True)[:_MOST].tolist()
+    if not largest:
+        return [Row([picture.ground_truth()])]
+    cells = [height * width for height, width in geometry.level_sizes]
+    rows = []
+    for index in largest:
+        levels = [
+            level.view(size) for level, size in zip(attention[index].split(cells), geometry.level_sizes)
+        ]
+        name = picture.class_name(int(queries.classes[0, index]))
+        rows.append(_row(dict(zip(loss.pairs.in_features, levels)), boxes, index, name, batch, picture))
+    return rows
+
+
+def boxes_of(queries: Queries, picture: Picture) -> torch.Tensor:
+    """(n, 4) XYXY in pixels, of the image's real instances."""
+    points, ltrb = (values[0, : queries.real[0]] for values in (queries.points, queries.ltrb))
+    height, width = picture.size
+    boxes = torch.cat([points - ltrb[:, :2], points + ltrb[:, 2:]], dim=1)
+    return (boxes * boxes.new_tensor([width, height, width, height])).cpu()
+
+
+def _row(levels, boxes: torch.Tensor, index: int, name: str, batch: Batch, picture: Picture) -> Row:
+    scale = ColourScale("attention", max(float(values.max()) for values in levels.values()))
+    others = [Mark(box, WHITE, thin=True) for i, box in enumerate(boxes.tolist()) if i != index]
+    own = boxes[index].tolist()
+    panels = [Panel(f"{name}, one of {len(boxes)} instances", picture.boxes([*others, Mark(own, GREEN, name)]))]
+    for level, values in levels.items():
+        image = picture.heat(values, batch.padded_size, scale, [Mark(own, GREEN, thin=True)])
+        panels.append(Panel(f"{level}: {float(values.sum()):.0%} of the attention", image))
+    return Row(panels, scale)

@@ -1,0 +1,308 @@
+#!/usr/bin/env python
+"""Draw what a distillation loss looks at, for a few images of DATASETS.TEST, beside the ground truth.
+
+    tools/visualize_distillation.py --config-file quickstart/shapes_distill.yaml --method pkd \\
+        --output output/pkd/pictures MODEL.WEIGHTS output/pkd/model_final.pth \\
+        MODEL.DISTILLER.TEACHER_WEIGHTS output/teacher/model_final.pth
+
+    gid     the selected general instances with their scores, by kind
+    icd     the decoder's attention to each of the largest instances, on each level
+    mimic   FeatureMimic's distance on each level
+    pkd     PKD's: the squared difference of the standardised maps on each level
+
+The method replaces MODEL.DISTILLER.TYPES; its settings are the config's. MODEL.WEIGHTS is a checkpoint of
+the student; parameters of the loss (ICD's decoder, adapters) come from the same file, or, where it has
+none, from MODEL.DISTILLER.PRELOAD_TEACHER. Each image is a batch of its own, with the size of the
+evaluation and without augmentation. One file per image: OUTPUT/<image>_<method>.png. How a method is
+drawn is one file in tools/visualize/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import cv2
+import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import setup_logger
+from visualize import Method, Picture, Row, load_methods
+from visualize.sheet import compose
+
+from distill_d2 import Distiller
+from distill_d2.checkpoint import SafeCheckpointer
+from distill_d2.data import NamedReadErrors, check_datasets
+from distill_d2.engine.setup import check_output_dir, choose_device, load_config
+
+logger = logging.getLogger("distill_d2.visualize")
+
+_WRONG_INPUT = (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+
+
+def main(arguments: Optional[List[str]] = None) -> List[str]:
+    """Run the program; returns the files that it wrote.
+
+    Raises:
+        SystemExit: with one message, where something given is wrong.
+    """
+    args = parse_arguments(arguments)
+    setup_logger(name="distill_d2")
+    try:
+        job = prepare(args)
+    except _WRONG_INPUT as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        sys.exit(f"visualize_distillation: {message}")
+    return [draw_file(job, item, name, args.output) for name, item in job.items.items()]
+
+
+def parse_arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="path or packaged name (yaml)")
+    parser.add_argument("--method", required=True, choices=sorted(load_methods()))
+    parser.add_argument("--output", required=True, help="folder for the pictures")
+    parser.add_argument("--images", type=int, default=4, help="how many, spread over DATASETS.TEST")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    args = parser.parse_args(arguments)
+    if args.images < 1:
+        parser.error(f"--images {args.images}: expected at least 1")
+    return args
+
+
+@dataclass
+class Job:
+    """Everything that is drawn.
+
+    Attributes:
+        items: the dataset mapper's dicts, with ground truth, by the name of the picture.
+        classes: names of the classes.
+        detectors: lines of the header on teacher and student.
+    """
+
+    method: Method
+    distiller: Distiller
+    items: Dict[str, Dict[str, Any]]
+    input_format: str
+    classes: List[str]
+    detectors: List[str]
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Read and build everything.
+
+    Raises:
+        AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError: something is wrong with
+            what was given.
+    """
+    method = load_methods()[args.method]
+    cfg = read_config(args.config_file, args.opts, method)
+    check_output_dir(args.output, "--output")
+    check_datasets(cfg, train=False)
+    items = load_items(cfg, args.images)
+    distiller = build_distiller(cfg)
+    random = not load_weights(distiller, method.loss, cfg.MODEL.WEIGHTS)
+    return Job(
+        method=method,
+        distiller=distiller,
+        items=items,
+        input_format=cfg.INPUT.FORMAT,
+        classes=MetadataCatalog.get(cfg.DATASETS.TEST[0]).get("thing_classes", []),
+        detectors=describe_detectors(cfg, args.config_file, random),
+    )
+
+
+def read_config(config_file: str, opts: List[str], method: Method) -> CfgNode:
+    """The config of a Distiller with this one loss, of which nothing is to be trained."""
+    if config_file.endswith(".py"):
+        raise ValueError(f"--config-file {config_file}: a LazyConfig; only yaml configs can be drawn")
+    cfg = load_config(config_file, opts)
+    cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, num_gpus=0)
+    node = cfg.MODEL.DISTILLER
+    if cfg.MODEL.META_ARCHITECTURE != "Distiller":
+        node.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
+        cfg.MODEL.META_ARCHITECTURE = "Distiller"
+    node.TYPES = [method.loss]
+    node.PRELOAD_FPN = node.PRELOAD_HEAD = False  # the student is what its checkpoint says
+    node.PRETRAIN_TEACHER_ITERS = 0
+    cfg.DATASETS.CHECK_IMAGES = 0
+    cfg.VIS_PERIOD = 0
+    return cfg
+
+
+# Images.
+
+
+def load_items(cfg: CfgNode, count: int) -> Dict[str, Dict[str, Any]]:
+    """``count`` annotated images, spread evenly over DATASETS.TEST, by names that differ.
+
+    Raises:
+        ValueError: there are no annotations.
+        RuntimeError: an image, or its annotations, cannot be read.
+    """
+    names = list(cfg.DATASETS.TEST)
+    records = [r for name in names for r in DatasetCatalog.get(name) if r.get("annotations")]
+    if not records:
+        raise ValueError(
+            f"DATASETS.TEST {names}: no image has annotations; name a dataset with ground truth"
+        )
+    count = min(count, len(records))
+    records = [records[index * len(records) // count] for index in range(count)]
+    mapper = DatasetMapper(
+        cfg, True, augmentations=build_augmentation(cfg, is_train=False), recompute_boxes=False
+    )
+    read = NamedReadErrors(mapper)
+    return {name: read(record) for name, record in zip(file_stems(records), records)}
+
+
+def file_stems(records: List[Dict[str, Any]]) -> List[str]:
+    """The names of the images' files; with a number where several are called the same."""
+    stems, seen = [Path(record["file_name"]).stem for record in records], Counter()
+    for index, stem in enumerate(stems):
+        seen[stem] += 1
+        stems[index] = stem if seen[stem] == 1 else f"{stem}_{seen[stem]}"
+    return stems
+
+
+# Detectors.
+
+
+def build_distiller(cfg: CfgNode) -> Distiller:
+    """The Distiller in training mode, as losses want it, but for layers that would draw random numbers
+    or take statistics of the one image (dropout, batch normalisation)."""
+    torch.manual_seed(max(cfg.SEED, 0))
+    cfg = cfg.clone()
+    cfg.DATASETS.TRAIN = ()  # no loss needs its statistics to be drawn
+    distiller = build_model(cfg).train()
+    distiller.losses.eval()
+    for module in distiller.student.modules():
+        if not any(True for _ in module.children()):
+            module.eval()
+    distiller.trainer_has_phases = True  # the phases of training are none of ours
+    for loss in distiller.losses.values():  # on, whatever its schedule
+        loss.weight, loss.start_iter, loss.stop_iter = 1.0, 0, -1
+    return distiller
+
+
+def load_weights(distiller: Distiller, name: str, path: str) -> bool:
+    """Load a student's checkpoint, and the parameters of the loss ``name``.
+
+    Returns:
+        False: the loss has parameters, and they are random.
+
+    Raises:
+        OSError, ValueError: it cannot be read, does not fill the student, or does not fit the loss.
+    """
+    rest: Dict[str, Any] = {}
+    if path:
+        rest = load_student(distiller, path)
+    else:
+        logger.warning("MODEL.WEIGHTS is empty: the student is drawn untrained")
+    loss, prefix = distiller.losses[name], f"{name}."
+    if not loss.state_dict():
+        return True
+    entries = rest.get("distiller", {})
+    state = {key[len(prefix) :]: v for key, v in entries.items() if key.startswith(prefix)}
+    if state:
+        load_loss(loss, state, f"{name} in MODEL.WEIGHTS '{path}'")
+    elif distiller.preload_teacher:
+        distiller.preload_student()
+    else:
+        logger.warning(
+            f"{name} is drawn with RANDOM parameters: MODEL.WEIGHTS '{path}' holds none of it. Give a "
+            "checkpoint of train_distill.py with this loss, there or in MODEL.DISTILLER.PRELOAD_TEACHER"
+        )
+        return False
+    return True
+
+
+def load_student(distiller: Distiller, path: str) -> Dict[str, Any]:
+    """Load the student's weights; returns the checkpoint's other entries."""
+    checkpointer = SafeCheckpointer(distiller.student)
+    rest = checkpointer.load(path)
+    keys = checkpointer.incompatible
+    missing = keys.missing_keys + [name for name, _, _ in keys.incorrect_shapes]
+    if missing:
+        raise ValueError(
+            f"MODEL.WEIGHTS '{path}' is no checkpoint of this student: {len(missing)} of its tensors are "
+            f"missing or of another shape: {sorted(set(missing))[:5]}. Give a checkpoint of its training, "
+            "or '' for an untrained student"
+        )
+    return rest
+
+
+def load_loss(loss: torch.nn.Module, state: Dict[str, torch.Tensor], source: str) -> None:
+    try:
+        loss.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{source} has other settings than the config: {error}. Use those of the run that wrote it"
+        ) from error
+    logger.info(f"Loaded {len(state)} tensors of {source}")
+
+
+def describe_detectors(cfg: CfgNode, config_file: str, random_loss: bool) -> List[str]:
+    node = cfg.MODEL.DISTILLER
+    teacher = node.TEACHER_WEIGHTS or "the weights of its config"
+    student = _short(cfg.MODEL.WEIGHTS) or "untrained"
+    note = "; the loss's parameters are RANDOM" if random_loss else ""
+    return [
+        f"teacher: {Path(node.MODEL_DISTILLER_CONFIG).name}, {_short(teacher)}",
+        f"student: {Path(config_file).name}, {student}{note}",
+    ]
+
+
+def _short(path: str) -> str:
+    return os.sep.join(path.split(os.sep)[-2:])
+
+
+# Pictures.
+
+
+def draw_file(job: Job, item: Dict[str, Any], name: str, folder: str) -> str:
+    """Draw one image; the path of the file."""
+    header = [f"{Path(item['file_name']).name}: {job.method.loss}", *job.detectors]
+    sheet = compose(draw(job, item), header)
+    path = os.path.join(folder, f"{name}_{job.method.name}.png")
+    if not cv2.imwrite(path, sheet[..., ::-1]):
+        raise OSError(f"cannot write '{path}'")
+    print(path)
+    return path
+
+
+@torch.no_grad()
+def draw(job: Job, item: Dict[str, Any]) -> List[Row]:
+    """The rows of one image, drawn in the moment in which the loss is given both views."""
+    loss, picture, rows = job.distiller.losses[job.method.loss], picture_of(job, item), []
+    hook = loss.register_forward_pre_hook(
+        lambda _, seen: rows.extend(job.method.draw(loss, *seen, picture))
+    )
+    try:
+        # As in the last iteration of a training: ICD's temperature changes in its course.
+        with EventStorage(job.distiller.max_iter):
+            job.distiller([item])
+    finally:
+        hook.remove()
+    return rows
+
+
+def picture_of(job: Job, item: Dict[str, Any]) -> Picture:
+    pixels = item["image"].permute(1, 2, 0).cpu().numpy()
+    pixels = pixels[..., ::-1] if job.input_format == "BGR" else pixels
+    return Picture(np.ascontiguousarray(pixels), item["instances"], job.classes)
+
+
+if __name__ == "__main__":
+    main()
