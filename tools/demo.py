@@ -2,7 +2,7 @@
 """The whole job on generated data: train a teacher, then a student alone and the same student
 distilled, side by side, and print them.
 
-    tools/demo.py [--seed 1] [--methods pkd mimic icd] [--output output/demo] [--num-gpus 1]
+    tools/demo.py [--seed 1] [--methods pkd mimic icd gid] [--output output/demo] [--num-gpus 1]
 
 Takes minutes on two CPU cores. Everything it runs is an ordinary command line, printed first; each
 run's log, checkpoints and metrics are in OUTPUT/teacher, OUTPUT/student and OUTPUT/<method>.
@@ -23,6 +23,13 @@ from typing import Dict, List
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _without(*terms: str) -> List[str]:
+    """Options that switch terms of GID off."""
+    return [word for term in terms for word in (f"MODEL.DISTILLER.GID.{term}_WEIGHT", "0.0")]
+
+
 # By name of a run: its script, its config in configs/quickstart/ after the dataset's name, and options.
 RUNS = {
     "teacher": ("train_baseline.py", "teacher", []),
@@ -30,6 +37,10 @@ RUNS = {
     "pkd": ("train_distill.py", "distill", []),
     "mimic": ("train_distill.py", "distill", ["MODEL.DISTILLER.TYPES", "['FeatureMimic']"]),
     "icd": ("train_distill.py", "icd", []),
+    "gid": ("train_distill.py", "gid", []),
+    "gid-feature": ("train_distill.py", "gid", _without("RELATION", "RESPONSE_CLS", "RESPONSE_REG")),
+    "gid-relation": ("train_distill.py", "gid", _without("FEATURE", "RESPONSE_CLS", "RESPONSE_REG")),
+    "gid-response": ("train_distill.py", "gid", _without("FEATURE", "RELATION")),
 }
 METHODS = list(RUNS)[2:]
 SECONDS_BETWEEN_NEWS = 30

@@ -124,7 +124,8 @@ class _Run:
             return
         parameters = {f"adapter_{name}": p for name, p in self._adapter().items()}
         tensors = {**self.inputs, **parameters}
-        wanted = [tensors[name[len(prefix) + 2 :]] for name in names]
+        inputs = [name[len(prefix) + 2 :].replace("_narrow", "") for name in names]
+        wanted = [tensors[name] for name in inputs]
         gradients = torch.autograd.grad(total, wanted, allow_unused=True)
         for name, tensor, gradient in zip(names, wanted, gradients):
             actual = torch.zeros_like(tensor) if gradient is None else gradient
@@ -204,7 +205,7 @@ def _compare_selection(fixture: Fixture, prefix: str) -> None:
     instances = run.instances()
     valid = instances.valid
     fixture.compare(f"{prefix}gi_count", valid.sum(dim=1))
-    fixture.compare(f"{prefix}gi_image", valid.nonzero()[:, 0], atol=0)
+    _compare_images(fixture, prefix, run.images, valid)
     fixture.compare(f"{prefix}gi_boxes", instances.boxes[valid], atol=1e-4)
     fixture.compare(f"{prefix}gi_scores", instances.scores[valid])
     fixture.compare(f"{prefix}gi_index", instances.rows[valid], rtol=0, atol=0)
@@ -220,6 +221,17 @@ def _compare_selection(fixture: Fixture, prefix: str) -> None:
     fixture.compare(f"{prefix}response_mask", masks[0], rtol=0, atol=0)
     for role, features in zip(("student", "teacher"), pooled):
         fixture.compare(f"{prefix}pooled_{role}", features[valid])
+
+
+def _compare_images(
+    fixture: Fixture, prefix: str, images: np.ndarray, valid: torch.Tensor
+) -> None:
+    """The image of each instance: its number in the scenario, or in the file."""
+    ours = valid.nonzero()[:, 0].numpy()
+    theirs = np.repeat(np.arange(len(images)), fixture[f"{prefix}gi_count"])
+    if np.array_equal(fixture[f"{prefix}gi_image"], images[theirs]):
+        ours = images[ours]
+    fixture.compare(f"{prefix}gi_image", ours, rtol=0, atol=0)
 
 
 def _compare_losses(fixture: Fixture, prefix: str) -> None:
