@@ -10,9 +10,9 @@
     mimic   FeatureMimic's distance on each level
     pkd     PKD's: the squared difference of the standardised maps on each level
 
-The method replaces MODEL.DISTILLER.TYPES; its settings are the config's. MODEL.WEIGHTS is a checkpoint of
-the student; parameters of the loss (ICD's decoder, adapters) come from the same file, or, where it has
-none, from MODEL.DISTILLER.PRELOAD_TEACHER. Each image is a batch of its own, with the size of the
+The method replaces MODEL.DISTILLER.TYPES; its settings are the config's. MODEL.WEIGHTS is a checkpoint
+of the student; parameters of the loss (ICD's decoder, adapters) come from the same file, or, where it
+has none, from MODEL.DISTILLER.PRELOAD_TEACHER. Each image is a batch of its own, with the size of the
 evaluation and without augmentation. One file per image: OUTPUT/<image>_<method>.png. How a method is
 drawn is one file in tools/visualize/.
 """
@@ -236,9 +236,9 @@ def load_student(distiller: Distiller, path: str) -> Dict[str, Any]:
     missing = keys.missing_keys + [name for name, _, _ in keys.incorrect_shapes]
     if missing:
         raise ValueError(
-            f"MODEL.WEIGHTS '{path}' is no checkpoint of this student: {len(missing)} of its tensors are "
-            f"missing or of another shape: {sorted(set(missing))[:5]}. Give a checkpoint of its training, "
-            "or '' for an untrained student"
+            f"MODEL.WEIGHTS '{path}' is no checkpoint of this student: {len(missing)} of its tensors "
+            f"are missing or of another shape: {sorted(set(missing))[:5]}. Give a checkpoint of its "
+            "training, or '' for an untrained student"
         )
     return rest
 

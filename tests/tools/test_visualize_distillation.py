@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from matplotlib import colormaps
@@ -52,7 +52,11 @@ def parts(tool):
     """The modules of tools/visualize by name."""
     prefix = "visualize."
     return SimpleNamespace(
-        **{name[len(prefix) :]: module for name, module in sys.modules.items() if name.startswith(prefix)}
+        **{
+            name[len(prefix) :]: module
+            for name, module in sys.modules.items()
+            if name.startswith(prefix)
+        }
     )
 
 
@@ -185,6 +189,12 @@ def test_boxes_are_where_they_should_be_and_nowhere_else(parts):
         assert is_colour(image, mark.colour).sum() > 1000
 
 
+def test_the_first_box_is_on_top(parts):
+    p, box = parts.picture, [10, 10, 40, 40]
+    image = make_picture(parts).boxes([p.Mark(box, p.SKY), p.Mark(box, p.YELLOW)])
+    assert edge(image, p.SKY, box) == [1.0] * 4 and not is_colour(image, p.YELLOW).any()
+
+
 @pytest.mark.parametrize("size", [(96, 96), (48, 64), (800, 1333), (600, 400)])
 def test_panels_are_of_readable_size_whatever_the_image(parts, size):
     height, width = size
@@ -240,11 +250,13 @@ def test_padding_is_cut_off(parts):
 
 def test_one_scale_for_all_levels(parts):
     errors = {name: torch.zeros(1, 2, 8, 8) for name in ("p3", "p4")}
-    errors["p3"][0, :, 1, 2], errors["p4"][0, :, 4, 4] = 1.0, 8.0
+    errors["p3"][0, :, 1, 2] = 1.0
+    errors["p4"][0, :, 4, 4] = torch.tensor([0.0, 16.0])  # the mean over channels counts
     errors["p4"][0, :, 7, 7] = 1000.0  # in the padding
     row = parts.error_maps.error_row(errors, make_batch(), make_picture(parts), "distance")
     assert row.scale.top == 8.0
-    assert [panel.title for panel in row.panels] == ["ground truth (0)", "p3: mean 0.0208", "p4: mean 0.167"]
+    titles = ["ground truth (0)", "p3: mean 0.0208", "p4: mean 0.167"]
+    assert [panel.title for panel in row.panels] == titles
     assert hottest_box(row.panels[1].image) is None
     assert hottest_box(row.panels[2].image) == pytest.approx([32, 32, 40, 40], abs=0.2)
 
@@ -361,18 +373,35 @@ def test_instances_have_their_scores(parts, monkeypatch):
     assert [mark.label for mark in seen[-1]] == ["0.83", "0.71", "0.50", "0.25"]
 
 
+def on_grey(tool, parts, monkeypatch):
+    """The detectors see an image of noise; what is drawn on it is drawn on grey instead."""
+    real = tool.picture_of
+
+    def picture_of(job, item):
+        picture = real(job, item)
+        blank = np.full_like(picture.image, GREY)
+        return parts.picture.Picture(blank, picture.instances, picture.classes)
+
+    monkeypatch.setattr(tool, "picture_of", picture_of)
+
+
 @pytest.mark.parametrize("mode", ["all", "pos", "gt"])
 @pytest.mark.parametrize("family", ["retinanet", "faster"])
-def test_the_loss_s_own_selection_is_drawn(tool, parts, make_job, write_config, monkeypatch, family, mode):
+def test_the_loss_s_own_selection_is_drawn(
+    tool, parts, make_job, write_config, monkeypatch, family, mode
+):
     options = ["MODEL.DISTILLER.GID.GI_MODE", mode, "MODEL.DISTILLER.GID.GI_MIN_SIDE", "4.0"]
     job = make_job("gid", *options, config_file=write_config(family))
     loss, seen = job.distiller.losses["GID"], []
     select = loss.instances
     monkeypatch.setattr(loss, "instances", lambda *args: seen.append(select(*args)) or seen[-1])
+    kinds, classify = [], loss.categories
+    monkeypatch.setattr(loss, "categories", lambda *args: kinds.append(classify(*args)) or kinds[-1])
     item = list(job.items.values())[1]
+    on_grey(tool, parts, monkeypatch)
     [row] = tool.draw(job, item)
     used, shown = seen[-1], seen[0]  # by the loss, and by the picture
-    assert torch.equal(used.boxes, shown.boxes) and torch.equal(used.valid, shown.valid)
+    assert all(torch.equal(value, vars(shown)[name]) for name, value in vars(used).items())
     boxes = shown.boxes[0][shown.valid[0]]
     assert row.panels[1].title.startswith(f"{len(boxes)} general instances")
     if mode == "gt":
@@ -382,81 +411,80 @@ def test_the_loss_s_own_selection_is_drawn(tool, parts, make_job, write_config, 
     elif mode == "all":
         p, image = parts.picture, row.panels[1].image
         assert len(boxes) >= 2
-        kinds = [p.SKY, p.YELLOW, p.VERMILLION, p.WHITE]
-        best = [max(edge(image, c, boxes[0].tolist())) for c in kinds]
+        colours = [p.SKY, p.YELLOW, p.VERMILLION, p.WHITE]
+        counts = [int(mask.sum()) for mask in kinds[0].values()]
+        counts.append(len(boxes) - sum(counts))
+        labels = [entry.label for entry in row.legend[:4]]
+        assert [label.endswith(f"({count})") for label, count in zip(labels, counts)] == [True] * 4
+        assert sum(counts[:3]) > 0
+        best = [max(edge(image, c, boxes[0].tolist())) for c in colours]  # on top
         assert max(best) > 0.3
-        assert sum(outside_edges(image, c, boxes.tolist(), reach=24) for c in kinds[:3]) == 0
+        assert sum(outside_edges(image, c, boxes.tolist(), reach=24) for c in colours[:3]) == 0
 
 
 # ICD.
 
 
-def plant_attention(loss, monkeypatch, level, cell):
-    """The decoder looks at one cell of one level, whatever the instance."""
+def plant_attention(loss, monkeypatch, level, cells):
+    """The decoder's last layer looks for instance n at the n-th of these cells of one level."""
 
     def decode(maps, queries, geometry, _iteration):
-        cells = [height * width for height, width in geometry.level_sizes]
-        position = sum(cells[:level]) + cell[0] * geometry.level_sizes[level][1] + cell[1]
+        sizes = [height * width for height, width in geometry.level_sizes]
+        columns = geometry.level_sizes[level][1]
+        positions = [sum(sizes[:level]) + row * columns + column for row, column in cells]
 
         def logits(_image, slots, _temperature):
-            values = torch.full((2, len(range(100)[slots]), sum(cells)), -20.0)
-            values[..., position] = 20.0
-            return values
+            values = torch.full((2, len(cells), sum(sizes)), -20.0)
+            values[:, range(len(cells)), positions] = 20.0
+            return values[:, slots]
 
         return [None, SimpleNamespace(logits=logits)]
 
     monkeypatch.setattr(loss, "decode", decode)
 
 
-def icd_rows(tool, parts, job, item):
-    loss = job.distiller.losses[ICD]
-    picture = make_picture(parts, *item["image"].shape[-2:])
-    return parts.icd.icd(loss, None, job.distiller.teacher.view, Batch([item], PADDED, 0, 10), picture)
+def make_item(boxes, classes):
+    instances = Instances((48, 64))
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+    instances.gt_classes = torch.tensor(classes)
+    return {"image": torch.full((3, 48, 64), GREY, dtype=torch.uint8), "instances": instances}
 
 
-@pytest.mark.parametrize("level,cell,box", [(0, (3, 9), [36, 12, 40, 16]), (1, (2, 5), [40, 16, 48, 24])])
-def test_attention_peaks_where_it_was_planted(tool, parts, make_job, monkeypatch, level, cell, box):
+@pytest.mark.parametrize("level,side", [(0, 4), (1, 8)])
+def test_attention_peaks_where_it_was_planted(tool, make_job, monkeypatch, level, side):
     job = make_job("icd", *ICD_OPTIONS)
-    item = list(job.items.values())[1]
-    assert item["image"].shape == (3, 48, 64)
-    loss = job.distiller.losses[ICD]
-    plant_attention(loss, monkeypatch, level, cell)
-    monkeypatch.setattr(parts.icd.Picture, "boxes", parts.icd.Picture.boxes)
-    teacher = job.distiller.teacher
-    with teacher.view.recording():
-        teacher.observe([item["image"]], PADDED)
-        rows = icd_rows(tool, parts, job, item)
+    cells = [(1, 2), (3, 6)]
+    plant_attention(job.distiller.losses[ICD], monkeypatch, level, cells)
+    # The loss itself cannot go on with it.
+    monkeypatch.setattr(job.distiller.losses[ICD], "forward", lambda *_: {})
+    rows = tool.draw(job, make_item([[2, 2, 10, 12], [30, 4, 60, 40]], [0, 1]))
     assert len(rows) == 2
-    for row in rows:
+    for row, (y, x) in zip(rows, cells[::-1]):  # the largest first
         assert [panel.title.split(":")[0] for panel in row.panels[1:]] == ["p2", "p3", "p4"]
-        assert row.panels[1 + level].title.endswith("100% of the attention")
+        assert row.panels[1 + level].title.endswith(" 100% of the attention")
         image = row.panels[1 + level].image
-        x1, y1, x2, y2 = (round(v * ZOOM) for v in box)
-        inside = np.zeros(image.shape[:2], bool)
-        inside[y1 + 3 : y2 - 3, x1 + 3 : x2 - 3] = True
-        top = colormaps["inferno"](1.0)[:3]
-        hot = np.abs(image - (np.array(top) * 255 * 0.65 + 0.35 * GREY)).sum(axis=-1) < 30
-        assert hot[inside].mean() > 0.8  # the instance's box may cross it
-        assert hot[~inside].sum() < 0.2 * inside.sum()
+        cell = np.zeros(image.shape[:2], bool)
+        cell[y * side * ZOOM : (y + 1) * side * ZOOM, x * side * ZOOM : (x + 1) * side * ZOOM] = True
+        top = np.array(colormaps["inferno"](1.0)[:3]) * 255 * 0.65 + 0.35 * GREY
+        hot = np.abs(image - top).sum(axis=-1) < 30
+        assert hot[cell].mean() > 0.75  # the instance's box may cross it
+        assert hot[~cell].sum() == 0
 
 
 def test_a_row_for_each_of_the_largest_instances(tool, parts, make_job):
     job = make_job("icd", *ICD_OPTIONS)
     boxes = [[4, 4, 10 + 4 * index, 12 + 4 * index] for index in range(7)]
-    instances = Instances((48, 64))
-    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
-    instances.gt_classes = torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    item = {"image": torch.full((3, 48, 64), GREY, dtype=torch.uint8), "instances": instances}
+    item = make_item(boxes, [0, 1, 2, 0, 1, 2, 0])
     rows = tool.draw(job, item)
     expected = ["class0", "class2", "class1", "class0", "class2"]
-    assert [row.panels[0].title for row in rows] == [f"{n}, one of 7 instances" for n in expected]
+    titles = [f"{name}, {rank} of 7 by size" for rank, name in enumerate(expected, start=1)]
+    assert [row.panels[0].title for row in rows] == titles
     for row, box in zip(rows, boxes[::-1]):
-        assert min(edge(row.panels[0].image, parts.picture.GREEN, box)) > 0.4
-        assert min(edge(row.panels[1].image, parts.picture.GREEN, box)) > 0.9
+        assert min(edge(row.panels[0].image, parts.picture.SKY, box)) > 0.4
+        assert min(edge(row.panels[1].image, parts.picture.SKY, box)) > 0.9
         shares = [float(panel.title.split()[1].rstrip("%")) for panel in row.panels[1:]]
         assert sum(shares) == pytest.approx(100, abs=2)
-    instances = instances[:0]
-    [row] = tool.draw(job, {**item, "instances": instances})
+    [row] = tool.draw(job, {**item, "instances": item["instances"][:0]})
     assert [panel.title for panel in row.panels] == ["ground truth (0)"]
 
 
@@ -464,7 +492,8 @@ def test_the_decoder_comes_from_the_student_s_checkpoint(tool, make_job, folder,
     job = make_job("icd", *ICD_OPTIONS)
     assert "RANDOM parameters" in caplog.text and "RANDOM" in job.detectors[1]
     weights = torch.load(folder / "retinanet_student.pth")
-    state = {f"{ICD}.{k}": torch.full_like(v, 0.25) for k, v in job.distiller.losses[ICD].state_dict().items()}
+    decoder = job.distiller.losses[ICD].state_dict()
+    state = {f"{ICD}.{key}": torch.full_like(value, 0.25) for key, value in decoder.items()}
     path = str(tmp_path / "distilled.pth")
     torch.save({**weights, "distiller": state}, path)
     caplog.clear()
@@ -472,8 +501,11 @@ def test_the_decoder_comes_from_the_student_s_checkpoint(tool, make_job, folder,
     assert all((value == 0.25).all() for value in job.distiller.losses[ICD].state_dict().values())
     assert "RANDOM" not in caplog.text + job.detectors[1]
     assert job.detectors[1].endswith("distilled.pth")
-    job = make_job("icd", *ICD_OPTIONS, "MODEL.DISTILLER.PRELOAD_TEACHER", path)
+    preload = ["MODEL.DISTILLER.PRELOAD_TEACHER", path, "MODEL.DISTILLER.PRELOAD_FPN", "True"]
+    job = make_job("icd", *ICD_OPTIONS, *preload)
     assert (job.distiller.losses[ICD].decoder[0].in_proj_weight == 0.25).all()
+    ours = job.distiller.student.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in weights["model"].items())
     with pytest.raises(ValueError, match="has other settings than the config"):
         make_job("icd", "MODEL.DISTILLER.INS.HIDDEN_DIM", "32", "MODEL.WEIGHTS", path)
 
@@ -485,25 +517,33 @@ def run(tool, config, method, output, *more):
     return tool.main(["--config-file", config, "--method", method, "--output", str(output), *more])
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_writes_a_picture_per_image(tool, config, method, tmp_path, capsys):
-    more = ["--images", "3", *(ICD_OPTIONS if method == "icd" else [])]
+@pytest.mark.parametrize(
+    "method,images", [("gid", [0, 2, 4]), ("icd", [0]), ("mimic", [0]), ("pkd", [0, 3])]
+)
+def test_writes_a_picture_per_image(tool, parts, config, method, images, tmp_path, capsys):
+    more = ["--images", str(len(images)), *(ICD_OPTIONS if method == "icd" else [])]
     files = run(tool, config, method, tmp_path / "new" / "folder", *more)
-    assert [Path(file).name for file in files] == [f"{index}_{method}.png" for index in (0, 2, 4)]
-    assert capsys.readouterr().out.splitlines()[-3:] == files
-    panel = (640, 480)  # of an upright image
+    assert [Path(file).name for file in files] == [f"{index}_{method}.png" for index in images]
+    assert capsys.readouterr().out.splitlines()[-len(images) :] == files
     panels, rows = {"gid": (2, 1), "icd": (4, 2), "mimic": (4, 1), "pkd": (4, 1)}[method]
-    for file in files:
+    for file, index in zip(files, images):
+        panel = (480, 640) if index % 2 else (640, 480)
         height, width = cv2.imread(file).shape[:2]
         assert panels * panel[1] < width < panels * (panel[1] + 30) + 150
-        assert rows * panel[0] < height < rows * (panel[0] + 60) + 130
+        assert rows * panel[0] < height < rows * (panel[0] + 80) + 130
+        colour = parts.picture.SKY if method == "icd" else parts.picture.GREEN
+        assert is_colour(cv2.imread(file)[..., ::-1], colour).sum() > 1500
 
 
-def test_pictures_are_evenly_spread_and_never_overwritten(tool, make_job):
+def test_pictures_are_never_overwritten(tool):
     records = [{"file_name": name} for name in ("a/0.png", "b/0.png", "b/1.png", "c/0.png")]
     assert tool.file_stems(records) == ["0", "0_2", "1", "0_3"]
-    assert list(make_job("pkd").items) == ["0", "3"]
-    assert len(make_job("pkd", "DATALOADER.NUM_WORKERS", "0").items) == 2
+
+
+def test_no_more_images_than_there_are(tool, config):
+    items = tool.load_items(tool.load_config(config), 100)
+    assert list(items) == [str(index) for index in range(6)]
+    assert all(len(item["instances"]) == 2 for item in items.values())
 
 
 def test_the_panels_are_in_the_picture_as_they_are(parts):
@@ -618,12 +658,14 @@ def test_lazy_configs(tool, tmp_path):
 
 
 def test_a_dataset_without_annotations(tool, config, tmp_path):
-    entry = write_dataset(tmp_path / "unlabelled")
-    content = json.loads(Path(entry["JSON"]).read_text())
-    Path(entry["JSON"]).write_text(json.dumps({**content, "annotations": []}))
-    options = ["DATASETS.CUSTOM", str([entry]), "DATASETS.TEST", str((entry["NAME"],))]
-    message = refused(tool, config, *options, output=tmp_path / "output")
-    assert f"DATASETS.TEST ['{entry['NAME']}']: no image has annotations" in message
+    name, image = "visualize_unlabelled", {"file_name": str(tmp_path / "0.png"), "height": 8, "width": 8}
+    cv2.imwrite(image["file_name"], np.zeros((8, 8, 3), np.uint8))
+    DatasetCatalog.register(name, lambda: [dict(image)])
+    try:
+        message = refused(tool, config, "DATASETS.TEST", str((name,)), output=tmp_path / "output")
+    finally:
+        DatasetCatalog.remove(name)
+    assert f"DATASETS.TEST ['{name}']: no image has annotations" in message
 
 
 def test_an_image_that_cannot_be_read(tool, config, tmp_path):

@@ -21,7 +21,17 @@ from typing import Any, Callable, Dict, List
 
 from .picture import ColourScale, LegendEntry, Mark, Panel, Picture, Row
 
-__all__ = ["ColourScale", "LegendEntry", "Mark", "Method", "Panel", "Picture", "Row", "load_methods", "method"]
+__all__ = [
+    "ColourScale",
+    "LegendEntry",
+    "Mark",
+    "Method",
+    "Panel",
+    "Picture",
+    "Row",
+    "load_methods",
+    "method",
+]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def gid(
     loss: GID, student: DetectorView, teacher: DetectorView, batch: Batch, picture: Picture
 ) -> List[Row]:
     """Ground truth beside the selected instances: the colour is the kind, the number the score, and a
-    dashed box is the student's."""
+    dashed box is the student's, the others are the teacher's."""
     heads = loss.predictions(student, teacher) if loss.compares_heads else None
     instances = loss.instances(heads, batch)
     if loss.settings.gi_mode == "gt":
@@ -52,6 +52,6 @@ def selection_row(
         dashed = not instances.from_teacher[0, slot]
         marks.append(Mark(box, kind[1], f"{score:.2f}", dashed=dashed))
     legend = [LegendEntry(f"{name} ({count})", colour) for (name, colour), count in counts.items()]
-    legend.append(LegendEntry("the student's box; the others are the teacher's", WHITE, dashed=True))
+    legend.append(LegendEntry("the student's box", WHITE, dashed=True))
     title = f"{len(marks)} general instances with scores (GI_MODE {mode})"
     return Row([picture.ground_truth(), Panel(title, picture.boxes(marks))], legend=legend)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import List
+from typing import Dict, List
 
+import numpy as np
 import torch
 
 from distill_d2.losses.icd import InstanceConditionalDistillation
@@ -11,7 +12,7 @@ from distill_d2.losses.icd.sampling import Queries
 from distill_d2.views import Batch, DetectorView
 
 from . import ColourScale, Mark, Panel, Picture, Row, method
-from .picture import GREEN, WHITE
+from .picture import SKY, WHITE
 
 _MOST = 5  # instances, the largest
 
@@ -38,12 +39,15 @@ def icd(
         return [Row([picture.ground_truth()])]
     cells = [height * width for height, width in geometry.level_sizes]
     rows = []
-    for index in largest:
+    for rank, index in enumerate(largest, start=1):
         levels = [
             level.view(size) for level, size in zip(attention[index].split(cells), geometry.level_sizes)
         ]
         name = picture.class_name(int(queries.classes[0, index]))
-        rows.append(_row(dict(zip(loss.pairs.in_features, levels)), boxes, index, name, batch, picture))
+        title = f"{name}, {rank} of {len(boxes)} by size"
+        panels = [Panel(title, _among_others(boxes, index, name, picture))]
+        levels = dict(zip(loss.pairs.in_features, levels))
+        rows.append(_with_levels(panels, levels, boxes[index].tolist(), batch, picture))
     return rows
 
 
@@ -55,12 +59,21 @@ def boxes_of(queries: Queries, picture: Picture) -> torch.Tensor:
     return (boxes * boxes.new_tensor([width, height, width, height])).cpu()
 
 
-def _row(levels, boxes: torch.Tensor, index: int, name: str, batch: Batch, picture: Picture) -> Row:
+def _among_others(boxes: torch.Tensor, index: int, name: str, picture: Picture) -> np.ndarray:
+    marks = [Mark(box, WHITE, thin=True) for box in boxes.tolist()]
+    marks[index] = Mark(marks[index].box, SKY, name)
+    return picture.boxes([marks[index], *marks[:index], *marks[index + 1 :]])
+
+
+def _with_levels(
+    panels: List[Panel],
+    levels: Dict[str, torch.Tensor],
+    box: List[float],
+    batch: Batch,
+    picture: Picture,
+) -> Row:
     scale = ColourScale("attention", max(float(values.max()) for values in levels.values()))
-    others = [Mark(box, WHITE, thin=True) for i, box in enumerate(boxes.tolist()) if i != index]
-    own = boxes[index].tolist()
-    panels = [Panel(f"{name}, one of {len(boxes)} instances", picture.boxes([*others, Mark(own, GREEN, name)]))]
-    for level, values in levels.items():
-        image = picture.heat(values, batch.padded_size, scale, [Mark(own, GREEN, thin=True)])
-        panels.append(Panel(f"{level}: {float(values.sum()):.0%} of the attention", image))
+    for name, values in levels.items():
+        image = picture.heat(values, batch.padded_size, scale, [Mark(box, SKY, thin=True)])
+        panels.append(Panel(f"{name}: {float(values.sum()):.0%} of the attention", image))
     return Row(panels, scale)

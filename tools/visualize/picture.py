@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import List, Sequence, Tuple
+from dataclasses import dataclass
+from typing import List, Optional, Sequence, Tuple
 
 import cv2
-import matplotlib as mpl
 import numpy as np
 import torch
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import VisImage, Visualizer
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.patheffects import withStroke
 
 #: Okabe and Ito's colours: apart for all kinds of colour vision, and light enough for text on black.
@@ -20,7 +21,7 @@ COLOUR_MAP = "inferno"
 _SHORTER_SIDE = 480  # of a panel, in pixels
 _FONT_SIZE = 11  # points, at 100 dots per inch
 _LETTER = (9.0, 18.0)  # about the width and height of a letter of it, in pixels
-_LINE, _THIN_LINE = 2.2, 1.2  # points
+_LINE, _THIN_LINE = 2.2, 1.5  # points
 _HEAT = 0.65  # how much of a pixel is the heat map's colour; the rest is the image's
 
 
@@ -54,7 +55,7 @@ class Row:
     """Panels side by side, all of one size, with one colour scale and one legend."""
 
     panels: List[Panel]
-    scale: ColourScale = None
+    scale: Optional[ColourScale] = None
     legend: Sequence[LegendEntry] = ()
 
 
@@ -81,7 +82,7 @@ class Picture:
 
     image: np.ndarray
     instances: Instances
-    classes: Sequence[str] = field(default_factory=list)
+    classes: Sequence[str]
 
     @property
     def size(self) -> Tuple[int, int]:
@@ -103,7 +104,7 @@ class Picture:
         return Panel(f"ground truth ({len(marks)})", self.boxes(marks))
 
     def boxes(self, marks: Sequence[Mark]) -> np.ndarray:
-        """The image with boxes: (H zoom, W zoom, 3)."""
+        """The image with boxes, the first on top: (H zoom, W zoom, 3)."""
         canvas = self._canvas(self.image)
         self._draw(canvas, marks)
         return canvas.output.get_image()
@@ -149,25 +150,23 @@ class Picture:
 
     def _canvas(self, image: np.ndarray) -> Visualizer:
         height, width = (round(side * self.zoom) for side in self.size)
-        shrinks = self.zoom < 1
-        how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+        how = cv2.INTER_AREA if self.zoom < 1 else cv2.INTER_CUBIC
         return Visualizer(cv2.resize(image, (width, height), interpolation=how))
 
     def _draw(self, canvas: Visualizer, marks: Sequence[Mark]) -> None:
-        for mark in marks:
+        for mark in reversed(marks):
             _draw_box(canvas, np.asarray(mark.box) * self.zoom, mark)
         taken: List[np.ndarray] = []
-        for mark in marks:
-            if mark.label:
-                place = _free_place(np.asarray(mark.box) * self.zoom, mark.label, taken, canvas.output)
-                taken.append(place)
-                canvas.draw_text(
-                    mark.label,
-                    tuple(place[:2] + 2),
-                    font_size=_FONT_SIZE,
-                    color=mark.colour,
-                    horizontal_alignment="left",
-                )
+        for mark in (mark for mark in marks if mark.label):
+            place = _free_place(np.asarray(mark.box) * self.zoom, mark.label, taken, canvas.output)
+            taken.append(place)
+            canvas.draw_text(
+                mark.label,
+                tuple(place[:2] + 2),
+                font_size=_FONT_SIZE,
+                color=mark.colour,
+                horizontal_alignment="left",
+            )
 
 
 def _draw_box(canvas: Visualizer, box: np.ndarray, mark: Mark) -> None:
@@ -197,6 +196,6 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     return float(sides.clip(min=0).prod())
 
 
-def colours_of(scale: ColourScale) -> mpl.cm.ScalarMappable:
+def colours_of(scale: ColourScale) -> ScalarMappable:
     """For a colour bar."""
-    return mpl.cm.ScalarMappable(mpl.colors.Normalize(0.0, scale.top), COLOUR_MAP)
+    return ScalarMappable(Normalize(0.0, scale.top), COLOUR_MAP)

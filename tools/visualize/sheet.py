@@ -13,6 +13,7 @@ from .picture import Row, colours_of
 
 _DPI = 100
 # All in pixels.
+_MIN_WIDTH = 1000  # of header and legend
 _GAP = 14
 _TITLE = 26
 _LEGEND = 34
@@ -22,7 +23,7 @@ _BAR, _BAR_WITH_NUMBERS = 16, 110
 
 def compose(rows: Sequence[Row], header: Sequence[str]) -> np.ndarray:
     """(H, W, 3) RGB, uint8: the lines of the header, then the rows one below the other."""
-    width = max(_width(row) for row in rows) + 2 * _GAP
+    width = max(_MIN_WIDTH, max(_width(row) for row in rows) + 2 * _GAP)
     top = len(header) * _HEADER_LINE + _GAP
     height = top + sum(_height(row) for row in rows) + _GAP
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
