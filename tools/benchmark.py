@@ -14,13 +14,16 @@ learning rate 0, so that every round does the same work. Each round runs, after 
     teacher whole, plain     the whole prediction
     <loss> alone             forward and backward of one loss on recorded features, and the update of
                              its parameters where it has an optimizer of its own
-    <loss> part: ...         forward and backward of its parts, where PARTS names any
+    <loss> part: ...         forward and backward of its parts, where PARTS names any; GID's selection,
+                             which has no backward, also on generated predictions for about 5, 20
+                             and 80 thousand anchors: at a linear cost each ratio of two is 4, or
+                             less where a fixed cost counts
 
 The headline is the ratio distilled step / (student step + teacher part, plain), taken in each round.
 Beside "<loss> alone" runs "<loss> alone, naive formula", and time and peak memory of the two are
 compared: always where the formula is a few lines below (PKD); with --against-naive also where it is
-an oracle of the tests, which only a checkout has (InstanceConditionalDistillation, about twice the
-time of the loss).
+slower: GID of RetinaNets, as plain_gid.py writes it with detectron2's parts, and an oracle of the
+tests, which only a checkout has (InstanceConditionalDistillation, about twice the time of the loss).
 On a CPU ratios are of process time, which other work on the machine disturbs least; on a GPU they
 are of wall-clock time, with the device synchronised.
 """
@@ -28,6 +31,7 @@ are of wall-clock time, with the device synchronised.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import gc
@@ -35,6 +39,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import platform
 import statistics
 import sys
@@ -43,7 +48,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 import numpy as np
@@ -52,8 +68,11 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from plain_gid import plain_gid
 from tabulate import tabulate
 from torch import nn
 
@@ -67,7 +86,8 @@ from distill_d2.engine.trainer import autocast_dtype
 from distill_d2.losses import build_losses
 from distill_d2.taps import Taps, map_tensors
 from distill_d2.teacher import load_teacher_weights, untrained_teacher
-from distill_d2.views import Batch, DetectorView
+from distill_d2.views import Batch, DetectorView, Predictions
+from distill_d2.views.predictions import by_position, decoder_of
 
 STUDENT, PART, WHOLE = "student step", "teacher part, plain", "teacher whole, plain"
 PREPARED, DISTILLED = "teacher part, prepared", "distilled step"
@@ -96,7 +116,7 @@ def main(arguments: Optional[List[str]] = None) -> Dict[str, Any]:
         meter = Meter(torch.device(cfg.MODEL.DEVICE))
         rounds = run_rounds(tasks, meter, args.rounds, args.warmup)
         memory = {name: meter.peak_memory(run) for name, run in tasks.items()}
-    report = summarise(rounds, memory, meter.clock)
+    report = summarise(rounds, memory, meter.clock, compared_rows(tasks))
     if not meter.per_row:
         report["memory_ratios"] = {}
     report["facts"] = facts(args, cfg, meter)
@@ -120,7 +140,7 @@ def parse_arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0: as it chooses")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--against-naive", action="store_true", help="time the tests' naive versions of losses too"
+        "--against-naive", action="store_true", help="time the slow naive versions of losses too"
     )
     parser.add_argument("--json", default="", help="also write the measurements of every round here")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
@@ -181,7 +201,7 @@ def build_teachers(node: CfgNode, device: str) -> Tuple[Teacher, Teacher]:
     """The teacher as the Distiller uses it, and a copy as detectron2 builds it."""
     model, input_format = untrained_teacher(node, device)
     if node.TEACHER_WEIGHTS:
-        load_teacher_weights(model, node.TEACHER_WEIGHTS, node.TEACHER_ALLOW_MISSING)
+        load_weights(model, node)
     else:
         calm(model)
     plain = Teacher(copy.deepcopy(model), input_format=input_format, prepare=False)
@@ -193,6 +213,16 @@ def build_teachers(node: CfgNode, device: str) -> Tuple[Teacher, Teacher]:
         compile=node.TEACHER_COMPILE,
     )
     return teacher, plain
+
+
+def load_weights(model: nn.Module, node: CfgNode) -> None:
+    try:
+        load_teacher_weights(model, node.TEACHER_WEIGHTS, node.TEACHER_ALLOW_MISSING)
+    except FileNotFoundError as error:
+        sys.exit(
+            f"benchmark: the teacher's {error}; to measure with random weights, give "
+            'MODEL.DISTILLER.TEACHER_WEIGHTS ""'
+        )
 
 
 def calm(model: nn.Module) -> nn.Module:
@@ -312,15 +342,15 @@ def build_tasks(subjects: Subjects, against_naive: bool = False) -> Tasks:
     """What a round runs, by row name; neighbours in time are those that the headline compares."""
     distiller, plain = subjects.distiller, subjects.plain
     records = record(subjects)
-    size = records.batch.padded_size
+    asked = partial(run_part, inputs=subjects.inputs, records=records)
     tasks: Tasks = {
         STUDENT: subjects.steps[STUDENT].run_step,
-        PART: lambda: run_part(plain, subjects.inputs, size),
+        PART: lambda: asked(plain),
         DISTILLED: subjects.steps[DISTILLED].run_step,
-        PREPARED: lambda: run_part(distiller.teacher, subjects.inputs, size),
+        PREPARED: lambda: asked(distiller.teacher),
         WHOLE: lambda: run_whole(plain, subjects.inputs),
     }
-    formulas = {**NAIVE, **(NAIVE_IN_TESTS if against_naive else {})}
+    formulas = {**NAIVE, **(SLOW_NAIVE if against_naive else {})}
     for name, loss in distiller.losses.items():
         tasks.update(loss_tasks(name, loss, formulas.get(name), Replay(distiller, records)))
     return tasks
@@ -329,27 +359,41 @@ def build_tasks(subjects: Subjects, against_naive: bool = False) -> Tasks:
 def loss_tasks(
     name: str, loss: DistillLoss, formula: Optional[NaiveFormula], replay: Replay
 ) -> Tasks:
-    """The rows of one loss; ``formula`` of NAIVE or NAIVE_IN_TESTS."""
+    """The rows of one loss; ``formula`` of NAIVE or SLOW_NAIVE."""
     parameters, alone = list(loss.parameters()), f"{name} alone"
-    tasks: Tasks = {alone: LossTask(replay, loss, parameters, own_optimizer(loss, parameters))}
+    task = LossTask(replay, loss, parameters, own_optimizer(loss, parameters))
+    tasks: Tasks = {alone: task}
     if formula is not None:
         compute, theirs = formula(loss)
         optimizer = own_optimizer(loss, theirs)
-        tasks[NAIVE_ROW.format(alone)] = LossTask(replay, compute, theirs, optimizer)
-    if name in PARTS:
-        for part, compute in replay(partial(PARTS[name], loss)).items():
-            tasks[f"{name} part: {part}"] = LossTask(replay, compute, parameters)
+        task.against = NAIVE_ROW.format(alone)
+        tasks[task.against] = LossTask(replay, compute, theirs, optimizer)
+    if name not in PARTS:
+        return tasks
+    row = f"{name} part: {{}}".format
+    for part, (compute, against) in replay(partial(PARTS[name], loss)).items():
+        tasks[row(part)] = LossTask(replay, compute, parameters, against=against and row(against))
     return tasks
 
 
-def run_part(teacher: Teacher, inputs: List[Dict[str, Any]], size: Tuple[int, int]) -> None:
-    """What the losses ask of a teacher: backbone and neck, and its head where they use that."""
+def compared_rows(tasks: Tasks) -> List[Tuple[str, str]]:
+    """Pairs of rows whose ratios are printed."""
+    against = {name: getattr(task, "against", "") for name, task in tasks.items()}
+    return [pair for pair in against.items() if pair[1]]
+
+
+def run_part(teacher: Teacher, inputs: List[Dict[str, Any]], records: Records) -> None:
+    """What the losses ask of a teacher: backbone and neck, and its heads where they use these."""
     images = [item["image"].to(teacher.device, non_blocking=True) for item in inputs]
     view = teacher.view
     with view.recording():
-        teacher.observe(images, size)
+        teacher.observe(images, records.batch.padded_size)
         if "dense" in view.required:
             view.dense()
+        if "rpn" in view.required:
+            view.rpn()
+        if "box_head" in view.required:
+            view.box_head(records.proposals)
         if "score_boxes" in view.required:
             view.score_boxes([item["instances"].gt_boxes.to(teacher.device) for item in inputs])
 
@@ -361,18 +405,24 @@ def run_whole(teacher: Teacher, inputs: List[Dict[str, Any]]) -> None:
 
 @dataclass
 class Records:
-    """What the losses read in one step: outputs of student and teacher by module, and the batch."""
+    """What the losses read in one step: outputs of student and teacher by module, and the batch; and,
+    for losses on two-stage heads, the student's proposals and what the teacher's head says of them."""
 
     student: Dict[str, Any] = field(default_factory=dict)
     teacher: Dict[str, Any] = field(default_factory=dict)
     batch: Optional[Batch] = None
     leaves: List[torch.Tensor] = field(default_factory=list)
+    proposals: Optional[List[Boxes]] = None
+    box_head: Optional[Predictions] = None
 
     def take(self, _loss: nn.Module, inputs: Tuple[Any, Any, Batch], _terms: Any) -> None:
         """A forward hook for a loss."""
         student, teacher, self.batch = inputs
         self.student.update(outputs_of(student.taps))
         self.teacher.update(outputs_of(teacher.taps))
+        if "box_head" in teacher.required:
+            self.proposals = student.sampled_proposals()
+            self.box_head = teacher.box_head(self.proposals)
 
     def detach(self) -> None:
         """Cut the outputs off the networks; the student's become leaves that take a gradient."""
@@ -410,10 +460,22 @@ class Replay:
 
     def __call__(self, compute: Callable) -> Any:
         """What ``compute(student, teacher, batch)`` returns, see DistillLoss.forward."""
-        with self.student.recording(), self.teacher.recording():
+        with self.student.recording(), self.teacher.recording(), self._proposals_scored():
             put_outputs(self.student.taps, self.records.student)
             put_outputs(self.teacher.taps, self.records.teacher)
             return compute(self.student, self.teacher, self.records.batch)
+
+    @contextlib.contextmanager
+    def _proposals_scored(self) -> Iterator[None]:
+        """Inside, the teacher's box head is not run: it is no work of a loss, and no tap records it."""
+        if self.records.box_head is None:
+            yield
+            return
+        self.teacher.box_head = lambda _proposals: self.records.box_head
+        try:
+            yield
+        finally:
+            del self.teacher.box_head  # the view's method is back
 
 
 def put_outputs(taps: Taps, outputs: Dict[str, Any]) -> None:
@@ -423,7 +485,11 @@ def put_outputs(taps: Taps, outputs: Dict[str, Any]) -> None:
 
 class LossTask:
     """Forward and backward of a loss, or another formula, on recorded outputs, and the update of its
-    parameters by an optimizer of its own; LOSS_REPEATS times."""
+    parameters by an optimizer of its own; LOSS_REPEATS times.
+
+    Attributes:
+        against: name of another row, of which time and memory of this one are printed as ratios.
+    """
 
     repeats = LOSS_REPEATS
 
@@ -433,17 +499,21 @@ class LossTask:
         compute: Compute,
         parameters: List[torch.Tensor],
         optimizer: Optional[torch.optim.Optimizer] = None,
+        against: str = "",
     ):
         self.replay = replay
         self.compute = compute
         self.leaves = [*replay.records.leaves, *parameters]
         self.optimizer = optimizer
+        self.against = against
 
     def __call__(self) -> None:
         for _ in range(self.repeats):
             # An existing gradient would be added to, which is not the loss's own work.
             self.release()
-            sum(self.replay(self.compute).values()).backward()
+            terms = self.replay(self.compute)
+            if terms:  # a part without gradients returns none
+                sum(terms.values()).backward()
             if self.optimizer is not None:
                 self.optimizer.step()
         self.release()
@@ -457,9 +527,17 @@ class LossTask:
 # The parts of a loss.
 
 
+class Part(NamedTuple):
+    """A part of a loss; ``compute`` returns {} where there is no backward. ``against`` is the name of
+    another part, of which this one's time and memory are printed as ratios."""
+
+    compute: Compute
+    against: str = ""
+
+
 def icd_parts(
     loss: DistillLoss, _student: DetectorView, teacher: DetectorView, batch: Batch
-) -> Dict[str, Compute]:
+) -> Dict[str, Part]:
     """ICD's two halves, each with its backward; what the decoder gave is there for the second."""
     with torch.no_grad():
         maps, queries, geometry = loss.read(teacher, batch)
@@ -475,12 +553,94 @@ def icd_parts(
         temperature = loss.temperature(batch.iteration, batch.max_iter)
         return {"value": loss.value_term(ours, decoded, queries, geometry, temperature)}
 
-    parts = {"decoder + auxiliary task": auxiliary}
-    return {**parts, "value loss": value} if loss.settings.weight_value > 0 else parts
+    parts = {"decoder + auxiliary task": Part(auxiliary)}
+    return {**parts, "value loss": Part(value)} if loss.settings.weight_value > 0 else parts
+
+
+def gid_parts(
+    loss: DistillLoss, student: DetectorView, teacher: DetectorView, batch: Batch
+) -> Dict[str, Part]:
+    """GID's selection, and its terms at the instances that were selected, each with its backward."""
+    heads = loss.predictions(student, teacher) if loss.compares_heads else None
+    instances = loss.instances(heads, batch)
+
+    def selection(student, teacher, batch):
+        loss.instances(loss.predictions(student, teacher), batch)
+        return {}
+
+    def at_instances(student, teacher, _batch):
+        return loss.feature_terms(student, teacher, instances)
+
+    def response(student, _teacher, batch):
+        ours = getattr(student, loss.capability)()
+        return loss.response_terms(ours, heads[1], instances, batch)
+
+    selects = loss.settings.gi_mode != "gt"
+    parts = {"selection": Part(selection)} if selects else {}
+    if loss.pools:
+        parts["pooling, feature and relation terms"] = Part(at_instances)
+    if loss.responds:
+        parts["response terms"] = Part(response)
+    return {**parts, **selections_that_grow(loss.select, heads[0])} if selects else parts
+
+
+# The side of a RetinaNet's finest level (stride 8), by how many anchors the five levels have together.
+SIDES = {"5k": 20, "20k": 40, "80k": 80}
+ANCHORS_PER_POSITION = 9
+
+
+def selections_that_grow(select: Callable[..., Any], like: Predictions) -> Dict[str, Part]:
+    """GID's selection from generated predictions of more and more rows, each compared to the one before;
+    classes, background and device are those of ``like``."""
+    parts, before = {}, ""
+    for rows, side in SIDES.items():
+        images = [(8 * side, 8 * side)] * 2
+        heads = [generate_predictions(side, like, seed) for seed in (0, 1)]
+
+        def selection(*_views, heads=heads, images=images):
+            select(*heads, images)
+            return {}
+
+        name = f"selection of {rows} rows"
+        parts[name] = Part(selection, before)
+        before = name
+    return parts
+
+
+def generate_predictions(side: int, like: Predictions, seed: int) -> Predictions:
+    """A RetinaNet's for two images, with random logits that differ about as much as trained ones."""
+    generator = torch.Generator().manual_seed(seed)
+    device, classes = like.anchors.device, like.logit_levels[0].shape[-1]
+    sides = [math.ceil(side / 2**level) for level in range(5)]
+
+    def levels(length: int) -> List[torch.Tensor]:
+        shapes = [(2, ANCHORS_PER_POSITION * length, s, s) for s in sides]
+        outputs = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+        return [by_position(output, length) for output in outputs]
+
+    return Predictions(
+        logit_levels=[2 * level - 4 for level in levels(classes)],
+        delta_levels=levels(4),
+        anchors=generate_anchors(sides).to(device),
+        decode=decoder_of(Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0))),
+        match=like.match,
+        background=like.background,
+    )
+
+
+def generate_anchors(sides: Sequence[int]) -> torch.Tensor:
+    """A RetinaNet's (R, 4) on square levels of these sides."""
+    strides = [8 * 2**level for level in range(len(sides))]
+    sizes = [[4 * stride * 2 ** (octave / 3) for octave in range(3)] for stride in strides]
+    generator = DefaultAnchorGenerator(
+        sizes=sizes, aspect_ratios=[[0.5, 1.0, 2.0]], strides=strides, offset=0.0
+    )
+    anchors = generator([torch.empty(1, 1, side, side) for side in sides])
+    return torch.cat([boxes.tensor for boxes in anchors])
 
 
 # Of a loss, by its registered name: its parts by row name, from (loss, student, teacher, batch).
-PARTS = {"InstanceConditionalDistillation": icd_parts}
+PARTS = {"GID": gid_parts, "InstanceConditionalDistillation": icd_parts}
 
 
 # Plain formulas to compare a loss with.
@@ -577,7 +737,11 @@ def load_oracle(name: str) -> ModuleType:
 
 # By a loss's registered name, from the loss: the formula and the parameters that it trains.
 NAIVE: Dict[str, NaiveFormula] = {"PKD": of_pairs(naive_pkd)}
-NAIVE_IN_TESTS: Dict[str, NaiveFormula] = {"InstanceConditionalDistillation": naive_icd}
+# Those that take longer than the loss itself.
+SLOW_NAIVE: Dict[str, NaiveFormula] = {
+    "GID": plain_gid,
+    "InstanceConditionalDistillation": naive_icd,
+}
 
 
 # How it is measured.
@@ -704,18 +868,21 @@ def run_rounds(tasks: Tasks, meter: Meter, rounds: int, warmup: int) -> Dict[str
 
 
 def summarise(
-    rounds: Dict[str, List[Sample]], memory: Dict[str, float], clock: str
+    rounds: Dict[str, List[Sample]],
+    memory: Dict[str, float],
+    clock: str,
+    compared: Sequence[Tuple[str, str]] = (),
 ) -> Dict[str, Any]:
-    """All measurements in milliseconds and megabytes, and the ratios of each round."""
+    """All measurements in milliseconds and megabytes, and the ratios of each round, also of the rows
+    ``compared``."""
     times = {name: [getattr(s, clock) for s in samples] for name, samples in rounds.items()}
     floor = [a + b for a, b in zip(times[STUDENT], times[PART])]
     ratios = {
         f"{DISTILLED} / ({STUDENT} + {PART})": paired(times[DISTILLED], floor),
         f"{PREPARED} / {PART}": paired(times[PREPARED], times[PART]),
     }
-    compared = [(name, NAIVE_ROW.format(name)) for name in times if NAIVE_ROW.format(name) in times]
-    for ours, naive in compared:
-        ratios[f"{ours} / {naive}"] = paired(times[ours], times[naive])
+    for above, below in compared:
+        ratios[f"{above} / {below}"] = paired(times[above], times[below])
     rows = {
         name: {
             "wall_ms": [1000 * sample.wall for sample in samples],
@@ -726,8 +893,8 @@ def summarise(
     }
     # Very small tasks take no memory that the system would notice.
     memory_ratios = {
-        f"{ours} / {naive}": memory[ours] / memory[naive] if memory[naive] else None
-        for ours, naive in compared
+        f"{above} / {below}": memory[above] / memory[below] if memory[below] else None
+        for above, below in compared
     }
     return {"clock": clock, "rows": rows, "ratios": ratios, "memory_ratios": memory_ratios}
 

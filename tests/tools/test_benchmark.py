@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import gc
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
+from detectron2.model_zoo import get_config
+from detectron2.modeling import build_anchor_generator
 from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.utils.events import EventStorage
 from tiny import distiller_config, save_teacher, tiny_config
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 STEPS = [
     "student step",
     "teacher part, plain",
@@ -30,12 +35,11 @@ TINY_ICD = ["MODEL.DISTILLER.INS.HIDDEN_DIM", "16", "MODEL.DISTILLER.INS.ATT_HEA
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("benchmark", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["benchmark"]
+    sys.path.insert(0, str(TOOLS))
+    import benchmark
+
+    yield benchmark
+    sys.path.remove(str(TOOLS))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +91,11 @@ def terms(task):
 
 def run(tool, config_file, *more):
     arguments = ["--config-file", config_file, "--size", "64", "--rounds", "2", "--threads", "1"]
-    return tool.main([*arguments, "--device", "cpu", *more])
+    gc.freeze()  # the tool collects before each peak: a second for all that the tests hold
+    try:
+        return tool.main([*arguments, "--device", "cpu", *more])
+    finally:
+        gc.unfreeze()
 
 
 def test_every_promised_row_is_printed_and_written(measured):
@@ -263,7 +271,8 @@ def test_ratio_of_memory(tool, capsys):
     names = [*STEPS, "A alone", "A alone, naive formula", "B alone", "B alone, naive formula"]
     rounds = {name: [tool.Sample(wall=1.0, process=1.0)] for name in names}
     memory = {**dict.fromkeys(names, 1.0), "A alone, naive formula": 4.0, "B alone, naive formula": 0.0}
-    report = tool.summarise(rounds, memory, "wall")
+    pairs = [(f"{name} alone", f"{name} alone, naive formula") for name in "AB"]
+    report = tool.summarise(rounds, memory, "wall", pairs)
     assert list(report["memory_ratios"].values()) == [0.25, None]
     tool.print_report({**report, "facts": {}})
     printed = capsys.readouterr().out
@@ -380,3 +389,271 @@ def test_wrong_arguments(tool, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         tool.main(arguments)
     assert message in capsys.readouterr().err + str(stop.value)
+
+
+# GID
+
+
+GROWTH = [f"GID part: selection of {rows} rows" for rows in ("5k", "20k", "80k")]
+GID_PARTS = [
+    "GID part: selection",
+    "GID part: pooling, feature and relation terms",
+    "GID part: response terms",
+]
+GID_TERMS = [f"loss_gid_{term}" for term in ("feature", "relation", "response_cls", "response_reg")]
+
+
+@pytest.fixture(scope="module")
+def gid_config(make_config):
+    return make_config(["GID"])
+
+
+def gid_options(settings):
+    return [word for key, value in settings.items() for word in (f"MODEL.DISTILLER.GID.{key}", value)]
+
+
+def build_gid(tool, config_file, against_naive=False, **settings):
+    """(subjects, tasks); the heads' scores have a spread, which random weights do not give."""
+    subjects = build(tool, config_file, *gid_options(settings))
+    for model in (subjects.distiller.student, subjects.distiller.teacher.model):
+        for name, parameter in model.named_parameters():
+            if name.startswith(("head.cls_score.w", "head.bbox_pred.w")):
+                parameter.data.mul_(30)
+    with EventStorage(subjects.iteration):
+        return subjects, tool.build_tasks(subjects, against_naive)
+
+
+@pytest.fixture(scope="module")
+def gid(tool, gid_config):
+    return build_gid(tool, gid_config, against_naive=True)
+
+
+@pytest.fixture(scope="module")
+def gid_of_proposals(tool, make_config):
+    return build_gid(tool, make_config(["GID"], family="faster"))
+
+
+def gradients(task):
+    """Of the terms' sum w.r.t. what the student gave."""
+    task.release()
+    sum(terms(task).values()).backward()
+    found = [leaf.grad.clone() for leaf in task.replay.records.leaves if leaf.grad is not None]
+    task.release()
+    return found
+
+
+def test_gid_in_parts_and_against_its_plain_formula(tool, gid_config):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        report = run(tool, gid_config, "--rounds", "1", "--against-naive")
+    alone, naive = "GID alone", "GID alone, naive formula"
+    assert list(report["rows"]) == [*STEPS, alone, naive, *GID_PARTS, *GROWTH]
+    times = {name: row["process_ms"] for name, row in report["rows"].items()}
+    pairs = [(alone, naive), (GROWTH[1], GROWTH[0]), (GROWTH[2], GROWTH[1])]
+    for above, below in pairs:
+        ratio = f"{above} / {below}"
+        assert report["ratios"][ratio] == pytest.approx(tool.paired(times[above], times[below]))
+        assert ratio in report["memory_ratios"] and f"| {ratio} " in printed.getvalue()
+    assert len(report["memory_ratios"]) == len(pairs)
+
+
+@pytest.mark.parametrize("score", ["classwise", "max_first"])
+def test_plain_gid_is_our_gid(tool, gid_config, score):
+    tasks = build_gid(tool, gid_config, against_naive=True, GI_SCORE=score)[1]
+    ours, plain = tasks["GID alone"], tasks["GID alone, naive formula"]
+    assert list(terms(ours)) == GID_TERMS
+    for name, value in terms(ours).items():
+        assert value.item() > 0
+        assert terms(plain)[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    expected = gradients(ours)
+    assert len(expected) == 9  # of three levels: maps, logits, deltas
+    for mine, theirs in zip(expected, gradients(plain)):
+        torch.testing.assert_close(theirs, mine, rtol=1e-3, atol=1e-5 * mine.abs().max().item())
+
+
+def test_plain_gid_where_both_detectors_agree(tool, gid):
+    import plain_gid
+
+    logits, boxes = torch.randn(5, 3), torch.tensor([[0.0, 0.0, 40.0, 40.0]]).repeat(5, 1)
+    settings = gid[0].distiller.losses["GID"].settings
+    assert len(plain_gid.select(logits + 1, logits, boxes, boxes, (64, 64), settings)) == 1
+    assert len(plain_gid.select(logits, logits, boxes, boxes, (64, 64), settings)) == 0
+
+
+def test_parts_of_gid_are_its_terms(gid):
+    tasks = gid[1]
+    whole = terms(tasks["GID alone"])
+    selection, at_instances, response = (terms(tasks[name]) for name in GID_PARTS)
+    assert selection == {}
+    assert at_instances == {name: whole[name] for name in GID_TERMS[:2]}
+    assert response == {name: whole[name] for name in GID_TERMS[2:]}
+    # maps and logits and deltas of three levels
+    assert [len(gradients(tasks[name])) for name in GID_PARTS[1:]] == [3, 6]
+
+
+def test_part_without_gradients(tool, gid):
+    replay, seen = gid[1]["GID alone"].replay, []
+
+    def compute(student, teacher, batch):
+        seen.append((student.role, teacher.role, batch))
+        return {}
+
+    tool.LossTask(replay, compute, [])()
+    assert seen == [("student", "teacher", replay.records.batch)] * tool.LOSS_REPEATS
+    assert all(leaf.grad is None for leaf in replay.records.leaves)
+
+
+def selections(tool, monkeypatch, task):
+    """What the selection in a task is given and returns, once each time that it runs."""
+    from distill_d2.losses.gid import GeneralInstanceSelection
+
+    seen, select = [], GeneralInstanceSelection.__call__
+
+    def spy(self, *args):
+        seen.append((*args, select(self, *args)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(GeneralInstanceSelection, "__call__", spy)
+    task()
+    assert len(seen) == tool.LOSS_REPEATS
+    return seen
+
+
+def test_selection_alone_selects_what_the_loss_does(tool, gid, monkeypatch):
+    whole = selections(tool, monkeypatch, gid[1]["GID alone"])[0][-1]
+    part = selections(tool, monkeypatch, gid[1]["GID part: selection"])[0][-1]
+    assert torch.equal(whole.boxes, part.boxes) and part.valid.sum() >= 6
+
+
+@pytest.mark.parametrize("row, side", list(zip(GROWTH, (20, 40, 80))))
+def test_generated_predictions(tool, gid, monkeypatch, row, side):
+    levels = [9 * math.ceil(side / 2**level) ** 2 for level in range(5)]
+    teacher, student, sizes, found = selections(tool, monkeypatch, gid[1][row])[0]
+    assert sizes == [(8 * side, 8 * side)] * 2
+    assert found.valid.all() and len(found.scores[0].unique()) == 10
+    for heads in (teacher, student):
+        assert heads.level_sizes == levels
+        assert heads.logits.shape == (2, sum(levels), 3) and heads.deltas.shape[2:] == (4,)
+        assert heads.anchors.shape == (sum(levels), 4)
+    assert not torch.equal(teacher.logits, student.logits)
+    again = tool.generate_predictions(side, teacher, seed=0)
+    assert torch.equal(again.logits, teacher.logits) and torch.equal(again.deltas, teacher.deltas)
+
+
+def test_generated_anchors_are_a_retinanets(tool):
+    cfg = get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    shapes = [ShapeSpec(stride=stride) for stride in (8, 16, 32, 64, 128)]
+    maps = [torch.empty(1, 1, side, side) for side in (20, 10, 5, 3, 2)]
+    expected = torch.cat([boxes.tensor for boxes in build_anchor_generator(cfg, shapes)(maps)])
+    torch.testing.assert_close(tool.generate_anchors([20, 10, 5, 3, 2]), expected)
+
+
+def test_weights_of_zero_leave_parts_out(tool, gid_config):
+    no_maps = {"FEATURE_WEIGHT": "0.0", "RELATION_WEIGHT": "0.0"}
+    no_heads = {"RESPONSE_CLS_WEIGHT": "0.0", "RESPONSE_REG_WEIGHT": "0.0"}
+    whole, pooling, response = GID_PARTS
+    cases = [
+        (no_maps, [whole, response, *GROWTH]),
+        (no_heads, [whole, pooling, *GROWTH]),
+        ({"GI_MODE": "gt"}, [pooling, response]),
+        ({"GI_MODE": "gt", **no_heads}, [pooling]),
+    ]
+    for settings, expected in cases:
+        tasks = build_gid(tool, gid_config, **settings)[1]
+        assert [name for name in tasks if "part:" in name] == expected
+        for name in expected:
+            tasks[name]()
+
+
+def test_two_stage_gid(tool, make_config):
+    report = run(tool, make_config(["GID"], family="faster"), "--rounds", "1")
+    assert list(report["rows"]) == [*STEPS, "GID alone", *GID_PARTS, *GROWTH]
+
+
+def box_head_boxes(monkeypatch, model):
+    """The boxes that a detector's box head is given: one list for each time that it runs."""
+    seen, pool = [], model.roi_heads.box_pooler.forward
+
+    def spy(features, boxes):
+        seen.append([per_image.tensor.clone() for per_image in boxes])
+        return pool(features, boxes)
+
+    monkeypatch.setattr(model.roi_heads.box_pooler, "forward", spy)
+    return seen
+
+
+@pytest.mark.parametrize("row", ["teacher part, plain", "teacher part, prepared"])
+def test_teacher_part_scores_the_recorded_proposals(gid_of_proposals, monkeypatch, row):
+    subjects, tasks = gid_of_proposals
+    teachers = {"plain": subjects.plain, "prepared": subjects.distiller.teacher}
+    seen = box_head_boxes(monkeypatch, teachers[row.rpartition(" ")[2]].model)
+    tasks[row]()
+    with EventStorage(0):
+        tasks["distilled step"]()  # the student samples other proposals
+    drawn = len(seen)
+    tasks[row]()
+    expected = tasks["GID alone"].replay.records.proposals
+    assert len(expected) == 2 and min(len(boxes) for boxes in expected) > 4
+    for run_of_row in (seen[0], seen[drawn]):
+        assert len(run_of_row) == 2
+        assert all(torch.equal(a, b.tensor) for a, b in zip(run_of_row, expected))
+    assert len(seen) - drawn == 1
+
+
+def test_loss_alone_does_not_run_the_teachers_box_head(gid_of_proposals, monkeypatch):
+    subjects, tasks = gid_of_proposals
+    view = subjects.distiller.teacher.view
+    seen = box_head_boxes(monkeypatch, view.model)
+    assert list(terms(tasks["GID alone"])) == GID_TERMS
+    for name in ["GID alone", *GID_PARTS, *GROWTH]:
+        tasks[name]()
+    assert seen == []
+    records = tasks["GID alone"].replay.records
+    with view.recording():
+        view.taps.put("backbone", records.teacher["backbone"])
+        scored = view.box_head(records.proposals)  # the view's own again
+    assert len(seen) == 1
+    torch.testing.assert_close(scored.logits, records.box_head.logits)
+
+
+def test_teacher_part_runs_the_rpn_that_a_loss_asks_for(tool, make_config, monkeypatch):
+    config_file = make_config(["GID"], family="faster")
+    subjects, tasks = build_gid(tool, config_file, PREDICTIONS="rpn")
+    ran = []
+    head = subjects.plain.model.proposal_generator.rpn_head
+    head.register_forward_hook(lambda *_: ran.append("rpn"))
+    seen = box_head_boxes(monkeypatch, subjects.plain.model)
+    tasks["teacher part, plain"]()
+    assert ran == ["rpn"] and seen == []
+    assert list(terms(tasks["GID alone"])) == GID_TERMS
+
+
+def test_features_alone_run_no_head_of_the_teacher(tool, make_config):
+    subjects, tasks = build_gid(
+        tool,
+        make_config(["GID"]),
+        **{"GI_MODE": "gt", "RESPONSE_CLS_WEIGHT": "0.0", "RESPONSE_REG_WEIGHT": "0.0"},
+    )
+    subjects.plain.model.head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
+    tasks["teacher part, plain"]()
+
+
+@pytest.mark.parametrize(
+    "family, settings, culprit",
+    [
+        ("faster", {}, "PREDICTIONS is 'box_head', expected 'dense'"),
+        ("retinanet", {"GI_MODE": "neg"}, "GI_MODE is 'neg', expected 'all'"),
+        ("retinanet", {"FEATURE_MODE": "norm"}, "FEATURE_MODE is 'norm', expected 'L2'"),
+        ("retinanet", {"RELATION_WEIGHT": "0.0"}, "RELATION_WEIGHT is 0.0, expected more than 0"),
+    ],
+)
+def test_modes_that_plain_gid_lacks(tool, make_config, family, settings, culprit):
+    config_file = make_config(["GID"], family=family)
+    with pytest.raises(SystemExit, match=f"--against-naive.*MODEL.DISTILLER.GID.{culprit}"):
+        build_gid(tool, config_file, against_naive=True, **settings)
+
+
+def test_teacher_without_its_weights(tool, make_config):
+    opts = ["MODEL.DISTILLER.TEACHER_WEIGHTS", "missing.pth"]
+    with pytest.raises(SystemExit, match="missing.pth.*random weights.*TEACHER_WEIGHTS"):
+        run(tool, make_config(["PKD"]), *opts)

@@ -167,9 +167,9 @@ class GID(DistillLoss):
         instances = self.instances(heads, batch)
         terms: Dict[str, torch.Tensor] = {}
         if self.pools:
-            terms.update(self._feature_terms(student, teacher, instances))
+            terms.update(self.feature_terms(student, teacher, instances))
         if self.responds:
-            terms.update(self._response_terms(*heads, instances, batch))
+            terms.update(self.response_terms(*heads, instances, batch))
         return terms
 
     # What the terms are computed from.
@@ -231,7 +231,7 @@ class GID(DistillLoss):
             return mask, mask
         return mask, mask & (student.match(*padded_ground_truth(batch)) == 1)
 
-    def _feature_terms(
+    def feature_terms(
         self, student: DetectorView, teacher: DetectorView, instances: GeneralInstances
     ) -> Dict[str, torch.Tensor]:
         s = self.settings
@@ -246,7 +246,7 @@ class GID(DistillLoss):
             terms["loss_gid_relation"] = s.relation_weight * term
         return terms
 
-    def _response_terms(
+    def response_terms(
         self, student: Predictions, teacher: Predictions, instances: GeneralInstances, batch: Batch
     ) -> Dict[str, torch.Tensor]:
         s = self.settings

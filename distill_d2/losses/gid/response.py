@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fvcore.nn import giou_loss
 
 from ...views import Predictions
+from ...views.predictions import Decode
 
 CLS_MODES = ("BCE", "L1", "L2")
 REG_MODES = ("L1", "L2", "BCE", "GIoU")
@@ -60,15 +61,13 @@ def reg_term(
     Args, returns: as of ``cls_term``.
     """
     classes = _compared_classes(student, teacher)
-    ours, theirs = student.deltas_of(classes), teacher.deltas_of(classes)
-    if mode != "GIoU":
-        total = _masked_sum(_row_loss(mode, beta), mask, ours, theirs)
+    deltas = [student.deltas_of(classes), teacher.deltas_of(classes)]
+    if mode == "GIoU":
+        values = [*deltas, student.anchors.expand_as(deltas[0])]
+        loss = _giou_loss(student.decode)
     else:
-        anchors = student.anchors.expand_as(theirs)
-        decode = student.decode
-        total = _masked_sum(
-            lambda s, t, a: giou_loss(decode(s, a), decode(t, a)), mask, ours, theirs, anchors
-        )
+        values, loss = deltas, _row_loss(mode, beta)
+    total = _masked_sum(loss, mask[..., None], *(value.unsqueeze(2) for value in values))
     return total / mask.sum().clamp(min=1)
 
 
@@ -86,13 +85,21 @@ def _row_loss(mode: str, beta: float) -> RowLoss:
     return lambda s, t: F.smooth_l1_loss(s, t, reduction="none", beta=beta).sum(-1)
 
 
+def _giou_loss(decode: Decode) -> RowLoss:
+    """(student's deltas (..., 4), teacher's, anchors) -> (...)."""
+    return lambda s, t, anchors: giou_loss(decode(s, anchors), decode(t, anchors))
+
+
 def _cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return -(teacher.softmax(dim=-1) * student.log_softmax(dim=-1)).sum(dim=-1)
 
 
 def _masked_sum(loss: RowLoss, mask: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-    """The sum of a loss per row over the rows of the mask."""
-    if mask.device.type == "cpu":
-        return loss(*(value[mask] for value in values)).sum()
-    # To pick rows, the host would have to wait for their number.
-    return torch.where(mask, loss(*values), 0.0).sum()
+    """The sum of a loss per row over the rows of the mask (N, P, A), of values (N, P, A, ...)."""
+    if mask.device.type != "cpu":
+        # To pick rows, the host would have to wait for their number.
+        return torch.where(mask, loss(*values), 0.0).sum()
+    image, position, anchor = mask.nonzero(as_tuple=True)
+    # Picked in the memory layout of a convolution's output, which the gradient then has as well.
+    rows = (value.permute(0, 2, 3, 1)[image, anchor, :, position] for value in values)
+    return loss(*rows).sum()
