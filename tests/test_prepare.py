@@ -6,12 +6,14 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.modeling import build_backbone, build_model
-from tiny import tiny_config
+from detectron2.structures import Boxes
+from tiny import tiny_config, tiny_detector
 from torch import nn
 
 from distill_d2 import prepare
 from distill_d2.prepare import fold_norms, native_bfloat16
 from distill_d2.teacher import Teacher
+from distill_d2.views.predictions import rows_of
 
 
 def randomise(norm):
@@ -126,6 +128,51 @@ def test_prepared_teacher_equals_the_unprepared():
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert list(ready) == ["p2", "p3", "p4", "logits", "deltas"]
     assert max(relative_error(ready[name], plain[name]) for name in plain) < 1e-5
+
+
+OUTPUTS = {
+    "retinanet": ["dense"],
+    "fcos": ["dense"],
+    "faster": ["rpn", "box_head"],
+}
+PROPOSALS = [
+    Boxes(torch.tensor([[2.0, 3.0, 40.0, 50.0], [0.0, 0.0, 64.0, 64.0]])),
+    Boxes(torch.tensor([[5.0, 5.0, 9.0, 12.0]])),
+]
+
+
+def head_outputs(teacher, capability, images):
+    with teacher.view.recording():
+        teacher.observe(images, (64, 64))
+        arguments = (PROPOSALS,) if capability == "box_head" else ()
+        predictions = getattr(teacher.view, capability)(*arguments)
+        outputs = {"logits": predictions.logits, "deltas": predictions.deltas}
+        centerness = predictions.centerness_levels
+        return {**outputs, **({"centerness": rows_of(centerness)} if centerness else {})}
+
+
+@pytest.mark.parametrize("family, capabilities", OUTPUTS.items(), ids=list(OUTPUTS))
+def test_heads_of_a_prepared_teacher_equal_the_unprepared(family, capabilities):
+    model = tiny_detector(family)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            randomise(module)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)) and not name.startswith("backbone"):
+            nn.init.normal_(module.weight, std=0.1)  # a new head gives the same everywhere
+    images = [torch.rand(3, 64, 64) * 255, torch.rand(3, 48, 56) * 255]
+    outputs = []
+    for prepare_it in (False, True):
+        teacher = Teacher(model, prepare=prepare_it)
+        for capability in capabilities:
+            teacher.view.require(capability)
+        outputs.append([head_outputs(teacher, capability, images) for capability in capabilities])
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert ("centerness" in outputs[0][0]) is (family == "fcos")
+    for plain, ready in zip(*outputs):
+        for name in plain:
+            varied = plain[name].std() > 0.01 * plain[name].abs().mean()
+            assert varied and relative_error(ready[name], plain[name]) < 1e-5
 
 
 def test_channels_last_equals_contiguous(monkeypatch):

@@ -8,8 +8,9 @@ from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import LazyConfig, instantiate
 from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from tiny import save_teacher, tiny_batch, tiny_config
+from tiny import save_teacher, tiny_batch, tiny_config, tiny_detector
 from torch import nn
 
 from distill_d2 import teacher as module
@@ -449,6 +450,52 @@ def test_describe():
     assert teacher.describe() == "RetinaNet, 0.2 M parameters; runs backbone and neck"
     teacher.view.require("dense")
     assert teacher.describe().endswith("; runs backbone and neck, and its head for dense")
+
+
+# Law 4: a teacher costs only what is asked.
+
+ANCHORS = "anchor_generator"
+RPN_PARTS = ["proposal_generator.anchor_generator", "proposal_generator.rpn_head"]
+BOX_PARTS = [f"roi_heads.{part}" for part in ("box_head", "box_pooler", "box_predictor")]
+
+
+def parts_that_run(model):
+    """Names of the outermost modules of a model that were called, once for each call."""
+    running, called = [], []
+
+    def enter(name):
+        if not running:
+            called.append(name)
+        running.append(name)
+
+    for name, part in model.named_modules():
+        part.register_forward_pre_hook(lambda *_, name=name: enter(name))
+        part.register_forward_hook(lambda *_: running.pop() and None)
+    return called
+
+
+@pytest.mark.parametrize(
+    "family, capability, parts",
+    [
+        *((family, "", []) for family in ("retinanet", "fcos", "faster", "mask")),
+        *((family, "dense", [ANCHORS, "head"]) for family in ("retinanet", "fcos")),
+        *((family, "rpn", RPN_PARTS) for family in ("faster", "mask")),
+        *((family, "box_head", BOX_PARTS) for family in ("faster", "mask")),
+        *((family, "score_boxes", BOX_PARTS) for family in ("faster", "mask")),
+    ],
+)
+def test_only_what_a_capability_needs_runs(family, capability, parts):
+    teacher = Teacher(tiny_detector(family))
+    called = parts_that_run(teacher.model)
+    boxes = ([Boxes(torch.tensor([[4.0, 4.0, 40.0, 30.0]]))],)
+    with teacher.view.recording():
+        if capability:
+            teacher.view.require(capability)
+        teacher.observe([torch.zeros(3, 64, 64)], (64, 64))
+        assert called == ["backbone"]
+        if capability:
+            getattr(teacher.view, capability)(*(boxes if parts is BOX_PARTS else ()))
+    assert called[0] == "backbone" and sorted(called[1:]) == parts
 
 
 def test_autocast_gives_float32_features():

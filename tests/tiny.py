@@ -11,8 +11,10 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import FCOS, build_backbone, build_model
+from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.structures import Boxes, Instances, PolygonMasks
+from torch import nn
 
 from distill_d2 import add_distill_config
 
@@ -85,6 +87,26 @@ def _rcnn(cfg: CfgNode, masks: bool) -> None:
     cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
     cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
     cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 7
+
+
+def tiny_detector(family: str = "retinanet", width: int = 8, channels: int = 16) -> nn.Module:
+    """A detector of ``tiny_config``, or "fcos" (p2-p4), which detectron2 builds without a config."""
+    if family != "fcos":
+        return build_model(tiny_config(family, width, channels))
+    cfg = tiny_config("retinanet", width, channels)
+    backbone = build_backbone(cfg)
+    return FCOS(
+        backbone=backbone,
+        head=FCOSHead(
+            input_shape=list(backbone.output_shape().values()),
+            num_classes=CLASSES,
+            conv_dims=[channels],
+        ),
+        head_in_features=["p2", "p3", "p4"],
+        num_classes=CLASSES,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+    )
 
 
 def tiny_batch(count: int = 2, size: int = 64, objects: int = 2, masks: bool = False) -> List[dict]:

@@ -63,8 +63,8 @@ def require_same_boxes(
         if a.shape != b.shape or not torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-3):
             raise ValueError(
                 f"{loss} compares the {capability} predictions of student and teacher row by row, but "
-                f"their {what} differ: on a 2x2 grid of each level the student has {_listing(a)}, the "
-                f"teacher {_listing(b)}. Use a teacher with the student's (MODEL.ANCHOR_GENERATOR, "
+                f"their {what} differ: in a sample of them the student has {_listing(a)}, the teacher "
+                f"{_listing(b)}. Use a teacher with the student's (MODEL.ANCHOR_GENERATOR, "
                 "BBOX_REG_WEIGHTS), or a loss on features (MODEL.DISTILLER.TYPES)"
             )
 

@@ -1,6 +1,7 @@
 """Which rows belong to given boxes: detectron2's rules on a whole batch at once.
 
 detectron2's Matcher works image by image and waits for the device; these give the same labels without.
+But for a box that overlaps no row: it matches none here, and all with Matcher's low-quality matches.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def match_by_iou(
     """The labels that ``matcher`` gives to rows.
 
     Args:
-        boxes: (N, M, 4), absolute XYXY; valid: (N, M) bool.
+        boxes: (N, M, 4), absolute XYXY, M at least 1; valid: (N, M) bool.
         rows: (R, 4) or (N, R, 4) anchors or proposals.
 
     Returns:

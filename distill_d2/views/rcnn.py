@@ -49,7 +49,9 @@ class RCNNView(DetectorView):
         if proposals is None:
             proposals = self.sampled_proposals()
             counts = [len(boxes) for boxes in proposals]
-            logits, deltas = (output.split(counts) for output in self.tap(_PREDICTOR))
+            calls = self.tap(_PREDICTOR)  # the first is its own; score_boxes may have run it again
+            own = calls[0] if isinstance(calls, list) else calls
+            logits, deltas = (output.split(counts) for output in own)
         else:
             logits, deltas = self.score_boxes(proposals)
         boxes, logits, deltas, valid = _padded([b.tensor for b in proposals], logits, deltas)

@@ -16,8 +16,8 @@ def maps(channels=4, **sizes):
     return {name: torch.randn(2, channels, size, size) for name, size in sizes.items()}
 
 
-def bound(student, teacher, in_features=(), strides=None):
-    pairs = FeaturePairs(in_features)
+def bound(student, teacher, in_features=(), strides=None, **options):
+    pairs = FeaturePairs(in_features, **options)
     student, teacher = view_of(student, "student", strides), view_of(teacher, "teacher")
     pairs.bind(student, teacher)
     return pairs, student, teacher
@@ -80,6 +80,111 @@ def test_table_rows():
         ["p3", "8", "(3, 5, 5)", "(6, 4, 4)", "1x1 convolution, resize"],
         ["p4", "16", "(6, 4, 4)", "(6, 4, 4)", "none"],
     ]
+
+
+# The kind of convolution.
+
+
+def test_a_larger_kernel_keeps_sizes():
+    student = {**maps(3, p3=7), **maps(3, p4=4)}
+    for kernel_size in (3, 5):
+        pairs, *views = bound(student, maps(6, p3=7, p4=4), kernel_size=kernel_size)
+        assert pairs.adapters["p3"].weight.shape == (6, 3, kernel_size, kernel_size)
+        for name, (ours, theirs) in pairs(*views).items():
+            assert ours.shape == theirs.shape == (2, 6, *student[name].shape[2:])
+            weight, bias = pairs.adapters[name].weight, pairs.adapters[name].bias
+            expected = F.conv2d(student[name], weight, bias, padding=kernel_size // 2)
+            torch.testing.assert_close(ours, expected)
+
+
+def test_a_shared_convolution_is_one_set_of_parameters_on_all_levels():
+    student = maps(3, p3=8, p4=4, p5=2)
+    pairs, *views = bound(student, maps(6, p3=8, p4=4, p5=2), shared=True, kernel_size=3)
+    shapes = {name: tuple(value.shape) for name, value in pairs.state_dict().items()}
+    assert shapes == {"adapters.shared.weight": (6, 3, 3, 3), "adapters.shared.bias": (6,)}
+    assert sum(p.numel() for p in pairs.parameters()) == 6 * 3 * 9 + 6
+    result = pairs(*views)
+    for name, level in student.items():
+        torch.testing.assert_close(result[name][0], pairs.adapters["shared"](level))
+    result["p5"][0].sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in pairs.parameters())
+
+
+def test_without_sharing_each_level_has_its_own():
+    pairs, *_ = bound(maps(3, p3=8, p4=4), maps(6, p3=8, p4=4))
+    keys = [f"adapters.{name}.{kind}" for name in ("p3", "p4") for kind in ("weight", "bias")]
+    assert list(pairs.state_dict()) == keys
+
+
+@pytest.mark.parametrize("shared, keys", [(False, ["p3", "p4"]), (True, ["shared"])])
+def test_always_adapts_equal_channels(shared, keys):
+    student = maps(4, p3=8, p4=4)
+    theirs = maps(4, p3=8, p4=4)
+    pairs, *views = bound(student, theirs, always=True, shared=shared)
+    assert list(pairs.adapters) == keys and not pairs.teacher_adapters
+    for name, (ours, other) in pairs(*views).items():
+        adapter = pairs.adapters["shared" if shared else name]
+        torch.testing.assert_close(ours, adapter(student[name]))
+        assert torch.equal(other, theirs[name])
+
+
+def test_sharing_adapts_nothing_where_channels_agree():
+    student = maps(4, p3=8, p4=4)
+    pairs, *views = bound(student, maps(4, p3=8, p4=4), shared=True)
+    assert not list(pairs.parameters())
+    assert torch.equal(pairs(*views)["p4"][0], student["p4"])
+
+
+def test_a_shared_convolution_of_the_teachers_levels():
+    student, teacher = maps(4, p3=8, p4=4), maps(6, p3=8, p4=4)
+    pairs, *views = bound(student, teacher, channels=4, shared=True)
+    assert list(pairs.state_dict()) == [f"teacher_adapters.shared.{kind}" for kind in ("weight", "bias")]
+    ours, theirs = pairs(*views)["p4"]
+    torch.testing.assert_close(theirs, pairs.teacher_adapters["shared"](teacher["p4"]))
+    assert torch.equal(ours, student["p4"])
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize(
+    "student, teacher",
+    [((3, 4), (6, 6)), ((4, 4), (6, 8)), ((6, 4), (6, 6))],
+    ids=["of the student", "of the teacher", "one level needs none"],
+)
+def test_levels_of_unequal_channels_share_nothing(student, teacher, always):
+    student = {**maps(student[0], p3=8), **maps(student[1], p4=4)}
+    teacher = {**maps(teacher[0], p3=8), **maps(teacher[1], p4=4)}
+    message = r"levels \['p3', 'p4'\] share one convolution.*'p3': \(\d, 6\).*do not share it"
+    with pytest.raises(ValueError, match=message):
+        bound(student, teacher, shared=True, always=always)
+    bound(student, teacher, ["p3"], shared=True, always=always)
+    bound(student, teacher, always=always)
+
+
+@pytest.mark.parametrize(
+    "options, adapter",
+    [
+        ({"kernel_size": 3}, "3x3 convolution"),
+        ({"kernel_size": 3, "shared": True}, "3x3 convolution"),
+        ({"kernel_size": 5, "channels": 8}, "5x5 convolution of each"),
+        ({"kernel_size": 3, "channels": 3}, "3x3 convolution of the teacher's"),
+        ({"channels": 3, "shared": True, "always": True}, "1x1 convolution of each"),
+    ],
+)
+def test_table_names_the_convolution(options, adapter):
+    pairs, *_ = bound(maps(3, p3=5, p4=4), maps(6, p3=4, p4=4), **options)
+    student, teacher = {"p3": (3, 5, 5), "p4": (3, 4, 4)}, {"p3": (6, 4, 4), "p4": (6, 4, 4)}
+    assert [row[-1] for row in pairs.describe(student, teacher)] == [f"{adapter}, resize", adapter]
+
+
+def test_table_of_convolutions_that_channels_do_not_ask_for():
+    shapes = {"p3": (4, 8, 8), "p4": (4, 4, 4)}
+    for always, adapter in ((False, "none"), (True, "3x3 convolution")):
+        options = {"kernel_size": 3, "shared": True, "always": always}
+        pairs, *_ = bound(maps(4, p3=8, p4=4), maps(4, p3=8, p4=4), **options)
+        assert [row[-1] for row in pairs.describe(shapes, shapes)] == [adapter, adapter]
+
+
+# Errors.
 
 
 def test_named_level_of_another_stride():

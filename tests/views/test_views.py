@@ -1,18 +1,17 @@
 """Views: what losses read is what the detector computes."""
 
-import contextlib
-
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import FCOS, build_model
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
+from recorded import count_calls, detector, detector_from_p3, trained_on
 from tiny import tiny_batch, tiny_config
 from torch import nn
 
 from distill_d2.teacher import Teacher
 from distill_d2.views import (
     DetectorView,
+    FCOSView,
     RCNNView,
     RetinaNetView,
     build_view,
@@ -20,58 +19,18 @@ from distill_d2.views import (
     require_same_classes,
 )
 from distill_d2.views import base as views_base
+from distill_d2.views.predictions import rows_of
 
-FAMILIES = ["retinanet", "faster", "mask"]
+FAMILIES = ["retinanet", "fcos", "faster", "mask"]
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
-
-
-def detector(family="retinanet"):
-    return build_model(tiny_config(family))
-
-
-def detector_from_p3():
-    """A RetinaNet whose neck does not read res2."""
-    cfg = tiny_config()
-    cfg.MODEL.SMALL_RESNET.OUT_FEATURES = ["res3", "res4"]
-    cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4"]
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32.0], [64.0]]
-    return build_model(cfg)
-
-
-@contextlib.contextmanager
-def trained_on(view, batch):
-    """One training forward of the student, recorded."""
-    with view.recording(), EventStorage(0):
-        view.model(batch)
-        yield
-
-
-@pytest.fixture
-def observed():
-    """A teacher that saw one image, with the features that its model itself computes."""
-
-    def observe(family, *capabilities):
-        # Unprepared, so that results are equal to the last bit.
-        teacher = Teacher(detector(family), prepare=False)
-        for capability in capabilities:
-            teacher.view.require(capability)
-        image = torch.randint(0, 256, (3, 64, 96)).float()
-        model = teacher.model
-        with torch.no_grad():
-            features = model.backbone(((image - model.pixel_mean) / model.pixel_std)[None])
-        stack.enter_context(teacher.view.recording())
-        teacher.observe([image], (64, 96))
-        return teacher.view, features
-
-    with contextlib.ExitStack() as stack:
-        yield observe
+TWO_STAGE = "rpn, score_boxes, box_head"
 
 
 # What the detector has.
 
 
 @pytest.mark.parametrize(
-    "family, view", [("retinanet", RetinaNetView), ("faster", RCNNView), ("mask", RCNNView)]
+    "family, view", list(zip(FAMILIES, [RetinaNetView, FCOSView, RCNNView, RCNNView]))
 )
 def test_view_of_each_family(family, view):
     assert type(build_view(detector(family), "student")) is view
@@ -100,7 +59,7 @@ def test_a_model_without_backbone():
         build_view(nn.Linear(1, 1), "teacher")
 
 
-@pytest.mark.parametrize("family, count", [("retinanet", 3), ("faster", 5), ("mask", 5)])
+@pytest.mark.parametrize("family, count", list(zip(FAMILIES, [3, 3, 5, 5])))
 def test_strides(family, count):
     view = build_view(detector(family), "student")
     assert list(view.strides.items()) == list(STRIDES.items())[:count]
@@ -139,7 +98,12 @@ def test_require_tap_lists_close_names():
 
 
 @pytest.mark.parametrize(
-    "family, capability", [("retinanet", "dense"), ("faster", "score_boxes"), ("mask", "score_boxes")]
+    "family, capability",
+    [
+        *(("retinanet", "dense"), ("fcos", "dense")),
+        *(("faster", "rpn"), ("faster", "score_boxes"), ("faster", "box_head")),
+        *(("mask", "rpn"), ("mask", "score_boxes"), ("mask", "box_head")),
+    ],
 )
 def test_require_what_is_there(family, capability):
     view = build_view(detector(family), "student")
@@ -150,9 +114,9 @@ def test_require_what_is_there(family, capability):
 @pytest.mark.parametrize(
     "family, capability, offers",
     [
-        ("retinanet", "score_boxes", "dense"),
-        ("faster", "dense", "score_boxes"),
-        ("mask", "dense", "score_boxes"),
+        *(("retinanet", name, "dense") for name in TWO_STAGE.split(", ")),
+        *(("fcos", name, "dense") for name in TWO_STAGE.split(", ")),
+        *(("faster", "dense", TWO_STAGE), ("mask", "dense", TWO_STAGE)),
     ],
 )
 def test_require_what_is_not_there(family, capability, offers):
@@ -294,41 +258,59 @@ def test_float32_and_contiguous_under_autocast():
 def check_dense(dense, model, features):
     """Against the model's own head, anchors and decoding."""
     features = [features[name] for name in model.head_in_features]
-    logits, deltas = model.head(features)
-    logits, deltas = model._transpose_dense_predictions([logits, deltas], [model.num_classes, 4])
+    logits, deltas, *centerness = model._transpose_dense_predictions(
+        model.head(features), [model.num_classes, 4, 1][: 3 if isinstance(model, FCOS) else 2]
+    )
     assert dense.level_sizes == [level.shape[1] for level in logits]
     torch.testing.assert_close(dense.logits, torch.cat(logits, dim=1))
     torch.testing.assert_close(dense.deltas, torch.cat(deltas, dim=1))
+    assert len(dense.centerness_levels) == sum(map(len, centerness))
+    for levels in centerness:
+        torch.testing.assert_close(rows_of(dense.centerness_levels), torch.cat(levels, dim=1))
     anchors = torch.cat([boxes.tensor for boxes in model.anchor_generator(features)])
     assert torch.equal(dense.anchors, anchors)
     expected = [model.box2box_transform.apply_deltas(d, anchors) for d in torch.cat(deltas, dim=1)]
     torch.testing.assert_close(dense.boxes(), torch.stack(expected))
+    assert not dense.background and dense.valid is None and not dense.class_specific
 
 
-def test_dense_of_the_student_is_what_it_computed():
-    view = build_view(detector(), "student")
+@pytest.mark.parametrize("family, anchors", [("retinanet", 3), ("fcos", 1)])
+def test_dense_of_the_student_is_what_it_computed(family, anchors):
+    view = build_view(detector(family), "student")
     view.require("dense")
-    calls = []
-    view.model.head.register_forward_hook(lambda *_: calls.append(1))
+    calls = count_calls(view.model.head)
     with trained_on(view, tiny_batch()):
         dense = view.dense()
         assert len(calls) == 1
-        rows = 3 * (16 * 16 + 8 * 8 + 4 * 4)
+        rows = anchors * (16 * 16 + 8 * 8 + 4 * 4)
         assert dense.logits.shape == (2, rows, 3) and dense.deltas.shape == (2, rows, 4)
         check_dense(dense, view.model, view.features)
         dense.logits.sum().backward()
     assert view.model.head.cls_score.bias.grad.abs().sum() > 0
+    assert view.model.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
 
 
-def test_dense_of_the_teacher_runs_its_head_on_demand(observed):
-    view, features = observed("retinanet", "dense")
-    calls = []
-    view.model.head.register_forward_hook(lambda *_: calls.append(1))
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_dense_of_the_teacher_runs_its_head_on_demand(observed, family):
+    view, features = observed(family, "dense")
+    calls = count_calls(view.model.head)
     dense = view.dense()
     again = view.dense()
     assert len(calls) == 1
     assert torch.equal(dense.logits, again.logits) and not dense.logits.requires_grad
     check_dense(dense, view.model, features)
+
+
+def test_matched_rows_of_retinanet_are_its_own_labels(observed):
+    view, features = observed("retinanet", "dense")
+    model, instances = view.model, [item["instances"] for item in tiny_batch(1, objects=3)]
+    anchors = model.anchor_generator([features[name] for name in model.head_in_features])
+    labels, _ = model.label_anchors(anchors, instances)
+    boxes = torch.stack([per_image.gt_boxes.tensor for per_image in instances])
+    matched = view.dense().match(boxes, torch.ones(1, 3, dtype=torch.bool))
+    assert torch.equal(matched == 1, (labels[0] >= 0)[None] & (labels[0] < 3)[None])
+    assert torch.equal(matched == 0, (labels[0] == 3)[None])
+    assert set(matched.unique().tolist()) == {-1, 0, 1}
 
 
 def test_decode_of_chosen_rows(observed):

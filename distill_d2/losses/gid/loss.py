@@ -234,6 +234,7 @@ class GID(DistillLoss):
     def feature_terms(
         self, student: DetectorView, teacher: DetectorView, instances: GeneralInstances
     ) -> Dict[str, torch.Tensor]:
+        """The feature and the relation term, weighted, where their weights are not 0."""
         s = self.settings
         features = (*self.pooled(student, teacher, instances), instances.valid)
         terms = {}
@@ -249,6 +250,7 @@ class GID(DistillLoss):
     def response_terms(
         self, student: Predictions, teacher: Predictions, instances: GeneralInstances, batch: Batch
     ) -> Dict[str, torch.Tensor]:
+        """The two response terms, weighted, where their weights are not 0."""
         s = self.settings
         cls_mask, reg_mask = self.response_masks(student, instances, batch)
         terms = {}

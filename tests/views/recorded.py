@@ -1,0 +1,49 @@
+"""Detectors, and what their views recorded of one step."""
+
+from __future__ import annotations
+
+import contextlib
+
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from tiny import tiny_config, tiny_detector
+from torch import nn
+
+
+def detector(family="retinanet"):
+    """One whose predictions differ from row to row, which those of a new detector hardly do."""
+    model = tiny_detector(family)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _OUTPUT_LAYERS:
+            nn.init.normal_(module.weight, std=0.1)
+    return model
+
+
+_OUTPUT_LAYERS = (
+    *("cls_score", "bbox_pred", "ctrness"),
+    *("objectness_logits", "anchor_deltas"),
+)
+
+
+def detector_from_p3():
+    """A RetinaNet whose neck does not read res2."""
+    cfg = tiny_config()
+    cfg.MODEL.SMALL_RESNET.OUT_FEATURES = ["res3", "res4"]
+    cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32.0], [64.0]]
+    return build_model(cfg)
+
+
+@contextlib.contextmanager
+def trained_on(view, batch):
+    """One training forward of the student, recorded."""
+    with view.recording(), EventStorage(0):
+        view.model(batch)
+        yield
+
+
+def count_calls(module):
+    """A list that grows by one with each forward of the module."""
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
