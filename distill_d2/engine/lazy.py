@@ -11,6 +11,7 @@ or its ``model`` is a complete ``L(Distiller)(student=..., teacher=L(load_teache
 from __future__ import annotations
 
 import argparse
+import os
 from collections import OrderedDict
 from typing import Any, Dict, List, Optional
 
@@ -44,6 +45,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     cfg = LazyConfig.load(args.config_file)
     _check_overrides(cfg, args.opts or [])
     cfg = LazyConfig.apply_overrides(cfg, list(args.opts or []))
+    _locate_teacher(cfg, os.path.dirname(args.config_file))
     check_length(cfg.train.max_iter, "train.max_iter")
     check_output_dir(cfg.train.output_dir, "train.output_dir")
     cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
@@ -164,6 +166,15 @@ def _check_overrides(cfg: DictConfig, overrides: List[str]) -> None:
             raise ValueError(f"'{override}': a .py config is changed by path.key=value")
         if key[:1] not in ("+", "~") and OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
             raise KeyError(f"unknown config key '{key}'; +{key}=... adds a new one")
+
+
+def _locate_teacher(cfg: DictConfig, folder: str) -> None:
+    """Make a teacher file beside the config absolute: later code does not know where the config is."""
+    node = cfg.get("distiller") or {}
+    name = node.get("MODEL_DISTILLER_CONFIG", "")
+    if node.get("MODEL_LOAD_OFFICIAL", True) or not os.path.isfile(os.path.join(folder, name)):
+        return
+    node.MODEL_DISTILLER_CONFIG = os.path.join(folder, name)
 
 
 def _train_datasets(cfg: DictConfig) -> List[str]:

@@ -120,9 +120,10 @@ class RCNNView(DetectorView):
 def _padded(
     boxes: List[torch.Tensor], logits: List[torch.Tensor], deltas: List[torch.Tensor]
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """N images' rows, filled up with zeros to the longest, and which of them are there (N, R)."""
+    """N images' rows, filled up with zeros to the longest, at least one, and which are there."""
     counts = [len(per_image) for per_image in boxes]
-    full = torch.ones(len(boxes), max(counts), dtype=torch.bool, device=boxes[0].device)
+    full = torch.ones(len(boxes), max(1, *counts), dtype=torch.bool, device=boxes[0].device)
     for row, count in zip(full, counts):
         row[count:] = False
-    return (*(pad_sequence(part, batch_first=True) for part in (boxes, logits, deltas)), full)
+    one_more = [[*part, part[0].new_zeros(1, part[0].shape[1])] for part in (boxes, logits, deltas)]
+    return (*(pad_sequence(part, batch_first=True)[:-1] for part in one_more), full)

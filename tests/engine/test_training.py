@@ -36,9 +36,9 @@ def test_weight_zero_equals_baseline_bit_for_bit(job, optimizer):
     """Law 1, with an adapter in the distilled run's optimizer."""
     job.config.SOLVER.OPTIMIZER = optimizer
     job.config.SOLVER.CLIP_GRADIENTS.ENABLED = True
-    job.config.MODEL.DISTILLER.TYPES = ["FeatureMimic", "PKD"]
+    job.config.MODEL.DISTILLER.TYPES = ["FeatureMimic", "PKD", "GID"]
     job.config.MODEL.DISTILLER.FEATURE_MIMIC.IN_FEATURES = ["p2", "res3"]
-    for name in ("FEATURE_MIMIC", "PKD"):
+    for name in ("FEATURE_MIMIC", "PKD", "GID"):
         job.config.MODEL.DISTILLER[name].WEIGHT = 0.0
     baseline, distilled = job.folder / "baseline", job.folder / "distilled"
     job.run(distill=False, opts=["OUTPUT_DIR", baseline])

@@ -141,17 +141,30 @@ class GID(DistillLoss):
         return self.responds or self.settings.gi_mode != "gt"
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
-        super().bind(student, teacher)
+        try:
+            super().bind(student, teacher)
+        except KeyError as error:
+            raise KeyError(f"MODEL.DISTILLER.GID.IN_FEATURES: {error.args[0]}") from error
         if self.pools:
             _check_strides(self.pairs.strides)
         if not self.compares_heads:
             return
         self.capability = self._capability(student)
         for view in (student, teacher):
-            view.require(self.capability)
+            self._require_head(view)
         if self.capability != "rpn":
             require_same_classes(student, teacher, "GID")
         require_same_boxes(student, teacher, self.capability, "GID")
+
+    def _require_head(self, view: DetectorView) -> None:
+        try:
+            view.require(self.capability)
+        except TypeError as error:
+            raise TypeError(
+                f"MODEL.DISTILLER.GID.PREDICTIONS is {self.settings.predictions!r}: {error}. GID "
+                "compares the heads' outputs, so student and teacher must be of one kind; without heads "
+                "it works with GI_MODE gt, RESPONSE_CLS_WEIGHT 0.0 and RESPONSE_REG_WEIGHT 0.0"
+            ) from error
 
     def _capability(self, student: DetectorView) -> str:
         if self.settings.predictions != "auto":
@@ -287,7 +300,8 @@ def _check(s: Dict[str, Any]) -> None:
     _require(s, "gi_nms_thresh", 0 <= s["gi_nms_thresh"] <= 1, "0 to 1")
     _require(s, "adapter_kernel_size", s["adapter_kernel_size"] % 2 == 1, "an odd number")
     thresholds = list(s["iou_thresholds"])
-    holds = len(thresholds) == 2 and 0 <= thresholds[0] <= thresholds[1] <= 1
+    holds = len(thresholds) == 2 and all(isinstance(number, (int, float)) for number in thresholds)
+    holds = holds and 0 <= thresholds[0] <= thresholds[1] <= 1
     _require(s, "iou_thresholds", holds, "two numbers from 0 to 1, the lower one first")
     weights = ("feature_weight", "relation_weight", "response_cls_weight", "response_reg_weight")
     holds = any(s[name] > 0 for name in weights)
