@@ -298,7 +298,8 @@ def _check(s: Dict[str, Any]) -> None:
         if name.endswith(("_weight", "_beta", "gi_min_side")):
             _require(s, name, s[name] >= 0, "0 or more")
     _require(s, "gi_nms_thresh", 0 <= s["gi_nms_thresh"] <= 1, "0 to 1")
-    _require(s, "adapter_kernel_size", s["adapter_kernel_size"] % 2 == 1, "an odd number")
+    size = s["adapter_kernel_size"]
+    _require(s, "adapter_kernel_size", size > 0 and size % 2 == 1, "an odd number above 0")
     thresholds = list(s["iou_thresholds"])
     holds = len(thresholds) == 2 and all(isinstance(number, (int, float)) for number in thresholds)
     holds = holds and 0 <= thresholds[0] <= thresholds[1] <= 1

@@ -6,7 +6,6 @@ from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
-from fvcore.nn import giou_loss
 
 from ...views import Predictions
 from ...views.predictions import Decode
@@ -14,6 +13,7 @@ from ...views.predictions import Decode
 CLS_MODES = ("BCE", "L1", "L2")
 REG_MODES = ("L1", "L2", "BCE", "GIoU")
 
+_EPS = 1e-7
 RowLoss = Callable[..., torch.Tensor]
 
 
@@ -87,7 +87,7 @@ def _row_loss(mode: str, beta: float) -> RowLoss:
 
 def _giou_loss(decode: Decode) -> RowLoss:
     """(student's deltas (..., 4), teacher's, anchors) -> (...)."""
-    return lambda s, t, anchors: giou_loss(decode(s, anchors), decode(t, anchors))
+    return lambda s, t, anchors: _giou_distance(decode(s, anchors), decode(t, anchors))
 
 
 def _cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -103,3 +103,19 @@ def _masked_sum(loss: RowLoss, mask: torch.Tensor, *values: torch.Tensor) -> tor
     # Picked in the memory layout of a convolution's output, which the gradient then has as well.
     rows = (value.permute(0, 2, 3, 1)[image, anchor, :, position] for value in values)
     return loss(*rows).sum()
+
+
+def _giou_distance(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """1 - generalised IoU of boxes (..., 4) and others (..., 4), one by one (arXiv 1902.09630).
+
+    fvcore's picks the pairs that overlap, and so waits for the device.
+    """
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    left, top, right, bottom = others.unbind(-1)
+    width = (torch.minimum(x2, right) - torch.maximum(x1, left)).clamp(min=0)
+    height = (torch.minimum(y2, bottom) - torch.maximum(y1, top)).clamp(min=0)
+    intersection = width * height
+    union = (x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - intersection
+    hull_width = torch.maximum(x2, right) - torch.minimum(x1, left)
+    hull = hull_width * (torch.maximum(y2, bottom) - torch.minimum(y1, top))
+    return 1 - intersection / (union + _EPS) + (hull - union) / (hull + _EPS)

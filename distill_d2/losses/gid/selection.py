@@ -88,7 +88,7 @@ class GeneralInstanceSelection:
             boxes, self._usable(boxes, scores), self.nms_thresh, self.post_nms_topk
         )
         return GeneralInstances(
-            boxes=_at(boxes, picked),
+            boxes=torch.where(valid[..., None], _at(boxes, picked), 0.0),
             scores=scores.gather(1, picked),
             rows=rows.gather(1, picked),
             from_teacher=from_teacher.gather(1, picked),
@@ -169,6 +169,7 @@ def _boxes(
     """Decoded boxes (N, T, 4) of the given rows (N, T), each by the deltas of one detector."""
     theirs, ours = (_at(_own_deltas(p), rows) for p in (teacher, student))
     deltas = torch.where(from_teacher[..., None], theirs, ours)
+    deltas = deltas.masked_fill(deltas.isinf(), torch.nan)  # clamped or clipped, inf may give a box
     anchors = student.anchors.expand(len(rows), *student.anchors.shape[-2:])
     return student.decode(deltas, _at(anchors, rows))
 

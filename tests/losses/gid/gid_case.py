@@ -1,0 +1,585 @@
+"""A step of GID by the package and by the naive version, from equal maps, predictions and boxes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+import naive_gid as naive
+import numpy as np
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Boxes, Instances
+from map_views import view_of
+from torch import Tensor
+
+from distill_d2.losses.base import keyword_defaults
+from distill_d2.losses.gid import GID
+from distill_d2.views import Batch, DetectorView, Predictions
+from distill_d2.views.matching import match_by_iou
+from distill_d2.views.predictions import decoder_of
+
+TERMS = {
+    "loss_gid_feature": "feature_weight",
+    "loss_gid_relation": "relation_weight",
+    "loss_gid_response_cls": "response_cls_weight",
+    "loss_gid_response_reg": "response_reg_weight",
+}
+# Terms of one magnitude, and pooling that the naive version does in milliseconds.
+EVEN = {
+    **{"feature_weight": 1.0, "relation_weight": 1.0, "response_cls_weight": 1.0},
+    **{"response_reg_weight": 1.0, "pooler_resolution": 2},
+}
+OFF = dict.fromkeys(TERMS.values(), 0.0)
+RETINANET_MATCHER = ((0.4, 0.5), (0, -1, 1), True)
+BOX_HEAD_MATCHER = ((0.5,), (0, 1), False)
+
+
+def only(*names: str, **settings) -> Dict[str, float]:
+    """Settings that leave the terms of these short names: "feature", "relation", "cls", "reg"."""
+    wanted = {weight: 1.0 for weight in OFF if weight.split("_")[-2] in names}
+    return {**EVEN, **OFF, **wanted, **settings}
+
+
+def close(actual, expected, name="", precision=1e-5, floor=0.01):
+    """Equal to ``precision`` of the largest number there, or of ``floor`` where that is larger."""
+    actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))
+    assert actual.shape == expected.shape, name
+    assert actual.isfinite().all(), name
+    scale = max(float(expected.abs().max()) if expected.numel() else 0.0, floor)
+    torch.testing.assert_close(
+        actual, expected, atol=precision * scale, rtol=0, msg=lambda text: f"{name}: {text}"
+    )
+
+
+def random_boxes(random: np.random.Generator, count: int, size: Tuple[int, int], least=0.1) -> Tensor:
+    """(count, 4) boxes inside an image (height, width), of sides from ``least`` to 0.6 of its."""
+    corner = random.uniform(0, 0.4, (count, 2))
+    boxes = np.hstack([corner, corner + random.uniform(least, 0.6, (count, 2))])
+    return torch.tensor(boxes * np.tile(size[::-1], 2)).float().reshape(-1, 4)
+
+
+# ------------------------------------------------------------------------------------- a naive step
+
+
+@dataclass
+class Model:
+    """One detector's predictions: logits (N, R, K or K + 1), deltas (N, R, 4 or 4 K), centerness (N, R)
+    logits, and the maps by level name."""
+
+    logits: Tensor
+    deltas: Tensor
+    maps: Dict[str, Tensor]
+    centerness: Optional[Tensor] = None
+
+
+@dataclass
+class Rows:
+    """What the rows of N images are.
+
+    Attributes:
+        anchors: (N, R, 4); counts: how many of them each image has, the others only fill up.
+        background: whether probabilities are a softmax with background.
+        decode: (anchor, deltas) -> box, of the naive version.
+        label: (anchors, boxes) -> a label for each anchor of one image.
+    """
+
+    anchors: Tensor
+    counts: Sequence[int]
+    background: bool
+    decode: Callable
+    label: Callable[[List[list], List[list]], List[int]]
+
+
+def labels_by_iou(matcher) -> Callable[[List[list], List[list]], List[int]]:
+    return lambda anchors, boxes: [label for _, label in naive.match(anchors, boxes, *matcher)]
+
+
+def naive_instances(
+    teacher: Model, student: Model, rows: Rows, sizes, truth: List[Tensor], s: SimpleNamespace
+) -> List[List[naive.Instance]]:
+    if s.gi_mode.lower() == "gt":
+        return [[naive.Instance(box, 1.0, -1, False) for box in naive.numbers(gt)] for gt in truth]
+    names = ("score", "nms_thresh", "pre_nms_topk", "post_nms_topk", "min_side")
+    options = {name: getattr(s, f"gi_{name}") for name in names}
+    found = []
+    for image, size in enumerate(sizes):
+        both = [
+            _image_predictions(model, rows, image, s.gi_centerness) for model in (teacher, student)
+        ]
+        probabilities, boxes = zip(*both)
+        instances = naive.select_image(*probabilities, *boxes, size, **options)
+        found.append(_of_mode(instances, rows, image, truth[image], s))
+    return found
+
+
+def _image_predictions(model: Model, rows: Rows, image: int, centerness: bool):
+    """One image's probabilities and boxes."""
+    count = rows.counts[image]
+    logits, deltas = model.logits[image, :count], model.deltas[image, :count]
+    if rows.background:
+        probabilities = naive.softmax_probabilities(logits)
+    else:
+        factors = model.centerness[image] if centerness and model.centerness is not None else None
+        probabilities = naive.sigmoid_probabilities(logits, factors)
+    deltas = naive.deltas_of_classes(deltas, [naive.highest_class(p) for p in probabilities])
+    return probabilities, naive.decode_rows(rows.anchors[image, :count], deltas, rows.decode)
+
+
+def _of_mode(instances, rows: Rows, image: int, truth: Tensor, s: SimpleNamespace):
+    if s.gi_mode.lower() == "all":
+        return instances
+    kinds = naive_categories(instances, rows, image, truth, s.iou_thresholds)
+    return [instance for instance, kind in zip(instances, kinds) if kind == s.gi_mode.lower()]
+
+
+def naive_categories(instances, rows: Rows, image: int, truth: Tensor, thresholds) -> List[str]:
+    boxes = naive.numbers(truth)
+    labels = rows.label(naive.numbers(rows.anchors[image, : rows.counts[image]]), boxes)
+    return [
+        naive.category(i.box, 0 if labels[i.row] == 1 else -1, boxes, 1, thresholds) for i in instances
+    ]
+
+
+def naive_masks(instances, rows: Rows, truth: List[Tensor], s: SimpleNamespace):
+    """Of each image, for the classification and for the box term."""
+    cls_masks, reg_masks = [], []
+    for image, boxes in enumerate(naive.boxes_of(instances)):
+        anchors = naive.numbers(rows.anchors[image, : rows.counts[image]])
+        if s.response_mask == "inside":
+            mask = naive.inside_mask(anchors, boxes)
+        else:
+            labels = rows.label(anchors, boxes) if boxes else [0] * len(anchors)
+            mask = [label == 1 for label in labels]
+        cls_masks.append(mask)
+        if s.response_reg_mask == "gi_pos":
+            truly = rows.label(anchors, naive.numbers(truth[image]))
+            mask = [flag and label == 1 for flag, label in zip(mask, truly)]
+        reg_masks.append(mask)
+    return cls_masks, reg_masks
+
+
+def naive_step(
+    teacher: Model,
+    student: Model,
+    rows: Optional[Rows],
+    sizes: Sequence[Tuple[int, int]],
+    truth: List[Tensor],
+    strides: Dict[str, int],
+    settings: Dict,
+    adapter: Callable[[Dict[str, Tensor]], Dict[str, Tensor]] = lambda maps: maps,
+) -> Tuple[Dict[str, Tensor], Model]:
+    """The weighted terms, after their backward, and the student's inputs as float64 leaves."""
+    s = SimpleNamespace(**{**keyword_defaults(GID), **settings})
+    instances = naive_instances(teacher, student, rows, sizes, truth, s)
+    leaf = lambda x: None if x is None else x.detach().double().requires_grad_()  # noqa: E731
+    leaves = Model(
+        leaf(student.logits), leaf(student.deltas), {n: leaf(x) for n, x in student.maps.items()}
+    )
+    terms = {}
+    if s.feature_weight or s.relation_weight:
+        terms.update(_naive_features(teacher, adapter(leaves.maps), instances, strides, s))
+    if s.response_cls_weight or s.response_reg_weight:
+        terms.update(_naive_responses(teacher, leaves, instances, rows, truth, s))
+    terms = {n: getattr(s, TERMS[n]) * term for n, term in terms.items() if getattr(s, TERMS[n])}
+    total = sum(terms.values())
+    if total.requires_grad:
+        total.backward()
+    return terms, leaves
+
+
+def _naive_features(teacher: Model, ours: Dict[str, Tensor], instances, strides, s: SimpleNamespace):
+    names = sorted(strides, key=strides.get)
+    theirs, ours = (
+        naive.pool(
+            [maps[name].double() for name in names],
+            [strides[name] for name in names],
+            naive.boxes_of(instances),
+            s.pooler_resolution,
+            s.pooler_sampling_ratio,
+        )
+        for maps in (teacher.maps, ours)
+    )
+    images = [image for image, found in enumerate(instances) for _ in found]
+    mode, beta = s.feature_mode, s.feature_smooth_l1_beta
+    scope = s.relation_scope
+    relation = naive.relation_loss(theirs, ours, images, s.relation_smooth_l1_beta, scope)
+    return {
+        "loss_gid_feature": naive.feature_loss(theirs, ours, mode, beta),
+        "loss_gid_relation": relation,
+    }
+
+
+def _naive_responses(teacher: Model, student: Model, instances, rows: Rows, truth, s: SimpleNamespace):
+    cls_masks, reg_masks = naive_masks(instances, rows, truth, s)
+    mode = "CE" if rows.background and s.response_cls_mode == "BCE" else s.response_cls_mode
+    beta = s.response_cls_smooth_l1_beta
+    logits = teacher.logits.double(), student.logits
+    deltas = _compared_deltas(teacher, student, rows)
+    if s.response_reg_mode == "GIoU":
+        anchors = rows.anchors.double()
+        reg = naive.response_giou_loss(*deltas, reg_masks, anchors, rows.decode)
+    else:
+        modes = s.response_reg_mode, s.response_reg_smooth_l1_beta
+        reg = naive.response_loss(*deltas, reg_masks, *modes)
+    return {
+        "loss_gid_response_cls": naive.response_loss(*logits, cls_masks, mode, beta),
+        "loss_gid_response_reg": reg,
+    }
+
+
+def _compared_deltas(teacher: Model, student: Model, rows: Rows) -> List[Tensor]:
+    """Of the teacher's highest foreground class."""
+    foreground = teacher.logits[..., :-1] if rows.background else teacher.logits
+    classes = [[naive.highest_class(row) for row in naive.numbers(image)] for image in foreground]
+    return [
+        torch.stack([naive.deltas_of_classes(d, c) for d, c in zip(model.deltas.double(), classes)])
+        for model in (teacher, student)
+    ]
+
+
+# --------------------------------------------------------------------------------------- random steps
+
+
+class HeadsView(DetectorView):
+    """A view of given maps and predictions, called dense, rpn and box_head."""
+
+    offers = ("dense", "rpn", "box_head")
+    predictions: Callable[[], Predictions]
+    classes = 3
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes
+
+    def dense(self) -> Predictions:
+        return self.predictions()
+
+    rpn = dense
+
+    def box_head(self, proposals=None) -> Predictions:
+        assert (proposals is None) == (self.role == "student")
+        return self.predictions()
+
+    def sampled_proposals(self) -> List[Boxes]:
+        return []
+
+    def sample_boxes(self, capability: str):
+        predictions = self.predictions()
+        anchors = predictions.anchors[..., :2, :]
+        return anchors, predictions.decode(torch.full_like(anchors, 0.1), anchors)
+
+
+def heads_view(maps: Dict[str, Tensor], role: str, predictions: Callable[[], Predictions]) -> HeadsView:
+    view = HeadsView(view_of(maps, role).model, role)
+    view.predictions = predictions
+    view.taps.recording = True
+    view.model.backbone(None)
+    return view
+
+
+class Case:
+    """Random maps, predictions and ground truth of a batch, and a GID bound to them.
+
+    Attributes:
+        teacher, student: the inputs; the student's are leaves.
+        rows: what the naive version needs besides.
+        loss: the package's.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        objects: Sequence[int] = (2, 1),
+        sizes: Sequence[Tuple[int, int]] = ((60, 90), (64, 80), (50, 96)),
+        padded: Tuple[int, int] = (64, 96),
+        strides: Sequence[int] = (8, 16, 32),
+        classes: int = 3,
+        channels: Tuple[int, int] = (4, 4),
+        centerness: bool = False,
+        ltrb: bool = False,
+        proposals: Sequence[int] = (),
+        class_specific: bool = False,
+        **settings,
+    ):
+        """
+        Args:
+            objects: how many each image has.
+            channels: of the student's and the teacher's maps.
+            ltrb: boxes are distances to their sides, as FCOS's.
+            proposals: of each image, as a box head's; () for two anchors per position of all levels.
+            settings: arguments of the loss, other than EVEN.
+        """
+        random = np.random.default_rng(seed)
+        self.classes, self.strides = classes, {f"p{int(np.log2(s))}": s for s in strides}
+        self.sizes, self.padded = list(sizes[: len(objects)]), padded
+        self.truth = [random_boxes(random, n, z) for n, z in zip(objects, self.sizes)]
+        self.settings = {**EVEN, **settings}
+        self.level_positions = [] if proposals else [_grid(padded, s) for s in strides]
+        self.rows = self._rows(random, ltrb, proposals)
+        shape = self.rows.anchors.shape[:2]
+        tensor = lambda *shape, scale=1.0: torch.tensor(  # noqa: E731
+            random.normal(0, scale, shape).astype(np.float32)
+        )
+        columns = classes + bool(proposals)
+        base = tensor(*shape, columns, scale=1.5) - 1.0
+        models = []
+        for count in channels:
+            models.append(
+                Model(
+                    base + tensor(*shape, columns, scale=0.7),
+                    tensor(*shape, 4 * classes if class_specific else 4, scale=0.2) + 0.4 * ltrb,
+                    {
+                        name: tensor(shape[0], count, *_grid(padded, s))
+                        for name, s in self.strides.items()
+                    },
+                    tensor(*shape) if centerness else None,
+                )
+            )
+        self.student, self.teacher = models
+        if proposals:
+            predictions = "box_head"
+            self.settings = {"predictions": predictions, **self.settings}
+        self.transform = Box2BoxTransformLinear(True) if ltrb else Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
+        for leaf in self.leaves().values():
+            leaf.requires_grad_()
+        self.loss = GID(**self.settings)
+        self.loss.bind(*self.views())
+
+    def _rows(self, random, ltrb: bool, proposals: Sequence[int]) -> Rows:
+        decode = naive.decode_ltrb if ltrb else naive.decode_deltas
+        label = labels_by_iou(BOX_HEAD_MATCHER if proposals else RETINANET_MATCHER)
+        images = len(self.sizes)
+        if not proposals:
+            anchors = torch.cat([_anchors(self.padded, s) for s in self.strides.values()])
+            anchors = anchors.expand(images, *anchors.shape)
+            return Rows(anchors, [anchors.shape[1]] * images, False, decode, label)
+        boxes = []
+        for count, size, truth in zip(proposals, self.sizes, self.truth):
+            near = truth.repeat_interleave(2, dim=0)[:count]
+            near = near + torch.tensor(random.normal(0, 3, near.shape)).float().clamp(-4, 4)
+            boxes.append(torch.cat([near, random_boxes(random, count - len(near), size, least=0.2)]))
+        anchors = torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True)
+        return Rows(anchors, list(proposals), True, decode, label)
+
+    def leaves(self) -> Dict[str, Tensor]:
+        return {"logits": self.student.logits, "deltas": self.student.deltas, **self.student.maps}
+
+    # The package's version.
+
+    def batch(self) -> Batch:
+        inputs = []
+        for boxes, size in zip(self.truth, self.sizes):
+            instances = Instances(size)
+            instances.gt_boxes = Boxes(boxes)
+            instances.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
+            inputs.append({"image": torch.empty(3, *size), "instances": instances})
+        return Batch(inputs, self.padded, iteration=0, max_iter=1)
+
+    def predictions(self, model: Model) -> Predictions:
+        anchors, counts, valid = self.rows.anchors, self.rows.counts, None
+        matcher = Matcher([0.4, 0.5], [0, -1, 1], True)
+        if self.rows.background:
+            matcher = Matcher([0.5], [0, 1], False)
+            valid = torch.arange(anchors.shape[1]) < torch.tensor(counts)[:, None]
+        else:
+            anchors = anchors[0]
+        centerness = [] if model.centerness is None else self._levels(model.centerness[..., None])
+        return Predictions(
+            logit_levels=self._levels(model.logits),
+            delta_levels=self._levels(model.deltas),
+            anchors=anchors,
+            decode=decoder_of(self.transform),
+            match=lambda boxes, kept: match_by_iou(matcher, boxes, kept, anchors),
+            centerness_levels=centerness,
+            background=self.rows.background,
+            valid=valid,
+        )
+
+    def _levels(self, values: Tensor) -> List[Tensor]:
+        """(N, R, X) to (N, P, A, X) of each level."""
+        if self.rows.background:
+            return [values.unsqueeze(2)]
+        rows = [2 * height * width for height, width in self.level_positions]
+        return [part.unflatten(1, (-1, 2)) for part in values.split(rows, dim=1)]
+
+    def views(self) -> Tuple[HeadsView, HeadsView]:
+        views = []
+        for role, model in (("student", self.student), ("teacher", self.teacher)):
+            views.append(heads_view(model.maps, role, functools.partial(self.predictions, model)))
+        for view in views:
+            view.classes = self.classes
+        return views[0], views[1]
+
+    def forward(self) -> Dict[str, Tensor]:
+        return self.loss(*self.views(), self.batch())
+
+    def step(self) -> Dict[str, Tensor]:
+        """Forward and backward from fresh gradients; the terms."""
+        for tensor in [*self.leaves().values(), *self.loss.parameters()]:
+            tensor.grad = None
+        terms = self.forward()
+        sum(terms.values()).backward()
+        return terms
+
+    def instances(self):
+        """The package's selection."""
+        heads = self.predictions(self.student), self.predictions(self.teacher)
+        return self.loss.instances(heads, self.batch())
+
+    # The naive version.
+
+    def naive_instances(self) -> List[List[naive.Instance]]:
+        s = SimpleNamespace(**{**keyword_defaults(GID), **self.settings})
+        return naive_instances(self.teacher, self.student, self.rows, self.sizes, self.truth, s)
+
+    def naive(self):
+        """Terms by name, and the student's inputs with their gradients."""
+        inputs = self.teacher, self.student, self.rows, self.sizes, self.truth, self.strides
+        return naive_step(*inputs, self.settings, self._adapted)
+
+    def _adapted(self, maps: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        if not self.loss.pairs.adapters:
+            return maps
+        self.adapters = {
+            name: [p.detach().double().requires_grad_() for p in (adapter.weight, adapter.bias)]
+            for name, adapter in self.loss.pairs.adapters.items()
+        }
+        of_level = [self.adapters.get(name) or self.adapters["shared"] for name in maps]
+        return dict(zip(maps, naive.adapt(list(maps.values()), *zip(*of_level))))
+
+    def compare(self) -> Dict[str, Tensor]:
+        """All terms and gradients with the naive version's; the terms."""
+        terms = self.step()
+        expected, leaves = self.naive()
+        compare_terms(terms, expected)
+        gradients = {"logits": leaves.logits.grad, "deltas": leaves.deltas.grad}
+        gradients.update({name: level.grad for name, level in leaves.maps.items()})
+        for name, leaf in self.leaves().items():
+            close(or_zero(leaf), or_zero(leaf, gradients[name]), name)
+        for name, parameters in (self.adapters if expected and self._has_adapters() else {}).items():
+            for ours, theirs in zip(self.loss.pairs.adapters[name].parameters(), parameters):
+                close(ours.grad, or_zero(theirs), name)
+        return terms
+
+    def _has_adapters(self) -> bool:
+        return self.loss.pools and bool(self.loss.pairs.adapters)
+
+
+def or_zero(leaf: Tensor, *gradient: Optional[Tensor]) -> Tensor:
+    """The gradient of a leaf, or the given one; zeros for None."""
+    (found,) = gradient or (leaf.grad,)
+    return torch.zeros_like(leaf) if found is None else found
+
+
+def compare_terms(terms: Dict[str, Tensor], expected: Dict[str, Tensor]) -> None:
+    assert terms.keys() == expected.keys()
+    for name, term in terms.items():
+        assert term.dtype == torch.float32 and term.shape == (), name
+        close(term, expected[name], name)
+
+
+def permuted_images(case: Case, order: Sequence[int]) -> Case:
+    """The same case with its images in another order."""
+    other = Case.__new__(Case)
+    other.__dict__.update(case.__dict__)
+    order = list(order)
+    other.truth, other.sizes = ([part[i] for i in order] for part in (case.truth, case.sizes))
+    other.rows = replace(
+        case.rows, anchors=case.rows.anchors[order], counts=[case.rows.counts[i] for i in order]
+    )
+    other.student, other.teacher = (_permuted(model, order) for model in (case.student, case.teacher))
+    for leaf in other.leaves().values():
+        leaf.requires_grad_()
+    return other
+
+
+def _permuted(model: Model, order: List[int]) -> Model:
+    centerness = None if model.centerness is None else model.centerness[order]
+    maps = {name: level.detach()[order] for name, level in model.maps.items()}
+    return Model(model.logits.detach()[order], model.deltas.detach()[order], maps, centerness)
+
+
+def _grid(padded: Tuple[int, int], stride: int) -> Tuple[int, int]:
+    return -(-padded[0] // stride), -(-padded[1] // stride)
+
+
+def _anchors(padded: Tuple[int, int], stride: int) -> Tensor:
+    """Two per position, (y, x, anchor): a wide and a high one."""
+    height, width = _grid(padded, stride)
+    boxes = []
+    for y in range(height):
+        for x in range(width):
+            cx, cy = (x + 0.5) * stride, (y + 0.5) * stride
+            for w, h in ((1.7, 1.2), (1.1, 1.6)):
+                boxes.append([cx - w * stride, cy - h * stride, cx + w * stride, cy + h * stride])
+    return torch.tensor(boxes)
+
+
+def plain_predictions(
+    logits: Sequence, boxes: Sequence, *, background: bool = False, **others
+) -> Predictions:
+    """One image's rows with these logits (R, K) and boxes (R, 4): anchors are boxes, decoding adds."""
+    logits, boxes = torch.tensor(logits).float(), torch.tensor(boxes).float()
+    return Predictions(
+        logit_levels=[logits[None, :, None]],
+        delta_levels=[boxes[None, :, None]],
+        anchors=torch.zeros(len(boxes), 4),
+        decode=lambda deltas, anchors: anchors + deltas,
+        match=refuse,
+        background=background,
+        **others,
+    )
+
+
+def refuse(*_, **__):
+    raise AssertionError("this is not needed")
+
+
+def pad_instances(instances: List[List[naive.Instance]], slots: int):
+    """Boxes (N, slots, 4) and valid (N, slots) of lists of instances."""
+    boxes = torch.zeros(len(instances), slots, 4)
+    valid = torch.zeros(len(instances), slots, dtype=torch.bool)
+    for image, found in enumerate(instances):
+        for slot, instance in enumerate(found):
+            boxes[image, slot] = torch.tensor([float(side) for side in instance.box])
+            valid[image, slot] = True
+    return boxes, valid
+
+
+def dense_rows(outputs: Sequence[Tensor], length: int) -> Tensor:
+    """A head's levels (N, A length, H, W) as (N, R, length), in the order (level, y, x, anchor)."""
+    rows = []
+    for output in outputs:
+        images, _, height, width = output.shape
+        rows.append(
+            output.view(images, -1, length, height, width)
+            .permute(0, 3, 4, 1, 2)
+            .reshape(images, -1, length)
+        )
+    return torch.cat(rows, dim=1)
+
+
+def fcos_labels(strides: Sequence[int], counts: Sequence[int], radius: float) -> Callable:
+    """FCOS's own assignment: 1 for points near the middle of a box whose size is of their level."""
+    of_row = [level for level, count in enumerate(counts) for _ in range(count)]
+
+    def label(anchors: List[list], boxes: List[list]) -> List[int]:
+        labels = []
+        for (x0, y0, x1, y1), level in zip(anchors, of_row):
+            x, y, stride = (x0 + x1) / 2, (y0 + y1) / 2, strides[level]
+            low = 0 if level == 0 else 4 * stride
+            high = float("inf") if level == len(strides) - 1 else 8 * stride
+            near = []
+            for box in boxes:
+                off = max(abs(x - (box[0] + box[2]) / 2), abs(y - (box[1] + box[3]) / 2))
+                sides = x - box[0], y - box[1], box[2] - x, box[3] - y
+                near.append(off < radius * stride and min(sides) > 0 and low < max(sides) < high)
+            labels.append(int(any(near)))
+        return labels
+
+    return label

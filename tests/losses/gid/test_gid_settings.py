@@ -1,0 +1,144 @@
+"""What GID refuses: values that cannot be, and detectors that it cannot compare."""
+
+import pytest
+from detectron2.modeling import build_model
+from gid_case import EVEN, OFF, only
+from tiny import tiny_config, tiny_detector
+
+from distill_d2.losses.gid import GID
+from distill_d2.views import build_view
+
+# Values
+
+WRONG = [
+    *(("predictions", "rcnn"), ("gi_mode", "positive"), ("gi_score", "max"), ("feature_mode", "GIoU")),
+    *(("relation_scope", "all"), ("response_mask", "gt"), ("response_cls_mode", "GIoU")),
+    *(("response_reg_mode", "norm"), ("response_reg_mask", "pos")),
+    *(("gi_pre_nms_topk", 0), ("gi_post_nms_topk", 0), ("pooler_resolution", 0)),
+    *(("pooler_sampling_ratio", 0), ("pooler_sampling_ratio", -1), ("gi_min_side", -1.0)),
+    *((weight, -0.1) for weight in OFF),
+    *((f"{part}_smooth_l1_beta", -0.1) for part in ("feature", "relation")),
+    *((f"response_{part}_smooth_l1_beta", -0.1) for part in ("cls", "reg")),
+    *(("gi_nms_thresh", -0.1), ("gi_nms_thresh", 1.1)),
+    *(("adapter_kernel_size", size) for size in (0, 2, -1)),
+    *(("iou_thresholds", v) for v in ((0.5, 0.4), (0.4,), (0.4, 0.5, 0.6), (-0.1, 0.5), (0.4, 1.1))),
+]
+
+
+@pytest.mark.parametrize("name, value", WRONG, ids=str)
+def test_wrong_value_is_named(name, value):
+    with pytest.raises(ValueError) as error:
+        GID(**{name: value})
+    message = f"MODEL.DISTILLER.GID.{name.upper()} is {value!r}; expected "
+    assert str(error.value).startswith(message) and len(str(error.value)) > len(message)
+
+
+def test_some_weight_must_be_above_zero():
+    with pytest.raises(ValueError, match="MODEL.DISTILLER.GID.FEATURE_WEIGHT is 0.0; .* above 0"):
+        GID(**OFF)
+
+
+@pytest.mark.parametrize("name", ["weight", "warmup_iters"])
+def test_wrong_schedule(name):
+    with pytest.raises(ValueError, match=f"MODEL.DISTILLER.GID: expected .*{name.upper()} >= 0"):
+        GID(**{name: -1})
+
+
+EXTREMES = [
+    *({"gi_nms_thresh": 0.0}, {"gi_nms_thresh": 1.0}, {"gi_min_side": 0.0}, {"gi_post_nms_topk": 1}),
+    *({"iou_thresholds": [0.0, 1.0]}, {"iou_thresholds": [0.5, 0.5]}, {"adapter_kernel_size": 1}),
+    *({**OFF, weight: 1e-9} for weight in OFF),
+]
+
+
+@pytest.mark.parametrize("settings", EXTREMES, ids=str)
+def test_extreme_values_are_allowed(settings):
+    GID(**settings)
+
+
+# Detectors
+
+
+def bind(student, teacher, **settings):
+    GID(**settings).bind(build_view(student, "student"), build_view(teacher, "teacher"))
+
+
+def with_classes(family, count):
+    cfg = tiny_config(family)
+    cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
+    return build_model(cfg)
+
+
+@pytest.mark.parametrize("family", ["retinanet", "faster"])
+def test_different_classes(family):
+    student, teacher = tiny_detector(family), with_classes(family, 5)
+    with pytest.raises(ValueError, match="GID .* the student has 3 classes and the teacher 5"):
+        bind(student, teacher)
+    bind(student, teacher, gi_mode="gt", **only("feature", "relation"))
+
+
+def test_classes_do_not_matter_to_the_rpn():
+    bind(tiny_detector("faster"), with_classes("faster", 5), predictions="rpn")
+
+
+@pytest.mark.parametrize("family, predictions", [("retinanet", "dense"), ("faster", "rpn")])
+def test_different_anchors(family, predictions):
+    cfg = tiny_config(family)
+    sizes = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[2 * size for size in of_level] for of_level in sizes]
+    student, teacher = tiny_detector(family), build_model(cfg)
+    with pytest.raises(ValueError, match=f"GID .* the {predictions} predictions .* anchors differ"):
+        bind(student, teacher, predictions=predictions)
+    bind(student, teacher, gi_mode="gt", **only("feature"))
+
+
+@pytest.mark.parametrize(
+    "node, family, predictions",
+    [
+        ("RPN", "faster", "rpn"),
+        ("ROI_BOX_HEAD", "faster", "box_head"),
+        ("RETINANET", "retinanet", "dense"),
+    ],
+)
+def test_different_box_parametrisation(node, family, predictions):
+    cfg = tiny_config(family)
+    cfg.MODEL[node].BBOX_REG_WEIGHTS = (2.0, 2.0, 3.0, 3.0)
+    with pytest.raises(ValueError, match=f"the {predictions} predictions .* box parametrisation differ"):
+        bind(tiny_detector(family), build_model(cfg), predictions=predictions)
+
+
+@pytest.mark.parametrize("names", [("p2", "p4"), ("p2", "p3", "res3"), ("p2", "res2")], ids=str)
+def test_strides_that_do_not_double(names):
+    with pytest.raises(ValueError, match="MODEL.DISTILLER.GID.IN_FEATURES: the levels have strides"):
+        bind(tiny_detector(), tiny_detector(), in_features=names)
+
+
+UNLIKE = [
+    ("retinanet", "faster", "auto", "the teacher is a GeneralizedRCNN, which has no dense"),
+    ("faster", "retinanet", "auto", "the teacher is a RetinaNet, which has no box_head"),
+    ("faster", "retinanet", "rpn", "the teacher is a RetinaNet, which has no rpn"),
+    ("faster", "mask", "dense", "the student is a GeneralizedRCNN, which has no dense"),
+    ("fcos", "fcos", "box_head", "the student is a FCOS, which has no box_head"),
+    ("retinanet", "retinanet", "rpn", "the student is a RetinaNet, which has no rpn"),
+]
+
+
+@pytest.mark.parametrize("student, teacher, predictions, message", UNLIKE)
+def test_detectors_without_such_predictions(student, teacher, predictions, message):
+    with pytest.raises(TypeError, match=message):
+        bind(tiny_detector(student), tiny_detector(teacher), predictions=predictions)
+
+
+@pytest.mark.parametrize(
+    "family, predictions, capability",
+    [
+        *(("retinanet", "auto", "dense"), ("fcos", "auto", "dense"), ("fcos", "dense", "dense")),
+        *(("faster", "auto", "box_head"), ("mask", "auto", "box_head"), ("faster", "rpn", "rpn")),
+    ],
+)
+def test_what_is_compared(family, predictions, capability):
+    views = [build_view(tiny_detector(family), role) for role in ("student", "teacher")]
+    loss = GID(predictions=predictions, **EVEN)
+    loss.bind(*views)
+    assert loss.capability == capability
+    assert all(view.required == {capability} for view in views)
