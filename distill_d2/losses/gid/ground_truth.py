@@ -57,7 +57,7 @@ def categories(
     boxes, there = padded_ground_truth(batch)
     low, high = thresholds
     positive = student.match(boxes, there).gather(1, instances.rows) == 1
-    covered = torch.where(there[:, None], batched_ioa(instances.boxes, boxes), 0.0).amax(dim=-1)
+    covered = batched_ioa(instances.boxes, boxes).amax(dim=-1)  # boxes that fill up cover nothing
     kinds = {
         "pos": positive,
         "semi_pos": ~positive & (covered >= high),
