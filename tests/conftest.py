@@ -22,7 +22,9 @@ def _one_thread_one_seed(monkeypatch, tmp_path):
     """Equal results on every machine; generated data never lands in the checkout."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    logging.getLogger("distill_d2").propagate = True  # for caplog; a job's logging turns it off
+    # For caplog; a job's logging, or the benchmark's, turns these off.
+    logging.getLogger("distill_d2").propagate = True
+    logging.getLogger("distill_d2").setLevel(logging.DEBUG)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
 
 

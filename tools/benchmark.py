@@ -877,8 +877,10 @@ def summarise(
     ``compared``."""
     times = {name: [getattr(s, clock) for s in samples] for name, samples in rounds.items()}
     floor = [a + b for a, b in zip(times[STUDENT], times[PART])]
+    whole = [a + b for a, b in zip(times[STUDENT], times[WHOLE])]
     ratios = {
         f"{DISTILLED} / ({STUDENT} + {PART})": paired(times[DISTILLED], floor),
+        f"{DISTILLED} / ({STUDENT} + {WHOLE})": paired(times[DISTILLED], whole),
         f"{PREPARED} / {PART}": paired(times[PREPARED], times[PART]),
     }
     for above, below in compared:

@@ -4,6 +4,7 @@ distilled, side by side, and print them.
 
     tools/demo.py [--seed 1] [--methods pkd mimic icd gid] [--output output/demo] [--num-gpus 1]
 
+The methods gid-feature, gid-relation and gid-response are single parts of GID.
 Takes minutes on two CPU cores. Everything it runs is an ordinary command line, printed first; each
 run's log, checkpoints and metrics are in OUTPUT/teacher, OUTPUT/student and OUTPUT/<method>.
 """

@@ -1,7 +1,7 @@
 """GID of RetinaNets as its formulas read, made of what detectron2 has: what the loss is compared to.
 
 Images are looped over, all boxes of both detectors decoded, all scores sorted, and features pooled once
-for each term that uses them. As in its authors' code, labels are assigned for the teacher as well.
+for each term that uses them, as in its authors' code.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ def plain_gid(loss: Any) -> Tuple[Callable, Tensors]:
         our_maps = loss.pairs.of_student(student, sizes)
         t_logits, t_deltas, t_boxes = read_head(teacher, their_outputs)
         s_logits, s_deltas, s_boxes = read_head(student, student.tap("head"))
-        teacher.model.label_anchors(anchors_of(teacher), batch.instances)  # nobody reads the result
         boxes = [
             select(*image, s)
             for image in zip(t_logits, s_logits, t_boxes, s_boxes, batch.image_sizes)
@@ -75,7 +74,7 @@ def plain_gid(loss: Any) -> Tuple[Callable, Tensors]:
 
 
 def check_modes(loss: Any) -> None:
-    settings = {**vars(loss.settings), "predictions": getattr(loss, "capability", "dense")}
+    settings = {**vars(loss.settings), "predictions": loss.capability or "dense"}
     wrong = {
         name: f"expected {mode!r}"
         for name, mode in {"predictions": "dense", **MODES}.items()

@@ -14,7 +14,7 @@ The method replaces MODEL.DISTILLER.TYPES; its settings are the config's. MODEL.
 of the student; parameters of the loss (ICD's decoder, adapters) come from the same file, or, where it
 has none, from MODEL.DISTILLER.PRELOAD_TEACHER. Each image is a batch of its own, with the size of the
 evaluation and without augmentation. One file per image: OUTPUT/<image>_<method>.png. How a method is
-drawn is one file in tools/visualize/.
+drawn is one file in tools/visualize/. Configs are yaml: LazyConfigs, hence FCOS, cannot be drawn yet.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def prepare(args: argparse.Namespace) -> Job:
     check_datasets(cfg, train=False)
     items = load_items(cfg, args.images)
     distiller = build_distiller(cfg)
-    random = not load_weights(distiller, method.loss, cfg.MODEL.WEIGHTS)
+    random = not load_weights(distiller, method, cfg.MODEL.WEIGHTS)
     return Job(
         method=method,
         distiller=distiller,
@@ -196,11 +196,11 @@ def build_distiller(cfg: CfgNode) -> Distiller:
     return distiller
 
 
-def load_weights(distiller: Distiller, name: str, path: str) -> bool:
-    """Load a student's checkpoint, and the parameters of the loss ``name``.
+def load_weights(distiller: Distiller, method: Method, path: str) -> bool:
+    """Load a student's checkpoint, and the parameters of the method's loss.
 
     Returns:
-        False: the loss has parameters, and they are random.
+        False: what is drawn depends on parameters, and they are random.
 
     Raises:
         OSError, ValueError: it cannot be read, does not fill the student, or does not fit the loss.
@@ -210,8 +210,9 @@ def load_weights(distiller: Distiller, name: str, path: str) -> bool:
         rest = load_student(distiller, path)
     else:
         logger.warning("MODEL.WEIGHTS is empty: the student is drawn untrained")
-    loss, prefix = distiller.losses[name], f"{name}."
-    if not loss.state_dict():
+    name, prefix = method.loss, f"{method.loss}."
+    loss = distiller.losses[name]
+    if not loss.state_dict() or not method.shows_parameters:
         return True
     entries = rest.get("distiller", {})
     state = {key[len(prefix) :]: v for key, v in entries.items() if key.startswith(prefix)}

@@ -31,7 +31,7 @@ from ..config import add_distill_config
 from ..data import box_statistics, register_shapes
 from ..distiller import Distiller, node_arguments
 from .optimizer import trained_with_student
-from .setup import check_length, check_output_dir, choose_device
+from .setup import check_length, check_output_dir, choose_device, config_keys, file_in
 from .trainer import DistillTrainer, autocast_dtype
 
 
@@ -160,10 +160,14 @@ class LazyDistillTrainer(DistillTrainer):
 
 
 def _check_overrides(cfg: DictConfig, overrides: List[str]) -> None:
+    # A key of MODEL.DISTILLER that the file leaves at its default is known, too.
+    known = config_keys(_distiller_node({}), "distiller.") if "distiller" in cfg else []
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
             raise ValueError(f"'{override}': a .py config is changed by path.key=value")
+        if key in known:
+            continue
         if key[:1] not in ("+", "~") and OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
             raise KeyError(f"unknown config key '{key}'; +{key}=... adds a new one")
 
@@ -171,10 +175,8 @@ def _check_overrides(cfg: DictConfig, overrides: List[str]) -> None:
 def _locate_teacher(cfg: DictConfig, folder: str) -> None:
     """Make a teacher file beside the config absolute: later code does not know where the config is."""
     node = cfg.get("distiller") or {}
-    name = node.get("MODEL_DISTILLER_CONFIG", "")
-    if node.get("MODEL_LOAD_OFFICIAL", True) or not os.path.isfile(os.path.join(folder, name)):
-        return
-    node.MODEL_DISTILLER_CONFIG = os.path.join(folder, name)
+    if "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
+        node.MODEL_DISTILLER_CONFIG = file_in([folder], node.MODEL_DISTILLER_CONFIG)
 
 
 def _train_datasets(cfg: DictConfig) -> List[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from typing import Any, List, Optional
+from typing import Any, Iterable, List, Optional
 
 import torch
 import yaml
@@ -90,7 +90,7 @@ def _with_distiller(cfg: CfgNode) -> CfgNode:
 def _merge_opts(cfg: CfgNode, opts: List[str]) -> None:
     if len(opts) % 2:
         raise ValueError(f"the command line's KEY VALUE pairs are incomplete: {opts}")
-    known = set(_keys(cfg))
+    known = set(config_keys(cfg))
     unknown = [key for key in opts[::2] if key not in known]
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=3)
@@ -98,12 +98,13 @@ def _merge_opts(cfg: CfgNode, opts: List[str]) -> None:
     cfg.merge_from_list(opts)
 
 
-def _keys(node: CfgNode, prefix: str = "") -> List[str]:
+def config_keys(node: CfgNode, prefix: str = "") -> List[str]:
+    """The dotted names of all keys of a node, each after ``prefix``."""
     keys = []
     for name, value in node.items():
         keys.append(prefix + name)
         if isinstance(value, CfgNode):
-            keys += _keys(value, f"{prefix}{name}.")
+            keys += config_keys(value, f"{prefix}{name}.")
     return keys
 
 
@@ -112,11 +113,14 @@ def _locate_teacher(cfg: CfgNode, config_files: List[str]) -> None:
     node = cfg.MODEL.DISTILLER
     if node.MODEL_LOAD_OFFICIAL or not node.MODEL_DISTILLER_CONFIG:
         return
-    for folder in (folder for file in config_files for folder in _config_folders(file)):
-        path = os.path.join(folder, node.MODEL_DISTILLER_CONFIG)
-        if os.path.isfile(path):
-            node.MODEL_DISTILLER_CONFIG = os.path.abspath(path)
-            return
+    folders = [folder for file in config_files for folder in _config_folders(file)]
+    node.MODEL_DISTILLER_CONFIG = file_in(folders, node.MODEL_DISTILLER_CONFIG)
+
+
+def file_in(folders: Iterable[str], name: str) -> str:
+    """The absolute path of the file ``name`` in the first folder that has it; otherwise the name."""
+    paths = (os.path.abspath(os.path.join(folder, name)) for folder in folders)
+    return next((path for path in paths if os.path.isfile(path)), name)
 
 
 def _config_folders(config_file: str) -> List[str]:

@@ -62,11 +62,13 @@ class FeaturePairs(nn.Module):
 
         Raises:
             KeyError: a detector lacks a level.
-            ValueError: strides differ, no level is common, or levels that are to share a convolution
-                have different channels.
+            ValueError: strides differ, no level is common, a level is named twice, or levels that are to
+                share a convolution have different channels.
         """
         if not self.in_features:
             self.in_features = _common_levels(student, teacher)
+        if len(set(self.in_features)) < len(self.in_features):
+            raise ValueError(f"the levels {self.in_features} name one twice")
         ours_to, theirs_to = {}, {}
         for name in self.in_features:
             ours, theirs = student.require_level(name), teacher.require_level(name)

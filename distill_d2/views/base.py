@@ -59,13 +59,13 @@ def require_same_boxes(
         ValueError: they differ.
     """
     ours, theirs = student.sample_boxes(capability), teacher.sample_boxes(capability)
-    for what, a, b in zip(("anchors", "box parametrisation"), ours, theirs):
+    for what, a, b in zip(("anchors", "box parametrisations"), ours, theirs):
         if a.shape != b.shape or not torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-3):
             raise ValueError(
                 f"{loss} compares the {capability} predictions of student and teacher row by row, but "
                 f"their {what} differ: in a sample of them the student has {_listing(a)}, the teacher "
-                f"{_listing(b)}. Use a teacher with the student's (MODEL.ANCHOR_GENERATOR, "
-                "BBOX_REG_WEIGHTS), or a loss on features (MODEL.DISTILLER.TYPES)"
+                f"{_listing(b)}. Use a teacher of the student's kind with the same "
+                "MODEL.ANCHOR_GENERATOR and BBOX_REG_WEIGHTS, or a loss on features (MODEL.DISTILLER.TYPES)"
             )
 
 
@@ -99,6 +99,9 @@ class DetectorView:
 
     #: What this kind of detector offers beyond features and taps: names of methods, "dense" for one.
     offers: Tuple[str, ...] = ()
+
+    #: Whether its dense predictions have a centerness.
+    has_centerness = False
 
     def __init__(self, model: nn.Module, role: str):
         """

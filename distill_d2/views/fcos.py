@@ -14,6 +14,8 @@ from .retinanet import RetinaNetView
 
 @register_view(FCOS)
 class FCOSView(RetinaNetView):
+    has_centerness = True
+
     def _match(
         self, boxes: torch.Tensor, valid: torch.Tensor, anchors: List[Boxes]
     ) -> torch.Tensor:

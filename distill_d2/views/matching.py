@@ -20,14 +20,14 @@ def batched_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         (..., M, R); NaN where both areas are 0.
     """
     ours, theirs = boxes.unsqueeze(-2), others.unsqueeze(-3)
-    intersection = _intersection(ours, theirs)
-    return intersection / (_area(ours) + _area(theirs) - intersection)
+    common = intersection(ours, theirs)
+    return common / (area(ours) + area(theirs) - common)
 
 
 def batched_ioa(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """(..., M, R): the part of each of ``boxes`` that lies in each of ``others``; see ``batched_iou``."""
     ours, theirs = boxes.unsqueeze(-2), others.unsqueeze(-3)
-    return _intersection(ours, theirs) / _area(ours)
+    return intersection(ours, theirs) / area(ours)
 
 
 def match_by_iou(
@@ -70,14 +70,16 @@ def rows_inside(boxes: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor) ->
     return (inside & valid[..., None]).any(dim=1)
 
 
-def _intersection(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+def intersection(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """(...): the area that boxes (..., 4) and others (..., 4) share, pair by pair."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     left, top, right, bottom = others.unbind(-1)
-    width = (torch.minimum(x2, right) - torch.maximum(x1, left)).clamp_(min=0)
-    height = (torch.minimum(y2, bottom) - torch.maximum(y1, top)).clamp_(min=0)
-    return width.mul_(height)
+    width = (torch.minimum(x2, right) - torch.maximum(x1, left)).clamp(min=0)
+    height = (torch.minimum(y2, bottom) - torch.maximum(y1, top)).clamp(min=0)
+    return width * height
 
 
-def _area(boxes: torch.Tensor) -> torch.Tensor:
+def area(boxes: torch.Tensor) -> torch.Tensor:
+    """(...): of boxes (..., 4)."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     return (x2 - x1) * (y2 - y1)

@@ -6,6 +6,7 @@ from typing import List, Optional, Tuple
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Boxes
@@ -24,10 +25,13 @@ _PREDICTOR = "roi_heads.box_predictor"
 class RCNNView(DetectorView):
     @property
     def offers(self) -> Tuple[str, ...]:
-        heads = self.model.roi_heads
-        one_predictor = isinstance(heads, StandardROIHeads) and not isinstance(heads, CascadeROIHeads)
-        has_rpn = isinstance(self.model.proposal_generator, RPN)
-        return ("rpn",) * has_rpn + ("score_boxes", "box_head") * one_predictor
+        heads, generator = self.model.roi_heads, self.model.proposal_generator
+        offers: Tuple[str, ...] = ()
+        if isinstance(generator, RPN) and isinstance(generator.box2box_transform, Box2BoxTransform):
+            offers += ("rpn",)  # not a rotated one
+        if isinstance(heads, StandardROIHeads) and not isinstance(heads, CascadeROIHeads):
+            offers += ("score_boxes", "box_head")
+        return offers
 
     @property
     def num_classes(self) -> int:

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny import save_teacher, tiny_config, use_dataset, write_dataset
 
 from distill_d2.data import register_custom_datasets
-from distill_d2.engine import argument_parser, main
+from distill_d2.engine import argument_parser, lazy, main
 
 CONFIG = """
 import torch
@@ -170,3 +171,13 @@ def test_misspelt_override(config_file):
 def test_no_iterations(config_file):
     with pytest.raises(ValueError, match="train.max_iter is 0"):
         run(config_file, "train.max_iter=0")
+
+
+def test_keys_that_the_distiller_dict_leaves_out_can_be_overridden():
+    cfg = OmegaConf.create({"train": {}, "distiller": {"TYPES": ["GID"]}})
+    lazy._check_overrides(cfg, ["distiller.GID.GI_MODE=pos", "distiller.TASK_LOSS_WEIGHT=0.5"])
+    with pytest.raises(KeyError, match="unknown config key 'distiller.GID.GI_MOD'"):
+        lazy._check_overrides(cfg, ["distiller.GID.GI_MOD=pos"])
+    del cfg.distiller
+    with pytest.raises(KeyError, match="unknown config key 'distiller.GID.GI_MODE'"):
+        lazy._check_overrides(cfg, ["distiller.GID.GI_MODE=pos"])

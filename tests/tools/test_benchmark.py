@@ -282,7 +282,7 @@ def test_ratio_of_memory(tool, capsys):
 def test_median_and_spread(tool):
     assert tool.spread([3.0, 1.0, 2.0], 1) == "2.0 [1.0 3.0]"
     samples = [tool.Sample(wall=w, process=w / 2) for w in (4.0, 8.0)]
-    names = [tool.STUDENT, tool.PART, tool.DISTILLED, tool.PREPARED]
+    names = [tool.STUDENT, tool.PART, tool.DISTILLED, tool.PREPARED, tool.WHOLE]
     rounds = {name: samples for name in names}
     report = tool.summarise(rounds, dict.fromkeys(names, 1.0), "wall")
     assert report["ratios"][HEADLINE] == [0.5, 0.5]

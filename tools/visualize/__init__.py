@@ -36,17 +36,21 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Method:
-    """How to draw one registered loss: (loss, student view, teacher view, batch, picture) -> rows."""
+    """How to draw one registered loss: (loss, student view, teacher view, batch, picture) -> rows.
+
+    ``shows_parameters``: whether what is drawn depends on the loss's own parameters.
+    """
 
     name: str
     loss: str
     draw: Callable[..., List[Row]]
+    shows_parameters: bool = True
 
 
 METHODS: Dict[str, Method] = {}
 
 
-def method(*, loss: str) -> Callable:
+def method(*, loss: str, shows_parameters: bool = True) -> Callable:
     """Decorator: register a function that draws the loss of this registered name, under its own name.
 
     Raises:
@@ -57,7 +61,7 @@ def method(*, loss: str) -> Callable:
         name = draw.__name__
         if name in METHODS:
             raise ValueError(f"there are two methods named '{name}'")
-        METHODS[name] = Method(name, loss, draw)
+        METHODS[name] = Method(name, loss, draw, shows_parameters)
         return draw
 
     return register

@@ -20,19 +20,18 @@ _KINDS = {
 _NO_KIND = ("none of them", WHITE)
 
 
-@method(loss="GID")
+@method(loss="GID", shows_parameters=False)
 def gid(
     loss: GID, student: DetectorView, teacher: DetectorView, batch: Batch, picture: Picture
 ) -> List[Row]:
     """Ground truth beside the selected instances: the colour is the kind, the number the score, and a
     dashed box is the student's, the others are the teacher's."""
-    heads = loss.predictions(student, teacher) if loss.compares_heads else None
+    mode = loss.settings.gi_mode
+    if mode == "gt":
+        return [Row([picture.ground_truth("instances are the ground truth, GI_MODE gt")])]
+    heads = loss.predictions(student, teacher)
     instances = loss.instances(heads, batch)
-    if loss.settings.gi_mode == "gt":
-        kinds = {"pos": instances.valid}
-    else:
-        kinds = loss.categories(instances, heads[0], batch)
-    return [selection_row(instances, kinds, loss.settings.gi_mode, picture)]
+    return [selection_row(instances, loss.categories(instances, heads[0], batch), mode, picture)]
 
 
 def selection_row(

@@ -97,11 +97,11 @@ class Picture:
     def class_name(self, index: int) -> str:
         return self.classes[index] if index < len(self.classes) else f"class {index}"
 
-    def ground_truth(self) -> Panel:
-        """All boxes with the names of their classes."""
+    def ground_truth(self, title: str = "ground truth") -> Panel:
+        """All boxes with the names of their classes; their number follows the title."""
         boxes, classes = self.instances.gt_boxes.tensor.tolist(), self.instances.gt_classes.tolist()
         marks = [Mark(box, GREEN, self.class_name(label)) for box, label in zip(boxes, classes)]
-        return Panel(f"ground truth ({len(marks)})", self.boxes(marks))
+        return Panel(f"{title} ({len(marks)})", self.boxes(marks))
 
     def boxes(self, marks: Sequence[Mark]) -> np.ndarray:
         """The image with boxes, the first on top: (H zoom, W zoom, 3)."""

@@ -7,16 +7,16 @@ features, the distances between the instances' features, and the heads' outputs:
     L = FEATURE_WEIGHT L_feature + RELATION_WEIGHT L_relation
         + RESPONSE_CLS_WEIGHT L_cls + RESPONSE_REG_WEIGHT L_reg
 
-The paper was not at hand: formulas are those of its summaries and of two public implementations, which
-agree but for the score. Defaults are the configs' of daixinghome/Distill_GID_detectron2, and the paper's
-score. All means are of the process's batch.
+The paper was not at hand: its formulas are known from summaries. Where they leave something open, or where
+the configs of daixinghome/Distill_GID_detectron2 differ (no root in the feature term), the defaults are those
+configs'; the score is the paper's. All means are of the process's batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 
@@ -32,14 +32,10 @@ from ..base import DISTILL_LOSS_REGISTRY, DistillLoss, keyword_defaults
 from ..pairing import FeaturePairs
 from .ground_truth import all_ground_truth, categories, padded_ground_truth
 from .pooling import pool
-from .response import CLS_MODES, REG_MODES, cls_term, reg_term
-from .selection import SCORES, GeneralInstances, GeneralInstanceSelection
-from .terms import FEATURE_MODES, SCOPES, feature_term, relation_term
-
-_GI_MODES = ("all", "pos", "semi_pos", "neg", "gt")
-_PREDICTIONS = ("auto", "dense", "rpn", "box_head")
-_RESPONSE_MASKS = ("matcher", "inside")
-_REG_MASKS = ("gi", "gi_pos")
+from .response import cls_term, reg_term
+from .selection import GeneralInstances, GeneralInstanceSelection
+from .settings import check_settings, check_strides
+from .terms import feature_term, relation_term
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -115,7 +111,7 @@ class GID(DistillLoss):
         settings = {key: value for key, value in locals().items() if key in keyword_defaults(GID)}
         super().__init__(**schedule)
         self.settings = SimpleNamespace(**{**settings, "gi_mode": gi_mode.lower()})
-        _check(vars(self.settings))
+        check_settings(vars(self.settings))
         self.select = GeneralInstanceSelection(
             score=gi_score,
             centerness=gi_centerness,
@@ -126,6 +122,7 @@ class GID(DistillLoss):
         )
         self.pools = feature_weight > 0 or relation_weight > 0
         self.responds = response_cls_weight > 0 or response_reg_weight > 0
+        self.capability = ""  # of the views, from which predictions come: known when bound
         if self.pools:
             self.pairs = FeaturePairs(
                 in_features,
@@ -143,10 +140,11 @@ class GID(DistillLoss):
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         try:
             super().bind(student, teacher)
-        except KeyError as error:
-            raise KeyError(f"MODEL.DISTILLER.GID.IN_FEATURES: {error.args[0]}") from error
+        except (KeyError, ValueError) as error:
+            keys = "MODEL.DISTILLER.GID.IN_FEATURES, ADAPTER_SHARE_WEIGHTS"
+            raise type(error)(f"{keys}: {error.args[0]}") from error
         if self.pools:
-            _check_strides(self.pairs.strides)
+            check_strides(self.pairs.strides)
         if not self.compares_heads:
             return
         self.capability = self._capability(student)
@@ -161,10 +159,15 @@ class GID(DistillLoss):
             view.require(self.capability)
         except TypeError as error:
             raise TypeError(
-                f"MODEL.DISTILLER.GID.PREDICTIONS is {self.settings.predictions!r}: {error}. GID "
-                "compares the heads' outputs, so student and teacher must be of one kind; without heads "
-                "it works with GI_MODE gt, RESPONSE_CLS_WEIGHT 0.0 and RESPONSE_REG_WEIGHT 0.0"
+                f"MODEL.DISTILLER.GID.PREDICTIONS is {self.settings.predictions!r}: {error}. GID compares "
+                "heads of one kind, which student and teacher must both have: dense, box_head or rpn; "
+                "without heads it works with GI_MODE gt, RESPONSE_CLS_WEIGHT 0.0 and RESPONSE_REG_WEIGHT 0.0"
             ) from error
+        if self.settings.gi_centerness and not view.has_centerness:
+            raise ValueError(
+                f"MODEL.DISTILLER.GID.GI_CENTERNESS is True, but the {view.role}, a "
+                f"{type(view.model).__name__}, predicts no centerness, as FCOS does; set it to False"
+            )
 
     def _capability(self, student: DetectorView) -> str:
         if self.settings.predictions != "auto":
@@ -276,52 +279,3 @@ class GID(DistillLoss):
             term = reg_term(student, teacher, reg_mask, mode=mode, beta=beta)
             terms["loss_gid_response_reg"] = s.response_reg_weight * term
         return terms
-
-
-def _check(s: Dict[str, Any]) -> None:
-    choices = {
-        "predictions": _PREDICTIONS,
-        "gi_mode": _GI_MODES,
-        "gi_score": SCORES,
-        "feature_mode": FEATURE_MODES,
-        "relation_scope": SCOPES,
-        "response_mask": _RESPONSE_MASKS,
-        "response_cls_mode": CLS_MODES,
-        "response_reg_mode": REG_MODES,
-        "response_reg_mask": _REG_MASKS,
-    }
-    for name, allowed in choices.items():
-        _require(s, name, s[name] in allowed, f"one of {list(allowed)}")
-    for name in ("gi_pre_nms_topk", "gi_post_nms_topk", "pooler_resolution", "pooler_sampling_ratio"):
-        _require(s, name, s[name] >= 1, "at least 1")
-    for name in s:
-        if name.endswith(("_weight", "_beta", "gi_min_side")):
-            _require(s, name, s[name] >= 0, "0 or more")
-    _require(s, "gi_nms_thresh", 0 <= s["gi_nms_thresh"] <= 1, "0 to 1")
-    size = s["adapter_kernel_size"]
-    _require(s, "adapter_kernel_size", size > 0 and size % 2 == 1, "an odd number above 0")
-    thresholds = list(s["iou_thresholds"])
-    holds = len(thresholds) == 2 and all(isinstance(number, (int, float)) for number in thresholds)
-    holds = holds and 0 <= thresholds[0] <= thresholds[1] <= 1
-    _require(s, "iou_thresholds", holds, "two numbers from 0 to 1, the lower one first")
-    weights = ("feature_weight", "relation_weight", "response_cls_weight", "response_reg_weight")
-    holds = any(s[name] > 0 for name in weights)
-    _require(s, "feature_weight", holds, "at least one of the four terms' weights above 0")
-
-
-def _require(settings: Dict[str, Any], name: str, holds: bool, expected: str) -> None:
-    if holds:
-        return
-    raise ValueError(
-        f"MODEL.DISTILLER.GID.{name.upper()} is {settings[name]!r}; expected {expected}"
-    )
-
-
-def _check_strides(strides: Dict[str, int]) -> None:
-    found = sorted(strides.values())
-    if found == [found[0] * 2**index for index in range(len(found))]:
-        return
-    raise ValueError(
-        f"MODEL.DISTILLER.GID.IN_FEATURES: the levels have strides {strides}; instances are pooled from "
-        "levels of which each has twice the stride of the one before"
-    )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ...views import Predictions
+from ...views.matching import area, intersection
 from ...views.predictions import Decode
 
 CLS_MODES = ("BCE", "L1", "L2")
@@ -97,8 +98,9 @@ def _cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
 def _masked_sum(loss: RowLoss, mask: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
     """The sum of a loss per row over the rows of the mask (N, P, A), of values (N, P, A, ...)."""
     if mask.device.type != "cpu":
-        # To pick rows, the host would have to wait for their number.
-        return torch.where(mask, loss(*values), 0.0).sum()
+        # To pick rows, the host would have to wait for their number: all are computed, the others of 0.
+        values = (value.masked_fill(~mask[..., None], 0.0) for value in values)
+        return (loss(*values) * mask).sum()
     image, position, anchor = mask.nonzero(as_tuple=True)
     # Picked in the memory layout of a convolution's output, which the gradient then has as well.
     rows = (value.permute(0, 2, 3, 1)[image, anchor, :, position] for value in values)
@@ -106,16 +108,12 @@ def _masked_sum(loss: RowLoss, mask: torch.Tensor, *values: torch.Tensor) -> tor
 
 
 def _giou_distance(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """1 - generalised IoU of boxes (..., 4) and others (..., 4), one by one (arXiv 1902.09630).
+    """1 - generalised IoU of boxes (..., 4) and others (..., 4), pair by pair (arXiv 1902.09630).
 
-    fvcore's picks the pairs that overlap, and so waits for the device.
+    fvcore's and torchvision's pick the pairs that overlap, and so wait for the device.
     """
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    left, top, right, bottom = others.unbind(-1)
-    width = (torch.minimum(x2, right) - torch.maximum(x1, left)).clamp(min=0)
-    height = (torch.minimum(y2, bottom) - torch.maximum(y1, top)).clamp(min=0)
-    intersection = width * height
-    union = (x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - intersection
-    hull_width = torch.maximum(x2, right) - torch.minimum(x1, left)
-    hull = hull_width * (torch.maximum(y2, bottom) - torch.minimum(y1, top))
-    return 1 - intersection / (union + _EPS) + (hull - union) / (hull + _EPS)
+    common = intersection(boxes, others)
+    union = area(boxes) + area(others) - common
+    corners = torch.minimum(boxes[..., :2], others[..., :2])
+    hull = area(torch.cat([corners, torch.maximum(boxes[..., 2:], others[..., 2:])], dim=-1))
+    return 1 - common / (union + _EPS) + (hull - union) / (hull + _EPS)

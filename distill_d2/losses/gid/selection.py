@@ -8,7 +8,7 @@ wanted for all images at once: nothing waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 
@@ -17,6 +17,7 @@ from ...views import Predictions
 from ...views.matching import batched_iou
 
 SCORES = ("classwise", "max_first")
+_SLICE = 2**21  # elements
 
 
 @dataclass(frozen=True)
@@ -102,20 +103,30 @@ class GeneralInstanceSelection:
         """The score of every row (N, R), -1 for rows that are not valid, and whether the teacher is
         the more confident there (N, R)."""
         scores, from_teacher = [], []
-        for level in range(len(student.logit_levels)):
-            theirs = self._probabilities(teacher, level)
-            ours = self._probabilities(student, level)
-            from_teacher.append(_by_row(theirs.amax(2) > ours.amax(2)))
-            scores.append(_by_row(theirs.sub_(ours).abs_().amax(2)))
+        for level, logits in enumerate(student.logit_levels):
+            parts = zip(*(self._gaps(teacher, student, level, some) for some in _slices(logits)))
+            for found, part in zip((scores, from_teacher), parts):
+                found.append(torch.cat(part, dim=1).transpose(1, 2).flatten(1))
         scores = torch.cat(scores, dim=1)
         if student.valid is not None:
             scores = torch.where(student.valid, scores, -1.0)
         return scores, torch.cat(from_teacher, dim=1)
 
-    def _probabilities(self, predictions: Predictions, level: int) -> torch.Tensor:
+    def _gaps(
+        self, teacher: Predictions, student: Predictions, level: int, anchors: slice
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """``gaps`` of some of the A anchors of a level, (N, A, P) each."""
+        theirs = self._probabilities(teacher, level, anchors)
+        ours = self._probabilities(student, level, anchors)
+        from_teacher = theirs.amax(dim=2) > ours.amax(dim=2)
+        return theirs.sub_(ours).abs_().amax(dim=2), from_teacher
+
+    def _probabilities(
+        self, predictions: Predictions, level: int, anchors: slice
+    ) -> torch.Tensor:
         """(N, A, K, P) of the foreground classes; (N, A, 1, P), the largest, for "max_first"."""
         # Positions last is the memory layout of a convolution's output.
-        logits = predictions.logit_levels[level].permute(0, 2, 3, 1)
+        logits = predictions.logit_levels[level].permute(0, 2, 3, 1)[:, anchors]
         if predictions.background:
             probabilities = logits.softmax(dim=2)[:, :, :-1]
         elif self.score == "max_first":
@@ -125,7 +136,7 @@ class GeneralInstanceSelection:
         if self.score == "max_first":
             probabilities = probabilities.amax(dim=2, keepdim=True)
         if self.centerness and predictions.centerness_levels:
-            centerness = predictions.centerness_levels[level].permute(0, 2, 3, 1)
+            centerness = predictions.centerness_levels[level].permute(0, 2, 3, 1)[:, anchors]
             probabilities = probabilities * centerness.sigmoid()
         return probabilities
 
@@ -181,9 +192,12 @@ def _own_deltas(predictions: Predictions) -> torch.Tensor:
     return predictions.deltas_of(predictions.best_class())
 
 
-def _by_row(values: torch.Tensor) -> torch.Tensor:
-    """(N, A, P) to the order of rows, (N, P A)."""
-    return values.transpose(1, 2).flatten(1)
+def _slices(logits: torch.Tensor) -> List[slice]:
+    """The anchors of a level (N, P, A, K), in slices that keep the temporary tensors small: the system
+    takes large ones back at once, and to get them anew costs a CPU more than the work on them."""
+    count = logits.shape[2]
+    step = max(1, _SLICE * count // max(1, logits.numel()))
+    return [slice(first, first + step) for first in range(0, count, step)]
 
 
 def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -248,6 +248,7 @@ class HeadsView(DetectorView):
     """A view of given maps and predictions, called dense, rpn and box_head."""
 
     offers = ("dense", "rpn", "box_head")
+    has_centerness = True
     predictions: Callable[[], Predictions]
     classes = 3
 

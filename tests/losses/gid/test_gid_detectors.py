@@ -185,7 +185,7 @@ def test_naive_step(family, predictions):
 OTHERWISE = {
     "max_first": {"gi_score": "max_first", "response_reg_mode": "GIoU", "response_mask": "inside"},
     "kinds": {"gi_mode": "neg", "response_reg_mask": "gi_pos", "relation_scope": "image"},
-    "centerness": {"gi_centerness": True, "gi_mode": "semi_pos", "feature_mode": "norm"},
+    "semi_pos": {"gi_mode": "semi_pos", "feature_mode": "norm"},
 }
 
 
@@ -193,6 +193,16 @@ OTHERWISE = {
 @pytest.mark.parametrize("family, predictions", KINDS[:4])
 def test_naive_step_otherwise(family, predictions, settings):
     compare_with_naive(family, predictions, **OTHERWISE[settings])
+
+
+def test_naive_step_with_centerness():
+    compare_with_naive("fcos", "dense", gi_centerness=True)
+
+
+@pytest.mark.parametrize("family, predictions", [kind for kind in KINDS[:4] if kind[0] != "fcos"])
+def test_centerness_where_there_is_none(family, predictions):
+    with pytest.raises(ValueError, match=r"GID\.GI_CENTERNESS is True, but the student, .* no centerness"):
+        distiller(family, predictions=predictions, gi_centerness=True)
 
 
 @pytest.mark.parametrize("mode", ["all", "pos"])
