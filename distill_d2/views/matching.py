@@ -25,7 +25,7 @@ def batched_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def batched_ioa(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """(..., M, R): the part of each of ``boxes`` that lies in each of ``others``; see ``batched_iou``."""
+    """(..., M, R): the part of each of ``boxes`` inside each of ``others``; see ``batched_iou``."""
     ours, theirs = boxes.unsqueeze(-2), others.unsqueeze(-3)
     return intersection(ours, theirs) / area(ours)
 

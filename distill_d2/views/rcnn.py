@@ -111,8 +111,8 @@ class RCNNView(DetectorView):
         heads = self.model.roi_heads
         if heads.box_predictor.use_sigmoid_ce:
             raise ValueError(
-                f"the {self.role}'s box head has a sigmoid per class (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is "
-                "True); a softmax with background is expected"
+                f"the {self.role}'s box head has a sigmoid per class (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE "
+                "is True); a softmax with background is expected"
             )
         if heads.train_on_pred_boxes and self.role == "student":
             raise ValueError(

@@ -7,9 +7,9 @@ features, the distances between the instances' features, and the heads' outputs:
     L = FEATURE_WEIGHT L_feature + RELATION_WEIGHT L_relation
         + RESPONSE_CLS_WEIGHT L_cls + RESPONSE_REG_WEIGHT L_reg
 
-The paper was not at hand: its formulas are known from summaries. Where they leave something open, or where
-the configs of daixinghome/Distill_GID_detectron2 differ (no root in the feature term), the defaults are those
-configs'; the score is the paper's. All means are of the process's batch.
+The paper was not at hand: its formulas are known from summaries. Where they leave something open, or
+where the configs of daixinghome/Distill_GID_detectron2 differ (no root in the feature term), the
+defaults are those configs'; the score is the paper's. All means are of the process's batch.
 """
 
 from __future__ import annotations
@@ -159,9 +159,10 @@ class GID(DistillLoss):
             view.require(self.capability)
         except TypeError as error:
             raise TypeError(
-                f"MODEL.DISTILLER.GID.PREDICTIONS is {self.settings.predictions!r}: {error}. GID compares "
-                "heads of one kind, which student and teacher must both have: dense, box_head or rpn; "
-                "without heads it works with GI_MODE gt, RESPONSE_CLS_WEIGHT 0.0 and RESPONSE_REG_WEIGHT 0.0"
+                f"MODEL.DISTILLER.GID.PREDICTIONS is {self.settings.predictions!r}: {error}. GID "
+                "compares heads of one kind, which student and teacher must both have: dense, box_head "
+                "or rpn; without heads it works with GI_MODE gt, RESPONSE_CLS_WEIGHT 0.0 and "
+                "RESPONSE_REG_WEIGHT 0.0"
             ) from error
         if self.settings.gi_centerness and not view.has_centerness:
             raise ValueError(
