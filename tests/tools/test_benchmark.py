@@ -43,6 +43,11 @@ def tool():
 
 
 @pytest.fixture(scope="module")
+def parts(tool):
+    return sys.modules["loss_parts"]
+
+
+@pytest.fixture(scope="module")
 def make_config(tmp_path_factory):
     """Writes a distillation config whose teacher has a config, but no weights; returns its path."""
 
@@ -526,7 +531,7 @@ def test_selection_alone_selects_what_the_loss_does(tool, gid, monkeypatch):
 
 
 @pytest.mark.parametrize("row, side", list(zip(GROWTH, (20, 40, 80))))
-def test_generated_predictions(tool, gid, monkeypatch, row, side):
+def test_generated_predictions(tool, parts, gid, monkeypatch, row, side):
     levels = [9 * math.ceil(side / 2**level) ** 2 for level in range(5)]
     teacher, student, sizes, found = selections(tool, monkeypatch, gid[1][row])[0]
     assert sizes == [(8 * side, 8 * side)] * 2
@@ -536,16 +541,16 @@ def test_generated_predictions(tool, gid, monkeypatch, row, side):
         assert heads.logits.shape == (2, sum(levels), 3) and heads.deltas.shape[2:] == (4,)
         assert heads.anchors.shape == (sum(levels), 4)
     assert not torch.equal(teacher.logits, student.logits)
-    again = tool.generate_predictions(side, teacher, seed=0)
+    again = parts.generate_predictions(side, teacher, seed=0)
     assert torch.equal(again.logits, teacher.logits) and torch.equal(again.deltas, teacher.deltas)
 
 
-def test_generated_anchors_are_a_retinanets(tool):
+def test_generated_anchors_are_a_retinanets(parts):
     cfg = get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     shapes = [ShapeSpec(stride=stride) for stride in (8, 16, 32, 64, 128)]
     maps = [torch.empty(1, 1, side, side) for side in (20, 10, 5, 3, 2)]
     expected = torch.cat([boxes.tensor for boxes in build_anchor_generator(cfg, shapes)(maps)])
-    torch.testing.assert_close(tool.generate_anchors([20, 10, 5, 3, 2]), expected)
+    torch.testing.assert_close(parts.generate_anchors([20, 10, 5, 3, 2]), expected)
 
 
 def test_weights_of_zero_leave_parts_out(tool, gid_config):
