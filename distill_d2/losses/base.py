@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
+import math
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -158,6 +159,40 @@ class DistillLoss(nn.Module):
     def from_config(cls, distiller: CN) -> "DistillLoss":
         """Build this loss from its node in MODEL.DISTILLER."""
         return cls(**{key.lower(): value for key, value in distiller[cls.NODE].items()})
+
+
+def check_setting(node: str, name: str, value: Any, holds: bool, expected: str) -> None:
+    """Check an argument of a loss.
+
+    Args:
+        node: NODE of the loss; name: of the argument.
+
+    Raises:
+        ValueError: it does not hold; the message names the key.
+    """
+    if holds:
+        return
+    raise ValueError(f"MODEL.DISTILLER.{node}.{name.upper()} is {value!r}; expected {expected}")
+
+
+def check_choices(node: str, **choices: Tuple[Any, Iterable[Any]]) -> None:
+    """Check arguments of the loss of this node, by name, that are one of some values: (value, values).
+
+    Raises:
+        ValueError: one is not; the message names the key.
+    """
+    for name, (value, known) in choices.items():
+        check_setting(node, name, value, value in known, f"one of {list(known)}")
+
+
+def check_not_negative(node: str, **values: float) -> None:
+    """Check arguments of the loss of this node, by name, that are finite numbers from 0.
+
+    Raises:
+        ValueError: one is not; the message names the key.
+    """
+    for name, value in values.items():
+        check_setting(node, name, value, 0 <= value < math.inf, "a finite number, 0 or more")
 
 
 def build_losses(distiller: CN) -> Dict[str, DistillLoss]:

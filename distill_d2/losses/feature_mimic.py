@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..views import Batch, DetectorView
-from .base import DISTILL_LOSS_REGISTRY, DistillLoss
+from .base import DISTILL_LOSS_REGISTRY, DistillLoss, check_choices
 from .pairing import FeaturePairs
 
 _DISTANCES = {"L2": F.mse_loss, "L1": F.l1_loss, "smoothL1": F.smooth_l1_loss}
@@ -50,8 +50,9 @@ class FeatureMimic(DistillLoss):
             ValueError: unknown loss_form or normalize.
         """
         super().__init__(**schedule)
-        _check_choice("LOSS_FORM", loss_form, _DISTANCES)
-        _check_choice("NORMALIZE", normalize, _NORM_DIMS)
+        check_choices(
+            self.NODE, loss_form=(loss_form, _DISTANCES), normalize=(normalize, _NORM_DIMS)
+        )
         self.pairs = FeaturePairs(in_features)
         self.distance = _DISTANCES[loss_form]
         self.norm_dims = _NORM_DIMS[normalize]
@@ -71,10 +72,3 @@ class FeatureMimic(DistillLoss):
     def _standardise(self, feature: torch.Tensor) -> torch.Tensor:
         variance, mean = torch.var_mean(feature, self.norm_dims, unbiased=False, keepdim=True)
         return (feature - mean) * (variance + _EPS).rsqrt()
-
-
-def _check_choice(key: str, value: str, choices: Dict) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"MODEL.DISTILLER.FEATURE_MIMIC.{key} is '{value}'; expected one of {list(choices)}"
-        )

@@ -34,6 +34,8 @@ class FeaturePairs(nn.Module):
         kernel_size: int = 1,
         shared: bool = False,
         always: bool = False,
+        relu: bool = False,
+        init_std: float = 0.0,
     ):
         """
         Args:
@@ -45,6 +47,9 @@ class FeaturePairs(nn.Module):
             kernel_size: of the convolutions, an odd number.
             shared: one convolution for all levels.
             always: convolve the student's levels even where channels agree.
+            relu: after each convolution.
+            init_std: the convolutions' weights start from a normal distribution of this deviation, cut
+                off at twice that by the remainder (as DeFeat's do); 0: as torch chooses.
         """
         super().__init__()
         self.in_features = list(in_features)
@@ -53,6 +58,8 @@ class FeaturePairs(nn.Module):
         self.kernel_size = kernel_size
         self.shared = shared
         self.always = always
+        self.relu = relu
+        self.init_std = init_std
         self.adapters = nn.ModuleDict()
         self.teacher_adapters = nn.ModuleDict()
         self.strides: Dict[str, int] = {}
@@ -97,8 +104,12 @@ class FeaturePairs(nn.Module):
             )
         return nn.ModuleDict({_SHARED: self._convolution(*channels[self.in_features[0]])})
 
-    def _convolution(self, channels: int, wanted: int) -> nn.Conv2d:
-        return nn.Conv2d(channels, wanted, self.kernel_size, padding=self.kernel_size // 2)
+    def _convolution(self, channels: int, wanted: int) -> nn.Module:
+        convolution = nn.Conv2d(channels, wanted, self.kernel_size, padding=self.kernel_size // 2)
+        if self.init_std > 0:
+            with torch.no_grad():
+                convolution.weight.normal_().fmod_(2).mul_(self.init_std)
+        return nn.Sequential(convolution, nn.ReLU()) if self.relu else convolution
 
     def _adapter(self, adapters: nn.ModuleDict, name: str) -> Optional[nn.Module]:
         key = _SHARED if self.shared else name
@@ -112,7 +123,7 @@ class FeaturePairs(nn.Module):
         """
         rows = []
         for name in self.in_features:
-            kernel = f"{self.kernel_size}x{self.kernel_size} convolution"
+            kernel = f"{self.kernel_size}x{self.kernel_size} convolution" + self.relu * " and ReLU"
             steps = [kernel] if self._adapter(self.adapters, name) else []
             if self._adapter(self.teacher_adapters, name):
                 steps = [f"{kernel} of each" if steps else f"{kernel} of the teacher's"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.structures import Boxes
@@ -49,6 +49,14 @@ class AnchoredHead:
             decode=decoder_of(self.transform),
             match=lambda boxes, valid: self.match(boxes, valid, anchors),
         )
+
+    def grids(self, view: DetectorView) -> Dict[str, torch.Tensor]:
+        """The anchors of each level by name, (H, W, A, 4)."""
+        levels = [view.level(name, contiguous=False) for name in self.in_features]
+        return {
+            name: boxes.tensor.view(*level.shape[-2:], -1, 4)
+            for name, level, boxes in zip(self.in_features, levels, self.anchor_generator(levels))
+        }
 
     def sample(self) -> Tuple[torch.Tensor, torch.Tensor]:
         """Anchors of a 2x2 grid on every level, (R, 4), and what fixed deltas make of them, (R, 4):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -11,6 +11,7 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from ..taps import Taps, map_tensors
+from .batch import Batch
 from .predictions import Predictions
 
 _VIEWS: Dict[type, Type["DetectorView"]] = {}
@@ -93,8 +94,8 @@ class DetectorView:
 
     When the Distiller is built, a loss states what it will need with the ``require_*`` methods,
     which fail at once for what this detector cannot give. In a step, it reads ``features``,
-    ``bottom_up``, ``level``, ``tap`` and, where the detector has them, ``dense``, ``rpn``,
-    ``box_head`` and ``score_boxes``. All tensors come in float32; the student's carry gradients.
+    ``bottom_up``, ``level``, ``tap`` and, where the detector has them, ``dense``, ``rpn``, ``anchors``,
+    ``box_head``, ``own_proposals`` and ``score_boxes``. All tensors come in float32; the student's carry gradients.
     """
 
     #: What this kind of detector offers beyond features and taps: names of methods, "dense" for one.
@@ -175,7 +176,8 @@ class DetectorView:
         self.taps.add(path)
 
     def require(self, capability: str) -> None:
-        """State that ``capability`` ("dense", "rpn", "box_head" or "score_boxes") will be used.
+        """State that ``capability`` will be used: "dense", "rpn", "anchors", "box_head",
+        "own_proposals" or "score_boxes".
 
         Raises:
             TypeError: this kind of detector does not have it.
@@ -253,13 +255,30 @@ class DetectorView:
         """A region proposal network's predictions for all anchors; its one class is "object"."""
         raise TypeError(f"{type(self.model).__name__} has no region proposal network")
 
-    def box_head(self, proposals: Optional[List[Boxes]] = None) -> Predictions:
-        """A box head's predictions for N images' proposals; None: for ``sampled_proposals``, as the
-        student has scored them."""
+    @property
+    def anchor_levels(self) -> Sequence[str]:
+        """Names of the levels that ``anchors`` has."""
+        raise TypeError(f"{type(self.model).__name__} has no anchors")
+
+    def anchors(self) -> Dict[str, torch.Tensor]:
+        """The anchors (H, W, A, 4) of each level of a head on the neck, absolute XYXY."""
+        raise TypeError(f"{type(self.model).__name__} has no anchors")
+
+    def box_head(
+        self,
+        proposals: Optional[List[Boxes]] = None,
+        classes: Optional[List[torch.Tensor]] = None,
+    ) -> Predictions:
+        """A box head's predictions for N images' proposals, of these classes if they are known; None:
+        for ``sampled_proposals``, as the student has scored them."""
         raise TypeError(f"{type(self.model).__name__} has no box head")
 
     def sampled_proposals(self) -> List[Boxes]:
         """N images' proposals that the student sampled for its own loss in this step."""
+        raise TypeError(f"{type(self.model).__name__} has no proposals")
+
+    def own_proposals(self, batch: Batch) -> Tuple[List[Boxes], List[torch.Tensor]]:
+        """N images' proposals of a frozen detector, sampled as for a loss of its own, and their classes."""
         raise TypeError(f"{type(self.model).__name__} has no proposals")
 
     def score_boxes(self, boxes: List[Boxes]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Dict, List, Tuple
 
+import torch
 from detectron2.structures import Instances
+from torch.nn.utils.rnn import pad_sequence
+
+from ..transfer import upload
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,17 @@ class Batch:
         """
         device = self.inputs[0]["image"].device
         return [item["instances"].to(device) for item in self.inputs]
+
+    def padded_boxes(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The ground-truth boxes (N, G, 4), float32, absolute XYXY on the augmented image, filled up to
+        the longest image's, at least one; and which are there, (N, G) bool.
+
+        Raises:
+            KeyError: an image has no annotations (it is unlabelled).
+        """
+        boxes = [item["instances"].gt_boxes.tensor.float() for item in self.inputs]
+        longest = max(1, *(len(per_image) for per_image in boxes))
+        valid = torch.stack([torch.arange(longest) < len(per_image) for per_image in boxes])
+        padded = pad_sequence([*boxes, boxes[0].new_zeros(longest, 4)], batch_first=True)[:-1]
+        device = self.inputs[0]["image"].device
+        return upload(padded, device), upload(valid, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List
+from typing import Dict, List
 
 import torch
 from detectron2.modeling import FCOS
@@ -11,10 +11,16 @@ from detectron2.structures import Boxes
 from .base import register_view
 from .retinanet import RetinaNetView
 
+_ANCHOR_STRIDES = 8
+
 
 @register_view(FCOS)
 class FCOSView(RetinaNetView):
     has_centerness = True
+
+    def anchors(self) -> Dict[str, torch.Tensor]:
+        """It has none: squares of 8 strides around its points, as ATSS has (arXiv 1912.02424)."""
+        return {name: _enlarge(boxes, _ANCHOR_STRIDES) for name, boxes in super().anchors().items()}
 
     def _match(
         self, boxes: torch.Tensor, valid: torch.Tensor, anchors: List[Boxes]
@@ -23,3 +29,10 @@ class FCOSView(RetinaNetView):
         quality = [self.model._match_anchors(Boxes(per_image), anchors) for per_image in boxes]
         matched = (torch.stack(quality) > 0) & valid[..., None]
         return matched.any(dim=1).to(torch.int8)
+
+
+def _enlarge(boxes: torch.Tensor, factor: float) -> torch.Tensor:
+    """Boxes (..., 4) with sides ``factor`` times as long, around the same centres."""
+    corners = boxes.unflatten(-1, (2, 2))
+    centre = corners.mean(dim=-2, keepdim=True)
+    return (centre + (corners - centre) * factor).flatten(-2)

@@ -31,6 +31,8 @@ class Predictions:
         background: the probabilities are a softmax, whose last class is the background; otherwise
             each class has a sigmoid.
         valid: (N, R) bool, False for rows that only fill up; None: all rows are.
+        classes: (N, R) int64, the class of each row for the detector's own loss, K where it is
+            background; None where a detector has none to tell.
     """
 
     logit_levels: Sequence[torch.Tensor]
@@ -41,6 +43,12 @@ class Predictions:
     centerness_levels: Sequence[torch.Tensor] = ()
     background: bool = False
     valid: Optional[torch.Tensor] = None
+    classes: Optional[torch.Tensor] = None
+
+    @property
+    def num_classes(self) -> int:
+        """K, the number of foreground classes."""
+        return self.logit_levels[0].shape[-1] - self.background
 
     @property
     def level_sizes(self) -> List[int]:

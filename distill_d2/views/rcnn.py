@@ -1,19 +1,21 @@
-"""The two-stage detectors' view: the RPN's anchors, and scores of given boxes."""
+"""The two-stage detectors' view: the RPN's anchors, proposals, and scores of given boxes."""
 
 from __future__ import annotations
 
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
 from torch.nn.utils.rnn import pad_sequence
 
 from .anchored import AnchoredHead, decode_sample
 from .base import DetectorView, register_view
+from .batch import Batch
 from .matching import match_by_iou
 from .predictions import Predictions, decoder_of
 
@@ -28,9 +30,9 @@ class RCNNView(DetectorView):
         heads, generator = self.model.roi_heads, self.model.proposal_generator
         offers: Tuple[str, ...] = ()
         if isinstance(generator, RPN) and isinstance(generator.box2box_transform, Box2BoxTransform):
-            offers += ("rpn",)  # not a rotated one
+            offers += ("rpn", "anchors")  # not a rotated one
         if isinstance(heads, StandardROIHeads) and not isinstance(heads, CascadeROIHeads):
-            offers += ("score_boxes", "box_head")
+            offers += ("score_boxes", "box_head", *(("own_proposals",) if offers else ()))
         return offers
 
     @property
@@ -49,9 +51,22 @@ class RCNNView(DetectorView):
     def rpn(self) -> Predictions:
         return self._rpn().predictions(self)
 
-    def box_head(self, proposals: Optional[List[Boxes]] = None) -> Predictions:
+    @property
+    def anchor_levels(self) -> Sequence[str]:
+        return self.model.proposal_generator.in_features
+
+    def anchors(self) -> Dict[str, torch.Tensor]:
+        return self._rpn().grids(self)
+
+    def box_head(
+        self,
+        proposals: Optional[List[Boxes]] = None,
+        classes: Optional[List[torch.Tensor]] = None,
+    ) -> Predictions:
         if proposals is None:
-            proposals = self.sampled_proposals()
+            sampled, _ = self.taps.output("roi_heads")
+            proposals = [per_image.proposal_boxes for per_image in sampled]
+            classes = [per_image.gt_classes for per_image in sampled]
             counts = [len(boxes) for boxes in proposals]
             calls = self.tap(_PREDICTOR)  # the first is its own; score_boxes may have run it again
             own = calls[0] if isinstance(calls, list) else calls
@@ -68,11 +83,24 @@ class RCNNView(DetectorView):
             match=lambda others, kept: match_by_iou(heads.proposal_matcher, others, kept, boxes),
             background=True,
             valid=valid,
+            classes=classes and _padded_classes(classes, heads.num_classes, valid.shape[1]),
         )
 
     def sampled_proposals(self) -> List[Boxes]:
         sampled, _ = self.taps.output("roi_heads")
         return [per_image.proposal_boxes for per_image in sampled]
+
+    def own_proposals(self, batch: Batch) -> Tuple[List[Boxes], List[torch.Tensor]]:
+        """Those of its RPN in evaluation, with the ground truth and sampled as its box head's loss does.
+
+        Both are detectron2's own and wait for the device.
+        """
+        targets = [_boxes_and_classes(per_image) for per_image in batch.instances]
+        images = ImageList(torch.empty(0), batch.image_sizes)  # only the sizes are read
+        with self.context(), EventStorage():  # what the heads log is no news of the student
+            proposals, _ = self.model.proposal_generator(images, self.features)
+            sampled = self.model.roi_heads.label_and_sample_proposals(proposals, targets)
+        return [each.proposal_boxes for each in sampled], [each.gt_classes for each in sampled]
 
     def score_boxes(self, boxes: List[Boxes]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
         """Run the box head on N images' boxes (absolute XYXY pixels on the augmented image).
@@ -131,3 +159,14 @@ def _padded(
         row[count:] = False
     one_more = [[*part, part[0].new_zeros(1, part[0].shape[1])] for part in (boxes, logits, deltas)]
     return (*(pad_sequence(part, batch_first=True)[:-1] for part in one_more), full)
+
+
+def _padded_classes(classes: List[torch.Tensor], background: int, length: int) -> torch.Tensor:
+    """N images' classes, filled up with background: (N, length)."""
+    filled = [*classes, classes[0].new_zeros(length)]
+    return pad_sequence(filled, batch_first=True, padding_value=background)[:-1]
+
+
+def _boxes_and_classes(truth: Instances) -> Instances:
+    """Without masks, say, which sampling would copy."""
+    return Instances(truth.image_size, gt_boxes=truth.gt_boxes, gt_classes=truth.gt_classes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from detectron2.modeling import RetinaNet
@@ -16,7 +16,7 @@ from .predictions import Predictions
 
 @register_view(RetinaNet)
 class RetinaNetView(DetectorView):
-    offers = ("dense",)
+    offers = ("dense", "anchors")
 
     @property
     def num_classes(self) -> int:
@@ -24,10 +24,18 @@ class RetinaNetView(DetectorView):
 
     def require(self, capability: str) -> None:
         super().require(capability)
-        self.taps.add("head")
+        if capability == "dense":
+            self.taps.add("head")
 
     def dense(self) -> Predictions:
         return self._head().predictions(self)
+
+    @property
+    def anchor_levels(self) -> Sequence[str]:
+        return self.model.head_in_features
+
+    def anchors(self) -> Dict[str, torch.Tensor]:
+        return self._head().grids(self)
 
     def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
         return self._head().sample()

@@ -16,7 +16,6 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 from distill_d2.losses.gid import GID, GeneralInstances
-from distill_d2.losses.gid.ground_truth import padded_ground_truth
 from distill_d2.losses.gid.pooling import level_of
 from distill_d2.views import Batch, Predictions
 from distill_d2.views.matching import batched_iou, match_by_iou
@@ -191,7 +190,7 @@ def _compare_rows(fixture: Fixture) -> None:
     fixture.compare("gi_diff_all", torch.where(from_teacher, scores, -scores))
     boxes = torch.where(from_teacher[..., None], teacher.boxes(), student.boxes())
     fixture.compare("gi_box_all", boxes, atol=1e-4)
-    truth, valid = padded_ground_truth(run.batch)
+    truth, valid = run.batch.padded_boxes()
     labels = student.match(truth, valid)
     nearest = batched_iou(truth, student.anchors).where(valid[..., None], -1.0).argmax(dim=1)
     classes = torch.zeros(valid.shape, dtype=torch.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Dict, Iterator, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -40,20 +40,39 @@ class _Detector(nn.Module):
         self.backbone = backbone
 
 
-class _DenseDetector(_Detector):
-    predictions: Predictions
+class _DetectorWithHead(_Detector):
+    predictions: Optional[Predictions]
+    anchors: Maps
 
 
-@register_view(_DenseDetector)
-class _DenseView(DetectorView):
-    offers = ("dense",)
+@register_view(_DetectorWithHead)
+class _ViewWithHead(DetectorView):
+    @property
+    def offers(self) -> Tuple[str, ...]:
+        predictions = self.model.predictions
+        if predictions is None:
+            return ("anchors",)
+        return ("box_head",) if predictions.background else ("dense", "anchors")
 
     @property
     def num_classes(self) -> int:
-        return self.model.predictions.logit_levels[0].shape[-1]
+        return self.model.predictions.num_classes
 
     def dense(self) -> Predictions:
         return self.model.predictions
+
+    def box_head(self, proposals=None, classes=None) -> Predictions:
+        return self.model.predictions
+
+    def sampled_proposals(self) -> None:
+        """No need of them: both heads have scored them already."""
+
+    @property
+    def anchor_levels(self) -> List[str]:
+        return list(self.model.anchors)
+
+    def anchors(self) -> Maps:
+        return self.model.anchors
 
     def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
         predictions = self.model.predictions
@@ -63,12 +82,17 @@ class _DenseView(DetectorView):
 
 @contextlib.contextmanager
 def replayed(
-    maps: Maps, strides: Dict[str, int], role: str, predictions: Optional[Predictions] = None
+    maps: Maps,
+    strides: Dict[str, int],
+    role: str,
+    predictions: Optional[Predictions] = None,
+    anchors: Optional[Maps] = None,
 ) -> Iterator[DetectorView]:
     """The view of a detector whose neck has just returned ``maps``, (N, C, H, W) by level name, and
-    whose dense head, if it has one, ``predictions``."""
-    detector = (_Detector if predictions is None else _DenseDetector)(_Replay(maps, strides))
-    detector.predictions = predictions
+    whose head, if it has one, ``predictions``; ``anchors`` are (H, W, A, 4) by level name."""
+    has_head = predictions is not None or anchors is not None
+    detector = (_DetectorWithHead if has_head else _Detector)(_Replay(maps, strides))
+    detector.predictions, detector.anchors = predictions, anchors or {}
     view = build_view(detector, role)
     with view.recording():
         view.model.backbone(torch.empty(0))

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Dict, Sequence, Tuple
+from typing import Dict, Sequence
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from ...transfer import upload
 from ...views import Batch, Predictions
 from ...views.matching import batched_ioa
 from .selection import GeneralInstances
 
 
-def padded_ground_truth(batch: Batch) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The ground-truth boxes (N, G, 4) of N images, filled up to the longest, and which are there.
-
-    Raises:
-        KeyError: an image has no annotations (it is unlabelled).
-    """
-    boxes = [item["instances"].gt_boxes.tensor.float() for item in batch.inputs]
-    longest = max(1, *(len(per_image) for per_image in boxes))
-    valid = torch.stack([torch.arange(longest) < len(per_image) for per_image in boxes])
-    padded = pad_sequence([*boxes, boxes[0].new_zeros(longest, 4)], batch_first=True)[:-1]
-    device = batch.inputs[0]["image"].device
-    return upload(padded, device), upload(valid, device)
-
-
 def all_ground_truth(batch: Batch) -> GeneralInstances:
     """The ground-truth boxes in the place of a selection, with score 1."""
-    boxes, valid = padded_ground_truth(batch)
+    boxes, valid = batch.padded_boxes()
     return GeneralInstances(
         boxes=boxes,
         scores=valid.float(),
@@ -54,7 +38,7 @@ def categories(
     Returns:
         (N, K) bool by kind; False for empty slots.
     """
-    boxes, there = padded_ground_truth(batch)
+    boxes, there = batch.padded_boxes()
     low, high = thresholds
     positive = student.match(boxes, there).gather(1, instances.rows) == 1
     covered = batched_ioa(instances.boxes, boxes).amax(dim=-1)  # boxes that fill up cover nothing

@@ -30,7 +30,7 @@ from ...views import (
 from ...views.matching import rows_inside
 from ..base import DISTILL_LOSS_REGISTRY, DistillLoss, keyword_defaults
 from ..pairing import FeaturePairs
-from .ground_truth import all_ground_truth, categories, padded_ground_truth
+from .ground_truth import all_ground_truth, categories
 from .pooling import pool
 from .response import cls_term, reg_term
 from .selection import GeneralInstances, GeneralInstanceSelection
@@ -246,7 +246,7 @@ class GID(DistillLoss):
             mask = mask & student.valid
         if self.settings.response_reg_mask == "gi":
             return mask, mask
-        return mask, mask & (student.match(*padded_ground_truth(batch)) == 1)
+        return mask, mask & (student.match(*batch.padded_boxes()) == 1)
 
     def feature_terms(
         self, student: DetectorView, teacher: DetectorView, instances: GeneralInstances

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Optional
 
 import torch
-import torch.nn.functional as F
 
 from ...views import Predictions
 from ...views.matching import area, intersection
 from ...views.predictions import Decode
+from ..rows import RowLoss, box_mean, class_mean, row_loss
 
 CLS_MODES = ("BCE", "L1", "L2")
 REG_MODES = ("L1", "L2", "BCE", "GIoU")
 
 _EPS = 1e-7
-RowLoss = Callable[..., torch.Tensor]
 
 
 def cls_term(
@@ -39,10 +38,8 @@ def cls_term(
         a scalar; 0 without rows.
     """
     cross_entropy = mode == "BCE" and student.background
-    loss = _cross_entropy if cross_entropy else _row_loss(mode, beta)
-    levels = zip(student.logit_levels, teacher.logit_levels, mask.split(student.level_sizes, dim=1))
-    total = sum(_masked_sum(loss, part.view(s.shape[:3]), s, t) for s, t, part in levels)
-    return total / mask.sum().clamp(min=1)
+    loss = _cross_entropy if cross_entropy else row_loss(mode, beta)
+    return class_mean(loss, student, teacher, mask)
 
 
 def reg_term(
@@ -62,28 +59,15 @@ def reg_term(
     Args, returns: as of ``cls_term``.
     """
     classes = _compared_classes(student, teacher)
-    deltas = [student.deltas_of(classes), teacher.deltas_of(classes)]
-    if mode == "GIoU":
-        values = [*deltas, student.anchors.expand_as(deltas[0])]
-        loss = _giou_loss(student.decode)
-    else:
-        values, loss = deltas, _row_loss(mode, beta)
-    total = _masked_sum(loss, mask[..., None], *(value.unsqueeze(2) for value in values))
-    return total / mask.sum().clamp(min=1)
+    if mode != "GIoU":
+        return box_mean(row_loss(mode, beta), student, teacher, mask, classes)
+    anchors = student.anchors.expand(*mask.shape, 4)
+    return box_mean(_giou_loss(student.decode), student, teacher, mask, classes, anchors)
 
 
 def _compared_classes(student: Predictions, teacher: Predictions) -> Optional[torch.Tensor]:
     specific = student.class_specific or teacher.class_specific
     return teacher.best_class() if specific else None
-
-
-def _row_loss(mode: str, beta: float) -> RowLoss:
-    """(student (..., K), teacher (..., K)) -> (...)."""
-    if mode == "BCE":
-        return lambda s, t: F.binary_cross_entropy_with_logits(s, t.sigmoid(), reduction="none").sum(-1)
-    if mode == "L2":
-        return lambda s, t: F.mse_loss(s, t, reduction="none").sum(-1)
-    return lambda s, t: F.smooth_l1_loss(s, t, reduction="none", beta=beta).sum(-1)
 
 
 def _giou_loss(decode: Decode) -> RowLoss:
@@ -93,18 +77,6 @@ def _giou_loss(decode: Decode) -> RowLoss:
 
 def _cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return -(teacher.softmax(dim=-1) * student.log_softmax(dim=-1)).sum(dim=-1)
-
-
-def _masked_sum(loss: RowLoss, mask: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-    """The sum of a loss per row over the rows of the mask (N, P, A), of values (N, P, A, ...)."""
-    if mask.device.type != "cpu":
-        # To pick rows, the host would have to wait for their number: all are computed, the others of 0.
-        values = (value.masked_fill(~mask[..., None], 0.0) for value in values)
-        return (loss(*values) * mask).sum()
-    image, position, anchor = mask.nonzero(as_tuple=True)
-    # Picked in the memory layout of a convolution's output, which the gradient then has as well.
-    rows = (value.permute(0, 2, 3, 1)[image, anchor, :, position] for value in values)
-    return loss(*rows).sum()
 
 
 def _giou_distance(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

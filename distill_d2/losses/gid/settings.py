@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Dict
 
+from ..base import check_choices, check_not_negative, check_setting
 from .response import CLS_MODES, REG_MODES
 from .selection import SCORES
 from .terms import FEATURE_MODES, SCOPES
@@ -32,13 +32,11 @@ def check_settings(s: Dict[str, Any]) -> None:
         "response_reg_mode": REG_MODES,
         "response_reg_mask": _REG_MASKS,
     }
-    for name, allowed in choices.items():
-        _require(s, name, s[name] in allowed, f"one of {list(allowed)}")
+    check_choices("GID", **{name: (s[name], allowed) for name, allowed in choices.items()})
     for name in ("gi_pre_nms_topk", "gi_post_nms_topk", "pooler_resolution", "pooler_sampling_ratio"):
         _require(s, name, s[name] >= 1, "at least 1")
-    for name in s:
-        if name.endswith(("_weight", "_beta", "gi_min_side")):
-            _require(s, name, 0 <= s[name] < math.inf, "a finite number, 0 or more")
+    numbers = {name: s[name] for name in s if name.endswith(("_weight", "_beta", "gi_min_side"))}
+    check_not_negative("GID", **numbers)
     _require(s, "gi_nms_thresh", 0 <= s["gi_nms_thresh"] <= 1, "0 to 1")
     size = s["adapter_kernel_size"]
     _require(s, "adapter_kernel_size", size > 0 and size % 2 == 1, "an odd number above 0")
@@ -52,11 +50,7 @@ def check_settings(s: Dict[str, Any]) -> None:
 
 
 def _require(settings: Dict[str, Any], name: str, holds: bool, expected: str) -> None:
-    if holds:
-        return
-    raise ValueError(
-        f"MODEL.DISTILLER.GID.{name.upper()} is {settings[name]!r}; expected {expected}"
-    )
+    check_setting("GID", name, settings[name], holds, expected)
 
 
 def check_strides(strides: Dict[str, int]) -> None:

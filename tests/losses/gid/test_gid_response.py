@@ -13,7 +13,8 @@ from gid_case import Case, close, naive_masks, or_zero, pad_instances, plain_pre
 from no_synchronisation import no_synchronisation
 
 from distill_d2.losses.base import keyword_defaults
-from distill_d2.losses.gid import GID, response
+from distill_d2.losses import rows
+from distill_d2.losses.gid import GID
 from distill_d2.losses.gid.response import cls_term, reg_term
 
 CLS = [("BCE", 0.0), ("L1", 0.0), ("L1", 0.3), ("L2", 0.0)]
@@ -99,16 +100,16 @@ class Elsewhere(torch.Tensor):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Let the terms take the way that they take on a GPU."""
-    masked_sum = response._masked_sum
+    masked_sum = rows.masked_sum
 
-    def elsewhere(loss, mask, *values):
-        total = masked_sum(loss, mask.as_subclass(Elsewhere), *values)
+    def elsewhere(loss, mask, *values, **options):
+        total = masked_sum(loss, mask.as_subclass(Elsewhere), *values, **options)
         return total.as_subclass(torch.Tensor)
 
     @contextlib.contextmanager
     def replaced():
         with monkeypatch.context() as patch:
-            patch.setattr(response, "_masked_sum", elsewhere)
+            patch.setattr(rows, "masked_sum", elsewhere)
             yield
 
     return replaced

@@ -1,0 +1,203 @@
+"""Masks of the cells of a feature level that belong to objects.
+
+Boxes are N images' ground truth (N, M, 4), absolute XYXY pixels on the padded images, with a mask (N, M)
+of those to draw. Masks are (N, H, W) float32, from 0, the background, to 1. All shapes are fixed, so that
+nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Dict, Iterable, Mapping, Tuple
+
+import torch
+
+from ..views import Batch, DetectorView
+
+Size = Tuple[int, int]
+
+MASKS = ("gt", "roi", "gaussian", "one")
+LEVEL_ASSIGNS = ("single", "all")
+_STAGE_GRID = 4  # pixels: the mask of backbone stages is drawn at this stride, and picked from for each
+
+
+def level_of_boxes(boxes: torch.Tensor, levels: int, finest_scale: float = 56.0) -> torch.Tensor:
+    """To which of ``levels``, from fine to coarse, each box belongs.
+
+    With the scale the root of its area, a box belongs to level floor(log2(scale / finest_scale)), within
+    what there is: below 112 pixels to the first level, below 224 to the second. As in DeFeat's code pixels
+    are counted: a side is x2 - x1 + 1.
+
+    Returns:
+        (N, M) int64.
+    """
+    sides = (boxes[..., 2:] - boxes[..., :2] + 1).clamp(min=0)
+    scale = sides.prod(dim=-1).sqrt()
+    return torch.log2(scale / finest_scale + 1e-6).floor().clamp(0, levels - 1).long()
+
+
+def cells_of_boxes(boxes: torch.Tensor, size: Size, stride: int) -> Tuple[torch.Tensor, ...]:
+    """The cells of a level (H, W) that each box covers: first column, first row, and the column and row
+    after the last ones.
+
+    Corners are divided by the stride, truncated, and clamped to the level. A box that has no cell of width
+    or of height covers the one cell of its first corner; one beside the level covers none.
+
+    Returns:
+        four (N, M) float32, whole numbers.
+    """
+    height, width = size
+    x1, y1, x2, y2 = (boxes / stride).trunc().unbind(-1)
+    x1, x2 = x1.clamp(min=0), x2.clamp(max=width)
+    y1, y2 = y1.clamp(min=0), y2.clamp(max=height)
+    thin = (x1 == x2) | (y1 == y2)
+    x1 = torch.where(thin, x1.clamp(max=width - 1), x1)
+    y1 = torch.where(thin, y1.clamp(max=height - 1), y1)
+    return x1, y1, torch.where(thin, x1 + 1, x2), torch.where(thin, y1 + 1, y2)
+
+
+def box_mask(boxes: torch.Tensor, drawn: torch.Tensor, size: Size, stride: int) -> torch.Tensor:
+    """1 in the cells of the drawn boxes, see ``cells_of_boxes`` (DeFeat's mask)."""
+    rows, columns = _covered(boxes, size, stride)
+    columns = columns & drawn[..., None]
+    # How many boxes cover a cell: no tensor of all boxes and all cells is made.
+    return (rows.float().transpose(1, 2) @ columns.float()).clamp(max=1)
+
+
+def gaussian_mask(
+    boxes: torch.Tensor, drawn: torch.Tensor, size: Size, stride: int
+) -> torch.Tensor:
+    """In the cells of the drawn boxes a Gaussian around the box's centre, the largest of several.
+
+    Its deviation is half a side of the box, at least half a cell. After the adaptive Gaussian mask of
+    TADF (arXiv 2006.13108), which was not at hand: its formula, exp(-dx^2 / 2(w/2)^2 - dy^2 / 2(h/2)^2),
+    is recalled.
+    """
+    rows, columns = _covered(boxes, size, stride)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    across = _gaussian(x1, x2, size[1], stride) * (columns & drawn[..., None])
+    down = _gaussian(y1, y2, size[0], stride) * rows
+    return (down[..., :, None] * across[..., None, :]).amax(dim=1)
+
+
+def anchor_mask(
+    boxes: torch.Tensor, drawn: torch.Tensor, anchors: torch.Tensor, threshold: float = 0.5
+) -> torch.Tensor:
+    """1 in cells with an anchor whose IoU with a drawn box exceeds ``threshold`` times the largest IoU of
+    any anchor of the level with that box (FGFI's mask).
+
+    Args:
+        anchors: (H, W, A, 4), absolute XYXY; those of a cell have the same shapes everywhere.
+    """
+    across = _overlap(boxes[..., 0::2], anchors[0, ..., 0::2])  # (N, M, W, A): what boxes and anchors
+    down = _overlap(boxes[..., 1::2], anchors[:, 0, :, 1::2])  # (N, M, H, A): share along each axis
+    sides = anchors[0, 0, :, 2:] - anchors[0, 0, :, :2]
+    areas = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)[..., None] + sides.prod(dim=-1)
+    largest = _iou(across.amax(dim=2) * down.amax(dim=2), areas).amax(dim=-1)  # (N, M)
+    enough = torch.where(drawn, threshold * largest, torch.inf)[..., None, None]
+    mask = boxes.new_zeros(len(boxes), *anchors.shape[:2], dtype=torch.bool)
+    for anchor in range(anchors.shape[2]):
+        common = down[..., anchor, None] * across[..., None, :, anchor]
+        iou = _iou(common, areas[..., anchor, None, None])
+        mask |= (iou > enough).any(dim=1)
+    return mask.float()
+
+
+def stage_mask(batch: Batch) -> torch.Tensor:
+    """The cells of all ground-truth boxes at stride 4, (N, H, W): the mask of backbone stages, which have
+    no levels."""
+    boxes, valid = batch.padded_boxes()
+    size = tuple(math.ceil(side / _STAGE_GRID) for side in batch.padded_size)
+    return box_mask(boxes, valid, size, _STAGE_GRID)
+
+
+def _covered(boxes: torch.Tensor, size: Size, stride: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Which rows (N, M, H) and which columns (N, M, W) of a level each box covers."""
+    x1, y1, x2, y2 = (cells[..., None] for cells in cells_of_boxes(boxes, size, stride))
+    rows, columns = (torch.arange(length, device=boxes.device) for length in size)
+    return (y1 <= rows) & (rows < y2), (x1 <= columns) & (columns < x2)
+
+
+def _gaussian(low: torch.Tensor, high: torch.Tensor, length: int, stride: int) -> torch.Tensor:
+    """(N, M, length): along one axis, at the centres of the cells, for boxes from ``low`` to ``high``."""
+    centres = (torch.arange(length, device=low.device) + 0.5) * stride
+    deviation = ((high - low) / 2).clamp(min=stride / 2)[..., None]
+    return torch.exp(-(((centres - (low + high)[..., None] / 2) / deviation) ** 2) / 2)
+
+
+def _overlap(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """(N, M, L, A): the length that intervals (N, M, 2) and (L, A, 2) share."""
+    low, high = (part[..., None, None] for part in boxes.unbind(-1))
+    return (torch.minimum(high, anchors[..., 1]) - torch.maximum(low, anchors[..., 0])).clamp(min=0)
+
+
+def _iou(common: torch.Tensor, areas: torch.Tensor) -> torch.Tensor:
+    """Of the area that two boxes share, and the sum of their areas."""
+    return common / (areas - common)
+
+
+class ObjectMasks:
+    """The masks of a step's ground truth on the levels that a loss compares."""
+
+    def __init__(
+        self,
+        kind: str = "gt",
+        *,
+        level_assign: str = "single",
+        finest_scale: float = 56.0,
+        threshold: float = 0.5,
+    ):
+        """
+        Args:
+            kind: "gt" (box_mask), "roi" (anchor_mask, with the student's anchors), "gaussian" or "one"
+                (1 everywhere).
+            level_assign: a box is drawn on the "single" level of its size, or on "all".
+            finest_scale: see level_of_boxes; threshold: see anchor_mask.
+        """
+        self.kind = kind
+        self.level_assign = level_assign
+        self.finest_scale = finest_scale
+        self.threshold = threshold
+
+    def bind(self, student: DetectorView, levels: Iterable[str], key: str) -> None:
+        """Check that the student has what the masks need on these levels.
+
+        Args:
+            key: config key of the levels, for messages.
+
+        Raises:
+            TypeError, ValueError: it has no anchors, or none there.
+        """
+        if self.kind != "roi":
+            return
+        student.require("anchors")
+        without = [name for name in levels if name not in student.anchor_levels]
+        if without:
+            raise ValueError(
+                f"{key}: the mask is of the student's anchors, of which there are none on the levels "
+                f"{without}; choose among {list(student.anchor_levels)}"
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self, student: DetectorView, batch: Batch, sizes: Mapping[str, Size], strides: Mapping[str, int]
+    ) -> Dict[str, torch.Tensor]:
+        """The mask (N, H, W) of each level by name.
+
+        Args:
+            sizes: (H, W) of the levels; strides: in pixels.
+        """
+        boxes, valid = batch.padded_boxes()
+        if self.kind == "one":
+            return {name: boxes.new_ones(len(boxes), *size) for name, size in sizes.items()}
+        anchors = student.anchors() if self.kind == "roi" else {}
+        levels = level_of_boxes(boxes, len(sizes), self.finest_scale)
+        masks = {}
+        for index, name in enumerate(sorted(sizes, key=strides.get)):
+            drawn = valid & (levels == index) if self.level_assign == "single" else valid
+            if self.kind == "roi":
+                masks[name] = anchor_mask(boxes, drawn, anchors[name], self.threshold)
+                continue
+            draw = box_mask if self.kind == "gt" else gaussian_mask
+            masks[name] = draw(boxes, drawn, sizes[name], strides[name])
+        return masks

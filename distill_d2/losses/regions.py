@@ -1,0 +1,68 @@
+"""How far a student's feature map is from the teacher's, in objects and in the background."""
+
+from __future__ import annotations
+
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+FORMS = ("L2", "L1", "smoothL1")
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """sum_c (s - t)^2, without keeping s - t for the gradient: maps are large, and at hand anyway."""
+
+    @staticmethod
+    def forward(ctx, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(student, teacher)
+        return (student - teacher).square_().sum(dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: torch.Tensor):
+        student, teacher = ctx.saved_tensors
+        return (student - teacher).mul_(2 * grad_output[:, None]), None
+
+
+def distance_map(
+    student: torch.Tensor, teacher: torch.Tensor, form: str = "L2", *, inverted: bool = False
+) -> torch.Tensor:
+    """The distance in each cell, summed over channels: (s - t)^2, |s - t|, or its smooth form (beta 1).
+
+    Args:
+        student, teacher: (N, C, H, W) float32.
+        form: of FORMS.
+        inverted: "smoothL1" as DeFeat's code has it, |d| where |d| < 1 and d^2 elsewhere.
+
+    Returns:
+        (N, H, W), differentiable in ``student``.
+    """
+    if form == "L2":
+        return _SquaredDistance.apply(student, teacher)
+    if form == "smoothL1" and not inverted:
+        return F.smooth_l1_loss(student, teacher, reduction="none").sum(dim=1)
+    distance = F.l1_loss(student, teacher, reduction="none")
+    if inverted:
+        distance = torch.where(distance < 1, distance, distance.square())
+    return distance.sum(dim=1)
+
+
+def region_means(
+    distances: torch.Tensor, mask: torch.Tensor, channels: int
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Half the mean distance of all elements in the mask, and of all outside it (DeFeat).
+
+    sum(M d) / max(1, 2 C sum(M)), of all cells of the process's batch; 0 where a region is empty.
+
+    Args:
+        distances, mask: (N, H, W), of a level with C ``channels``.
+
+    Returns:
+        two scalars.
+    """
+    return tuple(
+        (distances * region).sum() / (2 * channels * region.sum()).clamp(min=1)
+        for region in (mask, 1 - mask)
+    )
