@@ -1,5 +1,6 @@
 """Datasets: those a config names, the generated shapes, and reading them in an order that resumes."""
 
+from .builtin_voc import register_builtin_voc
 from .check import NamedReadErrors, check_dataset, check_datasets
 from .custom import datasets_root, register_custom_datasets
 from .loader import ShieldedLoader, build_train_loader, end_workers
@@ -19,6 +20,7 @@ __all__ = [
     "datasets_root",
     "end_workers",
     "generate_shapes",
+    "register_builtin_voc",
     "register_custom_datasets",
     "register_shapes",
 ]

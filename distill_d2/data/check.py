@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import check_image_size, read_image
 
+from .builtin_voc import builtin_voc_places
 from .custom import datasets_root
 
 _DECODERS = 4  # threads
@@ -130,8 +131,10 @@ def _load(name: str) -> List[Dict[str, Any]]:
     except FileNotFoundError as error:
         root = datasets_root()
         found = sorted(os.listdir(root))[:20] if os.path.isdir(root) else "does not exist"
+        places = builtin_voc_places(name)
+        looked = f" (looked for in {places})" if places else ""
         raise FileNotFoundError(
-            f"the annotations of dataset '{name}' do not exist: {error.filename or error}. "
+            f"the annotations of dataset '{name}' do not exist: {error.filename or error}{looked}. "
             f"$DETECTRON2_DATASETS, '{root}': {found} (layouts: datasets/README.md)"
         ) from error
 

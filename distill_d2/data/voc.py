@@ -113,8 +113,9 @@ def load_voc(name: str, root: str, split: str, classes: Sequence[str]) -> List[D
 
 
 def _image_files(folder: str) -> Dict[str, str]:
-    """{image id: file name}."""
-    named = [(os.path.splitext(file), file) for file in sorted(os.listdir(folder))]
+    """{image id: file name}; none where there is no folder: what misses is checked elsewhere."""
+    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    named = [(os.path.splitext(file), file) for file in files]
     return {key: file for (key, suffix), file in named if suffix.lower() in _IMAGE_SUFFIXES}
 
 

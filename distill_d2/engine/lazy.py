@@ -28,7 +28,7 @@ from torch import nn
 
 from .. import model_zoo
 from ..config import add_distill_config
-from ..data import box_statistics, register_shapes
+from ..data import box_statistics, register_builtin_voc, register_shapes
 from ..distiller import Distiller, node_arguments
 from .optimizer import trained_with_student
 from .setup import check_length, check_output_dir, choose_device, config_keys, file_in
@@ -58,6 +58,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
             "model L(Distiller)(...), so there is nothing to distil"
         )
     register_shapes()
+    register_builtin_voc()
     default_setup(cfg, args)
     rank = comm.get_rank()
     setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")

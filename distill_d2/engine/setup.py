@@ -15,7 +15,7 @@ from detectron2.utils.logger import setup_logger
 
 from .. import model_zoo
 from ..config import add_distill_config, load_yaml, student_config
-from ..data import check_datasets, register_custom_datasets, register_shapes
+from ..data import check_datasets, register_builtin_voc, register_custom_datasets, register_shapes
 from ..evaluation import evaluator_kind
 from ..losses import build_losses
 
@@ -74,6 +74,7 @@ def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
     _merge_opts(cfg, opts)
     _locate_teacher(cfg, [path, *extra])
     register_shapes()
+    register_builtin_voc()
     register_custom_datasets(cfg.DATASETS.CUSTOM)
     return cfg
 

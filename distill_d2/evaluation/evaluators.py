@@ -18,7 +18,7 @@ from detectron2.evaluation import (
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
 )
-from detectron2.evaluation.pascal_voc_evaluation import parse_rec, voc_eval
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec, voc_ap, voc_eval
 from detectron2.utils import comm
 
 from ..data.voc import VocImage, read_annotation, read_split
@@ -26,20 +26,27 @@ from ..data.voc import VocImage, read_annotation, read_split
 logger = logging.getLogger(__name__)
 
 _THRESHOLDS = range(50, 100, 5)  # intersection over union, in percent
+#: VOC's two rules, each by the metric that always follows it; True: that of 2007. Those names have
+#: no hyphen, because detectron2 does not print metrics with one, and those of classes have one.
+_RULES = {"AP50_11point": True, "AP50_area": False}
 
 
 class VOCEvaluator(PascalVOCDetectionEvaluator):
     """detectron2's VOC evaluator, with AP50 per class, plain floats, and for annotations of other
     tools too, which may lack what detectron2's reader insists on.
 
-    The dataset's year chooses the rule: 2007 averages precision at 11 recalls, 2012 takes the area.
+    The dataset's year chooses the rule: 2007 averages precision at 11 recalls, 2012 takes the area;
+    the mean AP50 is reported by both. Matching is detectron2's: each detection, by falling score,
+    meets the object that it overlaps most. It finds it if the intersection over union, in pixels
+    with the last one of a box counting (+ 1), exceeds the threshold and no detection found it before.
+
     As in training, boxes without area do not count; as in COCO's evaluation, neither does a class
     of which the split holds no object.
     """
 
     def evaluate(self) -> Dict[str, Any]:
-        """{"bbox": {"AP", "AP50", "AP75", "AP50-<class>", ...}} in percent on the main process, {}
-        on others; nan for a class without objects.
+        """{"bbox": {"AP", "AP50", "AP75", "AP50_11point", "AP50_area", "AP50-<class>", ...}} in
+        percent on the main process, {} on others; nan for a class without objects.
 
         Raises:
             ValueError: an annotation cannot be read, or no class has an object.
@@ -50,14 +57,14 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
         ids = read_split(self._image_set_path)
         images = {key: read_annotation(self._anno_file_template.format(key)) for key in ids}
         present = self._classes_present(images)
-        precisions = np.full((len(self._class_names), len(_THRESHOLDS)), np.nan)
+        precisions = np.full((len(self._class_names), len(_RULES), len(_THRESHOLDS)), np.nan)
         with tempfile.TemporaryDirectory(prefix="voc_eval_") as folder:
             paths = _write_annotations(images, folder)
             for index, name in enumerate(self._class_names):
                 if name in present:
                     precisions[index] = self._class_precisions(predictions[index], name, *paths)
         parse_rec.cache_clear()  # it would keep every evaluation's annotations for ever
-        return OrderedDict(bbox=_summary(precisions, self._class_names))
+        return OrderedDict(bbox=_summary(precisions, self._class_names, self._is_2007))
 
     def _classes_present(self, images: Dict[str, VocImage]) -> Set[str]:
         items = [item for image in images.values() for item in image.objects]
@@ -81,30 +88,26 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
 
     def _class_precisions(
         self, lines: List[str], name: str, template: str, image_set: str
-    ) -> List[float]:
-        """Average precision of one class at each of _THRESHOLDS, in percent."""
+    ) -> List[List[float]]:
+        """Average precision of one class, in percent, by each of _RULES at each of _THRESHOLDS."""
         with tempfile.NamedTemporaryFile("w", suffix=".txt", dir=os.path.dirname(image_set)) as file:
             file.write("\n".join(lines))
             file.flush()
-            return [
-                100.0
-                * voc_eval(
-                    file.name,
-                    template,
-                    image_set,
-                    name,
-                    ovthresh=threshold / 100.0,
-                    use_07_metric=self._is_2007,
-                )[2]
+            curves = [
+                voc_eval(file.name, template, image_set, name, ovthresh=threshold / 100.0)[:2]
                 for threshold in _THRESHOLDS
             ]
+        return [[100.0 * voc_ap(*curve, is_2007) for curve in curves] for is_2007 in _RULES.values()]
 
 
-def _summary(precisions: np.ndarray, names: List[str]) -> Dict[str, float]:
-    """Metrics from average precisions (classes, thresholds)."""
-    means = np.nanmean(precisions, axis=0)
+def _summary(precisions: np.ndarray, names: List[str], is_2007: bool) -> Dict[str, float]:
+    """Metrics from average precisions (classes, rules, thresholds), by the rule of the year."""
+    own = list(_RULES.values()).index(is_2007)
+    by_rule = np.nanmean(precisions, axis=0)
+    means = by_rule[own]
     metrics = OrderedDict(AP=means.mean(), AP50=means[0], AP75=means[_THRESHOLDS.index(75)])
-    for name, values in zip(names, precisions):
+    metrics.update(zip(_RULES, by_rule[:, 0]))
+    for name, values in zip(names, precisions[:, own]):
         metrics[f"AP50-{name}"] = values[0]
     # Plain numbers: checkpoints are read without numpy's.
     return OrderedDict((name, float(value)) for name, value in metrics.items())

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,8 @@ def register(entry):
 @pytest.mark.parametrize("year", [2007, 2012])
 def test_bccd_ground_truth_is_100(shared, tmp_path, year):
     metrics = evaluate(register(bccd_entry(shared, YEAR=year)), tmp_path)["bbox"]
-    names = ["AP", "AP50", "AP75", "AP50-RBC", "AP50-WBC", "AP50-Platelets"]
-    assert list(metrics) == names
+    names = ["AP", "AP50", "AP75", "AP50_11point", "AP50_area"]
+    assert list(metrics) == [*names, "AP50-RBC", "AP50-WBC", "AP50-Platelets"]
     assert all(value == pytest.approx(100) for value in metrics.values())
     assert {type(value) for value in metrics.values()} == {float}
 
@@ -111,6 +112,8 @@ def test_bccd_is_what_detectron2_computes(shared, tmp_path, year):
     ours, theirs = ours.evaluate()["bbox"], theirs.evaluate()["bbox"]
     assert 10 < ours["AP"] < 60
     assert {key: ours[key] for key in theirs} == pytest.approx(theirs)
+    assert ours["AP50"] == ours["AP50_11point" if year == 2007 else "AP50_area"]
+    assert ours["AP50_11point"] != pytest.approx(ours["AP50_area"])
     per_class = [ours[f"AP50-{label}"] for label in entry["CLASSES"]]
     assert np.mean(per_class) == pytest.approx(ours["AP50"])
 
@@ -121,16 +124,19 @@ OBJECT = """<object><name>{name}</name>{more}<bndbox><xmin>{box[0]}</xmin><ymin>
 
 @pytest.fixture
 def voc(tmp_path):
-    """Writes and registers one 100x100 image with objects (name, box, more xml); its name."""
+    """Writes and registers a 100x100 image "a" with objects (name, box, more xml), or several images
+    {id: objects}; the dataset's name."""
 
     def write(objects, classes=("cat",), year=2012):
+        images = objects if isinstance(objects, dict) else {"a": objects}
         root = tmp_path / f"voc{next(_numbers)}"
         for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
             (root / folder).mkdir(parents=True)
-        (root / "ImageSets" / "Main" / "test.txt").write_text("a 1\n\n")
-        body = "".join(OBJECT.format(name=n, box=b, more=m) for n, b, m in objects)
+        (root / "ImageSets" / "Main" / "test.txt").write_text("".join(f"{key} 1\n\n" for key in images))
         size = "<size><width>100</width><height>100</height></size>"
-        (root / "Annotations" / "a.xml").write_text(f"<annotation>{size}{body}</annotation>")
+        for key, items in images.items():
+            body = "".join(OBJECT.format(name=n, box=b, more=m) for n, b, m in items)
+            (root / "Annotations" / f"{key}.xml").write_text(f"<annotation>{size}{body}</annotation>")
         entry = dict(FORMAT="voc", ROOT=str(root), SPLIT="test", CLASSES=list(classes), YEAR=year)
         return register({"NAME": f"evaluate_voc_{root.name}", **entry})
 
@@ -144,6 +150,112 @@ def test_one_of_two_found(voc, tmp_path, year, expected):
     metrics = evaluate(name, tmp_path, wanted=lambda item: item["bbox"][0] == 0)["bbox"]
     assert metrics["AP50"] == pytest.approx(100 * expected)
     assert metrics["AP"] == pytest.approx(100 * expected)
+
+
+def detections(*items):
+    """(box as in an xml file, score, class) as a detector would return them."""
+    boxes, scores, labels = zip(*items)
+    result = Instances((100, 100))
+    # Corners in xml files count pixels from 1, and the last one belongs to the box.
+    result.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32) - torch.tensor([1.0, 1, 0, 0]))
+    result.scores, result.pred_classes = torch.tensor(scores), torch.tensor(labels)
+    return result
+
+
+def evaluate_detections(name, found):
+    """Metrics of {image id: detections}."""
+    evaluator = VOCEvaluator(name)
+    evaluator.reset()
+    for key, instances in found.items():
+        evaluator.process([{"image_id": key}], [{"instances": instances}])
+    return evaluator.evaluate()["bbox"]
+
+
+@pytest.mark.parametrize("year", [2007, 2012])
+def test_both_rules_by_hand(voc, year):
+    """Three cats, of which two are found: precision 1 up to recall 1/3, then 2/3 up to recall 2/3.
+
+    That is 1 at recalls 0, 0.1, 0.2, 0.3 and 2/3 at 0.4, 0.5, 0.6, or an area of 1/3 + 2/9. The dog
+    is found at once, and there is no bird.
+    """
+    cats = [("cat", box, "") for box in ((1, 1, 10, 10), (31, 1, 40, 10), (61, 1, 70, 10))]
+    name = voc([*cats, ("dog", (1, 51, 10, 60), "")], classes=("cat", "dog", "bird"), year=year)
+    found = detections(
+        ((1, 1, 10, 10), 0.9, 0),  # the first
+        ((80, 80, 90, 90), 0.8, 0),  # nothing
+        ((31, 1, 40, 6), 0.7, 0),  # 6 of 10 rows of the second
+        ((1, 1, 10, 9), 0.6, 0),  # the first again
+        ((61, 1, 70, 5), 0.5, 0),  # 5 of 10 rows of the third: no more than half
+        ((1, 51, 10, 60), 0.4, 1),
+    )
+    metrics = evaluate_detections(name, {"a": found})
+    assert metrics["AP50_11point"] == pytest.approx((54.545454545 + 100) / 2)
+    assert metrics["AP50_area"] == pytest.approx((55.555555556 + 100) / 2)
+    assert metrics["AP50"] == metrics["AP50_11point" if year == 2007 else "AP50_area"]
+    assert metrics["AP50-cat"] == pytest.approx({2007: 54.545454545, 2012: 55.555555556}[year])
+
+
+def pixels(box):
+    """Of a box as in an xml file."""
+    x1, y1, x2, y2 = box
+    return {(x, y) for x in range(x1, x2 + 1) for y in range(y1, y2 + 1)}
+
+
+def overlap(box, other):
+    """Intersection over union."""
+    return len(pixels(box) & pixels(other)) / len(pixels(box) | pixels(other))
+
+
+def naive_precisions(objects, found):
+    """AP50 of a class by both rules, of objects {image: [(box, difficult)]} and detections [(score,
+    image, box)]."""
+    total = sum(not difficult for items in objects.values() for _, difficult in items)
+    right, wrong, taken, curve = 0, 0, set(), []
+    for _, image, box in sorted(found, reverse=True):
+        overlaps = [overlap(box, other) for other, _ in objects[image]]
+        best = overlaps.index(max(overlaps))
+        hit = overlaps[best] > 0.5
+        if hit and objects[image][best][1]:
+            continue
+        if hit and (image, best) not in taken:
+            taken.add((image, best))
+            right += 1
+        else:
+            wrong += 1
+        curve.append((Fraction(right, total), right / (right + wrong)))
+
+    def precision_from(recall):
+        return max((precision for reached, precision in curve if reached >= recall), default=0)
+
+    points = [precision_from(Fraction(tenth, 10)) for tenth in range(11)]
+    steps = [precision_from(Fraction(count, total)) for count in range(1, total + 1)]
+    return 100 * np.mean(points), 100 * np.mean(steps)
+
+
+def random_boxes(random, count):
+    first, size = random.randint(1, 80, (count, 2)), random.randint(8, 20, (count, 2))
+    return np.concatenate([first, first + size], axis=1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_both_rules_against_a_naive_implementation(voc, seed):
+    """On three images, each with eight objects and a difficult one, found once, twice or not."""
+    random = np.random.RandomState(seed)
+    objects, found = {}, []
+    scores = iter((1 + random.permutation(999)) / 1000)  # evaluation keeps three decimals
+    for key in "abc":
+        boxes = random_boxes(random, 9)
+        near = boxes.repeat(2, axis=0) + random.randint(-3, 4, (18, 4))
+        detected = np.concatenate([near, random_boxes(random, 5)])
+        objects[key] = [(box, index == 0) for index, box in enumerate(boxes.tolist())]
+        found += [(next(scores), key, box) for box in detected.tolist()]
+    mark = "<difficult>{:d}</difficult>"
+    name = voc({key: [("cat", b, mark.format(hard)) for b, hard in objects[key]] for key in objects})
+    outputs = {key: [(box, score, 0) for score, image, box in found if image == key] for key in objects}
+    metrics = evaluate_detections(name, {key: detections(*items) for key, items in outputs.items()})
+    expected = naive_precisions(objects, found)
+    assert 10 < min(expected) and max(expected) < 90 and expected[0] != pytest.approx(expected[1])
+    assert (metrics["AP50_11point"], metrics["AP50_area"]) == pytest.approx(expected)
 
 
 def test_annotations_without_what_detectron2_insists_on(voc, tmp_path):
@@ -169,7 +281,8 @@ def test_difficult_objects_count_neither_way(voc, tmp_path):
 def test_class_without_objects_is_left_out_of_the_mean(voc, tmp_path, year):
     name = voc([("cat", (1, 1, 20, 20), "")], classes=("cat", "dog"), year=year)
     metrics = evaluate(name, tmp_path)["bbox"]
-    assert metrics["AP"] == pytest.approx(100) and metrics["AP50-cat"] == pytest.approx(100)
+    for key in ("AP", "AP50_11point", "AP50_area", "AP50-cat"):
+        assert metrics[key] == pytest.approx(100)
     assert math.isnan(metrics["AP50-dog"])
 
 
