@@ -22,7 +22,7 @@ learning rate 0, so that every round does the same work. Each round runs, after 
 The headline is the ratio distilled step / (student step + teacher part, plain), taken in each round.
 Beside "<loss> alone" runs "<loss> alone, naive formula", and time and peak memory of the two are
 compared: always where the formula is a few lines below (PKD); with --against-naive also where it is
-slower: GID of RetinaNets, as plain_gid.py writes it with detectron2's parts, and an oracle of the
+slower: DeFeat, as plain_defeat.py writes it, GID of RetinaNets, as plain_gid.py does, and an oracle of the
 tests, which only a checkout has (InstanceConditionalDistillation, about twice the time of the loss).
 On a CPU ratios are of process time, which other work on the machine disturbs least; on a GPU they
 are of wall-clock time, with the device synchronised.
@@ -59,6 +59,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from loss_parts import PARTS, Compute
+from plain_defeat import plain_defeat
 from plain_gid import plain_gid
 from tabulate import tabulate
 from torch import nn
@@ -379,6 +380,9 @@ def run_part(teacher: Teacher, inputs: List[Dict[str, Any]], records: Records) -
             view.rpn()
         if "box_head" in view.required:
             view.box_head(records.proposals)
+        if "own_proposals" in view.required:
+            view.own_proposals(records.batch)
+            view.box_head(records.own_proposals[0])
         if "score_boxes" in view.required:
             view.score_boxes([item["instances"].gt_boxes.to(teacher.device) for item in inputs])
 
@@ -391,7 +395,7 @@ def run_whole(teacher: Teacher, inputs: List[Dict[str, Any]]) -> None:
 @dataclass
 class Records:
     """What the losses read in one step: outputs of student and teacher by module, and the batch; and,
-    for losses on two-stage heads, the student's proposals and what the teacher's head says of them."""
+    for losses on two-stage heads, the proposals, and what the teacher's head says of them."""
 
     student: Dict[str, Any] = field(default_factory=dict)
     teacher: Dict[str, Any] = field(default_factory=dict)
@@ -399,6 +403,8 @@ class Records:
     leaves: List[torch.Tensor] = field(default_factory=list)
     proposals: Optional[List[Boxes]] = None
     box_head: Optional[Predictions] = None
+    own_proposals: Tuple[Any, ...] = (None, None)
+    own_box_head: Optional[Predictions] = None
 
     def take(self, _loss: nn.Module, inputs: Tuple[Any, Any, Batch], _terms: Any) -> None:
         """A forward hook for a loss."""
@@ -408,6 +414,13 @@ class Records:
         if "box_head" in teacher.required:
             self.proposals = student.sampled_proposals()
             self.box_head = teacher.box_head(self.proposals)
+        if "own_proposals" in teacher.required:
+            self.own_proposals = teacher.own_proposals(self.batch)
+            self.own_box_head = teacher.box_head(self.own_proposals[0])
+
+    def scored(self, proposals: List[Boxes]) -> Optional[Predictions]:
+        """What the teacher's box head says of recorded proposals."""
+        return self.own_box_head if proposals is self.own_proposals[0] else self.box_head
 
     def detach(self) -> None:
         """Cut the outputs off the networks; the student's become leaves that take a gradient."""
@@ -452,15 +465,17 @@ class Replay:
 
     @contextlib.contextmanager
     def _proposals_scored(self) -> Iterator[None]:
-        """Inside, the teacher's box head is not run: it is no work of a loss, and no tap records it."""
+        """Inside, the teacher's two-stage heads are not run: that is no work of a loss, and no tap records
+        it."""
         if self.records.box_head is None:
             yield
             return
-        self.teacher.box_head = lambda _proposals: self.records.box_head
+        self.teacher.box_head = self.records.scored
+        self.teacher.own_proposals = lambda _batch: self.records.own_proposals
         try:
             yield
         finally:
-            del self.teacher.box_head  # the view's method is back
+            del self.teacher.box_head, self.teacher.own_proposals  # the view's methods are back
 
 
 def put_outputs(taps: Taps, outputs: Dict[str, Any]) -> None:
@@ -605,6 +620,7 @@ def load_oracle(name: str) -> ModuleType:
 NAIVE: Dict[str, NaiveFormula] = {"PKD": of_pairs(naive_pkd)}
 # Those that take longer than the loss itself.
 SLOW_NAIVE: Dict[str, NaiveFormula] = {
+    "DeFeat": plain_defeat,
     "GID": plain_gid,
     "InstanceConditionalDistillation": naive_icd,
 }

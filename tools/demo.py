@@ -4,7 +4,8 @@ distilled, side by side, and print them.
 
     tools/demo.py [--seed 1] [--methods pkd mimic icd gid] [--output output/demo] [--num-gpus 1]
 
-The methods gid-feature, gid-relation and gid-response are single parts of GID.
+The methods gid-feature, gid-relation and gid-response are single parts of GID, defeat-neck is DeFeat
+without the head's classes; bccd_rcnn is BCCD with Faster R-CNN, the others have RetinaNet.
 Takes minutes on two CPU cores. Everything it runs is an ordinary command line, printed first; each
 run's log, checkpoints and metrics are in OUTPUT/teacher, OUTPUT/student and OUTPUT/<method>.
 """
@@ -26,9 +27,9 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _without(*terms: str) -> List[str]:
-    """Options that switch terms of GID off."""
-    return [word for term in terms for word in (f"MODEL.DISTILLER.GID.{term}_WEIGHT", "0.0")]
+def _without(*weights: str) -> List[str]:
+    """Options that switch terms of a loss off."""
+    return [word for key in weights for word in (f"MODEL.DISTILLER.{key}", "0.0")]
 
 
 # By name of a run: its script, its config in configs/quickstart/ after the dataset's name, and options.
@@ -38,10 +39,14 @@ RUNS = {
     "pkd": ("train_distill.py", "distill", []),
     "mimic": ("train_distill.py", "distill", ["MODEL.DISTILLER.TYPES", "['FeatureMimic']"]),
     "icd": ("train_distill.py", "icd", []),
+    "fgfi": ("train_distill.py", "fgfi", []),
+    "headkd": ("train_distill.py", "headkd", []),
+    "defeat": ("train_distill.py", "defeat", []),
+    "defeat-neck": ("train_distill.py", "defeat", _without("DEFEAT.HEAD_CLS_W", "DEFEAT.HEAD_CLS_BACK_W")),
     "gid": ("train_distill.py", "gid", []),
-    "gid-feature": ("train_distill.py", "gid", _without("RELATION", "RESPONSE_CLS", "RESPONSE_REG")),
-    "gid-relation": ("train_distill.py", "gid", _without("FEATURE", "RESPONSE_CLS", "RESPONSE_REG")),
-    "gid-response": ("train_distill.py", "gid", _without("FEATURE", "RELATION")),
+    "gid-feature": ("train_distill.py", "gid", _without("GID.RELATION_WEIGHT", "GID.RESPONSE_CLS_WEIGHT", "GID.RESPONSE_REG_WEIGHT")),
+    "gid-relation": ("train_distill.py", "gid", _without("GID.FEATURE_WEIGHT", "GID.RESPONSE_CLS_WEIGHT", "GID.RESPONSE_REG_WEIGHT")),
+    "gid-response": ("train_distill.py", "gid", _without("GID.FEATURE_WEIGHT", "GID.RELATION_WEIGHT")),
 }
 METHODS = list(RUNS)[2:]
 SECONDS_BETWEEN_NEWS = 30
@@ -62,21 +67,31 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", choices=["shapes", "bccd"], default="shapes")
+    parser.add_argument("--dataset", choices=["shapes", "bccd", "bccd_rcnn"], default="shapes")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:1])
     parser.add_argument("--seed", type=int, default=1, help="of all runs")
     parser.add_argument("--output", default="output/demo", help="folder for the runs")
     parser.add_argument("--num-gpus", type=int, default=0)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for all runs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for method in args.methods:
+        config = ROOT / "configs" / config_of(method, args.dataset)
+        if not config.is_file():
+            parser.error(f"--methods {method}: there is no {config} for --dataset {args.dataset}")
+    return args
+
+
+def config_of(name: str, dataset: str) -> str:
+    """The packaged config of a run."""
+    return f"quickstart/{dataset}_{RUNS[name][1]}.yaml"
 
 
 def start(name: str, args: argparse.Namespace) -> subprocess.Popen:
     """Start one training; its output goes to OUTPUT/<name>.out."""
-    script, config, options = RUNS[name]
+    script, _, options = RUNS[name]
     output = Path(args.output)
     command = [sys.executable, str(ROOT / script), "--num-gpus", str(args.num_gpus)]
-    command += ["--config-file", f"quickstart/{args.dataset}_{config}.yaml", *options, *args.opts]
+    command += ["--config-file", config_of(name, args.dataset), *options, *args.opts]
     command += ["SEED", str(args.seed), "OUTPUT_DIR", str(output / name)]
     if name in METHODS:
         command += ["MODEL.DISTILLER.TEACHER_WEIGHTS", str(output / "teacher" / "model_final.pth")]

@@ -73,6 +73,34 @@ def gid_parts(
     return {**parts, **selections_that_grow(loss.select, heads[0])} if selects else parts
 
 
+def defeat_parts(
+    loss: DistillLoss, student: DetectorView, teacher: DetectorView, batch: Batch
+) -> Dict[str, Part]:
+    """DeFeat's terms on neck, backbone and classes; and, of what the first costs, adapters and masks."""
+
+    def masks(student, teacher, batch):
+        levels = loss.neck.of_teacher(teacher)
+        sizes = {name: level.shape[-2:] for name, level in levels.items()}
+        loss.masks(student, batch, sizes, loss.neck.strides)
+        return {}
+
+    def adapters(student, teacher, _batch):
+        sizes = [level.shape[-2:] for level in loss.neck.of_teacher(teacher).values()]
+        return {name: level.sum() for name, level in loss.neck.of_student(student, sizes).items()}
+
+    parts = {}
+    if loss.neck is not None:
+        parts["neck terms"] = Part(loss.neck_terms)
+        parts["masks of the neck"] = Part(masks)
+        if len(loss.neck.adapters):
+            parts["adapters of the neck"] = Part(adapters)
+    if loss.backbone is not None:
+        parts["backbone terms"] = Part(loss.backbone_terms)
+    if loss.compares_heads:
+        parts["class terms"] = Part(loss.head_terms)
+    return parts
+
+
 # The side of a RetinaNet's finest level (stride 8), by how many anchors the five levels have together.
 SIDES = {"5k": 20, "20k": 40, "80k": 80}
 ANCHORS_PER_POSITION = 9
@@ -129,4 +157,8 @@ def generate_anchors(sides: Sequence[int]) -> torch.Tensor:
 
 
 # Of a loss, by its registered name: its parts by row name, from (loss, student, teacher, batch).
-PARTS = {"GID": gid_parts, "InstanceConditionalDistillation": icd_parts}
+PARTS = {
+    "DeFeat": defeat_parts,
+    "GID": gid_parts,
+    "InstanceConditionalDistillation": icd_parts,
+}

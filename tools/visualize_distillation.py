@@ -5,6 +5,8 @@
         --output output/pkd/pictures MODEL.WEIGHTS output/pkd/model_final.pth \\
         MODEL.DISTILLER.TEACHER_WEIGHTS output/teacher/model_final.pth
 
+    defeat  DeFeat's masks of objects, and the distance from the teacher, on each level of the neck
+    fgfi    the same of FGFI, whose masks are cells with an anchor near an object
     gid     the selected general instances with their scores, by kind
     icd     the decoder's attention to each of the largest instances, on each level
     mimic   FeatureMimic's distance on each level

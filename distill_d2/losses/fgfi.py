@@ -84,8 +84,7 @@ class FGFI(DistillLoss):
     ) -> Dict[str, torch.Tensor]:
         """{"loss_fgfi": scalar}."""
         pairs = self.pairs(student, teacher)
-        sizes = {name: theirs.shape[-2:] for name, (_, theirs) in pairs.items()}
-        masks = self.masks(student, batch, sizes, self.pairs.strides)
+        masks = self.masks.of_pairs(student, batch, pairs, self.pairs.strides)
         near = [
             region_means(distance_map(s, t), masks[name], t.shape[1])[0] for name, (s, t) in pairs.items()
         ]

@@ -8,11 +8,12 @@ nothing waits for the device.
 from __future__ import annotations
 
 import math
-from typing import Dict, Iterable, Mapping, Tuple
+from typing import Iterable, Mapping, Tuple
 
 import torch
 
 from ..views import Batch, DetectorView
+from .pairing import Maps, Pairs
 
 Size = Tuple[int, int]
 
@@ -178,10 +179,17 @@ class ObjectMasks:
                 f"{without}; choose among {list(student.anchor_levels)}"
             )
 
+    def of_pairs(
+        self, student: DetectorView, batch: Batch, pairs: Pairs, strides: Mapping[str, int]
+    ) -> Maps:
+        """The masks for the maps of FeaturePairs."""
+        sizes = {name: teacher.shape[-2:] for name, (_, teacher) in pairs.items()}
+        return self(student, batch, sizes, strides)
+
     @torch.no_grad()
     def __call__(
         self, student: DetectorView, batch: Batch, sizes: Mapping[str, Size], strides: Mapping[str, int]
-    ) -> Dict[str, torch.Tensor]:
+    ) -> Maps:
         """The mask (N, H, W) of each level by name.
 
         Args:

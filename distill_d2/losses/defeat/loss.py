@@ -146,11 +146,11 @@ class DeFeat(DistillLoss):
         the teacher's proposals beside the student's "..._hcls_teacher", "..._hcls_back_teacher"."""
         terms: Dict[str, torch.Tensor] = {}
         if self.neck is not None:
-            terms.update(self._neck_terms(student, teacher, batch))
+            terms.update(self.neck_terms(student, teacher, batch))
         if self.backbone is not None:
-            terms.update(self._backbone_terms(student, teacher, batch))
+            terms.update(self.backbone_terms(student, teacher, batch))
         if self.compares_heads:
-            terms.update(self._class_terms(student, teacher, batch))
+            terms.update(self.head_terms(student, teacher, batch))
         factor = 1.0
         if self.settings.decay != "none":
             factor = DECAYS[self.settings.decay](batch.iteration / max(1, batch.max_iter))
@@ -158,16 +158,15 @@ class DeFeat(DistillLoss):
 
     # Features.
 
-    def _neck_terms(
+    def neck_terms(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
     ) -> Dict[str, torch.Tensor]:
         pairs = self.neck(student, teacher)
-        sizes = {name: theirs.shape[-2:] for name, (_, theirs) in pairs.items()}
-        masks = self.masks(student, batch, sizes, self.neck.strides)
+        masks = self.masks.of_pairs(student, batch, pairs, self.neck.strides)
         weights = {"neck": self.settings.hint_neck_w, "neck_back": self.settings.hint_neck_back_w}
         return self._decoupled(pairs, masks, weights)
 
-    def _backbone_terms(
+    def backbone_terms(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
     ) -> Dict[str, torch.Tensor]:
         pairs = self.backbone(student, teacher)
@@ -200,7 +199,7 @@ class DeFeat(DistillLoss):
         chosen = self.settings.proposals
         return PROPOSALS if chosen == "both" else (chosen,)
 
-    def _class_terms(
+    def head_terms(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
     ) -> Dict[str, torch.Tensor]:
         terms = {}
