@@ -74,7 +74,7 @@ from distill_d2.engine.trainer import autocast_dtype
 from distill_d2.losses import build_losses
 from distill_d2.taps import Taps, map_tensors
 from distill_d2.teacher import load_teacher_weights, untrained_teacher
-from distill_d2.views import Batch, Predictions
+from distill_d2.views import Batch, DetectorView, Predictions
 
 STUDENT, PART, WHOLE = "student step", "teacher part, plain", "teacher whole, plain"
 PREPARED, DISTILLED = "teacher part, prepared", "distilled step"
@@ -378,9 +378,9 @@ def run_part(teacher: Teacher, inputs: List[Dict[str, Any]], records: Records) -
             view.dense()
         if "rpn" in view.required:
             view.rpn()
-        if "box_head" in view.required:
+        if records.proposals is not None:
             view.box_head(records.proposals)
-        if "own_proposals" in view.required:
+        if records.own_proposals is not None:
             view.own_proposals(records.batch)
             view.box_head(records.own_proposals[0])
         if "score_boxes" in view.required:
@@ -395,7 +395,7 @@ def run_whole(teacher: Teacher, inputs: List[Dict[str, Any]]) -> None:
 @dataclass
 class Records:
     """What the losses read in one step: outputs of student and teacher by module, and the batch; and,
-    for losses on two-stage heads, the proposals, and what the teacher's head says of them."""
+    for losses on two-stage heads, the proposals that the teacher's head scores, and what it says."""
 
     student: Dict[str, Any] = field(default_factory=dict)
     teacher: Dict[str, Any] = field(default_factory=dict)
@@ -403,7 +403,7 @@ class Records:
     leaves: List[torch.Tensor] = field(default_factory=list)
     proposals: Optional[List[Boxes]] = None
     box_head: Optional[Predictions] = None
-    own_proposals: Tuple[Any, ...] = (None, None)
+    own_proposals: Optional[Tuple[List[Boxes], List[torch.Tensor]]] = None
     own_box_head: Optional[Predictions] = None
 
     def take(self, _loss: nn.Module, inputs: Tuple[Any, Any, Batch], _terms: Any) -> None:
@@ -411,16 +411,43 @@ class Records:
         student, teacher, self.batch = inputs
         self.student.update(outputs_of(student.taps))
         self.teacher.update(outputs_of(teacher.taps))
-        if "box_head" in teacher.required:
-            self.proposals = student.sampled_proposals()
-            self.box_head = teacher.box_head(self.proposals)
-        if "own_proposals" in teacher.required:
-            self.own_proposals = teacher.own_proposals(self.batch)
-            self.own_box_head = teacher.box_head(self.own_proposals[0])
 
-    def scored(self, proposals: List[Boxes]) -> Optional[Predictions]:
-        """What the teacher's box head says of recorded proposals."""
-        return self.own_box_head if proposals is self.own_proposals[0] else self.box_head
+    @contextlib.contextmanager
+    def listening(self, teacher: DetectorView) -> Iterator[None]:
+        """Inside, note what the teacher's two-stage heads are asked, and their answers."""
+        box_head, own_proposals = teacher.box_head, teacher.own_proposals
+
+        def note_box_head(proposals):
+            found = box_head(proposals)
+            if self._is_own(proposals):
+                self.own_box_head = found
+            else:
+                self.proposals, self.box_head = proposals, found
+            return found
+
+        def note_own_proposals(batch):
+            self.own_proposals = own_proposals(batch)
+            return self.own_proposals
+
+        teacher.box_head, teacher.own_proposals = note_box_head, note_own_proposals
+        try:
+            yield
+        finally:
+            del teacher.box_head, teacher.own_proposals  # the view's methods are back
+
+    @contextlib.contextmanager
+    def answering(self, teacher: DetectorView) -> Iterator[None]:
+        """Inside, the teacher's two-stage heads are not run: that is no work of a loss, and no tap
+        records it."""
+        teacher.box_head = lambda boxes: self.own_box_head if self._is_own(boxes) else self.box_head
+        teacher.own_proposals = lambda _batch: self.own_proposals
+        try:
+            yield
+        finally:
+            del teacher.box_head, teacher.own_proposals
+
+    def _is_own(self, proposals: List[Boxes]) -> bool:
+        return self.own_proposals is not None and proposals is self.own_proposals[0]
 
     def detach(self) -> None:
         """Cut the outputs off the networks; the student's become leaves that take a gradient."""
@@ -442,7 +469,8 @@ def record(subjects: Subjects) -> Records:
     records = Records()
     losses = subjects.distiller.losses.values()
     handles = [loss.register_forward_hook(records.take) for loss in losses]
-    subjects.steps[DISTILLED].run_step()
+    with records.listening(subjects.distiller.teacher.view):
+        subjects.steps[DISTILLED].run_step()
     for handle in handles:
         handle.remove()
     records.detach()
@@ -458,24 +486,10 @@ class Replay:
 
     def __call__(self, compute: Callable) -> Any:
         """What ``compute(student, teacher, batch)`` returns, see DistillLoss.forward."""
-        with self.student.recording(), self.teacher.recording(), self._proposals_scored():
+        with self.student.recording(), self.teacher.recording(), self.records.answering(self.teacher):
             put_outputs(self.student.taps, self.records.student)
             put_outputs(self.teacher.taps, self.records.teacher)
             return compute(self.student, self.teacher, self.records.batch)
-
-    @contextlib.contextmanager
-    def _proposals_scored(self) -> Iterator[None]:
-        """Inside, the teacher's two-stage heads are not run: that is no work of a loss, and no tap records
-        it."""
-        if self.records.box_head is None:
-            yield
-            return
-        self.teacher.box_head = self.records.scored
-        self.teacher.own_proposals = lambda _batch: self.records.own_proposals
-        try:
-            yield
-        finally:
-            del self.teacher.box_head, self.teacher.own_proposals  # the view's methods are back
 
 
 def put_outputs(taps: Taps, outputs: Dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ from distill_d2.views import Batch
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 METHODS = {
+    "defeat": "DeFeat",
+    "fgfi": "FGFI",
     "gid": "GID",
     "icd": "InstanceConditionalDistillation",
     "mimic": "FeatureMimic",
@@ -326,6 +328,44 @@ def test_errors_are_of_the_detectors_in_a_step(tool, parts, make_job, monkeypatc
     torch.testing.assert_close(drawn, terms[0]["loss_pkd"])
 
 
+# DeFeat and FGFI.
+
+
+@pytest.mark.parametrize("method", ["defeat", "fgfi"])
+def test_masks_and_distances_are_the_terms_of_the_loss(tool, parts, make_job, monkeypatch, method):
+    job = make_job(method, "MODEL.DISTILLER.DEFEAT.LOSS_FORM", "L1")
+    errors, masks, terms = [], [], []
+    monkeypatch.setattr(
+        parts.regions, "error_row", lambda drawn, *_: errors.append(drawn) or parts.picture.Row([])
+    )
+    heat = parts.picture.Picture.heat
+
+    def spy(picture, values, padded, scale):
+        masks.append(values)
+        return heat(picture, values, padded, scale)
+
+    monkeypatch.setattr(parts.picture.Picture, "heat", spy)
+    loss = job.distiller.losses[METHODS[method]]
+    loss.register_forward_hook(lambda _m, _i, output: terms.append(output))
+    tool.draw(job, next(iter(job.items.values())))
+    assert list(errors[0]) == ["p2", "p3", "p4"] and len(masks) == 3
+    assert 0 < sum(mask.sum() for mask in masks) < sum(mask.numel() for mask in masks)
+    means = [
+        (mask * error[0].mean(dim=0)).sum() / (2 * mask.sum()).clamp(min=1 / error.shape[1])
+        for mask, error in zip(masks, errors[0].values())
+    ]
+    name, weight = {"defeat": ("loss_defeat_neck", 3.0), "fgfi": ("loss_fgfi", 1.0)}[method]
+    torch.testing.assert_close(weight * torch.stack(means).mean(), terms[0][name])
+
+
+def test_defeat_of_heads_alone_has_no_levels_to_draw(tool, parts, make_job):
+    opts = ["HINT_NECK_W", "0.0", "HINT_NECK_BACK_W", "0.0", "HEAD_CLS_W", "1.0"]
+    keys = [f"MODEL.DISTILLER.DEFEAT.{word}" if word.isupper() else word for word in opts]
+    job = make_job("defeat", *keys)
+    (row,) = tool.draw(job, next(iter(job.items.values())))
+    assert len(row.panels) == 1 and "HINT_NECK_W" in row.panels[0].title
+
+
 # GID.
 
 SELECTED = GeneralInstances(
@@ -527,14 +567,19 @@ def run(tool, config, method, output, *more):
 
 
 @pytest.mark.parametrize(
-    "method,images", [("gid", [0, 2, 4]), ("icd", [0]), ("mimic", [0]), ("pkd", [0, 3])]
+    "method,images",
+    [
+        *[("defeat", [0]), ("fgfi", [0])],
+        *[("gid", [0, 2, 4]), ("icd", [0]), ("mimic", [0]), ("pkd", [0, 3])],
+    ],
 )
 def test_writes_a_picture_per_image(tool, parts, config, method, images, tmp_path, capsys):
     more = ["--images", str(len(images)), *(ICD_OPTIONS if method == "icd" else [])]
     files = run(tool, config, method, tmp_path / "new" / "folder", *more)
     assert [Path(file).name for file in files] == [f"{index}_{method}.png" for index in images]
     assert capsys.readouterr().out.splitlines()[-len(images) :] == files
-    panels, rows = {"gid": (2, 1), "icd": (4, 2), "mimic": (4, 1), "pkd": (4, 1)}[method]
+    sizes = {"defeat": (4, 2), "fgfi": (4, 2), "gid": (2, 1), "icd": (4, 2)}
+    panels, rows = sizes.get(method, (4, 1))
     for file, index in zip(files, images):
         panel = (480, 640) if index % 2 else (640, 480)
         height, width = cv2.imread(file).shape[:2]
