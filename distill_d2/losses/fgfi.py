@@ -72,12 +72,17 @@ class FGFI(DistillLoss):
             "roi", level_assign=level_assign, finest_scale=finest_scale, threshold=roi_phi
         )
         self.pairs = FeaturePairs(
-            in_features, kernel_size=3, always=adapter, relu=adapter_relu, init_std=adapter_init_std
+            in_features,
+            kernel_size=3,
+            always=adapter,
+            relu=adapter_relu,
+            init_std=adapter_init_std,
+            key="MODEL.DISTILLER.FGFI.IN_FEATURES",
         )
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         super().bind(student, teacher)
-        self.masks.bind(student, self.pairs.strides, "MODEL.DISTILLER.FGFI.IN_FEATURES")
+        self.masks.bind(student, self.pairs.strides, self.pairs.key)
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch

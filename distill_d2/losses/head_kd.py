@@ -92,7 +92,7 @@ class HeadKD(DistillLoss):
         self, student: DetectorView, teacher: DetectorView, batch: Batch
     ) -> Dict[str, torch.Tensor]:
         """The terms whose weights are not 0, weighted: "loss_head_kd_cls", "loss_head_kd_reg"."""
-        ours, theirs = common_predictions(student, teacher, batch, "box_head", self.proposals)
+        ours, theirs = common_predictions(student, teacher, "box_head", batch, self.proposals)
         terms = {}
         if self.cls_weight > 0:
             loss = divergence(ours.background, self.temperature)

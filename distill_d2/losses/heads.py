@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 
@@ -52,14 +52,14 @@ def require_heads(
 def common_predictions(
     student: DetectorView,
     teacher: DetectorView,
-    batch: Batch,
     capability: str,
+    batch: Optional[Batch] = None,
     proposals: str = "student",
 ) -> Tuple[Predictions, Predictions]:
     """Both heads' predictions for the same rows; the student's carry gradients and, of a box head, the
     classes of the rows.
 
-    Args: as of ``require_heads``.
+    Args: as of ``require_heads``, and the batch, which only the teacher's own proposals need.
     """
     if capability != "box_head":
         return getattr(student, capability)(), getattr(teacher, capability)()

@@ -36,6 +36,7 @@ class FeaturePairs(nn.Module):
         always: bool = False,
         relu: bool = False,
         init_std: float = 0.0,
+        key: str = "",
     ):
         """
         Args:
@@ -50,6 +51,7 @@ class FeaturePairs(nn.Module):
             relu: after each convolution.
             init_std: the convolutions' weights start from a normal distribution of this deviation, cut
                 off at twice that by the remainder (as DeFeat's do); 0: as torch chooses.
+            key: the config keys of all this, for messages.
         """
         super().__init__()
         self.in_features = list(in_features)
@@ -60,6 +62,7 @@ class FeaturePairs(nn.Module):
         self.always = always
         self.relu = relu
         self.init_std = init_std
+        self.key = key
         self.adapters = nn.ModuleDict()
         self.teacher_adapters = nn.ModuleDict()
         self.strides: Dict[str, int] = {}
@@ -72,6 +75,14 @@ class FeaturePairs(nn.Module):
             ValueError: strides differ, no level is common, a level is named twice, or levels that are to
                 share a convolution have different channels.
         """
+        try:
+            self._bind(student, teacher)
+        except (KeyError, ValueError) as error:
+            if not self.key:
+                raise
+            raise type(error)(f"{self.key}: {error.args[0]}") from error
+
+    def _bind(self, student: DetectorView, teacher: DetectorView) -> None:
         if not self.in_features:
             self.in_features = _common_levels(student, teacher)
         if len(set(self.in_features)) < len(self.in_features):

@@ -99,18 +99,17 @@ class DeFeat(DistillLoss):
         """
         settings = {key: value for key, value in locals().items() if key in keyword_defaults(DeFeat)}
         super().__init__(**schedule)
-        self.settings = s = SimpleNamespace(**settings)
+        self.settings = SimpleNamespace(**settings)
         check_settings(self.NODE, settings)
         self.capability = ""  # of the views, from which classes come: known when bound
         self.neck = self.backbone = None
+        node, adapters = f"MODEL.DISTILLER.{self.NODE}", {"kernel_size": 3, "init_std": adapt_init_std}
         if hint_neck_w > 0 or hint_neck_back_w > 0:
-            self.neck = FeaturePairs(
-                in_features, kernel_size=3, always=neck_adapt, init_std=adapt_init_std
-            )
+            key = f"{node}.IN_FEATURES"
+            self.neck = FeaturePairs(in_features, always=neck_adapt, key=key, **adapters)
         if hint_bb_w > 0 or hint_bb_back_w > 0:
-            self.backbone = FeaturePairs(
-                bb_features, kernel_size=3, always=bb_adapt, relu=True, init_std=adapt_init_std
-            )
+            key = f"{node}.BB_FEATURES"
+            self.backbone = FeaturePairs(bb_features, always=bb_adapt, relu=True, key=key, **adapters)
         self.masks = ObjectMasks(
             mask, level_assign=level_assign, finest_scale=finest_scale, threshold=roi_phi
         )
@@ -124,7 +123,7 @@ class DeFeat(DistillLoss):
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         super().bind(student, teacher)
         if self.neck is not None:
-            self.masks.bind(student, self.neck.strides, "MODEL.DISTILLER.DEFEAT.IN_FEATURES")
+            self.masks.bind(student, self.neck.strides, self.neck.key)
         if not self.compares_heads:
             return
         s, key = self.settings, "MODEL.DISTILLER.DEFEAT.HEAD_CLS_W"
@@ -134,9 +133,11 @@ class DeFeat(DistillLoss):
         for source in self._sources():
             require_heads(student, teacher, self.capability, key, proposals=source, boxes=False)
         if self.capability == "dense":
-            known = s.head_cls_rows in ("decouple", "all") and s.proposals == "student"
-            expected = "decouple or all, and PROPOSALS student: the student's head is dense"
-            check_setting(self.NODE, "head_cls_rows", s.head_cls_rows, known, expected)
+            fits = s.head_cls_rows in ("decouple", "all")
+            expected = "decouple or all, where heads are dense"
+            check_setting(self.NODE, "head_cls_rows", s.head_cls_rows, fits, expected)
+            expected = "student, where heads are dense and have no proposals"
+            check_setting(self.NODE, "proposals", s.proposals, s.proposals == "student", expected)
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
@@ -204,7 +205,7 @@ class DeFeat(DistillLoss):
     ) -> Dict[str, torch.Tensor]:
         terms = {}
         for source in self._sources():
-            ours, theirs = common_predictions(student, teacher, batch, self.capability, source)
+            ours, theirs = common_predictions(student, teacher, self.capability, batch, source)
             suffix = "_teacher" if source != self._sources()[0] else ""
             for name, term in class_terms(ours, theirs, batch, self.settings).items():
                 terms[name + suffix] = term

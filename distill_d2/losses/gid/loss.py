@@ -29,6 +29,7 @@ from ...views import (
 )
 from ...views.matching import rows_inside
 from ..base import DISTILL_LOSS_REGISTRY, DistillLoss, keyword_defaults
+from ..heads import common_predictions
 from ..pairing import FeaturePairs
 from .ground_truth import all_ground_truth, categories
 from .pooling import pool
@@ -130,6 +131,7 @@ class GID(DistillLoss):
                 kernel_size=adapter_kernel_size,
                 shared=adapter_share_weights,
                 always=adapter,
+                key="MODEL.DISTILLER.GID.IN_FEATURES, ADAPTER_SHARE_WEIGHTS",
             )
 
     @property
@@ -138,11 +140,7 @@ class GID(DistillLoss):
         return self.responds or self.settings.gi_mode != "gt"
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
-        try:
-            super().bind(student, teacher)
-        except (KeyError, ValueError) as error:
-            keys = "MODEL.DISTILLER.GID.IN_FEATURES, ADAPTER_SHARE_WEIGHTS"
-            raise type(error)(f"{keys}: {error.args[0]}") from error
+        super().bind(student, teacher)
         if self.pools:
             check_strides(self.pairs.strides)
         if not self.compares_heads:
@@ -195,10 +193,7 @@ class GID(DistillLoss):
         self, student: DetectorView, teacher: DetectorView
     ) -> Tuple[Predictions, Predictions]:
         """Both heads' predictions for the same rows; the student's carry gradients."""
-        if self.capability != "box_head":
-            return getattr(student, self.capability)(), getattr(teacher, self.capability)()
-        ours = student.box_head()
-        return ours, teacher.box_head(student.sampled_proposals())
+        return common_predictions(student, teacher, self.capability)
 
     def instances(
         self, heads: Optional[Tuple[Predictions, Predictions]], batch: Batch
