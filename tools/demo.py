@@ -27,9 +27,13 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _without(*weights: str) -> List[str]:
-    """Options that switch terms of a loss off."""
+def _off(*weights: str) -> List[str]:
+    """Options that switch terms of losses off, by the keys of their weights."""
     return [word for key in weights for word in (f"MODEL.DISTILLER.{key}", "0.0")]
+
+
+def _gid_without(*terms: str) -> List[str]:
+    return _off(*(f"GID.{term}_WEIGHT" for term in terms))
 
 
 # By name of a run: its script, its config in configs/quickstart/ after the dataset's name, and options.
@@ -42,11 +46,11 @@ RUNS = {
     "fgfi": ("train_distill.py", "fgfi", []),
     "headkd": ("train_distill.py", "headkd", []),
     "defeat": ("train_distill.py", "defeat", []),
-    "defeat-neck": ("train_distill.py", "defeat", _without("DEFEAT.HEAD_CLS_W", "DEFEAT.HEAD_CLS_BACK_W")),
+    "defeat-neck": ("train_distill.py", "defeat", _off("DEFEAT.HEAD_CLS_W", "DEFEAT.HEAD_CLS_BACK_W")),
     "gid": ("train_distill.py", "gid", []),
-    "gid-feature": ("train_distill.py", "gid", _without("GID.RELATION_WEIGHT", "GID.RESPONSE_CLS_WEIGHT", "GID.RESPONSE_REG_WEIGHT")),
-    "gid-relation": ("train_distill.py", "gid", _without("GID.FEATURE_WEIGHT", "GID.RESPONSE_CLS_WEIGHT", "GID.RESPONSE_REG_WEIGHT")),
-    "gid-response": ("train_distill.py", "gid", _without("GID.FEATURE_WEIGHT", "GID.RELATION_WEIGHT")),
+    "gid-feature": ("train_distill.py", "gid", _gid_without("RELATION", "RESPONSE_CLS", "RESPONSE_REG")),
+    "gid-relation": ("train_distill.py", "gid", _gid_without("FEATURE", "RESPONSE_CLS", "RESPONSE_REG")),
+    "gid-response": ("train_distill.py", "gid", _gid_without("FEATURE", "RELATION")),
 }
 METHODS = list(RUNS)[2:]
 SECONDS_BETWEEN_NEWS = 30

@@ -1,8 +1,8 @@
 """FGFI: fine-grained feature imitation, near objects only.
 
 Wang et al., "Distilling Object Detectors with Fine-grained Feature Imitation", CVPR 2019,
-arXiv 1906.03609. In the cells with an anchor whose IoU with a box exceeds ROI_PHI times the largest of any
-anchor, the student's map, after an adapter, imitates the teacher's:
+arXiv 1906.03609. In the cells with an anchor whose IoU with a box exceeds ROI_PHI times the largest of
+any anchor, the student's map, after an adapter, imitates the teacher's:
 
     L = mean over levels of sum(I (adapter(s) - t)^2) / max(1, 2 C sum(I)),   I the mask of cells
 
@@ -91,6 +91,7 @@ class FGFI(DistillLoss):
         pairs = self.pairs(student, teacher)
         masks = self.masks.of_pairs(student, batch, pairs, self.pairs.strides)
         near = [
-            region_means(distance_map(s, t), masks[name], t.shape[1])[0] for name, (s, t) in pairs.items()
+            region_means(distance_map(ours, theirs), masks[name], theirs.shape[1])[0]
+            for name, (ours, theirs) in pairs.items()
         ]
         return {"loss_fgfi": torch.stack(near).mean()}

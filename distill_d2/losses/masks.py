@@ -1,8 +1,8 @@
 """Masks of the cells of a feature level that belong to objects.
 
-Boxes are N images' ground truth (N, M, 4), absolute XYXY pixels on the padded images, with a mask (N, M)
-of those to draw. Masks are (N, H, W) float32, from 0, the background, to 1. All shapes are fixed, so that
-nothing waits for the device.
+Boxes are N images' ground truth (N, M, 4), absolute XYXY pixels on the padded images, with a mask
+(N, M) of those to draw. Masks are (N, H, W) float32, from 0, the background, to 1. All shapes are fixed,
+so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Size = Tuple[int, int]
 
 MASKS = ("gt", "roi", "gaussian", "one")
 LEVEL_ASSIGNS = ("single", "all")
-_STAGE_GRID = 4  # pixels: the mask of backbone stages is drawn at this stride, and picked from for each
+_STAGE_GRID = 4  # pixels: the stride at which the mask of backbone stages is drawn, and then resized
 
 
 def level_of_boxes(boxes: torch.Tensor, levels: int, finest_scale: float = 56.0) -> torch.Tensor:
     """To which of ``levels``, from fine to coarse, each box belongs.
 
     With the scale the root of its area, a box belongs to level floor(log2(scale / finest_scale)), within
-    what there is: below 112 pixels to the first level, below 224 to the second. As in DeFeat's code pixels
-    are counted: a side is x2 - x1 + 1.
+    what there is: below 112 pixels to the first level, below 224 to the second. As in DeFeat's code
+    pixels are counted: a side is x2 - x1 + 1.
 
     Returns:
         (N, M) int64.
@@ -41,8 +41,8 @@ def cells_of_boxes(boxes: torch.Tensor, size: Size, stride: int) -> Tuple[torch.
     """The cells of a level (H, W) that each box covers: first column, first row, and the column and row
     after the last ones.
 
-    Corners are divided by the stride, truncated, and clamped to the level. A box that has no cell of width
-    or of height covers the one cell of its first corner; one beside the level covers none.
+    Corners are divided by the stride, truncated, and clamped to the level. A box that has no cell of
+    width or of height covers the one cell of its first corner; one beside the level covers none.
 
     Returns:
         four (N, M) float32, whole numbers.
@@ -84,8 +84,8 @@ def gaussian_mask(
 def anchor_mask(
     boxes: torch.Tensor, drawn: torch.Tensor, anchors: torch.Tensor, threshold: float = 0.5
 ) -> torch.Tensor:
-    """1 in cells with an anchor whose IoU with a drawn box exceeds ``threshold`` times the largest IoU of
-    any anchor of the level with that box (FGFI's mask).
+    """1 in cells with an anchor whose IoU with a drawn box exceeds ``threshold`` times the largest IoU
+    of any anchor of the level with that box (FGFI's mask).
 
     Args:
         anchors: (H, W, A, 4), absolute XYXY; those of a cell have the same shapes everywhere.
@@ -105,8 +105,8 @@ def anchor_mask(
 
 
 def stage_mask(batch: Batch) -> torch.Tensor:
-    """The cells of all ground-truth boxes at stride 4, (N, H, W): the mask of backbone stages, which have
-    no levels."""
+    """The cells of all ground-truth boxes at stride 4, (N, H, W): the mask of backbone stages, which
+    have no levels."""
     boxes, valid = batch.padded_boxes()
     size = tuple(math.ceil(side / _STAGE_GRID) for side in batch.padded_size)
     return box_mask(boxes, valid, size, _STAGE_GRID)
@@ -120,7 +120,7 @@ def _covered(boxes: torch.Tensor, size: Size, stride: int) -> Tuple[torch.Tensor
 
 
 def _gaussian(low: torch.Tensor, high: torch.Tensor, length: int, stride: int) -> torch.Tensor:
-    """(N, M, length): along one axis, at the centres of the cells, for boxes from ``low`` to ``high``."""
+    """(N, M, length): along one axis, at the cells' centres, for boxes from ``low`` to ``high``."""
     centres = (torch.arange(length, device=low.device) + 0.5) * stride
     deviation = ((high - low) / 2).clamp(min=stride / 2)[..., None]
     return torch.exp(-(((centres - (low + high)[..., None] / 2) / deviation) ** 2) / 2)

@@ -95,7 +95,8 @@ class DetectorView:
     When the Distiller is built, a loss states what it will need with the ``require_*`` methods,
     which fail at once for what this detector cannot give. In a step, it reads ``features``,
     ``bottom_up``, ``level``, ``tap`` and, where the detector has them, ``dense``, ``rpn``, ``anchors``,
-    ``box_head``, ``own_proposals`` and ``score_boxes``. All tensors come in float32; the student's carry gradients.
+    ``box_head``, ``own_proposals`` and ``score_boxes``. All tensors come in float32; the student's
+    carry gradients.
     """
 
     #: What this kind of detector offers beyond features and taps: names of methods, "dense" for one.
@@ -278,7 +279,7 @@ class DetectorView:
         raise TypeError(f"{type(self.model).__name__} has no proposals")
 
     def own_proposals(self, batch: Batch) -> Tuple[List[Boxes], List[torch.Tensor]]:
-        """N images' proposals of a frozen detector, sampled as for a loss of its own, and their classes."""
+        """N images' proposals of a frozen detector, sampled as for its own loss, and their classes."""
         raise TypeError(f"{type(self.model).__name__} has no proposals")
 
     def score_boxes(self, boxes: List[Boxes]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:

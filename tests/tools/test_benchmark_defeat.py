@@ -3,7 +3,16 @@
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from test_benchmark import STEPS, box_head_boxes, build, gradients, make_config, run, terms, tool  # noqa: F401
+from test_benchmark import (  # noqa: F401  two of them fixtures
+    STEPS,
+    box_head_boxes,
+    build,
+    gradients,
+    make_config,
+    run,
+    terms,
+    tool,
+)
 
 NECK = ["neck terms", "masks of the neck", "adapters of the neck"]
 HEADS = {"HEAD_CLS_W": "2.0", "HEAD_CLS_BACK_W": "0.5", "HEAD_CLS_T": "3.0"}
@@ -65,8 +74,9 @@ def test_whose_proposals_are_scored(tool, make_config, monkeypatch, proposals):
         tasks[name]()
     assert seen == []  # its heads are no work of the loss
     of_student = box_head_boxes(monkeypatch, subjects.distiller.student)
-    tasks["DeFeat part: class terms"]()
-    assert len(of_student) == (0 if proposals == "student" else tasks["DeFeat part: class terms"].repeats)
+    task = tasks["DeFeat part: class terms"]
+    task()
+    assert len(of_student) == (0 if proposals == "student" else task.repeats)
     rpn = []
     subjects.plain.model.proposal_generator.rpn_head.register_forward_hook(lambda *_: rpn.append(1))
     plain = box_head_boxes(monkeypatch, subjects.plain.model)

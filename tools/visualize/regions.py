@@ -1,4 +1,4 @@
-"""DeFeat and FGFI: what counts as objects on each level, and where the student is far from the teacher."""
+"""DeFeat and FGFI: what counts as objects on each level, and where student and teacher differ."""
 
 from __future__ import annotations
 
@@ -53,4 +53,5 @@ def _rows(
         name: distance_map(ours, theirs, form)[:, None] / ours.shape[1]
         for name, (ours, theirs) in pairs.items()
     }
-    return [Row(panels, scale), error_row(errors, batch, picture, f"{form} distance, mean over channels")]
+    label = f"{form} distance, mean over channels"
+    return [Row(panels, scale), error_row(errors, batch, picture, label)]

@@ -9,7 +9,8 @@ mask of the cells that ground-truth boxes cover, of each level a (an adapted map
 
 the same of backbone stages (HINT_BB_W, HINT_BB_BACK_W), and of the head's classes on common rows
 
-    L_cls = HEAD_CLS_W T^2 mean over objects of KL(t || s) + HEAD_CLS_BACK_W T^2 mean over background of it
+    L_cls = HEAD_CLS_W      T^2 mean over objects of KL(t || s)
+          + HEAD_CLS_BACK_W T^2 mean over the background of KL(t || s)
 
 The paper was not at hand: formulas, names and defaults are those of ggjy/DeFeat.pytorch, whose released
 config has the neck alone; for COCO its author names weights of 4 and 16. Sums are of the process's batch.
@@ -30,7 +31,7 @@ from ..masks import ObjectMasks, stage_mask
 from ..pairing import FeaturePairs, Maps, Pairs
 from ..regions import distance_map, region_means
 from .classes import class_terms
-from .settings import DECAYS, check_settings
+from .settings import check_settings, decay_factor
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -82,8 +83,8 @@ class DeFeat(DistillLoss):
             adapt_init_std: of the convolutions, see FeaturePairs.
             head_cls_w, head_cls_back_w: weights of the class terms; head_cls_t, head_cls_back_t: their
                 temperatures T.
-            head_cls_rows: "decouple" objects and background; or one term, with head_cls_w, of "all" rows,
-                of those whose class the teacher has "correct", or of objects of these ("cfore").
+            head_cls_rows: "decouple" objects and background; or one term, with head_cls_w, of "all"
+                rows, of those whose class the teacher has "correct", or of objects of these ("cfore").
             predictions: "dense" (RetinaNet, FCOS: a sigmoid per class) or "box_head" (proposals: a
                 softmax); "auto": what the student has.
             proposals: whose the box heads score: "student", "teacher", or "both" in turn.
@@ -142,9 +143,9 @@ class DeFeat(DistillLoss):
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
     ) -> Dict[str, torch.Tensor]:
-        """The terms whose weights are not 0, weighted: "loss_defeat_neck", "loss_defeat_neck_back", of the
-        backbone "..._bb", "..._bb_back", of the head's classes "..._hcls", "..._hcls_back", and of those on
-        the teacher's proposals beside the student's "..._hcls_teacher", "..._hcls_back_teacher"."""
+        """The terms whose weights are not 0, weighted: "loss_defeat_neck", "loss_defeat_neck_back"; of
+        the backbone "..._bb", "..._bb_back"; of the head's classes "..._hcls", "..._hcls_back"; and, on
+        the teacher's proposals beside the student's, "..._hcls_teacher", "..._hcls_back_teacher"."""
         terms: Dict[str, torch.Tensor] = {}
         if self.neck is not None:
             terms.update(self.neck_terms(student, teacher, batch))
@@ -152,9 +153,7 @@ class DeFeat(DistillLoss):
             terms.update(self.backbone_terms(student, teacher, batch))
         if self.compares_heads:
             terms.update(self.head_terms(student, teacher, batch))
-        factor = 1.0
-        if self.settings.decay != "none":
-            factor = DECAYS[self.settings.decay](batch.iteration / max(1, batch.max_iter))
+        factor = decay_factor(self.settings.decay, batch)
         return {f"loss_defeat_{name}": term * factor for name, term in terms.items()}
 
     # Features.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Dict
 
+from ...views import Batch
 from ..base import check_choices, check_not_negative, check_setting
 from ..heads import PROPOSALS
 from ..masks import LEVEL_ASSIGNS, MASKS
@@ -48,3 +49,19 @@ def check_settings(node: str, s: Dict[str, Any]) -> None:
     alone = s["head_cls_rows"] != "decouple" and s["head_cls_back_w"] > 0
     expected = "above 0: HEAD_CLS_ROWS has one term, and HEAD_CLS_BACK_W is not its weight"
     check_setting(node, "head_cls_w", s["head_cls_w"], s["head_cls_w"] > 0 or not alone, expected)
+
+
+def decay_factor(kind: str, batch: Batch) -> float:
+    """The factor of DECAYS at the batch's iteration.
+
+    Raises:
+        ValueError: the length of the run is not known.
+    """
+    if kind == "none":
+        return 1.0
+    if batch.max_iter < 1:
+        raise ValueError(
+            f"MODEL.DISTILLER.DEFEAT.DECAY is {kind!r}, but the length of the run is not known; give "
+            "Distiller(max_iter=...), or set it to 'none'"
+        )
+    return DECAYS[kind](min(batch.iteration / batch.max_iter, 1.0))
