@@ -14,6 +14,7 @@ signs. The authors' code leaves the loss out in the first 400 iterations (START_
 
 from __future__ import annotations
 
+import math
 from typing import Dict, Sequence
 
 import torch
@@ -66,7 +67,8 @@ class FGFI(DistillLoss):
         super().__init__(weight=weight, **schedule)
         check_setting(self.NODE, "roi_phi", roi_phi, 0 <= roi_phi < 1, "0 to below 1")
         check_choices(self.NODE, level_assign=(level_assign, LEVEL_ASSIGNS))
-        check_setting(self.NODE, "finest_scale", finest_scale, finest_scale > 0, "pixels, above 0")
+        positive = 0 < finest_scale < math.inf
+        check_setting(self.NODE, "finest_scale", finest_scale, positive, "a finite number above 0")
         check_not_negative(self.NODE, adapter_init_std=adapter_init_std)
         self.masks = ObjectMasks(
             "roi", level_assign=level_assign, finest_scale=finest_scale, threshold=roi_phi

@@ -11,6 +11,7 @@ import math
 from typing import Iterable, Mapping, Tuple
 
 import torch
+import torch.nn.functional as F
 
 from ..views import Batch, DetectorView
 from .pairing import Maps, Pairs
@@ -112,6 +113,11 @@ def stage_mask(batch: Batch) -> torch.Tensor:
     return box_mask(boxes, valid, size, _STAGE_GRID)
 
 
+def resized(mask: torch.Tensor, size: Size) -> torch.Tensor:
+    """A mask (N, h, w) with the nearest cells of another size (H, W): (N, H, W)."""
+    return mask if mask.shape[-2:] == size else F.interpolate(mask[:, None], size)[:, 0]
+
+
 def _covered(boxes: torch.Tensor, size: Size, stride: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Which rows (N, M, H) and which columns (N, M, W) of a level each box covers."""
     x1, y1, x2, y2 = (cells[..., None] for cells in cells_of_boxes(boxes, size, stride))
@@ -204,7 +210,8 @@ class ObjectMasks:
         for index, name in enumerate(sorted(sizes, key=strides.get)):
             drawn = valid & (levels == index) if self.level_assign == "single" else valid
             if self.kind == "roi":
-                masks[name] = anchor_mask(boxes, drawn, anchors[name], self.threshold)
+                mask = anchor_mask(boxes, drawn, anchors[name], self.threshold)
+                masks[name] = resized(mask, sizes[name])  # where the student's map has another size
                 continue
             draw = box_mask if self.kind == "gt" else gaussian_mask
             masks[name] = draw(boxes, drawn, sizes[name], strides[name])

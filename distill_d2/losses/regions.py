@@ -44,7 +44,7 @@ def distance_map(
     if form == "smoothL1" and not inverted:
         return F.smooth_l1_loss(student, teacher, reduction="none").sum(dim=1)
     distance = F.l1_loss(student, teacher, reduction="none")
-    if inverted:
+    if form == "smoothL1":
         distance = torch.where(distance < 1, distance, distance.square())
     return distance.sum(dim=1)
 

@@ -22,12 +22,11 @@ from types import SimpleNamespace
 from typing import Dict, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ...views import Batch, DetectorView
 from ..base import DISTILL_LOSS_REGISTRY, DistillLoss, check_setting, keyword_defaults
 from ..heads import PROPOSALS, common_predictions, require_heads
-from ..masks import ObjectMasks, stage_mask
+from ..masks import ObjectMasks, resized, stage_mask
 from ..pairing import FeaturePairs, Maps, Pairs
 from ..regions import distance_map, region_means
 from .classes import class_terms
@@ -171,10 +170,7 @@ class DeFeat(DistillLoss):
     ) -> Dict[str, torch.Tensor]:
         pairs = self.backbone(student, teacher)
         grid = stage_mask(batch)
-        masks = {
-            name: F.interpolate(grid[:, None], theirs.shape[-2:])[:, 0]
-            for name, (_, theirs) in pairs.items()
-        }
+        masks = {name: resized(grid, theirs.shape[-2:]) for name, (_, theirs) in pairs.items()}
         weights = {"bb": self.settings.hint_bb_w, "bb_back": self.settings.hint_bb_back_w}
         return self._decoupled(pairs, masks, weights)
 

@@ -1,0 +1,276 @@
+"""Divergences of class probabilities, and means over rows, where GID's tests do not look already."""
+
+import math
+
+import pytest
+import torch
+from no_synchronisation import no_synchronisation
+
+from distill_d2.losses.rows import box_mean, class_mean, divergence, masked_sum, row_loss
+from distill_d2.views import Predictions
+
+BOTH = pytest.mark.parametrize("background", [True, False], ids=["softmax", "sigmoid"])
+SHAPE, LEVELS = (2, 18), (6, 2)  # rows: two anchors at six positions of a level, three at two
+
+
+def tensor(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def softmax(row, temperature):
+    powers = [math.exp((x - max(row)) / temperature) for x in row]
+    return [power / sum(powers) for power in powers]
+
+
+def naive_divergence(student, teacher, background, temperature):
+    """Of one row, class by class."""
+    if background:
+        p, q = softmax(student, temperature), softmax(teacher, temperature)
+        return temperature**2 * sum(b * math.log(b / a) for a, b in zip(p, q))
+    total = 0.0
+    for s, t in zip(student, teacher):
+        p, q = softmax([s, 0.0], temperature), softmax([t, 0.0], temperature)
+        total += sum(b * math.log(b / a) for a, b in zip(p, q))
+    return temperature**2 * total
+
+
+# Divergence
+
+
+def test_softmax_by_hand():
+    """Of 1/4, 3/4 from 1/10, 9/10."""
+    teacher, student = tensor([math.log(3), 0]), tensor([math.log(9), 0])
+    expected = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
+    assert divergence(True, 1.0)(student, teacher).item() == pytest.approx(expected)
+    # At T = 2 the probabilities are those of logits twice as large at T = 1.
+    found = divergence(True, 2.0)(2 * student, 2 * teacher)
+    assert found.item() == pytest.approx(4 * expected)
+
+
+def test_sigmoid_by_hand():
+    """Each class has a divergence of its own, of 3/4 from 9/10, and of 1/2 from 1/5."""
+    teacher, student = tensor([math.log(3), 0]), tensor([math.log(9), -math.log(4)])
+    first = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
+    second = 0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8)
+    assert divergence(False, 1.0)(student, teacher).item() == pytest.approx(first + second)
+    found = divergence(False, 3.0)(3 * student, 3 * teacher)
+    assert found.item() == pytest.approx(9 * (first + second))
+
+
+@BOTH
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_naive_divergence(background, temperature):
+    student, teacher = torch.randn(2, 3, 5, 6, dtype=torch.float64) * 4
+    found = divergence(background, temperature)(student, teacher)
+    assert found.shape == (3, 5)
+    for n in range(3):
+        for row in range(5):
+            both = student[n, row].tolist(), teacher[n, row].tolist()
+            expected = naive_divergence(*both, background, temperature)
+            assert found[n, row].item() == pytest.approx(expected, rel=1e-9)
+
+
+@BOTH
+def test_divergence_in_float32(background):
+    student, teacher = torch.randn(2, 4, 6) * 3
+    found = divergence(background, 2.0)(student, teacher)
+    assert found.dtype == torch.float32
+    expected = divergence(background, 2.0)(student.double(), teacher.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+def test_gradcheck(background, temperature):
+    student, teacher = torch.randn(2, 4, 3, dtype=torch.float64)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: divergence(background, temperature)(s, teacher), student)
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+def test_equal_logits_give_exactly_nothing(background, temperature, scale):
+    student = (torch.randn(40, 7) * scale).requires_grad_()
+    found = divergence(background, temperature)(student, student.detach().clone())
+    found.sum().backward()
+    assert torch.equal(found, torch.zeros(40))
+    assert student.grad.abs().max() < 1e-6
+
+
+@BOTH
+def test_never_below_zero_and_blind_to_what_probabilities_do_not_show(background):
+    student, teacher = torch.randn(2, 50, 5, dtype=torch.float64)
+    found = divergence(background, 1.0)(student, teacher)
+    assert (found > 0).all()
+    moved = divergence(background, 1.0)(student + 7, teacher - 3)
+    assert torch.allclose(moved, found) == background
+
+
+@BOTH
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extreme_logits_are_finite(background, sign):
+    student = torch.tensor([[1e4, -1e4, 0.0], [3e4, 3e4, -3e4], [0.0, 0, 0]]).requires_grad_()
+    teacher = sign * torch.tensor([[-1e4, 1e4, 0.0], [3e4, -3e4, 3e4], [1e4, 0, -1e4]])
+    found = divergence(background, 1.0)(student, teacher)
+    found.sum().backward()
+    assert found.isfinite().all() and student.grad.isfinite().all()
+
+
+@BOTH
+def test_gradients_do_not_vanish_with_the_temperature(background):
+    """T^2 makes up for what 1 / T takes off both the gradients and the differences."""
+    student, teacher = torch.randn(2, 30, 4, dtype=torch.float64)
+    student.requires_grad_()
+    sizes = [
+        torch.autograd.grad(divergence(background, t)(student, teacher).sum(), student)[0].norm().item()
+        for t in (20.0, 200.0)
+    ]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+# Means over rows
+
+
+def predictions(seed, columns=4, class_specific=False):
+    """Of two levels, of random numbers, with gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(SHAPE[0], LEVELS[0], 2), (SHAPE[0], LEVELS[1], 3)]
+
+    def levels(length):
+        return [torch.randn(*s, length, generator=generator).requires_grad_() for s in shapes]
+
+    return Predictions(
+        logit_levels=levels(columns),
+        delta_levels=levels(4 * columns if class_specific else 4),
+        anchors=torch.zeros(SHAPE[1], 4),
+        decode=lambda deltas, anchors: deltas,
+        match=lambda boxes, valid: None,
+    )
+
+
+def random_mask(share=0.4):
+    return torch.rand(SHAPE, generator=torch.Generator().manual_seed(9)) < share
+
+
+MASKS = {"some": random_mask(), "all": random_mask(2.0), "none": random_mask(0.0)}
+
+
+def gradients(term, *levels):
+    return [
+        torch.zeros_like(leaf) if gradient is None else gradient
+        for leaf, gradient in zip(levels, torch.autograd.grad(term, levels, allow_unused=True))
+    ]
+
+
+@BOTH
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("mask", MASKS)
+def test_class_mean_by_loops(background, few, mask):
+    student, teacher = predictions(0), predictions(1)
+    found = class_mean(divergence(background, 2.0), student, teacher, MASKS[mask], few=few)
+    total, count = 0.0, 0
+    for image in range(SHAPE[0]):
+        for row in range(SHAPE[1]):
+            if MASKS[mask][image, row]:
+                both = student.logits[image, row].tolist(), teacher.logits[image, row].tolist()
+                total += naive_divergence(*both, background, 2.0)
+                count += 1
+    assert found.dtype == torch.float32 and found.shape == ()
+    assert found.item() == pytest.approx(total / max(1, count), rel=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("mask", MASKS)
+def test_few_rows_and_many_are_masked_alike(background, mask):
+    student, teacher = predictions(0), predictions(1)
+    results = []
+    for few in (True, False):
+        found = class_mean(divergence(background, 2.0), student, teacher, MASKS[mask], few=few)
+        results.append([found, *gradients(found, *student.logit_levels)])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+    rows = torch.cat([gradient.flatten(1, 2) for gradient in results[0][1:]], dim=1)
+    assert torch.equal(rows.any(dim=2), MASKS[mask])  # and no row beside the mask has a gradient
+
+
+@BOTH
+def test_many_rows_do_not_wait_for_the_device(background):
+    student, teacher = predictions(0), predictions(1)
+    with no_synchronisation():
+        class_mean(divergence(background, 1.0), student, teacher, MASKS["some"], few=False)
+
+
+def test_class_mean_is_over_the_rows_of_all_levels():
+    """Not the mean of each level's: a level without rows does not count."""
+    student, teacher = predictions(0), predictions(1)
+    mask = torch.zeros(SHAPE, dtype=torch.bool)
+    mask[0, 3] = mask[1, 7] = True  # both in the first level
+    found = class_mean(row_loss("L2", 0.0), student, teacher, mask)
+    rows = [(student.logits - teacher.logits)[image, row] for image, row in ((0, 3), (1, 7))]
+    torch.testing.assert_close(found, sum((row**2).sum() for row in rows) / 2)
+
+
+@pytest.mark.parametrize("class_specific", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_box_mean_by_loops(class_specific, mask):
+    student, teacher = (predictions(seed, 3, class_specific) for seed in (0, 1))
+    classes = torch.randint(0, 3, SHAPE)
+    found = box_mean(row_loss("L1", 0.5), student, teacher, MASKS[mask], classes)
+    total, count = 0.0, 0
+    for image in range(SHAPE[0]):
+        for row in range(SHAPE[1]):
+            if not MASKS[mask][image, row]:
+                continue
+            first = 4 * int(classes[image, row]) if class_specific else 0
+            both = zip(student.deltas[image, row].tolist(), teacher.deltas[image, row].tolist())
+            gaps = [abs(s - t) for s, t in both][first : first + 4]
+            total += sum(gap**2 if gap < 0.5 else gap - 0.25 for gap in gaps)
+            count += 1
+    assert found.item() == pytest.approx(total / max(1, count), rel=1e-5)
+
+
+@pytest.mark.parametrize("class_specific", [False, True])
+def test_gradients_of_box_mean(class_specific):
+    """Of the deltas of the rows' classes alone; all are zero where the mask is empty."""
+    student, teacher = (predictions(seed, 3, class_specific) for seed in (0, 1))
+    classes = torch.randint(0, 3, SHAPE)
+    for mask in MASKS.values():
+        found = box_mean(row_loss("L2", 0.0), student, teacher, mask, classes)
+        found = gradients(found, *student.delta_levels)
+        touched = torch.cat([gradient.flatten(1, 2) for gradient in found], dim=1) != 0
+        expected = mask[..., None].expand(*SHAPE, 4)
+        if class_specific:
+            own = torch.nn.functional.one_hot(classes, 3).bool() & mask[..., None]
+            expected = own.repeat_interleave(4, dim=2)
+        assert torch.equal(touched, expected)
+
+
+def test_box_mean_reads_no_classes_where_they_share_deltas():
+    student, teacher = predictions(0), predictions(1)
+    found = box_mean(row_loss("L1", 0.0), student, teacher, MASKS["all"], None)
+    expected = (student.deltas - teacher.deltas).abs().sum(dim=2).mean()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_masked_sum_of_more_than_two_values(few):
+    values = [torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(3)]
+    mask = torch.rand(2, 3, 4) < 0.5
+    found = masked_sum(lambda a, b, c: (a * b - c).sum(dim=-1), mask, *values, few=few)
+    expected = ((values[0] * values[1] - values[2]).sum(dim=-1))[mask].sum()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, *values), gradients(expected, *values))
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_rows_beside_the_mask_may_be_anything(few):
+    """Of rows that fill up nothing is known."""
+    values = [torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 3)]
+    mask = torch.tensor([True, False, True, False]).view(1, 4, 1)
+    expected = masked_sum(divergence(True, 1.0), mask, *values, few=few)
+    values[0][0, 1], values[1][0, 3] = torch.inf, torch.nan
+    values[0].requires_grad_()
+    found = masked_sum(divergence(True, 1.0), mask, *values, few=few)
+    assert found == expected
+    assert gradients(found, values[0])[0].isfinite().all()
