@@ -11,6 +11,7 @@ Background is a class. Unlike GID's response, all proposals count, not only thos
 
 from __future__ import annotations
 
+import math
 from typing import Dict
 
 import torch
@@ -69,7 +70,8 @@ class HeadKD(DistillLoss):
             reg_weight=reg_weight,
             reg_smooth_l1_beta=reg_smooth_l1_beta,
         )
-        check_setting(self.NODE, "temperature", temperature, temperature > 0, "a number above 0")
+        positive = 0 < temperature < math.inf
+        check_setting(self.NODE, "temperature", temperature, positive, "a finite number above 0")
         some = cls_weight > 0 or reg_weight > 0
         check_setting(self.NODE, "cls_weight", cls_weight, some, "it or REG_WEIGHT above 0")
         self.proposals = proposals

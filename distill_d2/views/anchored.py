@@ -39,7 +39,7 @@ class AnchoredHead:
         if not view.taps.has(self.path):
             with view.context():
                 find_module(view.model, self.path)(features)  # its tap remembers the outputs
-        logits, deltas, *centerness = view.tap(self.path)
+        logits, deltas, *centerness = view.own_output(self.path)
         anchors = self.anchor_generator(features)
         return Predictions(
             logit_levels=[by_position(level, self.classes) for level in logits],

@@ -123,7 +123,7 @@ class DetectorView:
         self.taps.add("backbone")
         #: Wraps whatever part of the detector the view runs by itself (the teacher's heads).
         self.context: Callable[[], ContextManager] = contextlib.nullcontext
-        self._float: Dict[Any, Any] = {}
+        self._of_step: Dict[Any, Any] = {}
 
     # What the detector has, known when it is built.
 
@@ -212,7 +212,7 @@ class DetectorView:
         finally:
             self.taps.recording = False
             self.taps.clear()
-            self._float.clear()
+            self._of_step.clear()
 
     @property
     def features(self) -> Dict[str, torch.Tensor]:
@@ -234,19 +234,24 @@ class DetectorView:
         Args:
             contiguous: False: in whatever memory layout it was computed, which saves a copy.
         """
-        key = (name, contiguous)
-        if key not in self._float:
-            path = "backbone" if name in self.neck_shapes else self._stage_path(name)
-            output = self.taps.output(path)
-            level = output[name] if isinstance(output, dict) else output
-            self._float[key] = _to_float(level) if contiguous else level.float()
-        return self._float[key]
+        return self.once((name, contiguous), lambda: self._level(name, contiguous))
 
     def tap(self, path: str, index: Any = None) -> Any:
         """The output of the module ``path``; ``index`` picks from a dict, tuple or list of calls."""
-        if path not in self._float:
-            self._float[path] = map_tensors(_to_float, self.taps.output(path))
-        return self._float[path] if index is None else self._float[path][index]
+        output = self.once(path, lambda: map_tensors(_to_float, self.taps.output(path)))
+        return output if index is None else output[index]
+
+    def own_output(self, path: str) -> Any:
+        """The output of the first run of the module ``path`` in this step: the detector's own, whatever
+        else was given to it afterwards."""
+        runs = self.tap(path)
+        return runs[0] if isinstance(runs, list) else runs
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What ``compute()`` returned when this key was first asked for in this step."""
+        if key not in self._of_step:
+            self._of_step[key] = compute()
+        return self._of_step[key]
 
     def dense(self) -> Predictions:
         """A one-stage head's predictions for all anchors or points of a batch."""
@@ -289,6 +294,12 @@ class DetectorView:
     def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
         """Some anchors (R, 4) of this detector, and the boxes (R, 4) that fixed deltas make of them."""
         raise TypeError(f"{type(self.model).__name__} has no {capability}()")
+
+    def _level(self, name: str, contiguous: bool) -> torch.Tensor:
+        path = "backbone" if name in self.neck_shapes else self._stage_path(name)
+        output = self.taps.output(path)
+        level = output[name] if isinstance(output, dict) else output
+        return _to_float(level) if contiguous else level.float()
 
     def _bottom_up(self) -> nn.Module:
         return getattr(self.model.backbone, "bottom_up", self.model.backbone)

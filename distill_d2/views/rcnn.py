@@ -64,15 +64,14 @@ class RCNNView(DetectorView):
         classes: Optional[List[torch.Tensor]] = None,
     ) -> Predictions:
         if proposals is None:
-            sampled, _ = self.taps.output("roi_heads")
-            proposals = [per_image.proposal_boxes for per_image in sampled]
-            classes = [per_image.gt_classes for per_image in sampled]
+            proposals = self.sampled_proposals()
+            classes = [per_image.gt_classes for per_image in self._sampled()]
             counts = [len(boxes) for boxes in proposals]
-            calls = self.tap(_PREDICTOR)  # the first is its own; score_boxes may have run it again
-            own = calls[0] if isinstance(calls, list) else calls
-            logits, deltas = (output.split(counts) for output in own)
+            logits, deltas = (output.split(counts) for output in self.own_output(_PREDICTOR))
         else:
-            logits, deltas = self.score_boxes(proposals)
+            # Several losses share one pass. The list is kept, so that no other has its id in this step.
+            key = ("scores", id(proposals))
+            _, (logits, deltas) = self.once(key, lambda: (proposals, self.score_boxes(proposals)))
         boxes, logits, deltas, valid = _padded([b.tensor for b in proposals], logits, deltas)
         heads = self.model.roi_heads
         return Predictions(
@@ -87,20 +86,14 @@ class RCNNView(DetectorView):
         )
 
     def sampled_proposals(self) -> List[Boxes]:
-        sampled, _ = self.taps.output("roi_heads")
-        return [per_image.proposal_boxes for per_image in sampled]
+        return self.once("sampled", lambda: [each.proposal_boxes for each in self._sampled()])
 
     def own_proposals(self, batch: Batch) -> Tuple[List[Boxes], List[torch.Tensor]]:
         """Those of its RPN in evaluation, with the ground truth and sampled as its box head's loss does.
 
         Both are detectron2's own and wait for the device.
         """
-        targets = [_boxes_and_classes(per_image) for per_image in batch.instances]
-        images = ImageList(torch.empty(0), batch.image_sizes)  # only the sizes are read
-        with self.context(), EventStorage():  # what the heads log is no news of the student
-            proposals, _ = self.model.proposal_generator(images, self.features)
-            sampled = self.model.roi_heads.label_and_sample_proposals(proposals, targets)
-        return [each.proposal_boxes for each in sampled], [each.gt_classes for each in sampled]
+        return self.once("own proposals", lambda: self._own_proposals(batch))
 
     def score_boxes(self, boxes: List[Boxes]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
         """Run the box head on N images' boxes (absolute XYXY pixels on the augmented image).
@@ -121,6 +114,18 @@ class RCNNView(DetectorView):
             return self._rpn().sample()
         boxes = torch.tensor([[8.0, 8.0, 40.0, 24.0]])  # any: the proposals are shared
         return boxes, decode_sample(self.model.roi_heads.box_predictor.box2box_transform, boxes)
+
+    def _sampled(self) -> List[Instances]:
+        sampled, _ = self.taps.output("roi_heads")
+        return sampled
+
+    def _own_proposals(self, batch: Batch) -> Tuple[List[Boxes], List[torch.Tensor]]:
+        targets = [_boxes_and_classes(per_image) for per_image in batch.instances]
+        images = ImageList(torch.empty(0), batch.image_sizes)  # only the sizes are read
+        with self.context(), EventStorage():  # what the heads log is no news of the student
+            proposals, _ = self.model.proposal_generator(images, self.features)
+            sampled = self.model.roi_heads.label_and_sample_proposals(proposals, targets)
+        return [each.proposal_boxes for each in sampled], [each.gt_classes for each in sampled]
 
     def _rpn(self) -> AnchoredHead:
         rpn = self.model.proposal_generator

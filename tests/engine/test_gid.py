@@ -471,7 +471,7 @@ def test_all_weights_are_zero(job):
     [
         ("retinanet", "faster", "auto", ["teacher is a GeneralizedRCNN", "no dense()"]),
         ("faster", "retinanet", "auto", ["teacher is a RetinaNet", "no box_head()"]),
-        ("faster", "faster", "dense", ["student is a GeneralizedRCNN", "rpn, score_boxes, box_head"]),
+        ("faster", "faster", "dense", ["student is a GeneralizedRCNN", "rpn, anchors, score_boxes, box_head, own_proposals"]),
     ],
 )
 def test_predictions_that_a_detector_has_not(tmp_path, family, teacher, predictions, messages):

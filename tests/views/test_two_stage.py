@@ -1,15 +1,19 @@
-"""The two-stage view's predictions: of the RPN's anchors, and of the sampled proposals."""
+"""The two-stage view's predictions: of the RPN's anchors, of the sampled proposals, and of the teacher's
+own."""
+
+import contextlib
 
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.utils.events import EventStorage
 from no_synchronisation import no_synchronisation
 from recorded import count_calls, detector, trained_on
 from tiny import tiny_batch, tiny_config
 
 from distill_d2.teacher import Teacher
-from distill_d2.views import build_view
+from distill_d2.views import Batch, build_view
 
 FAMILIES = ["faster", "mask"]
 BOXES = [
@@ -138,6 +142,47 @@ def test_box_head_of_the_student_is_what_it_computed(family):
         assert all(torch.equal(b.tensor, a) for b, a in zip(view.sampled_proposals(), boxes))
     assert predictions.background and predictions.class_specific
     assert predictions.level_sizes == [counts[0]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classes_are_those_of_the_students_own_loss(family):
+    view = sampling_all(family)
+    sampled = last_output(view.model.roi_heads)
+    with trained_on(view, uneven_batch(family)):
+        predictions = view.box_head()
+    valid, ((proposals, _),) = predictions.valid, sampled
+    assert predictions.classes.shape == valid.shape and predictions.classes.dtype == torch.int64
+    expected = torch.cat([per_image.gt_classes for per_image in proposals])
+    assert torch.equal(predictions.classes[valid], expected)
+    assert not valid.all() and (predictions.classes[~valid] == 3).all()  # filled up with background
+    assert predictions.num_classes == 3 and {3} < set(expected.tolist())
+
+
+def test_classes_of_an_image_without_objects_are_background():
+    view, batch = sampling_all("faster"), uneven_batch("faster")
+    batch[0]["instances"] = batch[0]["instances"][:0]
+    with trained_on(view, batch):
+        classes = view.box_head().classes
+    assert (classes[0] == 3).all() and not (classes[1] == 3).all()
+
+
+def test_classes_are_given_or_unknown():
+    view = student_of("faster", "box_head")
+    with view.recording():
+        view.model.backbone(torch.randn(2, 3, 64, 64))
+        boxes = [Boxes(per_image) for per_image in BOXES]
+        given = view.box_head(boxes, [torch.tensor([2, 3, 0]), torch.tensor([1])])
+        assert view.box_head(boxes).classes is None
+        assert view.box_head([Boxes(BOXES[0][:0])] * 2).num_classes == 3
+    assert given.classes.tolist() == [[2, 3, 0], [1, 3, 3]]
+
+
+def test_other_heads_have_no_classes(observed):
+    for family, capability in (("faster", "rpn"), ("retinanet", "dense"), ("fcos", "dense")):
+        view, _ = observed(family, capability)
+        predictions = getattr(view, capability)()
+        assert predictions.classes is None
+        assert predictions.num_classes == (1 if capability == "rpn" else 3)
 
 
 def test_rows_that_fill_up_come_last_and_are_zero():
@@ -284,6 +329,179 @@ def test_reading_does_not_synchronise():
                 predictions.match(boxes, there)
 
 
+# The teacher's own proposals.
+
+
+@contextlib.contextmanager
+def seeing(batch, family="faster", options=(), **teacher):
+    """The view of a teacher that saw this batch, and the batch as losses get it."""
+    model = configured(*options, family=family)
+    torch.nn.init.normal_(model.proposal_generator.rpn_head.anchor_deltas.weight, std=0.1)
+    model.roi_heads.batch_size_per_image = 100  # all of them
+    teacher = Teacher(model, prepare=False, **teacher)
+    for name in ("own_proposals", "box_head"):
+        teacher.view.require(name)
+    with teacher.view.recording():
+        teacher.observe([item["image"].float() for item in batch], (64, 64))
+        yield teacher.view, Batch(batch, (64, 64), 0, 4)
+
+
+def proposals_in_evaluation(view, batch):
+    """What detectron2 proposes for each image in an evaluation."""
+    model, padded = view.model, torch.zeros(len(batch), 3, 64, 64)
+    for plane, item in zip(padded, batch):
+        image = (item["image"] - model.pixel_mean) / model.pixel_std
+        plane[:, : image.shape[1], : image.shape[2]] = image
+    images = ImageList(padded, [tuple(item["image"].shape[1:]) for item in batch])
+    view.taps.recording = False  # this is no part of the step
+    with torch.no_grad():
+        found, _ = model.proposal_generator(images, model.backbone(padded))
+    view.taps.recording = True
+    return [per_image.proposal_boxes.tensor for per_image in found]
+
+
+def iou(one, other):
+    """Of two boxes, in numbers."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    common = max(width, 0) * max(height, 0)
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (one, other)]
+    return common / (sum(areas) - common)
+
+
+def class_by_iou(box, truth, threshold, background=3):
+    """The class of the object that a box overlaps most, if it does so enough."""
+    objects = zip(truth.gt_boxes.tensor.tolist(), truth.gt_classes.tolist())
+    overlap, best = max(((iou(box, other), kind) for other, kind in objects), default=(0, None))
+    return best if overlap >= threshold else background
+
+
+def in_order(boxes):
+    return torch.tensor(sorted(boxes.tolist())).reshape(-1, 4)
+
+
+def with_objects_near(batch, proposals):
+    """The batch, each image's objects moved next to some of these boxes."""
+    for item, boxes in zip(batch, proposals):
+        truth = item["instances"]
+        near = boxes[torch.arange(len(truth)) * 3]
+        shift = 0.25 * (near[:, 2:] - near[:, :2])
+        truth.gt_boxes = Boxes(torch.cat([near[:, :2] + shift, near[:, 2:]], dim=1))
+    return batch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("threshold", [0.5, 0.2])
+def test_own_proposals_are_those_of_an_evaluation_and_the_truth(family, threshold):
+    batch = uneven_batch(family)
+    with seeing(batch, family, ["MODEL.ROI_HEADS.IOU_THRESHOLDS", [threshold]]) as (view, seen):
+        expected = proposals_in_evaluation(view, batch)
+        with_objects_near(batch, expected)
+        boxes, classes = view.own_proposals(seen)
+    for item, own, kinds, proposed in zip(batch, boxes, classes, expected):
+        truth = item["instances"]
+        both = torch.cat([proposed, truth.gt_boxes.tensor])
+        assert len(proposed) > 5 and len(own) == len(both)
+        torch.testing.assert_close(in_order(own.tensor), in_order(both))
+        assert kinds.tolist() == [class_by_iou(box, truth, threshold) for box in own.tensor.tolist()]
+        found = (kinds < 3).sum() - len(truth)  # the truth itself is among them
+        assert found >= (1 if threshold == 0.5 else 2) and (kinds == 3).any()
+
+
+def test_own_proposals_are_sampled_as_its_head_does():
+    with seeing(tiny_batch(2)) as (view, seen):
+        view.model.roi_heads.batch_size_per_image = 6
+        view.model.roi_heads.positive_fraction = 1 / 6
+        boxes, classes = view.own_proposals(seen)
+    assert [len(per_image) for per_image in boxes] == [6, 6] == [len(kinds) for kinds in classes]
+    assert all((kinds < 3).sum() == 1 for kinds in classes)
+
+
+def test_own_proposals_have_no_truth_where_its_head_appends_none():
+    batch = tiny_batch()
+    with seeing(batch, options=["MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", False]) as (view, seen):
+        boxes, _ = view.own_proposals(seen)
+        expected = proposals_in_evaluation(view, batch)
+    for own, proposed in zip(boxes, expected):
+        torch.testing.assert_close(in_order(own.tensor), in_order(proposed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_own_proposals_leave_no_trace(family):
+    batch = tiny_batch(masks=family == "mask")
+    with seeing(batch, family) as (view, seen), EventStorage(7) as storage:
+        before = {name: value.clone() for name, value in view.model.state_dict().items()}
+        boxes, _ = view.own_proposals(seen)
+        assert not storage.latest()
+        assert all(torch.equal(before[name], v) for name, v in view.model.state_dict().items())
+        assert not any(module.training for module in view.model.modules())
+    assert not any(per_image.tensor.requires_grad for per_image in boxes)
+    fields = set(batch[0]["instances"].get_fields())
+    assert fields == {"gt_boxes", "gt_classes"} | ({"gt_masks"} if family == "mask" else set())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_own_proposals_of_an_image_without_objects(family):
+    batch = uneven_batch(family)
+    batch[1]["instances"] = batch[1]["instances"][:0]
+    with seeing(batch, family) as (view, seen):
+        boxes, classes = view.own_proposals(seen)
+        expected = proposals_in_evaluation(view, batch)
+    torch.testing.assert_close(in_order(boxes[1].tensor), in_order(expected[1]))
+    assert (classes[1] == 3).all() and len(classes[1]) == len(boxes[1]) > 5
+    assert (classes[0] < 3).any()
+
+
+def test_own_proposals_stay_inside_their_images():
+    batch = tiny_batch()  # 64 and 56 pixels high
+    with seeing(batch) as (view, seen):
+        torch.nn.init.ones_(view.model.proposal_generator.rpn_head.anchor_deltas.bias)  # large boxes
+        boxes, _ = view.own_proposals(seen)
+    heights = [per_image.tensor[:, 3].max() for per_image in boxes]
+    assert 56 < heights[0] <= 64 and heights[1] <= 56
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_own_proposals_of_a_teacher_of_half_precision(monkeypatch, dtype):
+    monkeypatch.setattr("distill_d2.teacher.native_bfloat16", lambda device: True)
+    with seeing(tiny_batch(), autocast=dtype) as (view, seen):
+        outputs = last_output(view.model.proposal_generator.rpn_head)
+        boxes, _ = view.own_proposals(seen)
+        predictions = view.box_head(boxes)
+    assert outputs[0][0][0].dtype == getattr(torch, dtype)
+    assert {per_image.tensor.dtype for per_image in boxes} == {torch.float32}
+    assert predictions.anchors.dtype == predictions.logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_student_scores_the_teachers_proposals(family):
+    batch = uneven_batch(family)
+    student = sampling_all(family)
+    outputs = last_output(student.model.roi_heads.box_predictor)
+    with seeing(batch, family) as (view, seen), trained_on(student, batch):
+        boxes, classes = view.own_proposals(seen)
+        ours, theirs = student.box_head(boxes, classes), view.box_head(boxes)
+        own = student.box_head()
+        (logits, _), (scored, _) = outputs
+        assert torch.equal(own.logits[own.valid], logits)
+        assert torch.equal(ours.logits[ours.valid], scored)
+        (ours.logits.sum() + ours.deltas.sum()).backward()
+    for predictions in (ours, theirs):
+        assert torch.equal(predictions.anchors[predictions.valid], Boxes.cat(boxes).tensor)
+    assert torch.equal(ours.classes[ours.valid], torch.cat(classes)) and theirs.classes is None
+    assert not ours.valid.all()
+    model = student.model
+    for parameter in (
+        model.roi_heads.box_predictor.cls_score.weight,
+        model.roi_heads.box_predictor.bbox_pred.weight,
+        model.roi_heads.box_head.fc1.weight,
+        model.backbone.bottom_up.stem.conv1.weight,
+    ):
+        assert parameter.grad.abs().sum() > 0
+    assert model.proposal_generator.rpn_head.anchor_deltas.weight.grad is None
+    assert not theirs.logits.requires_grad
+
+
 # What cannot be required.
 
 
@@ -311,9 +529,11 @@ def test_cascade_has_an_rpn_only():
     options = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads")
     model = configured(*options, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
     view = build_view(model, "student")
-    message = r"the student is a GeneralizedRCNN, which has no box_head\(\); it offers .*, tap, rpn$"
+    message = r"the student is a GeneralizedRCNN, .* no box_head\(\); it offers .*, tap, rpn, anchors$"
     with pytest.raises(TypeError, match=message):
         view.require("box_head")
+    with pytest.raises(TypeError, match=r"no own_proposals\(\); it offers"):
+        view.require("own_proposals")
     view.require("rpn")
     with trained_on(view, tiny_batch()):
         check_rpn(view.rpn(), model, view.features)
@@ -325,6 +545,8 @@ def test_precomputed_proposals_have_a_box_head_only():
     message = r"the teacher .* has no rpn\(\); it offers .*, tap, score_boxes, box_head$"
     with pytest.raises(TypeError, match=message):
         view.require("rpn")
+    with pytest.raises(TypeError, match=r"no own_proposals\(\); it offers"):
+        view.require("own_proposals")
     view.require("box_head")
     batch = tiny_batch()
     for item, boxes in zip(batch, BOXES):

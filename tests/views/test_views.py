@@ -23,7 +23,10 @@ from distill_d2.views.predictions import rows_of
 
 FAMILIES = ["retinanet", "fcos", "faster", "mask"]
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
-TWO_STAGE = "rpn, score_boxes, box_head"
+ONE_STAGE = "dense, anchors"
+TWO_STAGE = "rpn, anchors, score_boxes, box_head, own_proposals"
+NOT_DENSE = [name for name in TWO_STAGE.split(", ") if name != "anchors"]
+ANCHORS = {"retinanet": 3, "fcos": 1, "faster": 3, "mask": 3}  # in each cell
 
 
 # What the detector has.
@@ -100,9 +103,8 @@ def test_require_tap_lists_close_names():
 @pytest.mark.parametrize(
     "family, capability",
     [
-        *(("retinanet", "dense"), ("fcos", "dense")),
-        *(("faster", "rpn"), ("faster", "score_boxes"), ("faster", "box_head")),
-        *(("mask", "rpn"), ("mask", "score_boxes"), ("mask", "box_head")),
+        *((family, name) for family in ("retinanet", "fcos") for name in ONE_STAGE.split(", ")),
+        *((family, name) for family in ("faster", "mask") for name in TWO_STAGE.split(", ")),
     ],
 )
 def test_require_what_is_there(family, capability):
@@ -114,8 +116,7 @@ def test_require_what_is_there(family, capability):
 @pytest.mark.parametrize(
     "family, capability, offers",
     [
-        *(("retinanet", name, "dense") for name in TWO_STAGE.split(", ")),
-        *(("fcos", name, "dense") for name in TWO_STAGE.split(", ")),
+        *((family, name, ONE_STAGE) for family in ("retinanet", "fcos") for name in NOT_DENSE),
         *(("faster", "dense", TWO_STAGE), ("mask", "dense", TWO_STAGE)),
     ],
 )
@@ -125,7 +126,17 @@ def test_require_what_is_not_there(family, capability, offers):
     with pytest.raises(TypeError, match=message):
         view.require(capability)
     with pytest.raises(TypeError):
-        getattr(view, capability)(*[[]] * (capability == "score_boxes"))
+        getattr(view, capability)(*[[]] * (capability in ("score_boxes", "own_proposals")))
+
+
+def test_an_unknown_detector_has_no_anchors():
+    view = DetectorView(detector(), "student")
+    with pytest.raises(TypeError, match=r"has no anchors\(\); it offers features, bottom_up, tap$"):
+        view.require("anchors")
+    with pytest.raises(TypeError, match="RetinaNet has no anchors"):
+        view.anchors()
+    with pytest.raises(TypeError, match="RetinaNet has no anchors"):
+        view.anchor_levels  # noqa: B018
 
 
 @pytest.mark.parametrize("heads", ["CascadeROIHeads", "Res5ROIHeads"])
@@ -318,6 +329,83 @@ def test_decode_of_chosen_rows(observed):
     dense, rows = view.dense(), torch.tensor([5, 17, 1500])
     chosen = dense.decode(dense.deltas[:, rows], dense.anchors[rows].expand(1, 3, 4))
     assert torch.equal(chosen, dense.boxes()[:, rows])
+
+
+# Anchors of both.
+
+
+def squares_around_points(features, strides):
+    """By level, of 8 strides around the middles of the cells, one by one."""
+    expected = {}
+    for name, feature in features.items():
+        stride = strides[name]
+        height, width = feature.shape[-2:]
+        centres = [
+            [((column + 0.5) * stride, (row + 0.5) * stride) for column in range(width)]
+            for row in range(height)
+        ]
+        half = 4 * stride
+        expected[name] = torch.tensor(
+            [[[[x - half, y - half, x + half, y + half]] for x, y in row] for row in centres]
+        )
+    return expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_anchors_of_each_level_are_the_generators(observed, family, role):
+    view, features = observed(family, "anchors")  # of an image of 64x96
+    if role == "student":
+        view = build_view(view.model.train(), "student")
+        view.require("anchors")
+        with view.recording():
+            features = view.model.backbone(torch.zeros(2, 3, 64, 96))
+            anchors = view.anchors()
+    else:
+        anchors = view.anchors()
+    assert list(anchors) == list(view.anchor_levels) == list(view.strides)
+    for name, stride in view.strides.items():
+        rows, columns = -(-64 // stride), -(-96 // stride)
+        assert anchors[name].shape == (rows, columns, ANCHORS[family], 4)
+    if family == "fcos":
+        expected = squares_around_points(features, view.strides)
+        assert all(torch.equal(anchors[name], expected[name]) for name in expected)
+        return
+    two_stage = family in ("faster", "mask")
+    generator = (view.model.proposal_generator if two_stage else view.model).anchor_generator
+    levels = generator(list(features.values()))
+    for boxes, cells, (name, stride) in zip(levels, generator.cell_anchors, view.strides.items()):
+        assert torch.equal(anchors[name].reshape(-1, 4), boxes.tensor)
+        # Row 1, column 2: the layout is (H, W), which rows in order alone would not tell.
+        if name != "p6":
+            expected = cells + torch.tensor([2, 1, 2, 1]) * stride
+            assert torch.equal(anchors[name][1, 2], expected)
+
+
+def test_anchors_run_no_head(observed):
+    for family, path in (("retinanet", "head"), ("faster", "proposal_generator.rpn_head")):
+        view, _ = observed(family, "anchors")
+        calls = count_calls(view.model.get_submodule(path))
+        view.anchors()
+        assert not calls
+
+
+def test_anchors_of_the_heads_levels_alone():
+    """The head of a RetinaNet need not take all levels of its neck."""
+    cfg = tiny_config()
+    cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32.0], [64.0]]
+    view = build_view(build_model(cfg), "student")
+    assert list(view.strides) == ["p2", "p3", "p4"] and list(view.anchor_levels) == ["p3", "p4"]
+    with view.recording():
+        view.model.backbone(torch.zeros(1, 3, 64, 64))
+        anchors = view.anchors()
+    assert {name: tuple(level.shape) for name, level in anchors.items()} == {
+        "p3": (8, 8, 3, 4),
+        "p4": (4, 4, 3, 4),
+    }
+    middle = anchors["p4"][1, 2].unflatten(-1, (2, 2)).mean(dim=(0, 1))
+    assert middle.tolist() == pytest.approx([32.0, 16.0])  # OFFSET is 0
 
 
 # Two-stage heads.

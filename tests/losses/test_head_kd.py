@@ -1,0 +1,382 @@
+"""HeadKD against a naive version with loops, by hand, and what it refuses of two detectors."""
+
+import math
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes
+from recorded import detector
+from tiny import tiny_config, tiny_detector
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from distill_d2 import add_distill_config
+from distill_d2.losses.base import build_losses
+from distill_d2.losses.head_kd import HeadKD
+from distill_d2.views import Predictions, build_view
+
+CLASSES = 3
+CLS, REG = "loss_head_kd_cls", "loss_head_kd_reg"
+# Two images' boxes with the class of each, 3 where it is background, as a student and as a teacher
+# might sample them: of some the same number of rows, so that only the pairing tells them apart.
+OURS = [
+    ([[0.0, 0, 10, 10], [4, 8, 20, 30], [9, 9, 30, 15]], [2, 3, 0]),
+    ([[1.0, 1, 12, 9]], [3]),
+]
+THEIRS = [
+    ([[5.0, 1, 9, 30], [2, 2, 18, 11], [0, 0, 31, 31]], [3, 1, 1]),
+    ([[7.0, 3, 21, 17]], [0]),
+]
+
+
+class Head:
+    """A box head that scores a box by its coordinates, in the place of a detector's view."""
+
+    def __init__(self, seed, rows=OURS, agnostic=False):
+        torch.manual_seed(seed)
+        self.logits = nn.Linear(4, CLASSES + 1)
+        self.regression = nn.Linear(4, 4 if agnostic else 4 * CLASSES)
+        self.boxes = [Boxes(torch.tensor(boxes).reshape(-1, 4)) for boxes, _ in rows]
+        self.classes = [torch.tensor(classes, dtype=torch.int64) for _, classes in rows]
+
+    def scores(self, box):
+        """One box's logits and deltas."""
+        return self.logits(box / 32), self.regression(box / 32)
+
+    def box_head(self, proposals=None, classes=None):
+        if proposals is None:
+            proposals, classes = self.boxes, self.classes
+        boxes = pad_sequence([per_image.tensor for per_image in proposals], batch_first=True)
+        counts = torch.tensor([len(per_image) for per_image in proposals])
+        valid = torch.arange(boxes.shape[1]) < counts[:, None]
+        logits, deltas = self.scores(boxes)
+        return Predictions(
+            # What fills up counts for nothing, whatever is in it.
+            logit_levels=[logits.masked_fill(~valid[..., None], 7.0).unsqueeze(2)],
+            delta_levels=[deltas.masked_fill(~valid[..., None], -7.0).unsqueeze(2)],
+            anchors=boxes,
+            decode=None,
+            match=None,
+            background=True,
+            valid=valid,
+            classes=classes and pad_sequence(classes, batch_first=True, padding_value=CLASSES),
+        )
+
+    def sampled_proposals(self):
+        return self.boxes
+
+    def own_proposals(self, _batch):
+        return self.boxes, self.classes
+
+
+def terms_of(student, teacher, **settings):
+    return HeadKD(**settings)(student, teacher, None)
+
+
+def rows_of(head):
+    return [
+        (box, int(kind))
+        for boxes, classes in zip(head.boxes, head.classes)
+        for box, kind in zip(boxes.tensor, classes)
+    ]
+
+
+def softmax(logits, temperature):
+    powers = [math.exp(logit / temperature) for logit in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def naive_terms(student, teacher, rows, temperature=1.0, mode="L1", beta=0.0):
+    """Both terms, box by box and number by number."""
+    divergences, distances = [], []
+    for box, kind in rows:
+        (s, s_deltas), (t, t_deltas) = student.scores(box), teacher.scores(box)
+        p, q = softmax(s.tolist(), temperature), softmax(t.tolist(), temperature)
+        divergences.append(sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q)))
+        if kind == CLASSES:
+            continue
+        ours, theirs = (
+            deltas.tolist() if len(deltas) == 4 else deltas[4 * kind : 4 * kind + 4].tolist()
+            for deltas in (s_deltas, t_deltas)
+        )
+        distances.append(sum(distance(a - b, mode, beta) for a, b in zip(ours, theirs)))
+    return {
+        CLS: temperature**2 * sum(divergences) / len(divergences),
+        REG: sum(distances) / max(1, len(distances)),
+    }
+
+
+def distance(d, mode, beta):
+    if mode == "L2":
+        return d * d
+    return 0.5 * d * d / beta if abs(d) < beta else abs(d) - 0.5 * beta
+
+
+def compare(terms, expected):
+    assert terms.keys() == expected.keys()
+    for name, term in terms.items():
+        assert term.dtype == torch.float32 and term.shape == () and term.requires_grad
+        assert term.item() == pytest.approx(expected[name], rel=1e-5), name
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 4.0])
+@pytest.mark.parametrize("mode, beta", [("L1", 0.0), ("L1", 0.3), ("L2", 0.0)])
+@pytest.mark.parametrize("proposals", ["student", "teacher"])
+def test_naive_version(temperature, mode, beta, proposals):
+    student, teacher = Head(1), Head(2, THEIRS)
+    settings = {"reg_mode": mode, "reg_smooth_l1_beta": beta}
+    terms = terms_of(student, teacher, proposals=proposals, temperature=temperature, **settings)
+    rows = rows_of(student if proposals == "student" else teacher)
+    expected = naive_terms(student, teacher, rows, temperature, mode, beta)
+    assert all(value > 0.01 for value in expected.values())
+    compare(terms, expected)
+
+
+@pytest.mark.parametrize("agnostic", [(True, True), (True, False), (False, True)])
+def test_deltas_that_classes_share(agnostic):
+    """By the student, by the teacher, or by both."""
+    student, teacher = Head(1, agnostic=agnostic[0]), Head(2, agnostic=agnostic[1])
+    compare(terms_of(student, teacher), naive_terms(student, teacher, rows_of(student)))
+
+
+def test_labels_belong_to_the_teachers_proposals():
+    """Other labels, those of the student's own sampling, would give another number."""
+    student, teacher = Head(1), Head(2, THEIRS)
+    (boxes, _), (_, labels) = zip(*rows_of(teacher)), zip(*rows_of(student))
+    right = naive_terms(student, teacher, rows_of(teacher))[REG]
+    wrong = naive_terms(student, teacher, list(zip(boxes, labels)))[REG]
+    assert abs(right - wrong) > 0.1 * right
+    assert terms_of(student, teacher, proposals="teacher")[REG].item() == pytest.approx(right, rel=1e-5)
+
+
+def test_by_hand():
+    """Teacher (3/4, 1/4) and student (1/2, 1/2) of an object, equal of the background."""
+    student, teacher = (Head(0, [([[0.0, 0, 8, 8], [8, 8, 16, 16]], [0, 1])]) for _ in range(2))
+    ours = [[0.0, 0.0], [5.0, 1.0]], [[1.0, 2, -3, 4], [9, 9, 9, 9]]
+    theirs = [[math.log(3), 0.0], [5.0, 1.0]], [[0.0, 0, 0, 0], [-9, -9, -9, -9]]
+    for head, (logits, deltas) in ((student, ours), (teacher, theirs)):
+        head.box_head = lambda *_, logits=logits, deltas=deltas: Predictions(
+            logit_levels=[torch.tensor(logits, requires_grad=True)[None, :, None]],
+            delta_levels=[torch.tensor(deltas, requires_grad=True)[None, :, None]],
+            **{"anchors": None, "decode": None, "match": None, "background": True},
+            valid=torch.ones(1, 2, dtype=torch.bool),
+            classes=torch.tensor([[0, 1]]),
+        )
+    divergence = 0.75 * math.log(1.5) - 0.25 * math.log(2)  # 0.1308
+    compare(terms_of(student, teacher), {CLS: divergence / 2, REG: 10.0})
+    l2 = terms_of(student, teacher, reg_mode="L2", weight=5.0)  # WEIGHT is the Distiller's affair
+    compare(l2, {CLS: divergence / 2, REG: 30.0})
+    smooth = terms_of(student, teacher, reg_smooth_l1_beta=2.0)[REG]
+    assert smooth.item() == pytest.approx(0.25 + 1 + 2 + 3)
+    # With T = 2 the teacher's ratio is the root of 3.
+    q = math.sqrt(3) / (1 + math.sqrt(3))
+    soft = 4 * (q * math.log(2 * q) + (1 - q) * math.log(2 * (1 - q)))
+    assert terms_of(student, teacher, temperature=2.0)[CLS].item() == pytest.approx(soft / 2, rel=1e-5)
+
+
+def test_weights_of_the_terms():
+    student, teacher = Head(1), Head(2)
+    plain = terms_of(student, teacher)
+    weighted = terms_of(student, teacher, cls_weight=0.5, reg_weight=3.0)
+    compare(weighted, {CLS: 0.5 * plain[CLS].item(), REG: 3 * plain[REG].item()})
+
+
+def test_a_term_of_weight_zero_is_not_there():
+    student, teacher = Head(1), Head(2)
+    plain = terms_of(student, teacher)
+    compare(terms_of(student, teacher, reg_weight=0.0), {CLS: plain[CLS].item()})
+    compare(terms_of(student, teacher, cls_weight=0.0), {REG: plain[REG].item()})
+
+
+def test_background_counts_for_classes_and_not_for_boxes():
+    """A box more in the background changes the mean over classes, and leaves that over boxes."""
+    more = [(boxes + [[3.0, 3, 8, 8]], classes + [3]) for boxes, classes in OURS]
+    student, teacher = Head(1), Head(2)
+    before, after = terms_of(student, teacher), terms_of(Head(1, more), teacher)
+    assert after[REG].item() == pytest.approx(before[REG].item(), rel=1e-6)
+    assert abs(after[CLS] - before[CLS]) > 0.01 * before[CLS]
+
+
+def test_gradients():
+    """Of classes in all rows, of boxes in the deltas of each object's class; the teacher gets none."""
+    student, teacher = Head(1), Head(2)
+    ours = student.box_head()
+    for level in (*ours.logit_levels, *ours.delta_levels):
+        level.retain_grad()
+    student.box_head = lambda: ours
+    sum(terms_of(student, teacher).values()).backward()
+    logits, deltas = ours.logit_levels[0].grad.squeeze(2), ours.delta_levels[0].grad.squeeze(2)
+    assert logits[ours.valid].any(dim=1).all() and not logits[~ours.valid].any()
+    touched = deltas.unflatten(-1, (CLASSES, 4)).any(dim=-1)
+    expected = torch.zeros(2, 3, CLASSES, dtype=torch.bool)
+    expected[0, 0, 2] = expected[0, 2, 0] = True
+    assert torch.equal(touched, expected)
+
+
+def test_equal_heads_have_no_loss():
+    student, teacher = Head(1), Head(1)
+    for proposals in ("student", "teacher"):
+        terms = terms_of(student, teacher, proposals=proposals, temperature=3.0)
+        assert terms[CLS] == 0 and terms[REG] == 0
+        sum(terms.values()).backward()
+    assert not student.regression.weight.grad.any()
+    assert student.logits.weight.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("proposals", ["student", "teacher"])
+def test_no_objects_at_all(proposals):
+    rows = [(boxes, [CLASSES] * len(boxes)) for boxes, _ in OURS]
+    student, teacher = Head(1, rows), Head(2, rows)
+    terms = terms_of(student, teacher, proposals=proposals)
+    compare(terms, naive_terms(student, teacher, rows_of(student)))
+    assert terms[REG] == 0 and terms[CLS] > 0
+    sum(terms.values()).backward()
+    assert not student.regression.weight.grad.any() and student.logits.weight.grad.isfinite().all()
+
+
+# Settings.
+
+
+def test_from_its_node():
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    node = cfg.MODEL.DISTILLER
+    node.TYPES = ["HeadKD"]
+    node.HEAD_KD.TEMPERATURE, node.HEAD_KD.PROPOSALS = 4.0, "teacher"
+    (loss,) = build_losses(node).values()
+    assert type(loss) is HeadKD
+    assert (loss.temperature, loss.proposals, loss.cls_weight, loss.reg_weight) == (4, "teacher", 1, 1)
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("PROPOSALS", "both", "one of ['student', 'teacher']"),
+        ("REG_MODE", "GIoU", "one of ['L1', 'L2']"),
+        ("CLS_WEIGHT", -1.0, "0 or more"),
+        ("REG_WEIGHT", math.inf, "a finite number"),
+        ("REG_SMOOTH_L1_BETA", -0.1, "0 or more"),
+        ("TEMPERATURE", 0.0, "above 0"),
+        ("TEMPERATURE", -2.0, "above 0"),
+        ("TEMPERATURE", math.nan, "above 0"),
+        ("TEMPERATURE", math.inf, "above 0"),
+        ("WEIGHT", -1.0, ""),
+    ],
+)
+def test_wrong_settings_name_their_keys(key, value, expected):
+    with pytest.raises(ValueError) as caught:
+        HeadKD(**{key.lower(): value})
+    message = str(caught.value)
+    assert "MODEL.DISTILLER.HEAD_KD" in message and f"{key} " in message and str(value) in message
+    assert expected in message
+
+
+def test_both_terms_off():
+    message = r"HEAD_KD\.CLS_WEIGHT is 0\.0; expected it or REG_WEIGHT above 0"
+    with pytest.raises(ValueError, match=message):
+        HeadKD(cls_weight=0.0, reg_weight=0.0)
+
+
+# What it refuses of two detectors.
+
+
+def c4_config():
+    """A Faster R-CNN without FPN: one level of stride 16, and res5 on each proposal."""
+    cfg = tiny_config("faster")
+    resnets = cfg.MODEL.RESNETS
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    resnets.OUT_FEATURES = ["res4"]
+    resnets.STEM_OUT_CHANNELS = resnets.RES2_OUT_CHANNELS = 8
+    resnets.WIDTH_PER_GROUP = 4
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16.0, 32.0, 64.0]]
+    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
+    cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"
+    return cfg
+
+
+def configured(*options):
+    cfg = tiny_config("faster")
+    cfg.merge_from_list(list(options))
+    return build_model(cfg)
+
+
+OTHERS = {
+    "retinanet": (lambda: tiny_detector("retinanet"), "a RetinaNet, which has no box_head()"),
+    "fcos": (lambda: tiny_detector("fcos"), "a FCOS, which has no box_head()"),
+    "cascade": (
+        lambda: configured(
+            *("MODEL.ROI_HEADS.NAME", "CascadeROIHeads"),
+            *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
+        ),
+        "which has no box_head()",
+    ),
+    "c4": (lambda: build_model(c4_config()), "which has no box_head()"),
+}
+
+
+def bind(student, teacher, **settings):
+    student, teacher = build_view(student, "student"), build_view(teacher, "teacher")
+    HeadKD(**settings).bind(student, teacher)
+    return student, teacher
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("other", list(OTHERS))
+def test_detectors_without_such_a_head(other, role):
+    build, message = OTHERS[other]
+    models = {"student": detector("faster"), "teacher": detector("mask"), role: build()}
+    with pytest.raises(TypeError) as caught:
+        bind(**models)
+    text = str(caught.value)
+    assert text.startswith("MODEL.DISTILLER.HEAD_KD: ") and f"the {role} is " in text and message in text
+    assert "Faster and Mask R-CNN with FPN, not C4 or cascade" in text
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_sigmoids(role):
+    options = ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)
+    models = {"student": detector("faster"), "teacher": detector("faster"), role: configured(*options)}
+    with pytest.raises(ValueError, match=rf"the {role}'s box head .*USE_SIGMOID_CE is True"):
+        bind(**models)
+
+
+def test_other_classes():
+    other = configured("MODEL.ROI_HEADS.NUM_CLASSES", 5)
+    message = "HEAD_KD compares class logits, but the student has 3 classes and the teacher 5"
+    for settings in ({}, {"reg_weight": 0.0}, {"cls_weight": 0.0}):
+        with pytest.raises(ValueError, match=message):
+            bind(detector("faster"), other, **settings)
+
+
+def test_other_coding_of_boxes():
+    """Of no concern where boxes are not compared."""
+    student, teacher = detector("faster"), configured(
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", [20.0, 20.0, 10.0, 10.0]
+    )
+    message = r"HEAD_KD compares the box_head .* their box parametrisations differ.*BBOX_REG_WEIGHTS"
+    with pytest.raises(ValueError, match=message):
+        bind(student, teacher)
+    bind(student, teacher, reg_weight=0.0)
+
+
+def test_other_anchors_do_not_matter():
+    bind(detector("faster"), configured("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]))
+
+
+@pytest.mark.parametrize("proposals, own", [("student", False), ("teacher", True)])
+def test_what_it_requires(proposals, own):
+    student, teacher = bind(detector("faster"), detector("mask"), proposals=proposals)
+    assert student.required == {"box_head"}
+    assert teacher.required == {"box_head"} | ({"own_proposals"} if own else set())
+
+
+def test_teacher_that_cannot_propose():
+    precomputed = configured("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals")
+    bind(detector("faster"), precomputed)
+    with pytest.raises(TypeError, match=r"HEAD_KD: the teacher is a .* has no own_proposals\(\)"):
+        bind(detector("faster"), precomputed, proposals="teacher")
