@@ -213,7 +213,7 @@ def test_nothing_is_remembered_after_a_step(tmp_path):
     model = build(tmp_path)
     step(model, tiny_batch())
     for view in (model.student_view, model.teacher.view):
-        assert not view.taps.has("backbone") and not view._float
+        assert not view.taps.has("backbone") and not view._of_step
 
 
 def test_task_loss_weight(tmp_path):
