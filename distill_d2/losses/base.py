@@ -195,6 +195,16 @@ def check_not_negative(node: str, **values: float) -> None:
         check_setting(node, name, value, 0 <= value < math.inf, "a finite number, 0 or more")
 
 
+def check_odd(node: str, **values: int) -> None:
+    """Check arguments of the loss of this node, by name, that are sides of a convolution's kernel.
+
+    Raises:
+        ValueError: one is not; the message names the key.
+    """
+    for name, value in values.items():
+        check_setting(node, name, value, value > 0 and value % 2 == 1, "an odd number above 0")
+
+
 def build_losses(distiller: CN) -> Dict[str, DistillLoss]:
     """The losses that MODEL.DISTILLER.TYPES names, by registered name.
 

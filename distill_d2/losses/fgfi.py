@@ -25,6 +25,7 @@ from .base import (
     DistillLoss,
     check_choices,
     check_not_negative,
+    check_odd,
     check_setting,
 )
 from .masks import LEVEL_ASSIGNS, ObjectMasks
@@ -46,6 +47,7 @@ class FGFI(DistillLoss):
         level_assign: str = "single",
         finest_scale: float = 56.0,
         adapter: bool = True,
+        adapter_kernel_size: int = 3,
         adapter_relu: bool = False,
         adapter_init_std: float = 0.0001,
         weight: float = 3.0,
@@ -56,8 +58,8 @@ class FGFI(DistillLoss):
             in_features: neck levels on which the student's head has anchors; empty: all common ones.
             roi_phi: part of a box's largest IoU, 0 to below 1.
             level_assign, finest_scale: see masks.ObjectMasks.
-            adapter: a 3x3 convolution on the student's levels even where channels agree; where they
-                differ there is always one. adapter_relu, adapter_init_std: see FeaturePairs.
+            adapter: a convolution on the student's levels even where channels agree; where they differ
+                there is always one. adapter_kernel_size, adapter_relu, adapter_init_std: see FeaturePairs.
             weight: times the loss above.
             schedule: start_iter, stop_iter, warmup_iters of DistillLoss.
 
@@ -70,12 +72,13 @@ class FGFI(DistillLoss):
         positive = 0 < finest_scale < math.inf
         check_setting(self.NODE, "finest_scale", finest_scale, positive, "a finite number above 0")
         check_not_negative(self.NODE, adapter_init_std=adapter_init_std)
+        check_odd(self.NODE, adapter_kernel_size=adapter_kernel_size)
         self.masks = ObjectMasks(
             "roi", level_assign=level_assign, finest_scale=finest_scale, threshold=roi_phi
         )
         self.pairs = FeaturePairs(
             in_features,
-            kernel_size=3,
+            kernel_size=adapter_kernel_size,
             always=adapter,
             relu=adapter_relu,
             init_std=adapter_init_std,

@@ -55,6 +55,7 @@ class DeFeat(DistillLoss):
         hint_bb_w: float = 0.0,
         hint_bb_back_w: float = 0.0,
         bb_adapt: bool = False,
+        adapt_kernel_size: int = 3,
         adapt_init_std: float = 0.0001,
         head_cls_w: float = 0.0,
         head_cls_back_w: float = 0.0,
@@ -75,11 +76,11 @@ class DeFeat(DistillLoss):
                 anchor near one ("roi", with roi_phi: FGFI's), Gaussians in them ("gaussian"), or all
                 ("one"). level_assign, finest_scale, roi_phi: see masks.ObjectMasks.
             loss_form: of neck and backbone, "L2", "L1" or "smoothL1".
-            neck_adapt: a 3x3 convolution on the student's levels even where channels agree; where they
-                differ there is always one.
+            neck_adapt: a convolution on the student's levels even where channels agree; where they differ
+                there is always one.
             bb_features: backbone stages, with weights hint_bb_w and hint_bb_back_w; bb_adapt: as
                 neck_adapt, with a ReLU.
-            adapt_init_std: of the convolutions, see FeaturePairs.
+            adapt_kernel_size, adapt_init_std: of the convolutions, see FeaturePairs.
             head_cls_w, head_cls_back_w: weights of the class terms; head_cls_t, head_cls_back_t: their
                 temperatures T.
             head_cls_rows: "decouple" objects and background; or one term, with head_cls_w, of "all"
@@ -103,7 +104,8 @@ class DeFeat(DistillLoss):
         check_settings(self.NODE, settings)
         self.capability = ""  # of the views, from which classes come: known when bound
         self.neck = self.backbone = None
-        node, adapters = f"MODEL.DISTILLER.{self.NODE}", {"kernel_size": 3, "init_std": adapt_init_std}
+        node = f"MODEL.DISTILLER.{self.NODE}"
+        adapters = {"kernel_size": adapt_kernel_size, "init_std": adapt_init_std}
         if hint_neck_w > 0 or hint_neck_back_w > 0:
             key = f"{node}.IN_FEATURES"
             self.neck = FeaturePairs(in_features, always=neck_adapt, key=key, **adapters)

@@ -6,7 +6,7 @@ import math
 from typing import Any, Dict
 
 from ...views import Batch
-from ..base import check_choices, check_not_negative, check_setting
+from ..base import check_choices, check_not_negative, check_odd, check_setting
 from ..heads import PROPOSALS
 from ..masks import LEVEL_ASSIGNS, MASKS
 from ..regions import FORMS
@@ -41,6 +41,7 @@ def check_settings(node: str, s: Dict[str, Any]) -> None:
     )
     weights = {name: value for name, value in s.items() if name.endswith("_w")}
     check_not_negative(node, adapt_init_std=s["adapt_init_std"], **weights)
+    check_odd(node, adapt_kernel_size=s["adapt_kernel_size"])
     check_setting(node, "roi_phi", s["roi_phi"], 0 <= s["roi_phi"] < 1, "0 to below 1")
     for name in ("finest_scale", "head_cls_t", "head_cls_back_t"):
         check_setting(node, name, s[name], 0 < s[name] < math.inf, "a finite number above 0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict
 
-from ..base import check_choices, check_not_negative, check_setting
+from ..base import check_choices, check_not_negative, check_odd, check_setting
 from .response import CLS_MODES, REG_MODES
 from .selection import SCORES
 from .terms import FEATURE_MODES, SCOPES
@@ -38,8 +38,7 @@ def check_settings(s: Dict[str, Any]) -> None:
     numbers = {name: s[name] for name in s if name.endswith(("_weight", "_beta", "gi_min_side"))}
     check_not_negative("GID", **numbers)
     _require(s, "gi_nms_thresh", 0 <= s["gi_nms_thresh"] <= 1, "0 to 1")
-    size = s["adapter_kernel_size"]
-    _require(s, "adapter_kernel_size", size > 0 and size % 2 == 1, "an odd number above 0")
+    check_odd("GID", adapter_kernel_size=s["adapter_kernel_size"])
     thresholds = list(s["iou_thresholds"])
     holds = len(thresholds) == 2 and all(isinstance(number, (int, float)) for number in thresholds)
     holds = holds and 0 <= thresholds[0] <= thresholds[1] <= 1

@@ -437,3 +437,14 @@ def test_defaults_are_those_of_the_released_config():
     defaults = keyword_defaults(DeFeat)
     assert [defaults[name] for name in WEIGHTS] == [3.0, 12.0, 0.0, 0.0, 0.0, 0.0]
     assert defaults["neck_adapt"] and defaults["weight"] == 1.0 and defaults["decay"] == "none"
+
+
+@pytest.mark.parametrize(
+    "loss, settings, side",
+    [(DeFeat, {}, 3), (DeFeat, {"adapt_kernel_size": 1}, 1), (FGFI, {"adapter_kernel_size": 5}, 5)],
+)
+def test_adapters_keep_the_maps_sizes(loss, settings, side):
+    case = Case(loss=loss, **settings)
+    adapters = (case.loss.neck if loss is DeFeat else case.loss.pairs).adapters
+    assert {adapter.kernel_size for adapter in adapters.values()} == {(side, side)}
+    assert all(term.isfinite() for term in case.run().values())

@@ -32,6 +32,8 @@ WRONG = [
     *((FGFI, "level_assign", "none"), (FGFI, "finest_scale", 0.0), (FGFI, "finest_scale", -56.0)),
     *((FGFI, "finest_scale", math.nan), (FGFI, "finest_scale", math.inf)),
     *((FGFI, "adapter_init_std", value) for value in NOT_A_SIZE),
+    *((DeFeat, "adapt_kernel_size", value) for value in (0, 2, -1)),
+    *((FGFI, "adapter_kernel_size", value) for value in (0, 2, -1)),
 ]
 
 
@@ -91,7 +93,7 @@ def test_every_key_reaches_the_loss():
         **{"NECK_ADAPT": False, "BB_FEATURES": ["res4"], "HINT_BB_W": 3.0, "HINT_BB_BACK_W": 4.0},
         **{"BB_ADAPT": True, "ADAPT_INIT_STD": 0.5, "HEAD_CLS_W": 5.0, "HEAD_CLS_BACK_W": 6.0},
         **{"HEAD_CLS_T": 7.0, "HEAD_CLS_BACK_T": 8.0, "HEAD_CLS_ROWS": "all", "PREDICTIONS": "box_head"},
-        **{"PROPOSALS": "both", "DECAY": "cos", "REFERENCE_BUGS": True},
+        **{"PROPOSALS": "both", "DECAY": "cos", "REFERENCE_BUGS": True, "ADAPT_KERNEL_SIZE": 1},
     }
     schedule = {"WEIGHT": 9.0, "START_ITER": 3, "STOP_ITER": 8, "WARMUP_ITERS": 2}
     node.merge_from_list(
