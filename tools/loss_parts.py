@@ -79,8 +79,8 @@ def defeat_parts(
     """DeFeat's terms on neck, backbone and classes; and, of what the first costs, adapters and masks."""
 
     def masks(student, teacher, batch):
-        levels = loss.neck.of_teacher(teacher)
-        sizes = {name: level.shape[-2:] for name, level in levels.items()}
+        names = loss.neck.in_features
+        sizes = {name: teacher.level(name, contiguous=False).shape[-2:] for name in names}
         loss.masks(student, batch, sizes, loss.neck.strides)
         return {}
 
