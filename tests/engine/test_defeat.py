@@ -2,7 +2,6 @@
 input."""
 
 import math
-from pathlib import Path
 
 import gid_run
 import pytest
@@ -10,16 +9,21 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from job import Job
-from test_gid import last_losses, use_teacher
-from test_icd import rewind, trainer_of
+from promises import (
+    equals_the_baseline,
+    last_losses,
+    processes_share_their_gradients,
+    resumes_exactly,
+    trains_and_saves,
+)
+from test_gid import use_teacher
+from test_icd import trainer_of
 from test_processes import command, run
-from test_training import assert_equal, checkpoint
+from test_training import checkpoint
 from test_wrong_input import fails
 from tiny import tiny_batch, tiny_config
 
-from distill_d2 import teacher as teacher_module
 from distill_d2.config import student_config
-from distill_d2.engine import setup
 
 NODE = "MODEL.DISTILLER."
 ADAPTERS = {
@@ -72,32 +76,13 @@ def job(tmp_path):
     ],
 )
 def test_trains_logs_and_saves(tmp_path, monkeypatch, family, types, keys, terms, parts):
-    """Laws 2 and 9; the teacher's batch normalisation would show a training mode."""
     job = defeat_job(tmp_path, family, types, **keys)
-    job.config.MODEL.DISTILLER.TEACHER_PREPARE = False  # so that its weights are the file's
-    trainer = trainer_of(job, opts=["SOLVER.MAX_ITER", 3])
-    teacher = trainer.plain_model.teacher.model
-    start = {name: value.clone() for name, value in trainer.plain_model.losses.state_dict().items()}
-    trainer.train()
-
-    assert_equal(teacher.state_dict(), torch.load(tmp_path / "teacher/teacher.pth")["model"])
-    assert not any(module.training for module in teacher.modules())
-    logged = last_losses(job.config.OUTPUT_DIR)
+    logged, trained = trains_and_saves(job, monkeypatch)
     if "HINT_BB_W" not in keys:
         terms = {name for name in terms if "_bb" not in name}
     assert {name for name in logged if "defeat" in name or "head_kd" in name} == terms
     assert all(0 < logged[name] < math.inf for name in terms)
-
-    saved = checkpoint(job.config.OUTPUT_DIR)
-    build_model(student_config(job.config)).load_state_dict(saved["model"], strict=True)
-    learnt = saved["distiller"]
-    assert learnt.keys() == start.keys() == set().union(*(ADAPTERS[part] for part in parts))
-    assert not any(torch.equal(learnt[name], start[name]) for name in start)
-
-    monkeypatch.setattr(teacher_module, "load_teacher", lambda *_, **__: pytest.fail("a teacher"))
-    job.config.DATASETS.TEST = job.config.DATASETS.TRAIN
-    weights = f"{job.config.OUTPUT_DIR}/model_final.pth"
-    assert "AP" in job.run("--eval-only", opts=["MODEL.WEIGHTS", weights])["bbox"]
+    assert trained == set().union(*(ADAPTERS[part] for part in parts))
 
 
 def test_fgfi_trains_logs_and_saves(tmp_path):
@@ -122,18 +107,10 @@ def test_fgfi_trains_logs_and_saves(tmp_path):
     ],
 )
 def test_student_alone_equals_the_baseline(tmp_path, family, types, keys):
-    """Law 1, with adapters in the student's optimizer."""
     job = defeat_job(tmp_path, family, types, **keys)
     for name in ("FGFI", "HEAD_KD"):
         job.config.MODEL.DISTILLER[name].WEIGHT = 0.0
-    job.config.SOLVER.CLIP_GRADIENTS.ENABLED = True
-    job.config.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"
-    job.config.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.1
-    job.run(distill=False, opts=["OUTPUT_DIR", tmp_path / "baseline"])
-    job.run()
-    saved = checkpoint(job.config.OUTPUT_DIR)
-    assert ADAPTERS["neck"] <= saved["distiller"].keys()
-    assert_equal(checkpoint(tmp_path / "baseline")["model"], saved["model"])
+    assert ADAPTERS["neck"] <= equals_the_baseline(job)
 
 
 @pytest.mark.parametrize(
@@ -169,17 +146,7 @@ def test_distillation_reaches_the_student(tmp_path, types, keys, name):
 )
 def test_resumed_run_equals_uninterrupted(tmp_path, family, types, keys):
     """The teacher's sampling draws random numbers too."""
-    job = defeat_job(tmp_path, family, types, **keys)
-    options = ["SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1]
-    job.run(opts=options)
-    whole = checkpoint(job.config.OUTPUT_DIR)
-    rewind(job.config.OUTPUT_DIR, "model_0000000")
-    Path(job.config.OUTPUT_DIR, "model_final.pth").unlink()
-    job.run("--resume", opts=options)
-    resumed = checkpoint(job.config.OUTPUT_DIR)
-    assert resumed["trainer"]["iteration"] == 1
-    assert_equal(whole["model"], resumed["model"])
-    assert_equal(whole["distiller"], resumed["distiller"])
+    resumes_exactly(defeat_job(tmp_path, family, types, **keys))
 
 
 @pytest.mark.parametrize(
@@ -227,18 +194,7 @@ def test_two_processes(tmp_path):
     logged = last_losses(job.config.OUTPUT_DIR)
     assert all(logged[name] > 0 for name in terms)
 
-    model = gid_run.start(setup(job.arguments(), distill=True))
-    ranks = [torch.load(f"{job.config.OUTPUT_DIR}/rank{rank}.pth", weights_only=True) for rank in (0, 1)]
-    for name, (iteration, images) in gid_run.STEPS.items():
-        halves = []
-        for rank, image in enumerate(images):
-            losses, gradients = gid_run.step(model, model, iteration, gid_run.image_of(*image))
-            torch.testing.assert_close(ranks[rank][name][0], losses)
-            halves.append({key: gradient.clone() for key, gradient in gradients.items()})
-        mean = {key: (halves[0][key] + halves[1][key]) / 2 for key in halves[0]}
-        for rank in (0, 1):
-            torch.testing.assert_close(ranks[rank][name][1], mean, rtol=1e-4, atol=1e-6)
-
+    ranks = processes_share_their_gradients(job)
     without_objects = terms - {"loss_fgfi", "loss_head_kd_reg", *(t for t in terms if is_of_objects(t))}
     for name, (iteration, images) in gid_run.STEPS.items():
         for rank, (_, objects) in enumerate(images):

@@ -14,19 +14,23 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from job import Job
+from promises import (
+    equals_the_baseline,
+    last_losses,
+    processes_share_their_gradients,
+    resumes_exactly,
+    trains_and_saves,
+)
 from test_distiller import count_calls
-from test_icd import rewind, trainer_of
+from test_icd import trainer_of
 from test_lazy import checkpoint as lazy_checkpoint
 from test_lazy import config_file  # noqa: F401  a fixture
 from test_lazy import run as run_lazy
 from test_processes import ROOT, SMALL, command, run, write_coco, write_weights
-from test_training import assert_equal, checkpoint, metrics
+from test_training import checkpoint
 from test_wrong_input import fails
 from tiny import save_teacher, tiny_batch, tiny_config, tiny_detector
 
-from distill_d2 import teacher as teacher_module
-from distill_d2.config import student_config
-from distill_d2.engine import setup
 
 NODE = "MODEL.DISTILLER.GID."
 TERMS = {f"loss_gid_{name}" for name in ("feature", "relation", "response_cls", "response_reg")}
@@ -62,12 +66,6 @@ def use_teacher(job, cfg):
     job.config.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG = config
 
 
-def last_losses(folder):
-    """The losses that a run logged last."""
-    last = [line for line in metrics(folder) if "total_loss" in line][-1]
-    return {name: value for name, value in last.items() if name.startswith("loss_")}
-
-
 # A run.
 
 
@@ -82,29 +80,9 @@ def last_losses(folder):
     ],
 )
 def test_trains_logs_and_saves(tmp_path, monkeypatch, family, channels, keys):
-    """Laws 2 and 9; the teacher's batch normalisation would show a training mode."""
-    job = gid_job(tmp_path, family, channels, **keys)
-    job.config.MODEL.DISTILLER.TEACHER_PREPARE = False  # so that its weights are the file's
-    trainer = trainer_of(job, opts=["SOLVER.MAX_ITER", 3])
-    teacher = trainer.plain_model.teacher.model
-    start = {name: value.clone() for name, value in trainer.plain_model.losses.state_dict().items()}
-    trainer.train()
-
-    assert_equal(teacher.state_dict(), torch.load(tmp_path / "teacher/teacher.pth")["model"])
-    assert not any(module.training for module in teacher.modules())
-    logged = last_losses(job.config.OUTPUT_DIR)
+    logged, trained = trains_and_saves(gid_job(tmp_path, family, channels, **keys), monkeypatch)
     assert TERMS < set(logged) and all(0 < logged[name] < math.inf for name in TERMS)
-
-    saved = checkpoint(job.config.OUTPUT_DIR)
-    build_model(student_config(job.config)).load_state_dict(saved["model"], strict=True)
-    learnt = saved["distiller"]
-    assert learnt.keys() == start.keys() == adapters(channels, keys)
-    assert not any(torch.equal(learnt[name], start[name]) for name in start)
-
-    monkeypatch.setattr(teacher_module, "load_teacher", lambda *_, **__: pytest.fail("a teacher"))
-    job.config.DATASETS.TEST = job.config.DATASETS.TRAIN
-    weights = f"{job.config.OUTPUT_DIR}/model_final.pth"
-    assert "AP" in job.run("--eval-only", opts=["MODEL.WEIGHTS", weights])["bbox"]
+    assert trained == adapters(channels, keys)
 
 
 def adapters(channels, keys):
@@ -126,16 +104,7 @@ def adapters(channels, keys):
     ],
 )
 def test_student_alone_equals_the_baseline(tmp_path, family, keys):
-    """Law 1, with an adapter in the student's optimizer."""
-    job = gid_job(tmp_path, family, **keys)
-    job.config.SOLVER.CLIP_GRADIENTS.ENABLED = True
-    job.config.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"
-    job.config.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.1
-    job.run(distill=False, opts=["OUTPUT_DIR", tmp_path / "baseline"])
-    job.run()
-    saved = checkpoint(job.config.OUTPUT_DIR)
-    assert saved["distiller"].keys() == ADAPTER
-    assert_equal(checkpoint(tmp_path / "baseline")["model"], saved["model"])
+    assert equals_the_baseline(gid_job(tmp_path, family, **keys)) == ADAPTER
 
 
 HEADS = {
@@ -159,17 +128,7 @@ def test_distillation_reaches_the_student(tmp_path, family):
 
 @pytest.mark.parametrize("family, keys", [("retinanet", {"WARMUP_ITERS": 1}), ("faster", {})])
 def test_resumed_run_equals_uninterrupted(tmp_path, family, keys):
-    job = gid_job(tmp_path, family, **keys)
-    options = ["SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1]
-    job.run(opts=options)
-    whole = checkpoint(job.config.OUTPUT_DIR)
-    rewind(job.config.OUTPUT_DIR, "model_0000000")
-    Path(job.config.OUTPUT_DIR, "model_final.pth").unlink()
-    job.run("--resume", opts=options)
-    resumed = checkpoint(job.config.OUTPUT_DIR)
-    assert resumed["trainer"]["iteration"] == 1
-    assert_equal(whole["model"], resumed["model"])
-    assert_equal(whole["distiller"], resumed["distiller"])
+    resumes_exactly(gid_job(tmp_path, family, **keys))
 
 
 def test_teacher_of_another_kind_for_ground_truth_alone(tmp_path):
@@ -246,19 +205,7 @@ def test_two_processes(tmp_path):
     assert "World size: 2" in lines
     assert all(last_losses(job.config.OUTPUT_DIR)[name] > 0 for name in TERMS)
 
-    model = gid_run.start(setup(job.arguments(), distill=True))
-    ranks = [torch.load(f"{job.config.OUTPUT_DIR}/rank{rank}.pth", weights_only=True) for rank in (0, 1)]
-    for name, (iteration, images) in gid_run.STEPS.items():
-        halves = []
-        for rank, image in enumerate(images):
-            torch.manual_seed(0)
-            losses, gradients = gid_run.step(model, model, iteration, gid_run.image_of(*image))
-            torch.testing.assert_close(ranks[rank][name][0], losses)
-            halves.append({key: gradient.clone() for key, gradient in gradients.items()})
-        mean = {key: (halves[0][key] + halves[1][key]) / 2 for key in halves[0]}
-        for rank in (0, 1):
-            torch.testing.assert_close(ranks[rank][name][1], mean, rtol=1e-4, atol=1e-6)
-
+    ranks = processes_share_their_gradients(job)
     kinds = {name: [found(rank[name][0]) for rank in ranks] for name in gid_run.STEPS}
     assert kinds == {
         "not yet": [set(), set()],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_tool import write
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SHAPES = {"p3": (2, 3, 7, 5), "p4": (2, 3, 4, 3)}
@@ -74,12 +75,6 @@ def mimic_outputs(student, teacher, form):
     for name, d in difference.items():
         outputs[f"{folder}/grad/{name}"] = slope(d) / d.size / len(difference)
     return outputs
-
-
-def write(folder, arrays, name="fixture.npz"):
-    path = folder / name
-    np.savez(path, **arrays)
-    return str(path)
 
 
 def test_good_fixture_passes_array_by_array(tool, tmp_path, capsys):

@@ -26,19 +26,19 @@ def class_terms(
         "hcls" of objects and "hcls_back" of the background, where their weights are not 0; or "hcls" of
         the rows that HEAD_CLS_ROWS chooses. A term without rows is 0.
     """
-    objects, background = object_rows(student, batch)
-    parts = {"hcls": (objects, s.head_cls_w, s.head_cls_t)}
-    if s.head_cls_rows == "decouple":
-        parts["hcls_back"] = (background, s.head_cls_back_w, s.head_cls_back_t)
-    else:
-        rows = objects if s.head_cls_rows == "cfore" else objects | background
-        if s.head_cls_rows != "all":
-            rows = rows & (teacher.logits.argmax(dim=-1) == student.classes)
-        parts["hcls"] = (rows, s.head_cls_w, s.head_cls_t)
+    rows, background = object_rows(student, batch)  # objects
+    decoupled = s.head_cls_rows == "decouple"
+    if s.head_cls_rows in ("all", "correct"):
+        rows = rows | background
+    if s.head_cls_rows in ("correct", "cfore"):
+        rows = rows & (teacher.logits.argmax(dim=-1) == student.classes)
     terms = {}
-    for name, (rows, weight, temperature) in parts.items():
-        if weight > 0:
-            loss = divergence(student.background, temperature)
-            few = rows is objects
-            terms[name] = weight * class_mean(loss, student, teacher, rows, few=few)
+    if s.head_cls_w > 0:
+        loss = divergence(student.background, s.head_cls_t)
+        term = class_mean(loss, student, teacher, rows, few=decoupled)
+        terms["hcls"] = s.head_cls_w * term
+    if decoupled and s.head_cls_back_w > 0:
+        loss = divergence(student.background, s.head_cls_back_t)
+        term = class_mean(loss, student, teacher, background, few=False)
+        terms["hcls_back"] = s.head_cls_back_w * term
     return terms

@@ -1,33 +1,14 @@
 """tools/check_golden.py on recorded arrays of DeFeat, and on those of another configuration."""
 
 import functools
-from pathlib import Path
 
 import numpy as np
 import pytest
 from defeat_fixture import is_input, make_fixture
+from golden_tool import compared, write
 
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
 
 fixture = functools.lru_cache(maxsize=None)(make_fixture)
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import check_golden
-
-    return check_golden
-
-
-def write(folder, arrays):
-    path = folder / "fixture.npz"
-    np.savez(path, **arrays)
-    return str(path)
-
-
-def compared(output, verdict):
-    return [line.split()[1] for line in output.splitlines() if line.endswith(f"| {verdict} |")]
 
 
 def results(names):

@@ -1,31 +1,11 @@
 """tools/check_golden.py on recorded arrays of GID, and on those of another configuration."""
 
-from pathlib import Path
 
 import gid_fixture
 import numpy as np
-import pytest
+from golden_tool import compared, write
 from test_naive_gid import fixture  # made once, which takes seconds
 
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import check_golden
-
-    return check_golden
-
-
-def write(folder, arrays):
-    path = folder / "fixture.npz"
-    np.savez(path, **arrays)
-    return str(path)
-
-
-def compared(output, verdict):
-    return [line.split()[1] for line in output.splitlines() if line.endswith(f"| {verdict} |")]
 
 
 def results(arrays):
