@@ -18,6 +18,8 @@ from promises import (
 )
 from test_gid import use_teacher
 from test_icd import trainer_of
+from test_lazy import config_file  # noqa: F401  a fixture
+from test_lazy import run as run_lazy
 from test_processes import command, run
 from test_training import checkpoint
 from test_wrong_input import fails
@@ -147,6 +149,18 @@ def test_distillation_reaches_the_student(tmp_path, types, keys, name):
 def test_resumed_run_equals_uninterrupted(tmp_path, family, types, keys):
     """The teacher's sampling draws random numbers too."""
     resumes_exactly(defeat_job(tmp_path, family, types, **keys))
+
+
+def test_lazy_config(config_file):  # noqa: F811
+    keys = 'DEFEAT=dict(HEAD_CLS_W=1.0, HEAD_CLS_BACK_W=1.0, DECAY="linear")'
+    text = config_file.read_text().replace('TYPES=["PKD"]', f'TYPES=["DeFeat", "FGFI"], {keys}')
+    config_file.write_text(text)
+    run_lazy(config_file, "train.max_iter=2")
+    logged = last_losses(config_file.parent / "output")
+    wanted = {name for name in TERMS if "_bb" not in name} | {"loss_fgfi"}
+    assert wanted < set(logged) and all(0 < logged[name] < math.inf for name in wanted)
+    with pytest.raises(ValueError, match="DEFEAT.MASK is 'box'"):
+        run_lazy(config_file, "+distiller.DEFEAT.MASK=box")
 
 
 @pytest.mark.parametrize(
