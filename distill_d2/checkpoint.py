@@ -9,7 +9,7 @@ import pickle
 import re
 import struct
 import zipfile
-from typing import Any, Dict, Iterator
+from typing import Any, ContextManager, Dict, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -157,22 +157,45 @@ class SafeCheckpointer(DetectionCheckpointer):
         return _torch_load(filename)
 
 
-def read_checkpoint(path: str) -> Dict[str, Any]:
+def read_checkpoint(path: str, *, unread: Sequence[str] = ()) -> Dict[str, Any]:
     """All entries of a checkpoint of a training (.pth), on the CPU.
 
     Args:
         path: path or URL.
+        unread: names such as "argparse.Namespace" of classes that the file may use although nobody
+            needs their objects; each of these becomes an ``Unread``. torch 2.3 cannot, and refuses them.
 
     Raises:
         OSError, ValueError: it does not exist or cannot be read; the message names it.
     """
     if "://" not in path and not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint '{path}' does not exist")
-    with _naming(path):
+    with _naming(path), _reading_as_nothing(unread):
         entries = _torch_load(PathManager.get_local_path(path))
     if not isinstance(entries, dict):
         raise ValueError(f"'{path}' holds a {type(entries).__name__}, not the entries of a checkpoint")
     return entries
+
+
+class Unread:
+    """Stands for an object of a checkpoint; holds nothing of it."""
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _reading_as_nothing(names: Sequence[str]) -> ContextManager[None]:
+    # torch recognises a class by its module and name, so that one of ours can stand in for any.
+    parts = [name.rpartition(".") for name in names]
+    stand_ins = [type(name, (Unread,), {"__module__": module}) for module, _, name in parts]
+    if hasattr(torch.serialization, "safe_globals"):
+        return torch.serialization.safe_globals(stand_ins)
+    if hasattr(torch.serialization, "add_safe_globals"):  # torch 2.4: until the process ends
+        torch.serialization.add_safe_globals(stand_ins)
+    return contextlib.nullcontext()
 
 
 def _torch_load(filename: str) -> Any:

@@ -8,6 +8,7 @@ import yaml
 from detectron2.config import CfgNode as CN
 
 from .losses import DISTILL_LOSS_REGISTRY
+from .projects.ghnd import add_bottleneck_config
 from .projects.small_resnet import add_small_resnet_config
 
 
@@ -18,13 +19,17 @@ def add_distill_config(cfg: CN) -> None:
     with its registration (its keys are the arguments of the class, documented there).
     """
     add_small_resnet_config(cfg)
+    add_bottleneck_config(cfg)
 
     # More yaml files, merged after --config-file and before the command line's KEY VALUE pairs.
     cfg.EXTRA_CFG = []
 
-    # The student's optimizer: "SGD" as detectron2 builds it, or "ADAMW". Its CLIP_GRADIENTS.CLIP_TYPE
-    # may also be "full_model": the joint norm of all gradients is limited.
+    # The student's optimizer, a class of torch.optim by name: "SGD" as detectron2 builds it, "AdamW",
+    # "Adam", ... Its CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the joint norm of all gradients
+    # is limited.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # More arguments of that class, such as {betas: [0.9, 0.99]}.
+    cfg.SOLVER.OPTIMIZER_ARGS = CN(new_allowed=True)
 
     # Datasets to register, a list of {NAME, FORMAT: voc or coco, ...}; see datasets/README.md.
     cfg.DATASETS.CUSTOM = []
@@ -36,8 +41,12 @@ def add_distill_config(cfg: CN) -> None:
     distiller.STUDENT_META_ARCH = ""
     # The distillation losses to use, by registered name.
     distiller.TYPES = ["InstanceConditionalDistillation"]
-    # Weight of the student's own losses; 0 is pure distillation.
+    # Weight of the student's own losses; 0 is pure distillation: the student runs only as far as a loss
+    # reads it, needs no ground truth if no loss does, and what no loss reaches is not trained.
     distiller.TASK_LOSS_WEIGHT = 1.0
+    # Regular expressions of names in the student's state_dict: parameters that are not trained, and
+    # running statistics of norms that stay.
+    distiller.FREEZE = []
 
     # The teacher's config: a name in detectron2's model zoo, or a .yaml or .py file of your own.
     distiller.MODEL_DISTILLER_CONFIG = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
@@ -54,11 +63,16 @@ def add_distill_config(cfg: CN) -> None:
     distiller.TEACHER_AUTOCAST = ""
     # torch.compile of the teacher's backbone; each new input shape costs a compilation.
     distiller.TEACHER_COMPILE = False
+    # Evaluate the teacher on DATASETS.TEST too, on the student's images: with --eval-only, and before
+    # training.
+    distiller.EVAL_TEACHER = False
 
     # Start the student from the teacher's FPN (all of its backbone but the bottom-up network) ...
     distiller.PRELOAD_FPN = True
     # ... and from the teacher's heads; tensors whose shapes differ are skipped and listed.
     distiller.PRELOAD_HEAD = True
+    # ... and from all other tensors of its state_dict whose names match one of these regular expressions.
+    distiller.PRELOAD_NAMES = []
 
     # A checkpoint from which a fresh run takes the losses' own parameters (of ICD: the decoder) ...
     distiller.PRELOAD_TEACHER = ""
@@ -82,8 +96,9 @@ def add_distill_config(cfg: CN) -> None:
 def solver_config() -> CN:
     """The node MODEL.DISTILLER.SOLVER with its defaults."""
     solver = CN()
-    # "SGD" or "ADAMW".
+    # As the student's SOLVER.OPTIMIZER and OPTIMIZER_ARGS.
     solver.OPTIMIZER = "ADAMW"
+    solver.OPTIMIZER_ARGS = CN(new_allowed=True)
     # detectron2's schedules WarmupCosineLR or WarmupMultiStepLR.
     solver.LR_SCHEDULER_NAME = "WarmupCosineLR"
     # Taken from the student's SOLVER, whatever stands here (with a LazyConfig: MAX_ITER from

@@ -18,6 +18,7 @@ from torch import nn
 
 from .config import student_config
 from .data import box_statistics
+from .freeze import freeze, freeze_unreached
 from .losses import DistillLoss, build_losses
 from .preload import preload, preload_losses
 from .teacher import Teacher, teacher_of
@@ -40,6 +41,7 @@ class Distiller(nn.Module):
         student: the model being trained, untouched but for forward hooks that remember outputs.
         teacher: a Teacher; not a submodule, yet moved along by ``.to()``.
         losses: the distillation losses by registered name.
+        features_only: whether a training step runs the student only as far as the losses read it.
         trainer_has_phases: set by a trainer that runs ``pretrain_iters`` steps more, drops the
             gradients of ``frozen_parameters``, and gives losses the solver of their own.
     """
@@ -58,11 +60,13 @@ class Distiller(nn.Module):
         max_iter: int = 0,
         preload_fpn: bool = False,
         preload_head: bool = False,
+        preload_names: Sequence[str] = (),
         preload_teacher: str = "",
         preload_type: str = "teacher_only",
         pretrain_iters: int = 0,
         fix_backbone_before: int = 0,
         fix_head_before: int = 0,
+        freeze_names: Sequence[str] = (),
     ):
         """
         Args:
@@ -71,18 +75,23 @@ class Distiller(nn.Module):
             losses: distillation losses by name, or a list (each named by its class); they are bound
                 to both detectors here.
             input_format: channel order of the images in the batches, "BGR" or "RGB".
-            task_loss_weight: multiplies the student's own losses.
+            task_loss_weight: multiplies the student's own losses; 0: the student runs only as far as the
+                losses read it, and what they do not reach is not trained.
             max_iter: length of the run, for losses with a schedule over all of it.
-            preload_fpn, preload_head: what ``preload_student`` copies from the teacher into the student.
+            preload_fpn, preload_head: what ``preload_student`` copies from the teacher into the student;
+                preload_names: and tensors whose names match one of these regular expressions.
             preload_teacher: path or URL of an earlier run's checkpoint, from which it takes the losses'
                 parameters; preload_type: "all" of them, or "teacher_only".
             pretrain_iters: steps before iteration 0, in which only the losses' ``pretrain`` is computed.
             fix_backbone_before, fix_head_before: the student's backbone, or the rest of it, is not
                 trained before this iteration.
+            freeze_names: regular expressions of names in the student's ``state_dict()``: parameters
+                that are not trained, and running statistics of batch norms that stay.
 
         Raises:
             KeyError, TypeError, ValueError: a loss asks for what a detector cannot give; a number
-                of iterations is negative; there is nothing to pretrain.
+                of iterations is negative; there is nothing to pretrain, or to train; a pattern fits
+                no name.
         """
         super().__init__()
         if input_format not in ("BGR", "RGB"):
@@ -98,6 +107,7 @@ class Distiller(nn.Module):
         self.max_iter = max_iter
         self.preload_fpn = preload_fpn
         self.preload_head = preload_head
+        self.preload_names = list(preload_names)
         self.preload_teacher = preload_teacher
         self.preload_type = preload_type
         if preload_type not in ("all", "teacher_only"):
@@ -115,6 +125,7 @@ class Distiller(nn.Module):
             for loss in self.losses.values():
                 loss.bind(self.student_view, teacher.view)
         teacher.check_taps()
+        self._choose_trained(freeze_names)
         student.backbone.register_forward_pre_hook(self._pad_student)
         self._log_start()
 
@@ -135,7 +146,7 @@ class Distiller(nn.Module):
         return next(self.student.parameters()).device
 
     def preload_student(self) -> None:
-        """Start the student from the teacher, as PRELOAD_FPN and PRELOAD_HEAD say, and the losses'
+        """Start the student from the teacher, as PRELOAD_FPN, _HEAD and _NAMES say, and the losses'
         parameters from an earlier run, as PRELOAD_TEACHER says.
 
         For a fresh run, after MODEL.WEIGHTS is loaded; DistillTrainer calls it.
@@ -143,8 +154,14 @@ class Distiller(nn.Module):
         Raises:
             OSError, ValueError: nothing fits, or PRELOAD_TEACHER cannot be read.
         """
-        if self.preload_fpn or self.preload_head:
-            preload(self.student, self.teacher.model, fpn=self.preload_fpn, head=self.preload_head)
+        if self.preload_fpn or self.preload_head or self.preload_names:
+            preload(
+                self.student,
+                self.teacher.model,
+                fpn=self.preload_fpn,
+                head=self.preload_head,
+                names=self.preload_names,
+            )
         if self.preload_teacher:
             preload_losses(self.losses, self.preload_teacher, self.preload_type)
 
@@ -200,6 +217,8 @@ class Distiller(nn.Module):
             batch = Batch(inputs, self._padded_size, self.iteration, self.max_iter)
             for name, loss in self.losses.items():
                 _add(losses, self._distill_losses(loss, factors[name], batch), name)
+        if self.features_only and not all(factors.values()):
+            losses["loss_idle"] = self._zero()
         return losses
 
     def _observe(self, images: List[torch.Tensor]) -> None:
@@ -207,6 +226,10 @@ class Distiller(nn.Module):
         self.teacher.observe(flipped, self._padded_size)
 
     def _task_losses(self, inputs: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+        if self.features_only:
+            with self.student_view.until_read():
+                self.student(inputs)
+            return {}
         losses = dict(self.student(inputs))
         if self.task_loss_weight == 1.0:
             return losses
@@ -251,6 +274,25 @@ class Distiller(nn.Module):
             shapes, backbone.size_divisibility, padding_constraints=backbone.padding_constraints
         )
         return self._common_size(*padded.tensor.shape[-2:])
+
+    # What is trained.
+
+    def _choose_trained(self, freeze_names: Sequence[str]) -> None:
+        self._still_norms = freeze(self.student, freeze_names, "MODEL.DISTILLER.FREEZE")
+        self.features_only = self.task_loss_weight == 0 and bool(self.student_view.backbone_reads)
+        if self.features_only:
+            freeze_unreached(self.student_view)
+        if not any(p.requires_grad for p in self.student.parameters()):
+            raise ValueError(
+                f"MODEL.DISTILLER.FREEZE is {list(freeze_names)}, TASK_LOSS_WEIGHT {self.task_loss_weight} "
+                f"and TYPES {list(self.losses)}: nothing of the student is left to train"
+            )
+
+    def train(self, mode: bool = True) -> "Distiller":
+        super().train(mode)
+        for norm in self._still_norms:
+            norm.eval()
+        return self
 
     # What the configured phases ask of the losses and of the trainer.
 
@@ -376,11 +418,13 @@ def node_arguments(distiller: CfgNode, device: str, datasets: Sequence[str]) -> 
         "task_loss_weight": distiller.TASK_LOSS_WEIGHT,
         "preload_fpn": distiller.PRELOAD_FPN,
         "preload_head": distiller.PRELOAD_HEAD,
+        "preload_names": distiller.PRELOAD_NAMES,
         "preload_teacher": distiller.PRELOAD_TEACHER,
         "preload_type": distiller.PRELOAD_TYPE,
         "pretrain_iters": distiller.PRETRAIN_TEACHER_ITERS,
         "fix_backbone_before": distiller.FIX_BACKBONE_BEFORE,
         "fix_head_before": distiller.FIX_HEAD_BEFORE,
+        "freeze_names": distiller.FREEZE,
     }
 
 

@@ -4,47 +4,63 @@ the losses' own parameters from an earlier run."""
 from __future__ import annotations
 
 import logging
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from .checkpoint import read_checkpoint
+from .freeze import matching_names, summary
 from .losses import DistillLoss
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def preload(student: nn.Module, teacher: nn.Module, *, fpn: bool, head: bool) -> int:
-    """Copy the teacher's FPN and/or heads into the student, tensor by tensor of equal name.
+def preload(
+    student: nn.Module,
+    teacher: nn.Module,
+    *,
+    fpn: bool = False,
+    head: bool = False,
+    names: Sequence[str] = (),
+) -> int:
+    """Copy the teacher's FPN, heads, or tensors of matching names into the student, each into the tensor
+    of equal name.
 
     The FPN is all of the backbone outside the bottom-up network (laterals, outputs, top block); the
-    heads are everything outside the backbone. Tensors of another shape are skipped and listed.
+    heads are everything outside the backbone. Tensors of another shape are skipped. What was copied,
+    skipped and left as it was is logged.
+
+    Args:
+        names: regular expressions of names in the student's ``state_dict()``.
 
     Returns:
         the number of tensors copied.
 
     Raises:
-        ValueError: nothing could be copied.
+        ValueError: nothing could be copied; a pattern is no regular expression, or fits no name.
     """
-    ours = student.state_dict()
-    candidates = {
-        name: tensor
-        for name, tensor in teacher.state_dict().items()
-        if name in ours and ((fpn and _in_fpn(name)) or (head and _in_head(name)))
-    }
-    fitting = {n: t for n, t in candidates.items() if t.shape == ours[n].shape}
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    matching = set(matching_names(list(ours), names, "MODEL.DISTILLER.PRELOAD_NAMES"))
+    wanted = [
+        name
+        for name in ours
+        if name in matching or (fpn and _in_fpn(name)) or (head and _in_head(name))
+    ]
+    fitting = [n for n in wanted if n in theirs and theirs[n].shape == ours[n].shape]
     if not fitting:
         raise ValueError(
-            "MODEL.DISTILLER.PRELOAD_FPN / PRELOAD_HEAD: no tensor of the teacher "
+            "MODEL.DISTILLER.PRELOAD_FPN / PRELOAD_HEAD / PRELOAD_NAMES: no tensor of the teacher "
             f"({type(teacher).__name__}) fits the student ({type(student).__name__}); "
-            "set both to False"
+            "set the first two to False and the last to []"
         )
-    for name, tensor in fitting.items():
-        ours[name].copy_(tensor)
-    skipped = _describe_skipped(candidates, ours)
-    logger.info(f"Copied {len(fitting)} tensors of the teacher into the student." + skipped)
+    for name in fitting:
+        ours[name].copy_(theirs[name])
+    logger.info(
+        f"Copied {len(fitting)} tensors of the teacher into the student: {summary(fitting)}."
+        + _describe_left(wanted, ours, theirs)
+    )
     return len(fitting)
 
 
@@ -56,13 +72,18 @@ def _in_head(name: str) -> bool:
     return not name.startswith("backbone.") and "pixel_" not in name
 
 
-def _describe_skipped(candidates: Dict[str, torch.Tensor], ours: Dict[str, torch.Tensor]) -> str:
-    lines = [
-        f"  {name}: teacher {tuple(tensor.shape)}, student {tuple(ours[name].shape)}"
-        for name, tensor in candidates.items()
-        if tensor.shape != ours[name].shape
+def _describe_left(
+    wanted: Sequence[str], ours: Dict[str, torch.Tensor], theirs: Dict[str, torch.Tensor]
+) -> str:
+    """What was wanted and stays as it was."""
+    absent = [name for name in wanted if name not in theirs]
+    mis_shaped = [
+        f"  {name}: teacher {tuple(theirs[name].shape)}, student {tuple(ours[name].shape)}"
+        for name in wanted
+        if name in theirs and theirs[name].shape != ours[name].shape
     ]
-    return "\nSkipped, of another shape:\n" + "\n".join(lines) if lines else ""
+    text = f"\nNot in the teacher, left as they were: {summary(absent)}." if absent else ""
+    return text + ("\nSkipped, of another shape:\n" + "\n".join(mis_shaped) if mis_shaped else "")
 
 
 def preload_losses(losses: Mapping[str, DistillLoss], path: str, part: str) -> int:

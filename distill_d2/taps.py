@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Set
 
 import torch
 from torch import nn
@@ -39,6 +40,10 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     )
 
 
+class _Complete(Exception):
+    """Everything that was awaited has been recorded."""
+
+
 class Taps:
     """Forward hooks on named modules; each remembers its module's outputs while ``recording``.
 
@@ -58,6 +63,8 @@ class Taps:
         self.recording = False
         self._handles: Dict[str, Any] = {}
         self._calls: Dict[str, List[Any]] = {}
+        self._awaited: Set[str] = set()
+        self._last = ""
 
     def add(self, path: str) -> None:
         """Tap the module with this dotted name; twice is once. Raises KeyError if there is none."""
@@ -68,8 +75,29 @@ class Taps:
         def remember(_module, _inputs, output):
             if self.recording:
                 self.put(path, output)
+                self._note_arrival(path)
 
         self._handles[path] = module.register_forward_hook(remember)
+
+    @contextlib.contextmanager
+    def stopping_after(self, paths: Iterable[str], last: str) -> Iterator[None]:
+        """End a forward inside as soon as all these tapped modules have run, or the tapped module
+        ``last`` has; what would follow is not computed. Without ``paths`` it runs to its end. Only while
+        recording. The forward's result is lost, the recorded outputs remain."""
+        self._awaited, self._last = set(paths), last
+        try:
+            yield
+        except _Complete:
+            pass
+        finally:
+            self._awaited = set()
+
+    def _note_arrival(self, path: str) -> None:
+        if not self._awaited:
+            return
+        self._awaited.discard(path)
+        if not self._awaited or path == self._last:
+            raise _Complete
 
     @property
     def paths(self) -> List[str]:

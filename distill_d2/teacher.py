@@ -110,7 +110,8 @@ class Teacher:
             )
 
     def observe(self, images: Sequence[torch.Tensor], padded_size: Tuple[int, int]) -> None:
-        """Run backbone and neck on N images (3, H_i, W_i) in this teacher's channel order.
+        """Run backbone and neck, or as much of them as losses read, on N images (3, H_i, W_i) in this
+        teacher's channel order.
 
         Each is normalised with the teacher's mean and std and padded with zeros, at bottom and
         right, to ``padded_size``. The view remembers the outputs, if it is recording.
@@ -118,18 +119,33 @@ class Teacher:
         if self._backbone is None:
             self._make_ready()
         batch = self._batch(images, padded_size)
-        with self._context():
+        with self._context(), self._until_read():
             features = self._backbone(batch)
-        if self._compile:  # hooks of the backbone itself are not part of its compiled forward
-            self.view.taps.put("backbone", features)
+            if self._compile:  # hooks of the backbone itself are not part of its compiled forward
+                self.view.taps.put("backbone", features)
+
+    def predictor(self, input_format: str) -> nn.Module:
+        """The detector, with its usual predictions, for images in the channel order ``input_format``."""
+        return self.model if input_format == self.input_format else _ReversedChannels(self.model)
 
     def describe(self) -> str:
         """One line: where it comes from, its size, and which part of it runs in each step."""
-        heads = sorted(self.view.required)
+        heads, reads = sorted(self.view.required), self.view.backbone_reads
         part = "backbone and neck" + (f", and its head for {', '.join(heads)}" if heads else "")
+        if self._ends_early:
+            part = f"its backbone as far as it takes for {', '.join(reads)}"
         count = sum(p.numel() for p in self.model.parameters())
         source = f"{self.source}; " if self.source else ""
         return f"{source}{type(self.model).__name__}, {count / 1e6:.1f} M parameters; runs {part}"
+
+    @property
+    def _ends_early(self) -> bool:
+        """Whether losses read stages of the bottom-up network alone."""
+        reads = self.view.backbone_reads
+        return bool(reads) and "backbone" not in reads
+
+    def _until_read(self):
+        return self.view.until_read() if self._ends_early else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _context(self):
@@ -163,6 +179,17 @@ class Teacher:
         for padded, image in zip(batch, images):
             padded[:, : image.shape[1], : image.shape[2]] = (image - mean) / std
         return batch
+
+
+class _ReversedChannels(nn.Module):
+    """A detector for images whose channels come in the opposite order."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batched_inputs: List[Dict[str, Any]]):
+        return self.model([{**item, "image": item["image"].flip(0)} for item in batched_inputs])
 
 
 def build_teacher(cfg: CfgNode) -> Teacher:

@@ -88,7 +88,7 @@ def test_nothing_is_listed_when_all_fits(caplog):
 
 def test_nothing_fits():
     student, teacher = detector(channels=16), detector(channels=24)
-    with pytest.raises(ValueError, match="PRELOAD_FPN / PRELOAD_HEAD: no tensor .* set both to False"):
+    with pytest.raises(ValueError, match="PRELOAD_FPN / PRELOAD_HEAD / PRELOAD_NAMES: no tensor .* set the first two to False"):
         preload(student, teacher, fpn=True, head=False)
 
 

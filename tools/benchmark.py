@@ -7,7 +7,9 @@
 Works on generated images and random weights (a teacher's with MODEL.DISTILLER.TEACHER_WEIGHTS), with
 learning rate 0, so that every round does the same work. Each round runs, after one round of warm-up:
 
-    student step             forward, backward and optimizer of the student alone
+    student step             forward, backward and optimizer of the student alone; in pure distillation of
+                             features (TASK_LOSS_WEIGHT 0) of the part that the losses read, with a loss
+                             that costs next to nothing
     teacher part, plain      the part of the teacher that the losses use, as detectron2 built it
     distilled step           forward, backward and all optimizers of the Distiller
     teacher part, prepared   the part as the Distiller runs it
@@ -176,9 +178,12 @@ def build_subjects(cfg: CfgNode, args: argparse.Namespace) -> Subjects:
         input_format=cfg.INPUT.FORMAT,
         task_loss_weight=node.TASK_LOSS_WEIGHT,
         max_iter=cfg.SOLVER.MAX_ITER,
+        freeze_names=node.FREEZE,
     ).to(device)
     for capability in teacher.view.required:
         plain.view.require(capability)
+    for path in teacher.view.backbone_reads:
+        plain.view.require_tap(path)
     inputs = generate_inputs(cfg, args, distiller.student_view.num_classes or 1)
     steps = build_steps(cfg, distiller, inputs)
     return Subjects(distiller, plain, inputs, steps, iteration_with_all(distiller.losses))
@@ -238,10 +243,28 @@ def build_steps(
     step = partial(
         TrainStep, data_loader=itertools.repeat(inputs), optimizer=optimizer, autocast_dtype=dtype
     )
+    alone = PartThatIsRead(distiller.student_view) if distiller.features_only else distiller.student
     return {
-        STUDENT: step(distiller.student),
+        STUDENT: step(alone),
         DISTILLED: step(distiller, own_optimizers=own),
     }
+
+
+class PartThatIsRead(nn.Module):
+    """A student as far as losses read it, with their sum as its loss."""
+
+    def __init__(self, view: DetectorView):
+        super().__init__()
+        self.student, self.view = view.model, view
+
+    def forward(self, inputs: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+        sums: List[torch.Tensor] = []
+        with self.view.recording():
+            with self.view.until_read():
+                self.student(inputs)
+            for path in self.view.backbone_reads:
+                map_tensors(lambda output: sums.append(output.sum()), self.view.taps.output(path))
+        return {"loss_sum": torch.stack(sums).sum()}
 
 
 def own_optimizer(

@@ -45,7 +45,7 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
     classes = _classes_key(cfg)
     for name in dict.fromkeys(name for datasets in names.values() for name in datasets):
         trained_on = name in names.get("TRAIN", ())
-        check_dataset(name, classes, cfg.DATASETS.CHECK_IMAGES, need_annotations=trained_on)
+        check_dataset(name, classes, cfg.DATASETS.CHECK_IMAGES, trained_on and _need_annotations(cfg))
 
 
 def check_dataset(
@@ -74,7 +74,11 @@ def check_dataset(
     if not dicts:
         raise ValueError(f"dataset '{name}' has no images")
     if need_annotations and not any(record.get("annotations") for record in dicts):
-        raise ValueError(f"dataset '{name}' has no annotations: {len(dicts)} images and no boxes")
+        raise ValueError(
+            f"dataset '{name}' has no annotations: {len(dicts)} images and no boxes. Images alone teach by "
+            "losses on features, with train_distill.py, MODEL.DISTILLER.TASK_LOSS_WEIGHT 0 and "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
+        )
     _check_classes(name, classes)
     local = [record for record in dicts if "://" not in record["file_name"]]
     _check_files_exist(name, [record["file_name"] for record in local])
@@ -111,6 +115,12 @@ class NamedReadErrors:
                 f"the image '{record.get('file_name')}' or its annotations cannot be used: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _need_annotations(cfg: CfgNode) -> bool:
+    """Whether images without any are of no use: there is no distillation, or they are filtered out."""
+    distils_alone = cfg.MODEL.META_ARCHITECTURE == "Distiller" and not cfg.MODEL.DISTILLER.TASK_LOSS_WEIGHT
+    return not distils_alone or cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
 
 
 def _check_registered(name: str, key: str) -> None:

@@ -1,4 +1,5 @@
-"""Datasets named in a config (DATASETS.CUSTOM), without code: VOC folders and COCO json files."""
+"""Datasets named in a config (DATASETS.CUSTOM), without code: VOC folders, COCO json files and folders of
+images without annotations."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 
+from .images import load_images
 from .voc import load_voc
 
 logger = logging.getLogger(__name__)
@@ -17,8 +19,9 @@ logger = logging.getLogger(__name__)
 _KEYS = {
     "voc": {"NAME", "FORMAT", "ROOT", "SPLIT", "CLASSES", "YEAR"},
     "coco": {"NAME", "FORMAT", "JSON", "IMAGES", "CLASSES"},
+    "images": {"NAME", "FORMAT", "IMAGES"},
 }
-_OPTIONAL = {"voc": {"YEAR"}, "coco": {"CLASSES"}}
+_OPTIONAL = {"voc": {"YEAR"}, "coco": {"CLASSES"}, "images": set()}
 _TEXTS = ("NAME", "ROOT", "SPLIT", "JSON", "IMAGES")
 _YEARS = (2007, 2012)
 _MOST_LISTED = 20
@@ -36,8 +39,8 @@ def register_custom_datasets(entries: Sequence[Dict[str, Any]]) -> None:
 
     Args:
         entries: dicts {NAME, FORMAT: "voc", ROOT, SPLIT, CLASSES[, YEAR]}, with YEAR 2007 (11-point
-            AP, the default) or 2012 (area AP), or {NAME, FORMAT: "coco", JSON, IMAGES[, CLASSES]}.
-            Relative paths are below $DETECTRON2_DATASETS.
+            AP, the default) or 2012 (area AP), {NAME, FORMAT: "coco", JSON, IMAGES[, CLASSES]}, or
+            {NAME, FORMAT: "images", IMAGES}. Relative paths are below $DETECTRON2_DATASETS.
 
     Raises:
         ValueError: an entry has missing or unknown keys, values that cannot be, or a name that is
@@ -48,7 +51,7 @@ def register_custom_datasets(entries: Sequence[Dict[str, Any]]) -> None:
         _check_entry(entry)
         name, content = entry["NAME"], _with_paths(entry)
         if name not in DatasetCatalog.list():
-            (_register_voc if entry["FORMAT"] == "voc" else _register_coco)(name, content)
+            _REGISTER[entry["FORMAT"]](name, content)
             MetadataCatalog.get(name).custom_entry = content
         elif MetadataCatalog.get(name).get("custom_entry") != content:
             raise ValueError(
@@ -67,7 +70,7 @@ def _describe_taken(name: str) -> str:
 def _check_entry(entry: Any) -> None:
     if not isinstance(entry, dict):
         raise ValueError(
-            f"DATASETS.CUSTOM holds {entry!r}; expected {{NAME: ..., FORMAT: voc or coco, ...}}"
+            f"DATASETS.CUSTOM holds {entry!r}; expected {{NAME: ..., FORMAT: voc, coco or images, ...}}"
         )
     kind = entry.get("FORMAT")
     if kind not in list(_KEYS):
@@ -80,7 +83,7 @@ def _check_entry(entry: Any) -> None:
         raise ValueError(
             f"DATASETS.CUSTOM: unknown keys {sorted(map(str, unknown))}, missing keys "
             f"{sorted(missing)} in {entry}; a {kind} dataset has {sorted(_KEYS[kind])}, of which "
-            f"{sorted(_OPTIONAL[kind])} may be left out"
+            f"{sorted(_OPTIONAL[kind]) or 'none'} may be left out"
         )
     _check_values(entry)
 
@@ -148,6 +151,14 @@ def _register_coco(name: str, entry: Dict[str, Any]) -> None:
     images, classes = _require(entry["IMAGES"], name), entry.get("CLASSES")
     DatasetCatalog.register(name, lambda: load_coco(name, json_file, images, classes))
     MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+
+
+def _register_images(name: str, entry: Dict[str, Any]) -> None:
+    folder = _require(entry["IMAGES"], name)
+    DatasetCatalog.register(name, lambda: load_images(name, folder))
+
+
+_REGISTER = {"voc": _register_voc, "coco": _register_coco, "images": _register_images}
 
 
 def load_coco(

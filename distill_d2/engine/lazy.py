@@ -11,6 +11,7 @@ or its ``model`` is a complete ``L(Distiller)(student=..., teacher=L(load_teache
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from collections import OrderedDict
 from typing import Any, Dict, List, Optional
@@ -30,6 +31,8 @@ from .. import model_zoo
 from ..config import add_distill_config
 from ..data import box_statistics, register_builtin_voc, register_shapes
 from ..distiller import Distiller, node_arguments
+from ..evaluation import with_model_evaluators
+from ..teacher import Teacher, teacher_of
 from .optimizer import trained_with_student
 from .setup import check_length, check_output_dir, choose_device, config_keys, file_in
 from .trainer import DistillTrainer, autocast_dtype
@@ -51,7 +54,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
     if not distill or args.eval_only:
         cfg.model = _student(cfg)
-        cfg.pop("distiller", None)
+        cfg[_NOT_USED] = cfg.pop("distiller", {})
     elif "distiller" not in cfg and not _is_distiller(cfg.model):
         raise ValueError(
             f"{args.config_file} has neither 'distiller' (a dict of MODEL.DISTILLER's keys) nor a "
@@ -66,6 +69,8 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
 
 
 _MISSING = object()
+# Where the distiller's node goes when the student alone is wanted.
+_NOT_USED = "distiller_not_used"
 
 
 class LazyDistillTrainer(DistillTrainer):
@@ -83,12 +88,11 @@ class LazyDistillTrainer(DistillTrainer):
                 loss.use_statistics(lambda: box_statistics(datasets))
         if "distiller" not in cfg:
             return model
-        image_format = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
         node = _distiller_node(OmegaConf.to_container(cfg.distiller, resolve=True))
         return Distiller(
             student=model,
             **node_arguments(node, cfg.train.device, datasets),
-            input_format=image_format or getattr(model, "input_format", None) or "BGR",
+            input_format=cls.input_format(cfg, model),
             max_iter=cfg.train.max_iter,
         ).to(cfg.train.device)
 
@@ -112,10 +116,27 @@ class LazyDistillTrainer(DistillTrainer):
         if "evaluator" not in cfg.dataloader:
             return OrderedDict()
         loader = instantiate(cfg.dataloader.test)
-        results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+        evaluator = with_model_evaluators(instantiate(cfg.dataloader.evaluator), model)
+        results = inference_on_dataset(model, loader, evaluator)
         if comm.is_main_process():
             print_csv_format(results)
         return results
+
+    @classmethod
+    def teacher_to_evaluate(cls, cfg: DictConfig) -> Optional[Teacher]:
+        node = _distiller_node(OmegaConf.to_container(cfg[_NOT_USED], resolve=True))
+        return teacher_of(node, cfg.train.device) if node.EVAL_TEACHER else None
+
+    @staticmethod
+    def input_format(cfg: DictConfig, student: nn.Module) -> str:
+        image_format = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
+        return image_format or getattr(student, "input_format", None) or "BGR"
+
+    @staticmethod
+    def with_output_dir(cfg: DictConfig, folder: str) -> DictConfig:
+        cfg = copy.deepcopy(cfg)
+        cfg.train.output_dir = os.path.join(cfg.train.output_dir, folder)
+        return cfg
 
     def build_writers(self) -> List[Any]:
         return default_writers(self.cfg.train.output_dir, self.max_iter)
@@ -140,6 +161,10 @@ class LazyDistillTrainer(DistillTrainer):
             "eval": train.eval_period,
             "log": train.log_period,
         }
+
+    @staticmethod
+    def _eval_teacher(cfg: DictConfig) -> bool:
+        return bool(OmegaConf.select(cfg, "distiller.EVAL_TEACHER"))
 
     @staticmethod
     def _weights(cfg: DictConfig) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Callable, Dict, List
+import inspect
+from typing import Any, Callable, Dict, List, Type
 
 import torch
 from detectron2.config import CfgNode
@@ -15,14 +16,14 @@ from ..losses import DistillLoss
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer that SOLVER.OPTIMIZER names: "SGD" (as detectron2 does) or "ADAMW".
+    """Build the optimizer of torch.optim that SOLVER.OPTIMIZER names; "SGD" as detectron2 does.
 
-    ADAMW takes SOLVER's BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS,
-    BIAS_LR_FACTOR and CLIP_GRADIENTS as SGD does, with torch's betas (0.9, 0.999). Parameters of a
-    Distiller's losses that have a solver of their own are left out.
+    All take SOLVER's BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR and
+    CLIP_GRADIENTS, SGD also MOMENTUM and NESTEROV, and further arguments from OPTIMIZER_ARGS.
+    Parameters of a Distiller's losses that have a solver of their own are left out.
 
     Raises:
-        ValueError: another OPTIMIZER or CLIP_GRADIENTS.CLIP_TYPE.
+        ValueError: see ``create_optimizer``.
     """
     params = get_default_optimizer_params(
         trained_with_student(model),
@@ -43,19 +44,39 @@ def create_optimizer(
         key: the node's name, for messages.
 
     Raises:
-        ValueError: an unknown OPTIMIZER or CLIP_GRADIENTS.CLIP_TYPE.
+        ValueError: an OPTIMIZER that torch.optim lacks, or that does not suit; OPTIMIZER_ARGS that it does
+            not take; an unknown CLIP_GRADIENTS.CLIP_TYPE.
     """
-    name = solver.OPTIMIZER.upper()
-    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
-    if name == "SGD":
-        momentum = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
-        optimizer = torch.optim.SGD(params, **common, **momentum, foreach=True)
-    elif name == "ADAMW":
-        optimizer = torch.optim.AdamW(params, **common)
-    else:
-        raise ValueError(f"{key}.OPTIMIZER is '{solver.OPTIMIZER}'; expected SGD or ADAMW")
+    kind = _optimizer_type(solver.OPTIMIZER, key)
+    arguments = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    if kind is torch.optim.SGD:
+        arguments.update(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True)
+    arguments.update(solver.OPTIMIZER_ARGS)
+    try:
+        optimizer = kind(params, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{key}: torch.optim.{kind.__name__} cannot be made from BASE_LR, WEIGHT_DECAY and "
+            f"OPTIMIZER_ARGS {dict(solver.OPTIMIZER_ARGS)}: {error}"
+        ) from error
     _add_clipping(optimizer, solver.CLIP_GRADIENTS, f"{key}.CLIP_GRADIENTS")
     return optimizer
+
+
+def _optimizer_type(name: str, key: str) -> Type[torch.optim.Optimizer]:
+    """The class of torch.optim of this name, in capitals or not; one that takes a weight decay, which
+    leaves out those for sparse gradients and those that run the model themselves."""
+    kinds = {
+        kind.__name__.lower(): kind
+        for kind in vars(torch.optim).values()
+        if inspect.isclass(kind)
+        and issubclass(kind, torch.optim.Optimizer)
+        and {"lr", "weight_decay"} <= set(inspect.signature(kind).parameters)
+    }
+    if name.lower() not in kinds:
+        names = sorted(kind.__name__ for kind in kinds.values())
+        raise ValueError(f"{key}.OPTIMIZER is '{name}'; expected one of {names}")
+    return kinds[name.lower()]
 
 
 def trained_with_student(model: nn.Module) -> nn.Module:
@@ -69,6 +90,12 @@ def trained_with_student(model: nn.Module) -> nn.Module:
     trained = copy.copy(model.student)  # shares everything but the dict of its children
     trained._modules = {**model.student._modules, "distiller": nn.ModuleDict(losses)}
     return trained
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """What must agree for one optimizer's state to fit another: "Adam of 25 tensors"."""
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    return f"{type(optimizer).__name__} of {count} tensors"
 
 
 def has_own_solver(loss: DistillLoss) -> bool:

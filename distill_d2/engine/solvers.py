@@ -12,7 +12,7 @@ from torch import nn
 from ..config import solver_config
 from ..distiller import Distiller
 from ..losses import DistillLoss
-from .optimizer import create_optimizer, has_own_solver
+from .optimizer import create_optimizer, has_own_solver, kind_of
 
 _KEY = "MODEL.DISTILLER.SOLVER"
 _SCHEDULES = ("WarmupCosineLR", "WarmupMultiStepLR")
@@ -54,24 +54,20 @@ class LossSolver:
         if self._loss.solver_advances(iteration):
             self._scheduler.step()
 
-    @property
-    def _kind(self) -> str:
-        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
-        return f"{type(self.optimizer).__name__} of {count} tensors"
-
     def state_dict(self) -> Dict[str, Any]:
         return {
-            "kind": self._kind,
+            "kind": kind_of(self.optimizer),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Raises ValueError if the state is of another optimizer, or of other parameters."""
-        if state["kind"] != self._kind:
+        kind = kind_of(self.optimizer)
+        if state["kind"] != kind:
             raise ValueError(
                 f"--resume: the checkpoint's optimizer of {type(self._loss).__name__} is "
-                f"{state['kind']}, this run's is {self._kind} ({_KEY}.OPTIMIZER, and the loss's "
+                f"{state['kind']}, this run's is {kind} ({_KEY}.OPTIMIZER, and the loss's "
                 "settings). Use the checkpoint's settings, another OUTPUT_DIR, or start without --resume"
             )
         self.optimizer.load_state_dict(state["optimizer"])

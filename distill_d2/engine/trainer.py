@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
@@ -29,8 +30,10 @@ from ..data import (
     end_workers,
 )
 from ..distiller import Distiller
-from ..evaluation import build_evaluator
+from ..evaluation import build_evaluator, with_model_evaluators
 from ..prepare import native_bfloat16
+from ..teacher import Teacher, teacher_of
+from .evaluate import evaluate_teacher
 from .hooks import (
     Checkpoints,
     EvalHook,
@@ -42,7 +45,7 @@ from .hooks import (
     StopOnRequest,
 )
 from .interrupt import Interrupted, StopRequest, stop_request
-from .optimizer import build_optimizer
+from .optimizer import build_optimizer, kind_of
 from .random_state import random_state, set_random_state
 from .solvers import build_solvers
 from .step import TrainStep
@@ -136,6 +139,34 @@ class DistillTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
         return build_evaluator(dataset_name, cfg.OUTPUT_DIR)
 
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> Dict[str, Any]:
+        """DefaultTrainer's, with the evaluators that modules of the model bring along."""
+        if evaluators is None:
+            evaluators = [
+                with_model_evaluators(cls.build_evaluator(cfg, name), model)
+                for name in cfg.DATASETS.TEST
+            ]
+        return super().test(cfg, model, evaluators)
+
+    @classmethod
+    def teacher_to_evaluate(cls, cfg: CfgNode) -> Optional[Teacher]:
+        """The teacher, built and loaded, if MODEL.DISTILLER.EVAL_TEACHER says so."""
+        return teacher_of(cfg.MODEL.DISTILLER, cfg.MODEL.DEVICE) if cls._eval_teacher(cfg) else None
+
+    @staticmethod
+    def input_format(cfg: CfgNode, _student: nn.Module) -> str:
+        """Channel order of the images in the batches."""
+        return cfg.INPUT.FORMAT
+
+    @staticmethod
+    def with_output_dir(cfg: CfgNode, folder: str) -> CfgNode:
+        """A copy of ``cfg`` whose output goes to a folder inside its own."""
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, folder)
+        return cfg
+
     def build_hooks(self) -> List[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
         periods = self._periods(self.cfg)
@@ -161,6 +192,10 @@ class DistillTrainer(DefaultTrainer):
     @staticmethod
     def _periods(cfg: CfgNode) -> Dict[str, int]:
         return {"checkpoint": cfg.SOLVER.CHECKPOINT_PERIOD, "eval": cfg.TEST.EVAL_PERIOD, "log": 20}
+
+    @staticmethod
+    def _eval_teacher(cfg: CfgNode) -> bool:
+        return cfg.MODEL.DISTILLER.EVAL_TEACHER
 
     @staticmethod
     def _weights(cfg: CfgNode) -> str:
@@ -216,6 +251,19 @@ class DistillTrainer(DefaultTrainer):
         if self.sampler is not None:
             self.sampler.skip_batches(self.start_iter)
 
+    def evaluate_teacher(self) -> None:
+        """Evaluate the teacher before a fresh run, if MODEL.DISTILLER.EVAL_TEACHER says so.
+
+        Raises:
+            ValueError: its classes are not those of the student.
+        """
+        model = self.plain_model
+        if self.start_iter or not isinstance(model, Distiller) or not self._eval_teacher(self.cfg):
+            return
+        state = random_state()
+        evaluate_teacher(self.cfg, type(self), model.teacher, model.student)
+        set_random_state(state)
+
     def train(self) -> Optional[Dict[str, Any]]:
         """Run to the last iteration; on SIGINT or SIGTERM save, say how to go on, and return.
 
@@ -262,6 +310,7 @@ class DistillTrainer(DefaultTrainer):
         state = super().state_dict()
         state["random"] = self._random_states
         state["pretrain_iters"] = self.pretrain_iters
+        state["optimizer_kind"] = kind_of(self._trainer.optimizer)
         state["solvers"] = {name: solver.state_dict() for name, solver in self.solvers.items()}
         if self.sampler is not None:
             state["sampler_seed"] = self.sampler.seed
@@ -271,7 +320,7 @@ class DistillTrainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        self._check_solvers(state_dict)
+        self._check_optimizers(state_dict)
         super().load_state_dict(state_dict)
         for name, solver in self.solvers.items():
             solver.load_state_dict(state_dict["solvers"][name])
@@ -283,13 +332,20 @@ class DistillTrainer(DefaultTrainer):
         if _MOVING_AVERAGE in state_dict:
             setattr(self._student(), _MOVING_AVERAGE, state_dict[_MOVING_AVERAGE])
 
-    def _check_solvers(self, state_dict: Dict[str, Any]) -> None:
+    def _check_optimizers(self, state_dict: Dict[str, Any]) -> None:
         """Before anything is loaded: with other solvers the student's optimizer differs, too."""
         found, expected = sorted(state_dict.get("solvers", {})), sorted(self.solvers)
         if found != expected:
             raise ValueError(
                 f"--resume: the checkpoint has optimizers of the losses {found}, this run has them of "
                 f"{expected}. Use the checkpoint's losses, another OUTPUT_DIR, or start without --resume"
+            )
+        kind = kind_of(self._trainer.optimizer)
+        if state_dict.get("optimizer_kind", kind) != kind:
+            raise ValueError(
+                f"--resume: the checkpoint's optimizer is {state_dict['optimizer_kind']}, this run's is "
+                f"{kind} (SOLVER.OPTIMIZER, MODEL.DISTILLER.FREEZE, MODEL.BACKBONE.FREEZE_AT). Use the "
+                "checkpoint's settings, another OUTPUT_DIR, or start without --resume"
             )
         pretrained = state_dict.get("pretrain_iters", 0)
         if pretrained != self.pretrain_iters:

@@ -15,11 +15,13 @@ from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     COCOEvaluator,
     DatasetEvaluator,
+    DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
 )
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec, voc_ap, voc_eval
 from detectron2.utils import comm
+from torch import nn
 
 from ..data.voc import VocImage, read_annotation, read_split
 
@@ -178,3 +180,10 @@ def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
         DatasetCatalog.get(dataset_name)  # generated on first use, or the loader's error says why not
     folder = os.path.join(output_dir, "inference", dataset_name)
     return _COCO_LIKE[kind](dataset_name, output_dir=folder)
+
+
+def with_model_evaluators(evaluator: DatasetEvaluator, model: nn.Module) -> DatasetEvaluator:
+    """``evaluator``, and those of modules of ``model`` that have something of their own to report: each
+    module with a method ``evaluator()`` returns one."""
+    own = [module.evaluator() for module in model.modules() if hasattr(module, "evaluator")]
+    return DatasetEvaluators([evaluator, *own]) if own else evaluator

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -118,7 +118,8 @@ class DetectorView:
             raise TypeError(f"the {role}, a {type(model).__name__}, has no module 'backbone'")
         self.model = model
         self.role = role
-        self.required = set()
+        self.required: Set[str] = set()
+        self._paths_read: Set[str] = set()
         self.taps = Taps(model)
         self.taps.add("backbone")
         #: Wraps whatever part of the detector the view runs by itself (the teacher's heads).
@@ -159,9 +160,10 @@ class DetectorView:
             KeyError: there is none; the message lists those that exist.
         """
         if name in self.neck_shapes:
+            self.require_tap("backbone")
             return self.neck_shapes[name]
         if name in self.stage_shapes:
-            self.taps.add(self._stage_path(name))
+            self.require_tap(self._stage_path(name))
             return self.stage_shapes[name]
         raise KeyError(
             f"the {self.role} ({type(self.model).__name__}) has no level '{name}'; its neck has "
@@ -175,6 +177,7 @@ class DetectorView:
             KeyError: there is none; the message lists close names.
         """
         self.taps.add(path)
+        self._paths_read.add(path)
 
     def require(self, capability: str) -> None:
         """State that ``capability`` will be used: "dense", "rpn", "anchors", "box_head",
@@ -190,16 +193,41 @@ class DetectorView:
             )
         self.required.add(capability)
 
+    @property
+    def backbone_reads(self) -> List[str]:
+        """Names of the modules whose outputs losses have stated to read, if all are the backbone or inside
+        it and no more is required; otherwise, or if nothing was stated, none."""
+        inside = all(path.split(".")[0] == "backbone" for path in self._paths_read)
+        return sorted(self._paths_read) if inside and not self.required else []
+
+    def until_read(self) -> ContextManager:
+        """While recording, a forward of the detector inside ends with the last of ``backbone_reads``."""
+        return self.taps.stopping_after(self.backbone_reads, last="backbone")
+
     def probe(self, height: int, width: int) -> Dict[str, Tuple[int, ...]]:
         """Run the backbone once on a black image; the shape (C, H, W) of every level by name."""
-        device = next(self.model.parameters()).device
-        image = torch.zeros(1, self._input_channels(), height, width, device=device)
         with evaluating(self.model.backbone), self.recording():
-            self.model.backbone(image)
+            self.model.backbone(self._black_image(height, width))
             names = list(self.neck_shapes) + [
                 name for name in self.stage_shapes if self.taps.has(self._stage_path(name))
             ]
             return {name: tuple(self.level(name).shape[1:]) for name in names}
+
+    def reached_parameters(self) -> Set[nn.Parameter]:
+        """Parameters to which gradients of ``backbone_reads`` come; runs the backbone once."""
+        backbone = self.model.backbone
+        parameters = [p for p in backbone.parameters() if p.requires_grad]
+        sums: List[torch.Tensor] = []
+        side = 2 * max(backbone.size_divisibility, 32)
+        with evaluating(backbone), torch.enable_grad(), self.recording():
+            with self.until_read():
+                backbone(self._black_image(side, side))
+            for path in self.backbone_reads:
+                map_tensors(lambda tensor: sums.append(tensor.sum()), self.taps.output(path))
+        if not parameters:
+            return set()
+        gradients = torch.autograd.grad(sum(sums), parameters, allow_unused=True)
+        return {p for p, gradient in zip(parameters, gradients) if gradient is not None}
 
     # What the detector computed in this step.
 
@@ -309,9 +337,11 @@ class DetectorView:
         path = "backbone" if bottom_up is self.model.backbone else "backbone.bottom_up"
         return f"{path}.{name}" if hasattr(bottom_up, name) else path
 
-    def _input_channels(self) -> int:
+    def _black_image(self, height: int, width: int) -> torch.Tensor:
         mean = getattr(self.model, "pixel_mean", None)
-        return 3 if mean is None else mean.numel()
+        channels = 3 if mean is None else mean.numel()
+        device = next(self.model.parameters()).device
+        return torch.zeros(1, channels, height, width, device=device)
 
 
 def _to_float(tensor: torch.Tensor) -> torch.Tensor:

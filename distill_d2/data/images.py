@@ -1,0 +1,55 @@
+"""Images without annotations: a folder of them."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Dict, List, Tuple
+
+from PIL import Image
+
+_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_READERS = 8  # threads
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values with height and width exchanged
+
+
+def load_images(name: str, folder: str) -> List[Dict[str, Any]]:
+    """detectron2's dicts, without objects, of all images in a folder and the folders inside it.
+
+    Args:
+        name: of the dataset, for messages.
+
+    Raises:
+        ValueError: there are none, or one is no image.
+    """
+    paths = [
+        os.path.join(place, file)
+        for place, _, files in os.walk(folder)
+        for file in files
+        if file.lower().endswith(_ENDINGS)
+    ]
+    if not paths:
+        raise ValueError(f"dataset '{name}': '{folder}' holds no images ({', '.join(_ENDINGS)})")
+    paths.sort()
+    with ThreadPoolExecutor(max_workers=_READERS) as pool:
+        sizes = list(pool.map(_size, paths))
+    return [
+        {
+            "file_name": path,
+            "image_id": os.path.relpath(path, folder),
+            "height": height,
+            "width": width,
+            "annotations": [],
+        }
+        for path, (height, width) in zip(paths, sizes)
+    ]
+
+
+def _size(path: str) -> Tuple[int, int]:
+    """Height and width as detectron2 reads the image, from its header."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(_ORIENTATION) in _TURNED
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except (OSError, SyntaxError) as error:  # Pillow's, of a damaged PNG
+        raise ValueError(f"the image '{path}' cannot be used: {error}") from error

@@ -1,0 +1,85 @@
+"""Any ResNet backbone of detectron2, with or without a pyramid, whose first stage is a bottleneck."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode as CN
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import Backbone, ResNet
+
+from .stage import DECODER_WIDTHS, ENCODER_WIDTHS, BottleneckStage
+
+_NAME = "build_bottleneck_backbone"
+
+
+def add_bottleneck_config(cfg: CN) -> None:
+    """Add MODEL.BOTTLENECK, in place."""
+    cfg.MODEL.BOTTLENECK = node = CN()
+    # Builds the backbone that gets the bottleneck, with its own keys (MODEL.RESNETS, MODEL.FPN, ...).
+    node.BACKBONE = "build_resnet_fpn_backbone"
+    # Channels of the tensor that a device sends.
+    node.CHANNELS = 3
+    # Channels inside: after the encoder's first three convolutions, the decoder's first two.
+    node.ENCODER_WIDTHS = list(ENCODER_WIDTHS)
+    node.DECODER_WIDTHS = list(DECODER_WIDTHS)
+    # In evaluation, round what is sent as 8 or 16 bits per number do; 0: float32.
+    node.QUANT_BITS = 0
+    # 8 bits as the reference implementation has them, see ghnd/quantizer.py.
+    node.REFERENCE_BUGS = False
+
+
+@BACKBONE_REGISTRY.register()
+def build_bottleneck_backbone(cfg: CN, input_shape: ShapeSpec) -> Backbone:
+    """Build MODEL.BOTTLENECK.BACKBONE and replace its first stage.
+
+    MODEL.BACKBONE.FREEZE_AT 1 or more freezes the stem; the bottleneck is trained in any case.
+
+    Raises:
+        ValueError: BACKBONE is not registered, or another key does not fit.
+        TypeError: it does not build a ResNet.
+    """
+    node = cfg.MODEL.BOTTLENECK
+    if node.BACKBONE == _NAME or node.BACKBONE not in BACKBONE_REGISTRY:
+        raise ValueError(
+            f"MODEL.BOTTLENECK.BACKBONE is '{node.BACKBONE}'; expected a registered backbone such as "
+            "build_resnet_fpn_backbone"
+        )
+    return inject_bottleneck(
+        BACKBONE_REGISTRY.get(node.BACKBONE)(cfg, input_shape),
+        node.CHANNELS,
+        encoder_widths=node.ENCODER_WIDTHS,
+        decoder_widths=node.DECODER_WIDTHS,
+        quant_bits=node.QUANT_BITS,
+        reference_bugs=node.REFERENCE_BUGS,
+    )
+
+
+def inject_bottleneck(backbone: Backbone, channels: int = 3, **options: Any) -> Backbone:
+    """Replace the first stage of a ResNet, in place.
+
+    In a LazyConfig: ``model.backbone = L(inject_bottleneck)(backbone=model.backbone, channels=3)``.
+
+    Args:
+        backbone: a detectron2 ResNet, or a pyramid on one.
+        channels, options: of BottleneckStage.
+
+    Returns:
+        ``backbone``.
+
+    Raises:
+        TypeError: there is no ResNet in it.
+    """
+    resnet = getattr(backbone, "bottom_up", backbone)
+    if not isinstance(resnet, ResNet):
+        raise TypeError(
+            f"MODEL.BOTTLENECK.BACKBONE builds a {type(resnet).__name__}; a bottleneck replaces the "
+            "first stage of a detectron2 ResNet"
+        )
+    name = resnet.stage_names[0]
+    shape = resnet._out_feature_channels
+    stage = BottleneckStage(shape["stem"], shape[name], channels, **options)
+    setattr(resnet, name, stage)
+    resnet.stages[0] = stage  # a plain list, which ResNet.forward goes through
+    return backbone
