@@ -22,7 +22,7 @@ from .freeze import freeze, freeze_unreached
 from .losses import DistillLoss, build_losses
 from .preload import preload, preload_losses
 from .teacher import Teacher, teacher_of
-from .views import Batch, build_view
+from .views import Batch, DetectorView, build_view
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class Distiller(nn.Module):
         self._padded_size: Tuple[int, int] = (0, 0)
         with separate_randomness():
             for loss in self.losses.values():
-                loss.bind(self.student_view, teacher.view)
+                _bind(loss, self.student_view, teacher.view)
         teacher.check_taps()
         self._choose_trained(freeze_names)
         student.backbone.register_forward_pre_hook(self._pad_student)
@@ -217,7 +217,8 @@ class Distiller(nn.Module):
             batch = Batch(inputs, self._padded_size, self.iteration, self.max_iter)
             for name, loss in self.losses.items():
                 _add(losses, self._distill_losses(loss, factors[name], batch), name)
-        if self.features_only and not all(factors.values()):
+        felt = (factors[name] and loss.distils(self.iteration) for name, loss in self.losses.items())
+        if self.features_only and not all(felt):
             losses["loss_idle"] = self._zero()
         return losses
 
@@ -426,6 +427,15 @@ def node_arguments(distiller: CfgNode, device: str, datasets: Sequence[str]) -> 
         "fix_head_before": distiller.FIX_HEAD_BEFORE,
         "freeze_names": distiller.FREEZE,
     }
+
+
+def _bind(loss: DistillLoss, *views: DetectorView) -> None:
+    """Bind a loss; of a detector about which it states nothing it may read all features."""
+    before = [view.statements for view in views]
+    loss.bind(*views)
+    for view, count in zip(views, before):
+        if view.statements == count:
+            view.require_tap("backbone")
 
 
 def _can_pretrain(loss: DistillLoss) -> bool:

@@ -126,7 +126,9 @@ class Teacher:
 
     def predictor(self, input_format: str) -> nn.Module:
         """The detector, with its usual predictions, for images in the channel order ``input_format``."""
-        return self.model if input_format == self.input_format else _ReversedChannels(self.model)
+        if input_format == self.input_format:
+            return self.model
+        return _ReversedChannels(self.model).eval()
 
     def describe(self) -> str:
         """One line: where it comes from, its size, and which part of it runs in each step."""

@@ -228,6 +228,164 @@ def test_task_loss_weight(tmp_path):
     torch.testing.assert_close(halved["loss_pkd"], plain["loss_pkd"])
 
 
+# Distillation alone: TASK_LOSS_WEIGHT 0.
+
+ICD = "InstanceConditionalDistillation"
+SMALL_ICD = ["INS.HIDDEN_DIM", 16, "INS.ATT_HEADS", 4]
+GID_ON_FEATURES = ["GID.GI_MODE", "gt", "GID.RESPONSE_CLS_WEIGHT", 0.0, "GID.RESPONSE_REG_WEIGHT", 0.0]
+
+
+def build_alone(tmp_path, types, family="retinanet", opts=()):
+    """With these keys below MODEL.DISTILLER, in training mode."""
+    teacher = save_teacher(tiny_config(family, width=16), tmp_path)
+    cfg = distiller_config(tiny_config(family), teacher, types)
+    cfg.MODEL.DISTILLER.TASK_LOSS_WEIGHT = 0.0
+    keys = [f"MODEL.DISTILLER.{key}" for key in opts[::2]]
+    cfg.merge_from_list([item for pair in zip(keys, opts[1::2]) for item in pair])
+    return build_model(cfg).train()
+
+
+def own_terms(losses):
+    return {name for name in losses if name.startswith(("loss_cls", "loss_box", "loss_rpn"))}
+
+
+@pytest.mark.parametrize(
+    "family, types, opts, heads_run",
+    [
+        ("retinanet", ["PKD"], ["PKD.IN_FEATURES", ["res2"]], False),
+        ("retinanet", ["PKD", "FeatureMimic"], [], False),
+        ("retinanet", ["GID"], GID_ON_FEATURES, False),
+        ("faster", ["DeFeat"], [], False),
+        ("retinanet", ["GID"], [], True),
+        ("retinanet", ["FGFI"], [], True),
+        ("faster", ["HeadKD"], [], True),
+        ("faster", ["PKD", "HeadKD"], ["PKD.IN_FEATURES", ["res2"]], True),
+        ("faster", ["DeFeat"], ["DEFEAT.HEAD_CLS_W", 1.0], True),
+    ],
+)
+def test_student_runs_as_far_as_losses_read_it(tmp_path, family, types, opts, heads_run):
+    """Its own losses, where they are computed, count nothing."""
+    model = build_alone(tmp_path, types, family, opts)
+    student = model.student
+    head = student.head if family == "retinanet" else student.roi_heads.box_head
+    heads = count_calls(head)
+    losses = step(model, tiny_batch())
+    assert model.features_only is not heads_run and bool(heads) is heads_run
+    assert bool(own_terms(losses)) is heads_run and all(losses[name] == 0 for name in own_terms(losses))
+    assert any(loss > 0 for loss in losses.values())
+
+
+def test_student_runs_whole_with_any_weight(tmp_path):
+    model = build(tmp_path)
+    assert not model.features_only
+    assert build_alone(tmp_path, ["PKD"]).features_only
+
+
+def test_predictions_are_whole(tmp_path):
+    model = build_alone(tmp_path, ["PKD"], opts=["PKD.IN_FEATURES", ["res2"]])
+    step(model, tiny_batch())
+    model.eval()
+    with torch.no_grad():
+        ours, plain = model(tiny_batch()), model.student(tiny_batch())
+    assert torch.equal(ours[0]["instances"].scores, plain[0]["instances"].scores)
+
+
+def test_losses_on_features_are_those_of_a_whole_step(tmp_path):
+    """The same features, whether the rest of both detectors is computed or not."""
+    model = build_alone(tmp_path, ["PKD", "FeatureMimic"], opts=["PKD.IN_FEATURES", ["res3", "res2"]])
+    alone = step(model, tiny_batch())
+    model.features_only = False
+    model.student_view.require("dense")
+    model.teacher.view.require("dense")
+    whole = step(model, tiny_batch())
+    for name in ("loss_pkd", "loss_feature_mimic"):
+        torch.testing.assert_close(alone[name], whole[name])
+
+
+ALL = [
+    ("retinanet", ["PKD"], ["PKD.IN_FEATURES", ["res2", "res3"]]),
+    ("retinanet", ["PKD"], ["PKD.IN_FEATURES", ["p3"]]),
+    ("faster", ["FeatureMimic"], []),
+    ("faster", ["DeFeat"], ["DEFEAT.BB_FEATURES", ["res3"], "DEFEAT.HINT_BB_W", 1.0]),
+    ("retinanet", ["FGFI"], []),
+    ("retinanet", ["GID"], GID_ON_FEATURES),
+    ("retinanet", ["GID"], []),
+    ("faster", ["HeadKD"], []),
+    ("retinanet", [ICD], [*SMALL_ICD, "BYPASS_DISTILL", 0]),
+    ("retinanet", [ICD], SMALL_ICD),
+    ("retinanet", ["GHND"], ["GHND.IN_FEATURES", ["res2"], "GHND.START_ITER", 1]),
+    ("retinanet", ["PKD", "GHND"], ["GHND.IN_FEATURES", ["res4"], "GHND.START_ITER", 1]),
+]
+
+
+@pytest.mark.parametrize("objects", [2, 0])
+@pytest.mark.parametrize("family, types, opts", ALL)
+def test_everything_that_is_trained_gets_a_gradient(tmp_path, family, types, opts, objects):
+    """As DDP wants it in each step, without find_unused_parameters; and the optimizer trains no more."""
+    model = build_alone(tmp_path, types, family, opts)
+    losses = step(model, tiny_batch(objects=objects))
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert not [name for name, p in trained.items() if p.grad is None]
+
+
+def test_a_loss_that_is_off_gives_a_zero(tmp_path):
+    opts = ["PKD.IN_FEATURES", ["res2"], "PKD.START_ITER", 5]
+    model = build_alone(tmp_path, ["PKD"], opts=opts)
+    backbones = count_calls(model.teacher.model.backbone.bottom_up.stem)
+    losses = step(model, tiny_batch())
+    assert losses and sum(losses.values()) == 0 and not backbones
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and not p.grad.any() for p in trained)
+
+
+def test_one_of_two_losses_is_off(tmp_path):
+    opts = ["PKD.IN_FEATURES", ["res3"], "PKD.START_ITER", 5, "FEATURE_MIMIC.IN_FEATURES", ["res2"]]
+    model = build_alone(tmp_path, ["PKD", "FeatureMimic"], opts=opts)
+    losses = step(model, tiny_batch())
+    assert losses["loss_feature_mimic"] > 0
+    res3 = list(model.student.backbone.bottom_up.res3.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in res3)
+    assert model.student.backbone.bottom_up.stem.conv1.weight.grad.any()
+
+
+def test_no_ground_truth_is_needed(tmp_path):
+    model = build_alone(tmp_path, ["PKD"], "faster", ["PKD.IN_FEATURES", ["res2"]])
+    losses = step(model, [{"image": item["image"]} for item in tiny_batch()])
+    assert losses["loss_pkd"] > 0
+
+
+def test_features_only_under_autocast(tmp_path):
+    """Law 7."""
+    model = build_alone(tmp_path, ["GHND"], opts=["GHND.IN_FEATURES", ["res2"]])
+    with torch.autocast("cpu", dtype=torch.bfloat16), EventStorage(0):
+        losses = model(tiny_batch())
+    assert losses["loss_ghnd_res2"].dtype is torch.float32 and losses["loss_ghnd_res2"] > 0
+
+
+def test_nothing_of_a_step_on_features_is_remembered(tmp_path):
+    model = build_alone(tmp_path, ["PKD"], opts=["PKD.IN_FEATURES", ["res2"]])
+    step(model, tiny_batch())
+    for view in (model.student_view, model.teacher.view):
+        assert not view.taps.recorded and not view._of_step
+
+
+def test_one_padding_of_a_step_on_features(tmp_path):
+    """Law 6, where the backbones do not run to their ends."""
+    teacher = save_teacher(tiny_config("faster", width=16), tmp_path)
+    cfg = distiller_config(tiny_config(), teacher, ["PKD"])
+    cfg.MODEL.DISTILLER.TASK_LOSS_WEIGHT = 0.0
+    cfg.MODEL.DISTILLER.PKD.IN_FEATURES = ["res2"]
+    model, sizes = build_model(cfg).train(), []
+    for detector in (model.student, model.teacher.model):
+        detector.backbone.bottom_up.register_forward_pre_hook(
+            lambda _, inputs: sizes.append(tuple(inputs[0].shape[-2:]))
+        )
+    for size in (80, 64):
+        step(model, tiny_batch(size=size))
+    assert sizes == [(96, 96)] * 2 + [(64, 64)] * 2
+
+
 def test_table_and_teacher_line_at_start(tmp_path, caplog):
     with caplog.at_level("INFO"):
         build(tmp_path, types=("PKD",), channels=24)

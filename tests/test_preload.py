@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from losses.naive_icd import random_weights
-from tiny import tiny_config
+from tiny import tiny_config, use_ghnd
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.feature_mimic import FeatureMimic
@@ -88,8 +88,101 @@ def test_nothing_is_listed_when_all_fits(caplog):
 
 def test_nothing_fits():
     student, teacher = detector(channels=16), detector(channels=24)
-    with pytest.raises(ValueError, match="PRELOAD_FPN / PRELOAD_HEAD / PRELOAD_NAMES: no tensor .* set the first two to False"):
-        preload(student, teacher, fpn=True, head=False)
+    message = "PRELOAD_FPN / PRELOAD_HEAD / PRELOAD_NAMES: no tensor .* set the first two to False"
+    for what in ({"fpn": True, "head": False}, {"names": ["^head.cls_subnet.0.weight"]}):
+        with pytest.raises(ValueError, match=message):
+            preload(student, teacher, **what)
+
+
+BOTTOM_UP = "backbone.bottom_up."
+
+
+def stage(name, norms=("conv1", "conv2", "shortcut")):
+    """Names of the tensors of a stage of one block, its norms' statistics among them."""
+    kinds = ["weight", *(f"norm.{kind}" for kind in ("weight", "bias", "running_mean", "running_var"))]
+    kinds.append("norm.num_batches_tracked")
+    return {f"{BOTTOM_UP}{name}.0.{layer}.{kind}" for layer in norms for kind in kinds}
+
+
+def test_by_name():
+    names = [r"bottom_up\.res3\.", "cls_score"]
+    expected = stage("res3") | {"head.cls_score.weight", "head.cls_score.bias"}
+    assert copied(detector(), detector(), names=names) == expected
+
+
+def test_by_name_beside_fpn_and_head():
+    wanted = {"fpn": True, "head": True, "names": ["res3"]}
+    assert copied(detector(), detector(), **wanted) == FPN_234 | RETINANET_HEAD | stage("res3")
+    again = {"fpn": True, "names": ["fpn_lateral2", r"res3\.0\.conv1"]}  # twice is once
+    assert copied(detector(), detector(), **again) == FPN_234 | stage("res3", ["conv1"])
+
+
+def test_everything_by_name():
+    student, teacher = detector("mask"), detector("mask")
+    assert copied(student, teacher, names=["."]) == set(teacher.state_dict())
+
+
+def bottleneck_detector():
+    """A student as GHND's, which has another first stage."""
+    cfg = tiny_config()
+    use_ghnd(cfg)
+    return build_model(cfg)
+
+
+def test_tensors_that_the_teacher_lacks_stay(caplog):
+    student, teacher = bottleneck_detector(), detector()
+    with caplog.at_level("INFO"):
+        names = copied(student, teacher, names=["."])
+    own = {name for name in student.state_dict() if name.startswith(f"{BOTTOM_UP}res2.")}
+    assert len(own) == 48 and names == set(student.state_dict()) - own
+    line = f"Not in the teacher, left as they were: {BOTTOM_UP}res2 (48)."
+    assert line in caplog.text.splitlines()
+    assert "Copied 62 tensors of the teacher into the student: " in caplog.text
+    assert f"{BOTTOM_UP}res3 (18)" in caplog.text and "Skipped" not in caplog.text
+
+
+def test_mis_shaped_tensors_by_name(caplog):
+    with caplog.at_level("INFO"):
+        names = copied(detector(width=8), detector(width=16), names=["cls_score", r"conv1\.weight$"])
+    assert names == {"head.cls_score.weight", "head.cls_score.bias"}
+    skipped = caplog.text.split("Skipped, of another shape:\n")[1].splitlines()
+    assert f"  {BOTTOM_UP}stem.conv1.weight: teacher (16, 3, 7, 7), student (8, 3, 7, 7)" in skipped
+    assert len(skipped) == 4 and "Not in the teacher" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["res3", "res7"], "PRELOAD_NAMES: 'res7' is found in no name"),
+        (["res[3"], r"PRELOAD_NAMES: 'res\[3' is no regular expression"),
+    ],
+)
+def test_wrong_names(names, message):
+    student, teacher = detector(), detector()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with pytest.raises(ValueError, match=f"MODEL.DISTILLER.{message}"):
+        preload(student, teacher, fpn=True, names=names)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_frozen_tensors_are_copied_too():
+    student, teacher = detector(), detector()
+    student.requires_grad_(False)
+    assert len(copied(student, teacher, names=["."])) == len(student.state_dict())
+
+
+def test_distiller_preloads_what_it_is_told():
+    student, teacher = detector(), detector()
+    model = Distiller(
+        **{"student": student, "teacher": Teacher(teacher), "losses": [FeatureMimic()]},
+        **{"preload_head": True, "preload_names": ["res3"]},
+    )
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    model.preload_student()
+    after, theirs = student.state_dict(), teacher.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == RETINANET_HEAD | stage("res3")
+    assert all(torch.equal(after[name], theirs[name]) for name in changed)
 
 
 def test_buffers_are_copied_too():

@@ -6,12 +6,14 @@ import pytest
 import torch
 from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import LazyConfig, instantiate
+from detectron2.evaluation import inference_on_dataset
 from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from tiny import save_teacher, tiny_batch, tiny_config, tiny_detector
 from torch import nn
+from views.recorded import detector
 
 from distill_d2 import teacher as module
 from distill_d2.distiller import Distiller
@@ -448,6 +450,19 @@ def test_frozen_and_in_eval():
 def test_describe():
     teacher = Teacher(build_model(tiny_config(channels=64)))
     assert teacher.describe() == "RetinaNet, 0.2 M parameters; runs backbone and neck"
+    teacher.view.require_level("p3")
+    teacher.view.require_level("res2")
+    assert teacher.describe().endswith("; runs backbone and neck")
+    teacher.view.require("dense")
+    assert teacher.describe().endswith("; runs backbone and neck, and its head for dense")
+
+
+def test_describe_of_one_that_ends_early():
+    teacher = Teacher(build_model(tiny_config()))
+    for name in ("res3", "res2"):
+        teacher.view.require_level(name)
+    part = "backbone.bottom_up.res2, backbone.bottom_up.res3"
+    assert teacher.describe().endswith(f" M parameters; runs its backbone as far as it takes for {part}")
     teacher.view.require("dense")
     assert teacher.describe().endswith("; runs backbone and neck, and its head for dense")
 
@@ -496,6 +511,104 @@ def test_only_what_a_capability_needs_runs(family, capability, parts):
         if capability:
             getattr(teacher.view, capability)(*(boxes if parts is BOX_PARTS else ()))
     assert called[0] == "backbone" and sorted(called[1:]) == parts
+
+
+@pytest.mark.parametrize(
+    "family, levels, not_run",
+    [
+        ("retinanet", ["res2"], ["res3", "res4", "fpn_lateral2", "fpn_output4", "head"]),
+        ("retinanet", ["res4", "res2"], ["fpn_lateral2", "fpn_output4", "head"]),
+        ("fcos", ["res3"], ["res4", "fpn_lateral4", "head"]),
+        ("mask", ["res5"], ["fpn_lateral5", "fpn_output2", "top_block", "rpn_head", "roi_heads"]),
+    ],
+)
+def test_it_ends_after_the_last_stage_that_is_read(family, levels, not_run):
+    teacher, seen = Teacher(tiny_detector(family)), []
+    image = torch.rand(3, 64, 64) * 255
+    for name in levels:
+        teacher.view.require_level(name)
+    for name, part in teacher.model.named_modules():
+        part.register_forward_hook(lambda *_, name=name: seen.append(name.rpartition(".")[2]))
+    with teacher.view.recording():
+        teacher.observe([image], (64, 64))
+        found = {name: teacher.view.level(name).clone() for name in levels}
+    assert not set(seen) & set(not_run) and "backbone" not in seen and "stem" in seen
+    backbone = teacher.model.backbone
+    batch = ((image - teacher.model.pixel_mean) / teacher.model.pixel_std)[None]
+    with torch.no_grad():
+        expected = backbone.bottom_up.stem(batch)
+        for stage in ("res2", "res3", "res4", "res5")[: int(max(levels)[-1]) - 1]:
+            expected = getattr(backbone.bottom_up, stage)(expected)
+            if stage in levels:
+                torch.testing.assert_close(found[stage], expected)
+
+
+@pytest.mark.parametrize(
+    "levels, tap, capability",
+    [
+        (["p2"], "", ""),
+        (["res2", "p4"], "", ""),
+        (["res2"], "", "dense"),
+        (["res2"], "head.cls_score", ""),
+        ([], "", ""),
+    ],
+)
+def test_it_does_not_end_early_where_more_is_read(levels, tap, capability):
+    """And then hooks that anybody has on the backbone run."""
+    teacher, seen = Teacher(tiny_detector()), []
+    teacher.model.backbone.register_forward_hook(lambda *args: seen.append(set(args[-1])))
+    for name in levels:
+        teacher.view.require_level(name)
+    if tap:
+        teacher.view.require_tap(tap)
+    if capability:
+        teacher.view.require(capability)
+    with teacher.view.recording():
+        teacher.observe([torch.zeros(3, 64, 64)], (64, 64))
+        assert set(teacher.view.features) == {"p2", "p3", "p4"}
+    assert seen == [{"p2", "p3", "p4"}]
+
+
+def test_it_ends_early_in_every_step():
+    teacher = Teacher(tiny_detector())
+    teacher.view.require_level("res3")
+    for size in (64, 32):
+        with teacher.view.recording():
+            teacher.observe([torch.zeros(3, size, size)], (size, size))
+            assert teacher.view.level("res3").shape[-1] == size // 8
+    with torch.no_grad():  # and is a whole detector for others
+        assert set(teacher.model.backbone(torch.zeros(1, 3, 64, 64))) == {"p2", "p3", "p4"}
+
+
+# Its predictions, for its evaluation.
+
+
+@pytest.mark.parametrize("input_format", ["BGR", "RGB"])
+def test_predictor(input_format):
+    """For images in the channel order of the student."""
+    teacher = Teacher(detector(), input_format=input_format)
+    items = [{key: item[key] for key in ("image", "height", "width")} for item in tiny_batch()]
+    copies = [item["image"].clone() for item in items]
+    turned = [{**item, "image": item["image"].flip(0)} for item in items]
+    own = items if input_format == "BGR" else turned
+    teacher.model.test_score_thresh = 0.0
+    with torch.no_grad():
+        ours, theirs = teacher.predictor("BGR")(items), teacher.model(own)
+        other = teacher.predictor("RGB")(items)
+    for a, b, c in zip(ours, theirs, other):
+        assert torch.equal(a["instances"].scores, b["instances"].scores) and len(a["instances"]) > 10
+        assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
+        assert not torch.equal(a["instances"].scores, c["instances"].scores)
+    assert all(torch.equal(item["image"], image) for item, image in zip(items, copies))
+    assert teacher.predictor(input_format) is teacher.model
+
+
+@pytest.mark.parametrize("input_format", ["BGR", "RGB"])
+def test_evaluating_it_leaves_it_in_eval_mode(input_format):
+    """Evaluation puts a model back into the mode in which it was."""
+    teacher = Teacher(tiny_detector(), input_format=input_format)
+    inference_on_dataset(teacher.predictor("BGR"), [tiny_batch(1)], None)
+    assert not any(module.training for module in teacher.model.modules())
 
 
 def test_autocast_gives_float32_features():

@@ -196,3 +196,24 @@ def use_dataset(cfg: CfgNode, entry: dict) -> None:
     cfg.DATASETS.CUSTOM = [entry]
     cfg.DATASETS.TRAIN = (entry["NAME"],)
     cfg.DATASETS.TEST = (entry["NAME"],)
+
+
+def use_ghnd(cfg: CfgNode) -> None:
+    """A student as those of configs/Distillation-GHND: its teacher, but for a bottleneck of two channels
+    in place of the first stage, which is trained together with the stem's convolution."""
+    stages = list(cfg.MODEL.SMALL_RESNET.OUT_FEATURES)
+    bottleneck = cfg.MODEL.BOTTLENECK
+    bottleneck.BACKBONE = cfg.MODEL.BACKBONE.NAME
+    bottleneck.CHANNELS = 2
+    bottleneck.ENCODER_WIDTHS = [8, 12, 8]
+    bottleneck.DECODER_WIDTHS = [8, 12]
+    cfg.MODEL.BACKBONE.NAME = "build_bottleneck_backbone"
+    node = cfg.MODEL.DISTILLER
+    node.TYPES = ["GHND"]
+    node.GHND.IN_FEATURES = stages
+    node.TASK_LOSS_WEIGHT = 0.0
+    node.PRELOAD_NAMES = ["."]
+    node.FREEZE = ["bottom_up.res[345]", "bottom_up.stem.conv1.norm"]
+    cfg.SOLVER.OPTIMIZER = "Adam"
+    cfg.SOLVER.BASE_LR = 0.001
+    cfg.SOLVER.WEIGHT_DECAY = cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0

@@ -285,7 +285,8 @@ def iteration_with_all(losses: Dict[str, DistillLoss]) -> int:
     """The first iteration at which all losses have their full weight and teach the student."""
     first = max(loss.start_iter + loss.warmup_iters for loss in losses.values())
     # Other iterations at which something changes: an ICD that teaches its decoder first.
-    later = {loss.settings.bypass_distill for loss in losses.values() if hasattr(loss, "distils")}
+    settings = [getattr(loss, "settings", None) for loss in losses.values()]
+    later = {s.bypass_distill for s in settings if hasattr(s, "bypass_distill")}
     for iteration in sorted({first, *(i for i in later if i > first)}):
         off = [name for name, loss in losses.items() if not teaches(loss, iteration)]
         if not off:
@@ -298,8 +299,7 @@ def iteration_with_all(losses: Dict[str, DistillLoss]) -> int:
 
 def teaches(loss: DistillLoss, iteration: int) -> bool:
     """Whether the student feels ``loss`` at this iteration."""
-    distils = getattr(loss, "distils", None)
-    return loss.factor(iteration) > 0 and (distils is None or distils(iteration))
+    return loss.factor(iteration) > 0 and loss.distils(iteration)
 
 
 def generate_inputs(cfg: CfgNode, args: argparse.Namespace, classes: int) -> List[Dict[str, Any]]:

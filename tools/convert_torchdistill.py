@@ -2,13 +2,13 @@
 """Convert a Faster, Mask or Keypoint R-CNN R*-FPN of torchvision, or GHND's student of one as
 torchdistill and its authors' repositories released it, into a detectron2 checkpoint.
 
-    tools/convert_torchdistill.py INPUT OUTPUT.pth [--frozen-bn-eps 0] [--config-file CONFIG] [KEY VALUE ...]
+    tools/convert_torchdistill.py INPUT OUTPUT.pth [--frozen-bn-eps 0] [--config-file C] [KEY VALUE ...]
 
 INPUT is a path or URL: a checkpoint with the entry "model", or a bare state_dict; torchvision's key
 names of before and since 0.13, GHND's encoder one or two levels deep. Code in it is not run, and what
 lies beside the weights (optimizer, arguments, ...) is not read.
 
-The result is compared with the detectron2 model of CONFIG, by default a packaged config of its kind;
+The result is compared with the detectron2 model of the config C, by default a packaged one of its kind;
 names and shapes must agree exactly, otherwise nothing is written. Depth, classes and the bottleneck's
 widths follow from INPUT, other keys are given as KEY VALUE.
 
@@ -119,7 +119,7 @@ class Converted(NamedTuple):
     Attributes:
         weights: by detectron2's names.
         keys: config keys that follow from them.
-        dropped: names of the input that were left out, by reason.
+        dropped: names that were left out, by reason.
         notes: lines about what was changed.
     """
 
@@ -202,11 +202,15 @@ def state_dict_of(entries: Dict[str, Any]) -> Weights:
     weights = entries.get("model", entries)
     if not isinstance(weights, dict) or not weights:
         raise ConversionError("INPUT's entry 'model' is no state_dict, expected {name: tensor, ...}")
-    others = [str(name) for name, value in weights.items() if not isinstance(value, torch.Tensor)]
+    others = [
+        str(name)
+        for name, value in weights.items()
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor)
+    ]
     if others:
         raise ConversionError(
-            "INPUT is no state_dict and has no entry 'model' that is one; not tensors are: "
-            + listing(others)
+            "INPUT is no state_dict and has no entry 'model' that is one; these of its entries are not "
+            f"tensors with names: {listing(others)}"
         )
     prefix = "module." if all(name.startswith("module.") for name in weights) else ""
     return {name[len(prefix) :]: tensor.detach() for name, tensor in weights.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from typing import Any, Iterable, List, Optional
 
@@ -96,7 +97,23 @@ def _merge_opts(cfg: CfgNode, opts: List[str]) -> None:
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=3)
         raise KeyError(f"unknown config key '{unknown[0]}'; the closest are {close}")
-    cfg.merge_from_list(opts)
+    for key, value in zip(opts[::2], opts[1::2]):
+        node = functools.reduce(getattr, key.split("."), cfg)
+        if isinstance(node, CfgNode):
+            node.merge_from_other_cfg(_read_node(key, value))
+        else:
+            cfg.merge_from_list([key, value])
+
+
+def _read_node(key: str, text: str) -> CfgNode:
+    """The value of a whole node, such as "{betas: [0.9, 0.99]}"."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key} is '{text}'; expected {{name: value, ...}}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{key} is '{text}'; expected {{name: value, ...}}")
+    return CfgNode(values)
 
 
 def config_keys(node: CfgNode, prefix: str = "") -> List[str]:

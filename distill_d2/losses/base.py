@@ -106,6 +106,10 @@ class DistillLoss(nn.Module):
             return self.weight * (iteration - self.start_iter + 1) / (self.warmup_iters + 1)
         return self.weight
 
+    def distils(self, iteration: int) -> bool:
+        """Whether the student feels this loss at this iteration, where it is on."""
+        return True
+
     def idle(self) -> Dict[str, torch.Tensor]:
         """A zero that reaches every parameter of this loss, so that DDP sees all of them each step."""
         parameters = [p for p in self.parameters() if p.requires_grad]

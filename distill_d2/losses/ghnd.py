@@ -13,6 +13,7 @@ first stage is a bottleneck (projects/GHND), and nothing else is trained.
 
 from __future__ import annotations
 
+import math
 from typing import Dict, Sequence
 
 import torch
@@ -43,13 +44,15 @@ class GHND(DistillLoss):
             schedule: weight, start_iter, stop_iter, warmup_iters of DistillLoss.
 
         Raises:
-            ValueError: stage_weights are as many as in_features, or none, and not negative.
+            ValueError: stage_weights are not as many as in_features, or not all finite from 0.
         """
         super().__init__(**schedule)
-        self.pairs = FeaturePairs(in_features)
+        self.pairs = FeaturePairs(in_features, key="MODEL.DISTILLER.GHND.IN_FEATURES")
         self.stage_weights = list(stage_weights)
-        fits = len(stage_weights) in (0, len(in_features)) and all(w >= 0 for w in stage_weights)
-        check_setting("GHND", "stage_weights", stage_weights, fits, "a number >= 0 for each of IN_FEATURES")
+        numbers = all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in self.stage_weights)
+        fits = numbers and len(self.stage_weights) in (0, len(in_features))
+        expected = "a finite number, 0 or more, for each of IN_FEATURES"
+        check_setting("GHND", "stage_weights", stage_weights, fits, expected)
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch

@@ -11,6 +11,7 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from ..taps import Taps, map_tensors
+from ..transfer import contiguous
 from .batch import Batch
 from .predictions import Predictions
 
@@ -119,7 +120,10 @@ class DetectorView:
         self.model = model
         self.role = role
         self.required: Set[str] = set()
-        self._paths_read: Set[str] = set()
+        self._levels_read: Set[str] = set()
+        self._taps_read: Set[str] = set()
+        #: How often a ``require_*`` method was called.
+        self.statements = 0
         self.taps = Taps(model)
         self.taps.add("backbone")
         #: Wraps whatever part of the detector the view runs by itself (the teacher's heads).
@@ -159,16 +163,16 @@ class DetectorView:
         Raises:
             KeyError: there is none; the message lists those that exist.
         """
-        if name in self.neck_shapes:
-            self.require_tap("backbone")
-            return self.neck_shapes[name]
-        if name in self.stage_shapes:
-            self.require_tap(self._stage_path(name))
-            return self.stage_shapes[name]
-        raise KeyError(
-            f"the {self.role} ({type(self.model).__name__}) has no level '{name}'; its neck has "
-            f"{list(self.neck_shapes)}, its bottom-up network {list(self.stage_shapes)}"
-        )
+        shapes = {**self.stage_shapes, **self.neck_shapes}
+        if name not in shapes:
+            raise KeyError(
+                f"the {self.role} ({type(self.model).__name__}) has no level '{name}'; its neck has "
+                f"{list(self.neck_shapes)}, its bottom-up network {list(self.stage_shapes)}"
+            )
+        self.taps.add(self._level_path(name))
+        self._levels_read.add(name)
+        self.statements += 1
+        return shapes[name]
 
     def require_tap(self, path: str) -> None:
         """State that the output of the module with this dotted name will be read.
@@ -177,7 +181,8 @@ class DetectorView:
             KeyError: there is none; the message lists close names.
         """
         self.taps.add(path)
-        self._paths_read.add(path)
+        self._taps_read.add(path)
+        self.statements += 1
 
     def require(self, capability: str) -> None:
         """State that ``capability`` will be used: "dense", "rpn", "anchors", "box_head",
@@ -192,13 +197,15 @@ class DetectorView:
                 f"it offers features, bottom_up, tap{''.join(', ' + name for name in self.offers)}"
             )
         self.required.add(capability)
+        self.statements += 1
 
     @property
     def backbone_reads(self) -> List[str]:
         """Names of the modules whose outputs losses have stated to read, if all are the backbone or inside
         it and no more is required; otherwise, or if nothing was stated, none."""
-        inside = all(path.split(".")[0] == "backbone" for path in self._paths_read)
-        return sorted(self._paths_read) if inside and not self.required else []
+        paths = self._taps_read.union(map(self._level_path, self._levels_read))
+        inside = all(path.split(".")[0] == "backbone" for path in paths)
+        return sorted(paths) if inside and not self.required else []
 
     def until_read(self) -> ContextManager:
         """While recording, a forward of the detector inside ends with the last of ``backbone_reads``."""
@@ -214,7 +221,7 @@ class DetectorView:
             return {name: tuple(self.level(name).shape[1:]) for name in names}
 
     def reached_parameters(self) -> Set[nn.Parameter]:
-        """Parameters to which gradients of ``backbone_reads`` come; runs the backbone once."""
+        """Parameters that the levels and taps which losses read depend on; runs the backbone once."""
         backbone = self.model.backbone
         parameters = [p for p in backbone.parameters() if p.requires_grad]
         sums: List[torch.Tensor] = []
@@ -222,11 +229,13 @@ class DetectorView:
         with evaluating(backbone), torch.enable_grad(), self.recording():
             with self.until_read():
                 backbone(self._black_image(side, side))
-            for path in self.backbone_reads:
-                map_tensors(lambda tensor: sums.append(tensor.sum()), self.taps.output(path))
-        if not parameters:
+            outputs = [self.level(name) for name in self._levels_read]
+            outputs += [self.taps.output(path) for path in self._taps_read]
+            map_tensors(lambda tensor: sums.append(tensor.sum()), outputs)
+        trained = [value for value in sums if value.requires_grad]
+        if not trained:
             return set()
-        gradients = torch.autograd.grad(sum(sums), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(trained, parameters, allow_unused=True)
         return {p for p, gradient in zip(parameters, gradients) if gradient is not None}
 
     # What the detector computed in this step.
@@ -324,13 +333,15 @@ class DetectorView:
         raise TypeError(f"{type(self.model).__name__} has no {capability}()")
 
     def _level(self, name: str, contiguous: bool) -> torch.Tensor:
-        path = "backbone" if name in self.neck_shapes else self._stage_path(name)
-        output = self.taps.output(path)
+        output = self.taps.output(self._level_path(name))
         level = output[name] if isinstance(output, dict) else output
         return _to_float(level) if contiguous else level.float()
 
     def _bottom_up(self) -> nn.Module:
         return getattr(self.model.backbone, "bottom_up", self.model.backbone)
+
+    def _level_path(self, name: str) -> str:
+        return "backbone" if name in self.neck_shapes else self._stage_path(name)
 
     def _stage_path(self, name: str) -> str:
         bottom_up = self._bottom_up()
@@ -346,4 +357,4 @@ class DetectorView:
 
 def _to_float(tensor: torch.Tensor) -> torch.Tensor:
     # Contiguous too: element-wise work on two memory layouts is ten times slower on a CPU.
-    return tensor.float().contiguous() if tensor.is_floating_point() else tensor
+    return contiguous(tensor.float()) if tensor.is_floating_point() else tensor

@@ -141,6 +141,48 @@ def test_annotations_are_needed_for_training_alone(cfg, registered):
     assert_fails(cfg, name, "no annotations", "6 images")
 
 
+@pytest.fixture
+def images_alone(cfg, folder):
+    """``cfg`` in a Distiller, to train on the images of its dataset without their annotations."""
+    name = f"check_images_{next(_numbers)}"
+    register_custom_datasets([{"NAME": name, "FORMAT": "images", "IMAGES": str(folder / "images")}])
+    cfg = distiller_config(cfg, "teacher.yaml")
+    cfg.DATASETS.TRAIN = (name,)
+    cfg.MODEL.DISTILLER.TASK_LOSS_WEIGHT = 0.0
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    return cfg
+
+
+def test_distillation_alone_needs_no_annotations(images_alone):
+    check_datasets(images_alone)
+    images_alone.DATASETS.TEST = images_alone.DATASETS.TRAIN
+    check_datasets(images_alone)
+
+
+@pytest.mark.parametrize("change", ["task", "filter", "student"])
+def test_images_where_annotations_are_needed(images_alone, change):
+    """For the student's own losses, where images without are dropped, or without distillation."""
+    cfg = images_alone
+    if change == "task":
+        cfg.MODEL.DISTILLER.TASK_LOSS_WEIGHT = 0.01
+    elif change == "filter":
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
+    else:
+        cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    keys = ["train_distill.py", "MODEL.DISTILLER.TASK_LOSS_WEIGHT 0", "FILTER_EMPTY_ANNOTATIONS False"]
+    assert_fails(cfg, name_of(cfg), "no annotations: 6 images", *keys)
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    check_datasets(cfg, train=False)
+
+
+def test_images_alone_are_checked_as_others_are(images_alone, folder):
+    broken = folder / "images" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:-2000])
+    assert_fails(images_alone, "images/3.png' cannot be used", "truncated")
+    broken.unlink()
+    assert_fails(images_alone, "1 of 6 images", error=FileNotFoundError)
+
+
 def test_missing_images_are_counted_and_named(cfg, folder):
     for number in (2, 4):
         (folder / "images" / f"{number}.png").unlink()

@@ -208,7 +208,7 @@ def test_name_of_a_builtin_dataset(voc):
 @pytest.mark.parametrize(
     "changes, texts",
     [
-        (dict(FORMAT="yolo"), ["FORMAT is 'yolo'", "['coco', 'voc']"]),
+        (dict(FORMAT="yolo"), ["FORMAT is 'yolo'", "['coco', 'images', 'voc']"]),
         (dict(FORMAT=None), ["FORMAT is None"]),
         (dict(CLASES=["cat"]), ["unknown keys ['CLASES']", "'CLASSES'"]),
         (dict(CLASSES="cat"), ["CLASSES", "'cat'", "expected a list"]),

@@ -501,7 +501,7 @@ WRONG = {
     "heads": (ValueError, ["INS.HIDDEN_DIM", 18], ["INS.HIDDEN_DIM is 18", "ATT_HEADS, which is 4"]),
     "form": (ValueError, ["INS_ATT_MIMIC.LOSS_FORM", "huber"], ["LOSS_FORM is 'huber'", "smoothL1"]),
     "temperature": (ValueError, ["INS_ATT_MIMIC.TEMP_VALUE", -1.0], ["TEMP_VALUE is -1.0", "above 0"]),
-    "optimizer": (ValueError, ["SOLVER.OPTIMIZER", "LAMB"], ["SOLVER.OPTIMIZER is 'LAMB'", "ADAMW"]),
+    "optimizer": (ValueError, ["SOLVER.OPTIMIZER", "LAMB"], ["SOLVER.OPTIMIZER is 'LAMB'", "AdamW"]),
     "pretraining": (ValueError, ["PRETRAIN_TEACHER_ITERS", -1], ["PRETRAIN_TEACHER_ITERS': -1"]),
     "decoder": (ValueError, ["INS.DECODER", "Mine"], ["INS.DECODER is 'Mine'", "DecoderWrapper"]),
 }

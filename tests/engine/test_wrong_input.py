@@ -203,7 +203,7 @@ def test_gpu_that_is_not_there(job):
 
 
 def test_unknown_optimizer(job):
-    fails(job, ValueError, "SOLVER.OPTIMIZER", "ADAM'", "ADAMW", opts=["SOLVER.OPTIMIZER", "ADAM"])
+    fails(job, ValueError, "SOLVER.OPTIMIZER is 'ADAMM'", "'AdamW'", opts=["SOLVER.OPTIMIZER", "ADAMM"])
 
 
 def test_emulated_bfloat16_is_refused(job, monkeypatch):

@@ -11,13 +11,20 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
-from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+    inference_on_dataset,
+)
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 from pycocotools import mask as rle
+from torch import nn
 
 from distill_d2.data import generate_shapes, register_custom_datasets, register_shapes, shapes
-from distill_d2.evaluation import VOCEvaluator, build_evaluator
+from distill_d2.evaluation import VOCEvaluator, build_evaluator, with_model_evaluators
 
 _numbers = itertools.count()
 
@@ -348,3 +355,75 @@ def test_custom_coco_size_of_generated_shapes(tmp_path):
     name = register({"NAME": "evaluate_large", "FORMAT": "coco", "JSON": json_file, "IMAGES": images})
     assert evaluate(name, tmp_path)["bbox"]["AP"] == pytest.approx(100)
     assert len(json.loads(Path(json_file).read_text())["images"]) == 4
+
+
+# Evaluators that modules of a model bring along.
+
+
+class Counted(DatasetEvaluator):
+    """How many outputs of how many images came; {"<name>": {"images": n, "outputs": sum}}."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def reset(self):
+        self.images, self.outputs = 0, 0
+
+    def process(self, inputs, outputs):
+        self.images += len(inputs)
+        self.outputs += sum(outputs)
+
+    def evaluate(self):
+        return {self.name: {"images": self.images, "outputs": self.outputs}}
+
+
+class Reporting(nn.Module):
+    """A part of a model that has something of its own to report."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def evaluator(self):
+        return Counted(self.name)
+
+
+class Doubling(nn.Module):
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.Sequential(*parts)
+
+    def forward(self, inputs):
+        return [2 * item for item in inputs]
+
+
+def test_a_model_without_any_is_evaluated_as_before():
+    evaluator = Counted("boxes")
+    assert with_model_evaluators(evaluator, Doubling(nn.Linear(1, 1))) is evaluator
+
+
+@pytest.mark.parametrize("names", [["bytes"], ["bytes", "time"]])
+def test_results_of_all_are_merged(names):
+    """Those of modules at any depth, after those of the dataset."""
+    model = Doubling(nn.Linear(1, 1), nn.Sequential(*(Reporting(name) for name in names)))
+    evaluator = with_model_evaluators(Counted("boxes"), model)
+    assert isinstance(evaluator, DatasetEvaluators)
+    results = inference_on_dataset(model, [[1, 2], [3]], evaluator)
+    assert list(results) == ["boxes", *names]
+    assert all(values == {"images": 3, "outputs": 12} for values in results.values())
+
+
+def test_the_model_itself_may_have_one():
+    model = Reporting("bytes")
+    results = with_model_evaluators(Counted("boxes"), model)
+    results.reset()
+    results.process([1], [5])
+    assert results.evaluate()["bytes"] == {"images": 1, "outputs": 5}
+
+
+def test_several_processes_report_on_the_main_one(monkeypatch):
+    """Others return nothing, as detectron2's evaluators do."""
+    evaluator = with_model_evaluators(Counted("boxes"), Reporting("bytes"))
+    evaluator.reset()
+    monkeypatch.setattr(comm, "get_rank", lambda: 1)
+    assert not evaluator.evaluate()

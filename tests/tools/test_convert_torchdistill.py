@@ -1,8 +1,10 @@
-"""tools/convert_torchdistill.py: torchvision's detectors, and GHND's students, give the same in detectron2."""
+"""tools/convert_torchdistill.py: torchvision's detectors and GHND's students, the same in detectron2."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
@@ -13,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
@@ -22,13 +23,15 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 from distill_d2 import model_zoo
-from distill_d2.checkpoint import read_checkpoint
+from distill_d2.checkpoint import SafeCheckpointer, read_checkpoint
 from distill_d2.config import student_config
 from distill_d2.engine import argument_parser
 from distill_d2.engine.setup import load_config
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
-TEACHERS = {kind: f"Teachers/torchvision_{kind}_rcnn_R_50_FPN.yaml" for kind in ("faster", "mask", "keypoint")}
+TEACHERS = {
+    kind: f"Teachers/torchvision_{kind}_rcnn_R_50_FPN.yaml" for kind in ("faster", "mask", "keypoint")
+}
 NAMES = detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
 # torchvision's rows of COCO's classes, by its own list of names.
 COCO_ROWS = [row for row, name in enumerate(NAMES) if name not in ("__background__", "N/A")]
@@ -72,12 +75,21 @@ class NaiveBottleneck(nn.Module):
         return self.decoder(self.encoder(x))
 
 
-def torchvision_detector(kind, depth=50, classes=91, bottleneck=None, eps=0.0, **options):
-    backbone = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None)
+CLASSES = {
+    "faster": detection.FasterRCNN,
+    "mask": detection.MaskRCNN,
+    "keypoint": detection.KeypointRCNN,
+}
+
+
+def torchvision_detector(
+    kind, depth=50, classes=91, bottleneck=None, eps=0.0, norm_layer=FrozenBatchNorm2d
+):
+    """What torchvision's functions such as fasterrcnn_resnet50_fpn build when they load weights."""
+    backbone = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None, norm_layer=norm_layer)
     if bottleneck is not None:
         backbone.body["layer1"] = bottleneck
-    build = {"faster": detection.FasterRCNN, "mask": detection.MaskRCNN, "keypoint": detection.KeypointRCNN}
-    model = build[kind](backbone, classes, **options)
+    model = CLASSES[kind](backbone, classes)
     randomise(model, eps)
     return model.eval()
 
@@ -94,9 +106,17 @@ def randomise(model, eps):
             module.bias.normal_(0, 0.1)
         elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and module.bias is not None:
             module.bias.normal_(0, 0.1)
+    set_eps(model, eps)
+    scores = model.roi_heads.box_predictor.cls_score
+    scores.weight.mul_(20)  # some scores are above the threshold
+    if len(scores.bias) == 91:  # no score for the rows without a class, as in trained models
+        scores.bias[[row for row in range(1, 91) if row not in COCO_ROWS]] = -1000.0
+
+
+def set_eps(model, eps):
+    for module in model.modules():
         if isinstance(module, FrozenBatchNorm2d):
             module.eps = eps
-    model.roi_heads.box_predictor.cls_score.weight.mul_(20)  # some scores are above the threshold
 
 
 def old_names(state_dict):
@@ -122,14 +142,13 @@ def icpr_names(state_dict):
 
 
 def run(tool, folder, data, *options):
-    """Convert ``data``; the weights that were written and what was printed by main."""
-    source, target = folder / "input.pth", folder / "output.pth"
+    """Convert ``data``; the path of the result, and what was printed."""
+    source, target, printed = folder / "input.pth", folder / "output.pth", io.StringIO()
     torch.save(data, source)
-    with pytest.MonkeyPatch.context() as patch:
-        lines = []
-        patch.setattr("builtins.print", lambda *texts, **_: lines.append(" ".join(map(str, texts))))
+    with contextlib.redirect_stdout(printed):
         tool.main([str(source), str(target), *options])
-    return target, "\n".join(lines)
+    assert sorted(os.listdir(folder)) == ["input.pth", "output.pth"]
+    return target, printed.getvalue()
 
 
 def printed_config(output):
@@ -144,20 +163,15 @@ def printed_config(output):
 
 
 class Pair:
-    """A detector of torchvision, and what the printed command evaluates."""
+    """A detector of torchvision, and the one that the printed command evaluates."""
 
-    def __init__(self, tool, folder, model, data, *options, **keys):
+    def __init__(self, tool, folder, model, data, *options):
         self.theirs = model
         path, self.output = run(tool, folder, data, *options)
-        self.cfg = printed_config(self.output)
-        for key, value in keys.items():
-            self.cfg.merge_from_list([key, value])
-        self.ours = build_model(self.cfg).eval()
-        incompatible = []
-        checkpointer = DetectionCheckpointer(self.ours)
-        checkpointer._log_incompatible_keys = incompatible.append
-        checkpointer.load(self.cfg.MODEL.WEIGHTS)
-        (keys,) = incompatible
+        self.ours = build_model(printed_config(self.output)).eval()
+        checkpointer = SafeCheckpointer(self.ours)
+        assert checkpointer.load(str(path)) == {"__author__": tool.AUTHOR}
+        keys = checkpointer.incompatible
         assert not (keys.missing_keys or keys.unexpected_keys or keys.incorrect_shapes)
         self.weights = read_checkpoint(str(path))["model"]
         for file in folder.iterdir():
@@ -206,21 +220,6 @@ def released(state_dict):
     }
 
 
-# Small ones, for what needs no whole detector.
-
-
-def small_weights(classes=7, mask=False):
-    """A Faster R-CNN R18-FPN of zeros."""
-    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
-    build = detection.MaskRCNN if mask else detection.FasterRCNN
-    return build(backbone, classes).state_dict()
-
-
-@pytest.fixture(scope="module")
-def small():
-    return small_weights()
-
-
 # Equality of outputs.
 
 
@@ -230,11 +229,6 @@ def assert_equal_maps(ours, theirs):
     for a, b in zip(ours, theirs):
         assert a.shape == b.shape and b.std() > 1e-3
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
-
-
-def random_features(pair):
-    features = [torch.randn(1, 256, *(side // stride for side in SIZE)) for stride in (4, 8, 16)]
-    return features
 
 
 @pytest.mark.parametrize("name", ["mask", "keypoint", "student"])
@@ -250,17 +244,13 @@ def test_features_are_equal(name, request):
 @pytest.mark.parametrize("name", ["mask", "keypoint", "student"])
 @torch.no_grad()
 def test_features_show_a_wrong_eps(name, request):
-    """The tolerance of these tests is below what an eps of 1e-5 changes."""
+    """The test above can fail."""
     pair = request.getfixturevalue(name)
     x = torch.randn(1, 3, *SIZE)
     before = pair.theirs.backbone(x)["0"]
-    for module in pair.theirs.modules():
-        if isinstance(module, FrozenBatchNorm2d):
-            module.eps = 1e-5
+    set_eps(pair.theirs, 1e-5)
     after = pair.theirs.backbone(x)["0"]
-    for module in pair.theirs.modules():
-        if isinstance(module, FrozenBatchNorm2d):
-            module.eps = 0.0
+    set_eps(pair.theirs, 0.0)
     assert (after - before).abs().max() > 1e-2 * before.abs().max()
 
 
@@ -317,8 +307,7 @@ def test_detections_are_equal(name, request):
         assert torch.equal(cell.round(), rounded)
     theirs.rpn.anchor_generator.cell_anchors = cells
     theirs.roi_heads.detections_per_img = 4
-    for predictor in (ours.roi_heads.box_predictor,):
-        predictor.test_topk_per_image = 4
+    ours.roi_heads.box_predictor.test_topk_per_image = 4
 
     image = torch.rand(3, 128, 192)
     ours_found = ours.inference([{"image": image * 255}], do_postprocess=False)[0]
@@ -336,10 +325,578 @@ def test_detections_are_equal(name, request):
 
 def theirs_detections(model, image):
     """Of torchvision, on the image as it is, before masks are pasted into it."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.transform.image_mean, model.transform.image_std))
-    x = ((image - mean) / std)[None]
+    x = model.transform.normalize(image)[None]
     images = detection.image_list.ImageList(x, [tuple(image.shape[1:])])
     features = model.backbone(x)
     proposals, _ = model.rpn(images, features)
     (found,), _ = model.roi_heads(features, proposals, images.image_sizes)
     return found
+
+
+@pytest.mark.parametrize("kind", list(TEACHERS))
+def test_teachers_run_with_torchvisions_numbers(kind):
+    with torch.device("meta"):
+        model = torchvision_detector(kind, classes=2 if kind == "keypoint" else 91)
+    cfg = load_config(TEACHERS[kind])
+    rpn, heads = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
+    theirs, roi_heads = model.rpn, model.roi_heads
+
+    top = {"training": rpn.PRE_NMS_TOPK_TRAIN, "testing": rpn.PRE_NMS_TOPK_TEST}
+    assert theirs._pre_nms_top_n == top
+    top = {"training": rpn.POST_NMS_TOPK_TRAIN, "testing": rpn.POST_NMS_TOPK_TEST}
+    assert theirs._post_nms_top_n == top
+    assert theirs.nms_thresh == rpn.NMS_THRESH
+    for sampler, node in ((theirs.fg_bg_sampler, rpn), (roi_heads.fg_bg_sampler, heads)):
+        assert sampler.batch_size_per_image == node.BATCH_SIZE_PER_IMAGE
+        assert sampler.positive_fraction == node.POSITIVE_FRACTION
+    matcher = theirs.proposal_matcher
+    assert [matcher.low_threshold, matcher.high_threshold] == rpn.IOU_THRESHOLDS
+    matcher = roi_heads.proposal_matcher
+    assert [matcher.low_threshold, matcher.high_threshold] == 2 * heads.IOU_THRESHOLDS
+    assert roi_heads.box_coder.weights == cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
+    assert roi_heads.score_thresh == heads.SCORE_THRESH_TEST
+    assert roi_heads.nms_thresh == heads.NMS_THRESH_TEST
+    assert roi_heads.detections_per_img == cfg.TEST.DETECTIONS_PER_IMAGE
+
+    poolers = {"box": cfg.MODEL.ROI_BOX_HEAD}
+    if kind != "faster":
+        poolers[kind] = cfg.MODEL["ROI_MASK_HEAD" if kind == "mask" else "ROI_KEYPOINT_HEAD"]
+    for name, node in poolers.items():
+        pooler = getattr(roi_heads, f"{name}_roi_pool")
+        assert pooler.output_size == 2 * (node.POOLER_RESOLUTION,)
+        assert pooler.sampling_ratio == node.POOLER_SAMPLING_RATIO == 2
+        assert node.POOLER_TYPE == "ROIAlign"
+    sizes = [[size] for (size,) in theirs.anchor_generator.sizes]
+    assert sizes == cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    transform = model.transform
+    assert cfg.INPUT.MIN_SIZE_TEST == transform.min_size[-1]
+    assert cfg.INPUT.MAX_SIZE_TEST == transform.max_size
+    assert cfg.INPUT.MIN_SIZE_TRAIN == transform.min_size
+    assert cfg.INPUT.FORMAT == "RGB"
+    assert cfg.MODEL.PIXEL_MEAN == pytest.approx([255 * mean for mean in transform.image_mean])
+    assert cfg.MODEL.PIXEL_STD == pytest.approx([255 * std for std in transform.image_std])
+
+
+@pytest.mark.parametrize("kind", list(TEACHERS))
+def test_teachers_name_the_weights(kind):
+    weights = {
+        "faster": detection.FasterRCNN_ResNet50_FPN_Weights,
+        "mask": detection.MaskRCNN_ResNet50_FPN_Weights,
+        "keypoint": detection.KeypointRCNN_ResNet50_FPN_Weights,
+    }
+    text = Path(model_zoo.get_config_file(TEACHERS[kind])).read_text()
+    target = f"torchvision_{kind}_rcnn_R_50_FPN.pth"
+    assert weights[kind].COCO_V1.url in text
+    assert load_config(TEACHERS[kind]).MODEL.WEIGHTS == target and f"#     {target}\n" in text
+
+
+# What the file may look like.
+
+
+def converted(tool, state_dict, eps=0.0, coco=True):
+    return tool.convert(tool.state_dict_of({"model": state_dict}), eps, coco=coco)
+
+
+def assert_same_weights(ours, expected):
+    assert set(ours) == set(expected)
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+
+
+@pytest.mark.parametrize("names", [dict, old_names, icpr_names])
+@pytest.mark.parametrize("pair", ["mask", "keypoint", "student"])
+def test_all_namings_give_the_same(tool, pair, names, request):
+    pair = request.getfixturevalue(pair)
+    state_dict = pair.theirs.state_dict()
+    assert_same_weights(converted(tool, names(state_dict)).weights, pair.weights)
+
+
+def test_namings_differ(student, mask):
+    """The test above compares what it says."""
+    ours = mask.theirs.state_dict()
+    assert len(set(ours) - set(old_names(ours))) == 8 + 8 + 2 + 8
+    ours = student.theirs.state_dict()
+    assert len(set(old_names(ours)) - set(icpr_names(ours))) == 19
+
+
+@pytest.mark.parametrize("kind", ["faster", "mask"])
+@pytest.mark.parametrize("naming", ["released", "torchvision_ge_0_13"])
+def test_every_key_of_the_released_checkpoints(tool, shared, kind, naming):
+    keys = json.loads((shared / "golden" / "ghnd_keys.json").read_text())["models"][kind]
+    state_dict = {key[naming]: torch.zeros(key["shape"]) for key in keys}
+    weights = converted(tool, state_dict).weights
+    assert set(weights) == {key["detectron2"] for key in keys}
+    rows = {91: (80, 81), 364: (320,)}
+    for key in keys:
+        found, (first, *rest) = weights[key["detectron2"]].shape, key["shape"] or (None,)
+        assert list(found[1:]) == rest
+        assert not found or found[0] in rows.get(first, (first,))
+
+
+@torch.no_grad()
+def test_small_resnet(tool, tmp_path):
+    model = torchvision_detector("faster", depth=18)
+    pair = Pair(tool, tmp_path, model, model.state_dict())
+    x = torch.randn(1, 3, *SIZE)
+    assert_equal_maps(pair.ours.backbone(x).values(), model.backbone(x).values())
+    assert "Faster R-CNN R18-FPN: " in pair.output
+    pairs = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
+    assert shlex.split(pair.output.splitlines()[-1])[7:] == pairs
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_every_depth(tool, depth, bottleneck):
+    with torch.device("meta"):  # names and shapes alone
+        stage = NaiveBottleneck(ends=(64, 64 if depth < 50 else 256)) if bottleneck else None
+        found = converted(tool, torchvision_detector("faster", depth, bottleneck=stage).state_dict())
+        cfg, needed = tool.complete_config(TEACHERS["faster"], ["MODEL.DEVICE", "meta"], found.keys)
+        expected = build_model(cfg).state_dict()
+    assert cfg.MODEL.RESNETS.DEPTH == depth and ("MODEL.RESNETS.DEPTH" in needed) == (depth != 50)
+    assert {n: t.shape for n, t in found.weights.items()} == {n: t.shape for n, t in expected.items()}
+
+
+@torch.no_grad()
+def test_student_of_other_widths_and_depth(tool, tmp_path):
+    bottleneck = NaiveBottleneck(5, widths=(8, 12, 10, 6, 14), ends=(64, 64))
+    model = torchvision_detector("faster", depth=18, classes=4, bottleneck=bottleneck)
+    pair = Pair(
+        tool, tmp_path, model, icpr_names(model.state_dict()), "--config-file", TEACHERS["faster"]
+    )
+    x = torch.randn(1, 3, *SIZE)
+    assert_equal_maps(pair.ours.backbone(x).values(), model.backbone(x).values())
+    assert "R18-FPN, GHND's student with 5 bottleneck channels" in pair.output
+    for text in ("CHANNELS 5", "ENCODER_WIDTHS '[8, 12, 10]'", "DECODER_WIDTHS '[6, 14]'"):
+        assert f"MODEL.BOTTLENECK.{text}" in pair.output
+
+
+def test_summary(student, mask, keypoint):
+    lines = student.output.splitlines()
+    detector = "Faster R-CNN R50-FPN, GHND's student with 3 bottleneck channels"
+    assert lines[0].startswith(f"{detector}: 293 tensors")
+    assert lines[1].endswith("cls_score 91 -> 81, roi_heads.box_predictor.bbox_pred 364 -> 320")
+    assert "0 - 1e-05 was added to running_var of 43 frozen" in lines[2] and "; 8 ordinary" in lines[2]
+    assert lines[-1].split()[4:] == [
+        *(TEACHERS["faster"], "MODEL.WEIGHTS", lines[-1].split()[6]),
+        *("MODEL.BACKBONE.NAME", "build_bottleneck_backbone"),
+    ]
+    assert mask.output.startswith("Mask R-CNN R50-FPN: 307 tensors") and "91 -> 80" in mask.output
+    assert keypoint.output.startswith("Keypoint R-CNN R50-FPN: 313 tensors")
+    assert "DATASETS.TEST" not in student.output + mask.output + keypoint.output
+
+
+def test_packaged_configs(tool):
+    """Those of students come with Distillation-GHND."""
+    for kind in TEACHERS:
+        keys = {"MODEL.KEYPOINT_ON": kind == "keypoint", "MODEL.MASK_ON": kind == "mask"}
+        assert tool.packaged_config(keys) == TEACHERS[kind]
+        student = tool.packaged_config({**keys, "MODEL.BOTTLENECK.CHANNELS": 3})
+        assert student == f"Distillation-GHND/torchvision_{kind}_rcnn_R_50_FPN_ghnd.yaml"
+
+
+def test_student_by_the_packaged_config(tool, student, tmp_path):
+    name = "Distillation-GHND/torchvision_faster_rcnn_R_50_FPN_ghnd.yaml"
+    if name not in model_zoo.available_configs():
+        pytest.skip(f"there is no {name} in this checkout")
+    path, output = run(tool, tmp_path, student.theirs.state_dict())
+    assert_same_weights(read_checkpoint(str(path))["model"], student.weights)
+    assert shlex.split(output.splitlines()[-1])[4:] == [name, "MODEL.WEIGHTS", str(path)]
+
+
+def test_what_is_written(student):
+    # No metadata of torchvision's modules, which detectron2 would take for its own.
+    assert type(student.weights) is dict
+    assert all(type(tensor) is torch.Tensor for tensor in student.weights.values())
+
+
+# Classes.
+
+
+# COCO's ids, written down.
+IDS = [*range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70, *range(72, 83)]
+IDS += range(84, 91)
+
+
+def class_weights(rows):
+    """cls_score's row r is [r], bbox_pred's four are [10 r, ..., 10 r + 3], the masks' are [-r]."""
+    weights = {}
+    for leaf in ("weight", "bias"):
+        shape = (-1, 1) if leaf == "weight" else (-1,)
+        score = torch.arange(rows)
+        box = (10 * score[:, None] + torch.arange(4)).flatten()
+        weights[f"roi_heads.box_predictor.cls_score.{leaf}"] = score.reshape(shape)
+        weights[f"roi_heads.box_predictor.bbox_pred.{leaf}"] = box.reshape(shape)
+        weights[f"roi_heads.mask_head.predictor.{leaf}"] = -score.reshape(shape)
+    return weights
+
+
+@pytest.mark.parametrize(
+    "rows, coco, expected",
+    [
+        (91, True, IDS),
+        (91, False, list(range(1, 91))),
+        (81, True, list(range(1, 81))),
+        (4, True, [1, 2, 3]),
+        (2, True, [1]),
+    ],
+)
+def test_order_of_classes(tool, rows, coco, expected):
+    weights = class_weights(rows)
+    tool.last_background(weights, coco=coco)
+    boxes = [10 * row + side for row in expected for side in range(4)]
+    for leaf in ("weight", "bias"):
+        order = {
+            "roi_heads.box_predictor.cls_score": [*expected, 0],
+            "roi_heads.box_predictor.bbox_pred": boxes,
+            "roi_heads.mask_head.predictor": [-row for row in expected],
+        }
+        for layer, values in order.items():
+            assert weights[f"{layer}.{leaf}"].flatten().tolist() == values
+
+
+def test_cocos_rows_are_detectron2s_classes():
+    assert IDS == COCO_ROWS and len(IDS) == 80
+    assert [NAMES[row] for row in IDS] == MetadataCatalog.get("coco_2017_val").thing_classes
+
+
+@pytest.mark.parametrize("options", [[], ["MODEL.ROI_HEADS.NUM_CLASSES", "90"]])
+def test_91_rows_of_own_classes(tool, tmp_path, options):
+    model = torchvision_detector("faster", depth=18)
+    scores = model.state_dict()["roi_heads.box_predictor.cls_score.bias"]
+    path, output = run(tool, tmp_path, model.state_dict(), *options)
+    ours = read_checkpoint(str(path))["model"]["roi_heads.box_predictor.cls_score.bias"]
+    assert torch.equal(ours, torch.cat([scores[1:], scores[:1]]) if options else scores[[*IDS, 0]])
+    for text in ("MODEL.ROI_HEADS.NUM_CLASSES 90", "with DATASETS.TEST"):
+        assert (text in output) == bool(options)
+
+
+def test_own_number_of_classes(tool, tmp_path):
+    model = torchvision_detector("mask", depth=18, classes=6)
+    pair = Pair(tool, tmp_path, model, model.state_dict())
+    shapes = {name: len(tensor) for name, tensor in pair.weights.items() if "predictor" in name}
+    assert set(shapes.values()) == {6, 20, 5}
+    assert "MODEL.ROI_HEADS.NUM_CLASSES 5" in pair.output and "with DATASETS.TEST" in pair.output
+
+
+# Batch norms.
+
+
+def test_eps_is_exact(tool, student):
+    theirs, ours = student.theirs.state_dict(), student.weights
+    frozen = [name for name in theirs if name.endswith("bn1.running_var")]
+    assert len(frozen) == 1 + 4 + 6 + 3
+    for name in frozen:
+        expected = (theirs[name].double() - 1e-5).float()
+        assert torch.equal(ours[tool.detectron2_name(name)], expected)
+        assert not torch.equal(expected, theirs[name])
+
+
+def test_bottleneck_is_untouched(tool, student):
+    theirs, ours = student.theirs.state_dict(), student.weights
+    names = [name for name in theirs if ".layer1." in name]
+    assert len(names) == 8 + 8 * 5
+    for name in names:
+        half = name.partition(".layer1.")[2]
+        assert torch.equal(ours[f"backbone.bottom_up.res2.{half}"], theirs[name])
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 1e-3])
+def test_other_eps(tool, eps, tmp_path):
+    """In detectron2 a variance v acts as v + 1e-5, in the input as v + eps."""
+    model = torchvision_detector("faster", depth=18, classes=3, eps=eps)
+    pair = Pair(tool, tmp_path, model, model.state_dict(), "--frozen-bn-eps", str(eps))
+    x = torch.randn(1, 3, *SIZE)
+    with torch.no_grad():
+        assert_equal_maps(pair.ours.backbone(x).values(), model.backbone(x).values())
+    theirs = model.state_dict()["backbone.body.bn1.running_var"]
+    ours = pair.weights["backbone.bottom_up.stem.conv1.norm.running_var"]
+    assert torch.equal(ours, theirs) == (eps == 1e-5)
+
+
+@torch.no_grad()
+def test_ordinary_norms_have_their_own_eps(tool, tmp_path):
+    """torchvision without any pretrained weights trains ordinary batch norms."""
+    model = torchvision_detector("faster", depth=18, classes=3, norm_layer=nn.BatchNorm2d)
+    pair = Pair(tool, tmp_path, model, model.state_dict())
+    x = torch.randn(1, 3, *SIZE)
+    assert_equal_maps(pair.ours.backbone(x).values(), model.backbone(x).values())
+    assert "dropped 20 (counters of ordinary batch norms" in pair.output
+    assert "running_var of 0 frozen batch norms; 20 ordinary" in pair.output
+
+
+def test_half_precision_keeps_small_variances(tool):
+    weights = {"backbone.bottom_up.stem.conv1.norm.running_var": torch.full((2,), 0.5).half()}
+    tool.match_eps(weights, 0.0)
+    (variance,) = weights.values()
+    assert variance.dtype == torch.float32
+    assert variance.tolist() == pytest.approx([0.49999] * 2, abs=1e-7)
+
+
+# Every key is accounted for.
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A Faster R-CNN R18-FPN of 6 classes."""
+    return torchvision_detector("faster", depth=18, classes=7).state_dict()
+
+
+def refused(tool, folder, data, capsys, *options):
+    """The message with which the conversion of ``data`` stops; an older result stays."""
+    source, target = folder / "input.pth", folder / "output.pth"
+    if data is not None:
+        torch.save(data, source)
+    target.write_text("older")
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(source), str(target), *options])
+    assert target.read_text() == "older"
+    assert set(os.listdir(folder)) <= {"input.pth", "output.pth"}
+    if stop.value.code == 2:  # of argparse, which has printed it
+        return capsys.readouterr().err
+    assert str(stop.value.code).startswith("convert_torchdistill: nothing was written: ")
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backbone.body.layer2.0.conv1.weights",
+        "backbone.body.layer5.0.conv1.weight",
+        "backbone.body.bottleneck_layer.encoder.0.weight",
+        "backbone.body.layer1.encoder.encoder.encoder.0.weight",
+        "backbone.fpn.extra_blocks.p6.weight",
+        "roi_heads.keypoint_head.3.weight",
+        "module.rpn.head.conv.weight",
+        "optimizer",
+    ],
+)
+def test_unknown_key_is_named(tool, tmp_path, capsys, small, name):
+    data = {**small, name: torch.zeros(1)}
+    message = refused(tool, tmp_path, data, capsys)
+    assert f"1 of INPUT's {len(data)} keys are none of" in message and message.endswith(f": {name}")
+
+
+def test_renamed_keys_are_named(tool, tmp_path, capsys, small):
+    data = {name.replace("layer3", "layer_3"): tensor for name, tensor in small.items()}
+    message = refused(tool, tmp_path, data, capsys)
+    assert "25 of INPUT's" in message and "backbone.body.layer_3.0.conv1.weight" in message
+    assert message.endswith(", and 5 more")
+
+
+def test_two_keys_of_one_meaning(tool, tmp_path, capsys, small):
+    data = {**small, "rpn.head.conv.bias": torch.zeros(256)}
+    message = refused(tool, tmp_path, data, capsys)
+    assert "rpn.head.conv.0.0.bias and rpn.head.conv.bias both are proposal_generator" in message
+
+
+def test_what_differs_from_the_model_is_listed(tool, tmp_path, capsys, small):
+    data = dict(small)
+    del data["backbone.fpn.inner_blocks.2.0.bias"]
+    data["backbone.body.layer4.1.conv2.bias"] = torch.zeros(512)
+    data["rpn.head.cls_logits.weight"] = torch.zeros(5, 256, 1, 1)
+    message = refused(tool, tmp_path, data, capsys)
+    for text in (
+        f"not those of the detector of '{TEACHERS['faster']}'",
+        "1 missing: backbone.fpn_lateral4.bias\n",
+        "1 unexpected: backbone.bottom_up.res5.1.conv2.bias\n",
+        "1 of another shape: proposal_generator.rpn_head.objectness_logits.weight (5, 256, 1, 1) instead"
+        " of (3, 256, 1, 1)",
+    ):
+        assert text in message
+
+
+def test_key_value_pairs_describe_an_unusual_detector(tool, tmp_path, small):
+    """Five anchors at each place instead of three."""
+    data = dict(small)
+    for layer, rows in (("cls_logits", 5), ("bbox_pred", 20)):
+        data[f"rpn.head.{layer}.weight"] = torch.zeros(rows, 256, 1, 1)
+        data[f"rpn.head.{layer}.bias"] = torch.zeros(rows)
+    pairs = ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.3, 0.5, 1.0, 2.0, 3.0]]"]
+    _, output = run(tool, tmp_path, data, *pairs)
+    assert printed_config(output).MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS == [[0.3, 0.5, 1.0, 2.0, 3.0]]
+
+
+def test_dropped_keys_are_said(tool, tmp_path, student):
+    """The classifier of ImageNet, and the neural filter of ICPR 2020."""
+    data = {**icpr_names(student.theirs.state_dict()), "backbone.body.fc.bias": torch.zeros(1000)}
+    for name in ("1.weight", "2.running_mean", "10.bias"):
+        data[f"backbone.body.layer1.encoder.ext_classifier.{name}"] = torch.zeros(64)
+    path, output = run(tool, tmp_path, data, "--config-file", TEACHERS["faster"])
+    assert_same_weights(read_checkpoint(str(path))["model"], student.weights)
+    lines = output.splitlines()
+    reason = "the classifier of ImageNet, which a detector does not use"
+    assert f"  dropped 1 ({reason}): backbone.body.fc.bias" in lines
+    (line,) = [line for line in lines if "neural filter" in line]
+    assert line.startswith("  dropped 3 ") and line.endswith("encoder.ext_classifier.10.bias")
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn_v2"])
+def test_second_version_is_refused(tool, tmp_path, capsys, name):
+    with torch.device("meta"):
+        names = list(getattr(detection, name)(weights=None, weights_backbone=None).state_dict())
+    message = refused(tool, tmp_path, {name: torch.zeros(1) for name in names}, capsys)
+    assert "architecture of torchvision's fasterrcnn_resnet50_fpn_v2" in message
+
+
+def test_other_detectors_are_refused(tool, tmp_path, capsys):
+    for build in (detection.retinanet_resnet50_fpn, detection.fasterrcnn_mobilenet_v3_large_fpn):
+        with torch.device("meta"):
+            names = list(build(weights=None, weights_backbone=None).state_dict())
+        message = refused(tool, tmp_path, {name: torch.zeros(1) for name in names}, capsys)
+        assert "keys are none of torchvision's" in message
+
+
+def test_backbone_alone_is_refused(tool, tmp_path, capsys, small):
+    data = {name: tensor for name, tensor in small.items() if name.startswith("backbone")}
+    message = refused(tool, tmp_path, data, capsys)
+    assert "no roi_heads.box_predictor.cls_score.weight: it is no Faster, Mask or Keypoint" in message
+
+
+def test_unusual_network_is_refused(tool, tmp_path, capsys, small):
+    data = {name: tensor for name, tensor in small.items() if "layer3.1" not in name}
+    message = refused(tool, tmp_path, data, capsys)
+    assert "has (2, 1, 2) blocks of 2 convolutions in layer2 to layer4; expected" in message
+    data = {**small, "backbone.body.layer1.encoder.0.weight": torch.zeros(64, 64, 2, 2)}
+    message = refused(tool, tmp_path, data, capsys)
+    assert "not GHND's of 2020: it lacks backbone.bottom_up.res2.encoder.2.weight" in message
+
+
+def test_disagreeing_rows_are_refused(tool, tmp_path, capsys, small):
+    data = {**small, "roi_heads.box_predictor.bbox_pred.bias": torch.zeros(24)}
+    message = refused(tool, tmp_path, data, capsys)
+    assert "bbox_pred.bias has 24 rows, but cls_score.weight has 7" in message
+
+
+# Wrong input.
+
+
+class Evil:
+    """Unpickling it creates a file."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("inside", ["args", "model", "Namespace"])
+def test_code_in_the_file_is_not_run(tool, tmp_path, capsys, legacy, inside):
+    marker = tmp_path / "executed"
+    evil = Evil(marker)
+    data = {"model": {"weight": torch.zeros(1)}, "args": None}
+    if inside == "Namespace":
+        data["args"] = argparse.Namespace(a=evil)
+    else:
+        data[inside] = evil
+    torch.save(data, tmp_path / "input.pth", _use_new_zipfile_serialization=not legacy)
+    message = refused(tool, tmp_path, None, capsys)
+    assert "input.pth': it wants to use posix.system. It may be" in message
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("numpy", ["numpy.core", "numpy._core"])
+def test_released_checkpoint_of_any_numpy(tool, tmp_path, numpy):
+    path = tmp_path / "released.pth"
+    torch.save(released({"weight": torch.ones(1)}), path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for own in (b"cnumpy._core.", b"cnumpy.core."):
+        content = content.replace(own, b"cNUMPY.")
+    assert b"cNUMPY.multiarray" in content
+    path.write_bytes(content.replace(b"cNUMPY.", f"c{numpy}.".encode()))
+    entries = read_checkpoint(str(path), unread=tool.UNREAD)
+    assert entries["model"] == {"weight": torch.ones(1)}
+    assert vars(entries["args"]) == {}  # read as nothing
+
+
+def test_extra_classes_are_of_one_call_alone(tool, tmp_path):
+    path = tmp_path / "released.pth"
+    torch.save(released({"weight": torch.ones(1)}), path)
+    read_checkpoint(str(path), unread=tool.UNREAD)
+    if not hasattr(torch.serialization, "safe_globals"):
+        pytest.skip("torch 2.4 has no way to take it back")
+    with pytest.raises(ValueError, match="it wants to use"):
+        read_checkpoint(str(path))
+
+
+def test_missing_file(tool, tmp_path, capsys):
+    assert "input.pth' does not exist" in refused(tool, tmp_path, None, capsys)
+
+
+@pytest.mark.parametrize("content", [b"<html>Not found</html>", b"", b"\x80\x02]q\x00."])
+def test_not_a_checkpoint(tool, tmp_path, capsys, content):
+    (tmp_path / "input.pth").write_bytes(content)
+    assert "input.pth'" in refused(tool, tmp_path, None, capsys)
+
+
+@pytest.mark.parametrize(
+    "data, text",
+    [
+        ([torch.zeros(1)], "holds a list, not the entries of a checkpoint"),
+        ({"model": [torch.zeros(1)]}, "entry 'model' is no state_dict"),
+        ({"model": {}}, "entry 'model' is no state_dict"),
+        ({}, "no state_dict"),
+        ({"epoch": 3, "weights": torch.zeros(1)}, "are not tensors with names: epoch"),
+        ({"model": {"a": 1, 3: torch.zeros(1)}}, "are not tensors with names: a, 3"),
+    ],
+)
+def test_not_a_state_dict(tool, tmp_path, capsys, data, text):
+    assert text in refused(tool, tmp_path, data, capsys)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (["MODEL.RESNETS.DEPTH"], "the KEY VALUE pairs are incomplete"),
+        (["MODEL.RESNETS.DEPHT", "18"], "the closest are ['MODEL.RESNETS.DEPTH"),
+        (["--frozen-bn-eps", "-1"], "--frozen-bn-eps is -1.0; expected 0 or more"),
+        (["--frozen-bn-eps", "small"], "invalid float value: 'small'"),
+        (["--config-file", "Teachers/none.yaml"], "config 'Teachers/none.yaml' does not exist"),
+        (["MODEL.BACKBONE.NAME", "build_nothing"], "builds no model"),
+    ],
+)
+def test_wrong_options(tool, tmp_path, capsys, small, options, text):
+    assert text in refused(tool, tmp_path, small, capsys, *options)
+
+
+def test_wrong_paths(tool, tmp_path, capsys):
+    source = tmp_path / "input.pth"
+    source.write_text("input")
+    (tmp_path / "folder.pth").mkdir()
+    for target, text in (
+        (source, "INPUT and OUTPUT are the same file"),
+        (tmp_path / "." / "link.pth", "INPUT and OUTPUT are the same file"),
+        (tmp_path / "none" / "output.pth", f"'{tmp_path / 'none'}', does not exist"),
+        (tmp_path / "output.pkl", "expected a name that ends with .pth"),
+        (tmp_path / "folder.pth", "is a folder; expected the name of a file"),
+    ):
+        if target.name == "link.pth":
+            target.symlink_to(source)
+        with pytest.raises(SystemExit) as stop:
+            tool.main([str(source), str(target)])
+        assert stop.value.code == 2 and text in capsys.readouterr().err
+    assert source.read_text() == "input"
+
+
+def test_full_disk_loses_nothing(tool, tmp_path, capsys, small, monkeypatch):
+    torch.save(small, tmp_path / "input.pth")
+
+    def disk_full(_data, file):
+        file.write(b"half a checkpoint")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tool.torch, "save", disk_full)
+    assert "No space left on device" in refused(tool, tmp_path, None, capsys)
+
+
+def test_older_result_is_replaced(tool, tmp_path, small):
+    (tmp_path / "output.pth").write_text("older")
+    path, _ = run(tool, tmp_path, small)
+    assert set(read_checkpoint(str(path))) == {"model", "__author__"}
+
+
+def test_help_says_which_eps(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1e-5, detectron2's own, is that of models trained from an ImageNet backbone" in text

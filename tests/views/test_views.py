@@ -4,6 +4,7 @@ import pytest
 import torch
 from detectron2.modeling import FCOS, build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from recorded import count_calls, detector, detector_from_p3, trained_on
 from tiny import tiny_batch, tiny_config
 from torch import nn
@@ -500,3 +501,138 @@ def test_probe_restores_training_after_an_error():
     with pytest.raises(RuntimeError):
         view.probe(65, 65)  # the FPN cannot add levels of odd sizes
     assert all(module.training for module in view.model.modules())
+
+
+# What losses read of the backbone.
+
+
+@pytest.mark.parametrize(
+    "family, levels, reads",
+    [
+        ("retinanet", [], []),
+        ("retinanet", ["res3"], ["backbone.bottom_up.res3"]),
+        ("retinanet", ["res3", "res2", "res3"], ["backbone.bottom_up.res2", "backbone.bottom_up.res3"]),
+        ("fcos", ["p4", "p2"], ["backbone"]),
+        ("mask", ["p6", "res5"], ["backbone", "backbone.bottom_up.res5"]),
+    ],
+)
+def test_what_is_read_of_the_backbone(family, levels, reads):
+    view = build_view(detector(family), "student")
+    for name in levels:
+        view.require_level(name)
+    assert view.backbone_reads == reads
+
+
+def test_backbone_without_a_neck():
+    """Its last stages are its own outputs."""
+    view = build_view(c4_detector(), "student")
+    view.require_level("res2")
+    assert view.backbone_reads == ["backbone.res2"]
+    view.require_level("res4")
+    assert view.backbone_reads == ["backbone", "backbone.res2"]
+
+
+def c4_detector():
+    cfg = tiny_config("faster")
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 1, 4
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 4, 8
+    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32.0, 64.0]]
+    return build_model(cfg)
+
+
+@pytest.mark.parametrize("path", ["backbone.bottom_up.stem", "backbone.fpn_lateral3", "backbone"])
+def test_taps_inside_the_backbone_count(path):
+    view = build_view(detector(), "student")
+    view.require_tap(path)
+    assert view.backbone_reads == [path]
+
+
+@pytest.mark.parametrize("path", ["head", "head.cls_score", "anchor_generator", ""])
+def test_nothing_is_of_the_backbone_alone_where_other_modules_are_read(path):
+    view = build_view(detector(), "student")
+    view.require_level("res2")
+    view.require_tap(path)
+    assert view.backbone_reads == []
+
+
+HEADS = [("retinanet", "dense"), ("faster", "rpn"), ("mask", "box_head")]
+
+
+@pytest.mark.parametrize("family, capability", HEADS)
+def test_nothing_is_of_the_backbone_alone_where_heads_are_needed(family, capability):
+    view = build_view(detector(family), "student")
+    view.require_level("res2")
+    view.require(capability)
+    assert view.backbone_reads == []
+
+
+def test_what_cannot_be_read_does_not_count():
+    view = build_view(detector(), "student")
+    for name in ("p7", "res7"):
+        with pytest.raises(KeyError):
+            view.require_level(name)
+    assert view.backbone_reads == []
+
+
+@pytest.mark.parametrize(
+    "levels, parts",
+    [
+        (["res2"], ["stem", "res2"]),
+        (["res3", "res2"], ["stem", "res2", "res3"]),
+        (["p3"], ["stem", "res2", "res3", "res4", "fpn_output2", "backbone"]),
+    ],
+)
+def test_forward_of_a_student_ends_with_the_last_that_is_read(levels, parts):
+    view, ran = build_view(detector().train(), "student"), []
+    for name in ("res2", "res3", "res4", "stem"):
+        module = view.model.backbone.bottom_up.get_submodule(name)
+        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    view.model.backbone.fpn_output2.register_forward_pre_hook(lambda *_: ran.append("fpn_output2"))
+    view.model.head.register_forward_pre_hook(lambda *_: pytest.fail("the head runs"))
+    for name in levels:
+        view.require_level(name)
+    with view.recording(), EventStorage(0):
+        with view.until_read():
+            view.model([{"image": item["image"]} for item in tiny_batch()])  # no ground truth
+        assert ran == [part for part in parts if part != "backbone"]
+        assert view.taps.has("backbone") is ("backbone" in parts)
+        assert all(view.level(name).requires_grad for name in levels)
+
+
+def test_forward_of_a_student_runs_to_its_end_where_nothing_is_stated():
+    view = build_view(detector().train(), "student")
+    heads = count_calls(view.model.head)
+    with view.recording(), EventStorage(0), view.until_read():
+        assert set(view.model(tiny_batch())) == {"loss_cls", "loss_box_reg"}
+    assert len(heads) == 1
+
+
+@pytest.mark.parametrize(
+    "levels, reached",
+    [
+        (["res2"], ["bottom_up.stem", "bottom_up.res2"]),
+        (["p4"], ["bottom_up", "fpn_lateral4", "fpn_output4"]),
+        (["p2", "p3", "p4"], ["bottom_up", "fpn_"]),
+    ],
+)
+def test_parameters_that_gradients_reach(levels, reached):
+    view = build_view(detector().train(), "student")
+    for name in levels:
+        view.require_level(name)
+    known = {parameter: name for name, parameter in view.model.backbone.named_parameters()}
+    found = {known[parameter] for parameter in view.reached_parameters()}
+    assert found == {name for name in known.values() if name.startswith(tuple(reached))}
+
+
+def test_frozen_parameters_are_not_reached():
+    view = build_view(detector(), "student")
+    view.require_level("res3")
+    view.model.backbone.bottom_up.stem.requires_grad_(False)
+    bottom_up = view.model.backbone.bottom_up
+    assert view.reached_parameters() == {*bottom_up.res2.parameters(), *bottom_up.res3.parameters()}
+    bottom_up.requires_grad_(False)
+    assert view.reached_parameters() == set()
+    view.model.requires_grad_(False)
+    assert view.reached_parameters() == set()

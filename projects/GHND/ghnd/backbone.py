@@ -70,6 +70,7 @@ def inject_bottleneck(backbone: Backbone, channels: int = 3, **options: Any) -> 
 
     Raises:
         TypeError: there is no ResNet in it.
+        ValueError: the ResNet has no first stage, or one that changes the resolution.
     """
     resnet = getattr(backbone, "bottom_up", backbone)
     if not isinstance(resnet, ResNet):
@@ -77,8 +78,13 @@ def inject_bottleneck(backbone: Backbone, channels: int = 3, **options: Any) -> 
             f"MODEL.BOTTLENECK.BACKBONE builds a {type(resnet).__name__}; a bottleneck replaces the "
             "first stage of a detectron2 ResNet"
         )
-    name = resnet.stage_names[0]
-    shape = resnet._out_feature_channels
+    shape, strides = resnet._out_feature_channels, resnet._out_feature_strides
+    name = next(iter(resnet.stage_names), "")
+    if strides.get(name) != strides["stem"]:
+        raise ValueError(
+            "a bottleneck replaces a first stage of the stem's resolution, but the ResNet's strides are "
+            f"{strides} (MODEL.RESNETS.OUT_FEATURES, of a LazyConfig the stages)"
+        )
     stage = BottleneckStage(shape["stem"], shape[name], channels, **options)
     setattr(resnet, name, stage)
     resnet.stages[0] = stage  # a plain list, which ResNet.forward goes through

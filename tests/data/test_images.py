@@ -1,0 +1,169 @@
+"""Images without annotations: a folder of them."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+from data.test_custom import assert_fails, load
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+from tiny import tiny_config
+
+from distill_d2.data import images, register_custom_datasets
+from distill_d2.data.images import load_images
+
+_numbers = itertools.count()
+
+
+def write(path, width=60, height=40, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.RandomState(0).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def entry_of(folder, **changes):
+    return {"NAME": f"images_{next(_numbers)}", "FORMAT": "images", "IMAGES": str(folder), **changes}
+
+
+def test_what_detectron2_wants_of_each(tmp_path):
+    path = write(tmp_path / "a.png")
+    (record,) = load_images("unlabeled", str(tmp_path))
+    assert record == {
+        **{"file_name": str(path), "image_id": "a.png"},
+        **{"height": 40, "width": 60, "annotations": []},
+    }
+
+
+def test_folders_inside_it_count_in_order(tmp_path):
+    names = ["b.png", "a/z.png", "a/b/c.png", "a/b.png", "c/a.png", "10.png", "9.png"]
+    for index, name in enumerate(names):
+        write(tmp_path / name, width=20 + index)
+    records = load_images("unlabeled", str(tmp_path))
+    assert [record["image_id"] for record in records] == sorted(names)
+    for record in records:  # each with its own size, though several threads read them
+        assert record["file_name"] == str(tmp_path / record["image_id"])
+        assert record["width"] == 20 + names.index(record["image_id"])
+
+
+def test_what_counts_as_an_image(tmp_path):
+    wanted = ["a.jpg", "b.JPEG", "c.PNG", "d.bmp", "e.webp", "f.tif", "g.TIFF", "h.i.jpg"]
+    for name in wanted:
+        write(tmp_path / name)
+    for name in ("notes.txt", "annotations.json", "jpg", "a.jpg.part", "x.gif"):
+        (tmp_path / name).write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    records = load_images("unlabeled", str(tmp_path))
+    assert [record["image_id"] for record in records] == wanted
+    assert all((record["height"], record["width"]) == (40, 60) for record in records)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_turned_photos_have_the_size_that_detectron2_reads(tmp_path, orientation, ending):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = write(tmp_path / f"photo.{ending}", exif=exif)
+    (record,) = load_images("unlabeled", str(tmp_path))
+    assert (record["height"], record["width"]) == read_image(str(path), "BGR").shape[:2]
+    turned = orientation in (5, 6, 7, 8)
+    assert (record["height"], record["width"]) == ((60, 40) if turned else (40, 60))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_any_kind_of_pixels(tmp_path, mode):
+    ending = "tif" if mode == "CMYK" else "png"
+    Image.new(mode, (60, 40)).save(tmp_path / f"a.{ending}")
+    (record,) = load_images("unlabeled", str(tmp_path))
+    assert (record["height"], record["width"]) == (40, 60)
+
+
+def test_photos_are_not_decoded(tmp_path, monkeypatch):
+    write(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    assert len(load_images("unlabeled", str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("files", [[], ["notes.txt"]])
+def test_no_images(tmp_path, files):
+    for name in files:
+        (tmp_path / name).write_text("no image")
+    with pytest.raises(ValueError) as caught:
+        load_images("unlabeled", str(tmp_path))
+    assert f"dataset 'unlabeled': '{tmp_path}' holds no images (.jpg, .jpeg, .png, " in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", images._ENDINGS)
+@pytest.mark.parametrize("content", ["nothing", "text", "header"])
+def test_damaged_file_is_named(tmp_path, ending, content):
+    write(tmp_path / "good.png")
+    path = write(tmp_path / "inside" / f"bad{ending}")
+    path.write_bytes({"nothing": b"", "text": b"no image", "header": path.read_bytes()[:10]}[content])
+    with pytest.raises(ValueError, match=f"the image '{path}' cannot be used: "):
+        load_images("unlabeled", str(tmp_path))
+
+
+def test_png_that_is_damaged_further_on_is_named(tmp_path):
+    """Pillow raises another kind of error for it; a PNG's orientation may come after its pixels."""
+    path = write(tmp_path / "bad.png", width=300, height=300)
+    parts = path.read_bytes().split(b"IDAT")
+    assert len(parts) > 3
+    path.write_bytes(b"IDAT".join(parts[:2]) + b"\0\1\2\3" + b"IDAT".join(parts[2:]))
+    with pytest.raises(ValueError, match=f"the image '{path}' cannot be used: "):
+        load_images("unlabeled", str(tmp_path))
+
+
+# In DATASETS.CUSTOM.
+
+
+def test_entry_by_a_relative_path(tmp_path):
+    write(tmp_path / "datasets" / "pets" / "photos" / "a.png")
+    entry = entry_of("pets/photos")
+    (record,) = load(entry)
+    assert record["file_name"] == str(tmp_path / "datasets/pets/photos/a.png")
+    metadata = MetadataCatalog.get(entry["NAME"])
+    assert metadata.get("evaluator_type") is None and metadata.get("thing_classes") is None
+
+
+def test_registering_reads_nothing(tmp_path, monkeypatch):
+    write(tmp_path / "a.png")
+    monkeypatch.setattr(os, "walk", lambda *_: pytest.fail("read"))
+    entry = entry_of(tmp_path)
+    register_custom_datasets([entry])
+    register_custom_datasets([dict(entry)])  # again, as a second run in this process does
+    assert entry["NAME"] in DatasetCatalog.list()
+
+
+def test_wrong_entries(tmp_path):
+    write(tmp_path / "a.png")
+    keys = "a images dataset has ['FORMAT', 'IMAGES', 'NAME'], of which none may be left out"
+    assert_fails(entry_of(tmp_path, JSON="a.json"), "unknown keys ['JSON']", keys)
+    assert_fails(entry_of(tmp_path, CLASSES=["cat"]), "unknown keys ['CLASSES']")
+    without = entry_of(tmp_path)
+    del without["IMAGES"]
+    assert_fails(without, "missing keys ['IMAGES']", keys)
+    assert_fails(entry_of(tmp_path, IMAGES=3), "IMAGES is 3", "expected a text")
+    assert_fails(entry_of(tmp_path, FORMAT="image"), "'image'", "'images'", "'coco'", "'voc'")
+    assert_fails("unlabeled", "expected {NAME: ..., FORMAT: voc, coco or images, ...}")
+    first = entry_of(tmp_path)
+    load(first)
+    (tmp_path / "other").mkdir()
+    assert_fails({**first, "IMAGES": str(tmp_path / "other")}, first["NAME"])
+
+
+def test_folder_that_does_not_exist(tmp_path):
+    write(tmp_path / "datasets" / "pets" / "a.png")
+    texts = ["needs the folder", "datasets/pets/fotos", "['a.png']"]
+    assert_fails(entry_of("pets/fotos"), *texts, error=FileNotFoundError)
+    assert_fails(entry_of("pets/a.png"), "needs the folder", error=FileNotFoundError)
+
+
+def test_mapper_makes_an_image_without_objects_of_it(tmp_path):
+    write(tmp_path / "a.png")
+    for masks in (False, True):
+        cfg = tiny_config("mask" if masks else "retinanet")
+        item = DatasetMapper(cfg, True)(load(entry_of(tmp_path))[0])
+        assert item["image"].shape == (3, 43, 64) and len(item["instances"]) == 0
+        assert item["instances"].gt_boxes.tensor.shape == (0, 4)

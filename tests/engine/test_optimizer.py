@@ -1,0 +1,285 @@
+"""The optimizers of torch.optim, by name, with the settings of SOLVER and OPTIMIZER_ARGS."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from job import Job
+from probe_loss import ProbeLoss
+from test_icd import rewind, trainer_of
+from test_solvers import solver_of
+from test_training import assert_equal, checkpoint
+from test_wrong_input import fails
+from tiny import tiny_config, use_ghnd
+from torch import nn
+
+from distill_d2.engine import build_optimizer, load_config
+from distill_d2.engine.optimizer import kind_of
+
+OPTIMIZER, ARGUMENTS = "SOLVER.OPTIMIZER", "SOLVER.OPTIMIZER_ARGS"
+NAMES = ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD"]
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def built(model=None, **solver):
+    """The optimizer of a config with these keys of SOLVER."""
+    cfg = tiny_config()
+    arguments = solver.pop("OPTIMIZER_ARGS", {})
+    cfg.SOLVER.OPTIMIZER_ARGS = CfgNode(arguments)
+    for key, value in solver.items():
+        cfg.SOLVER[key] = value
+    return build_optimizer(cfg, model or small_model())
+
+
+def step(optimizer, gradient=0.5):
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.full_like(parameter, gradient)
+    optimizer.step()
+
+
+# By name.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_by_its_name_in_any_case(name):
+    for spelt in (name, name.lower(), name.upper()):
+        optimizer = built(OPTIMIZER=spelt)
+        assert type(optimizer) is getattr(torch.optim, name)
+    before = [p.clone() for group in optimizer.param_groups for p in group["params"]]
+    step(optimizer)
+    after = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(before) == 6 and not any(torch.equal(a, b) for a, b in zip(before, after))
+    assert all(p.isfinite().all() for p in after)
+
+
+@pytest.mark.parametrize("name", ["Adam", "RMSprop", "SGD"])
+def test_rate_and_decay_of_each_group(name):
+    keys = {"BASE_LR": 0.3, "WEIGHT_DECAY": 0.1, "WEIGHT_DECAY_NORM": 0.2, "WEIGHT_DECAY_BIAS": 0.05}
+    model = small_model()
+    optimizer = built(model, OPTIMIZER=name, BIAS_LR_FACTOR=2.0, **keys)
+    found = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    settings = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+    assert settings == {
+        **{"0.weight": (0.3, 0.1), "2.weight": (0.3, 0.1), "1.weight": (0.3, 0.2)},
+        **{f"{index}.bias": (0.6, 0.05) for index in range(3)},
+    }
+
+
+def test_what_is_not_trained_is_left_out():
+    model = small_model()
+    model[0].requires_grad_(False)
+    optimizer = built(model, OPTIMIZER="Adam")
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for module in model[1:] for p in module.parameters()}
+    assert kind_of(optimizer) == "Adam of 4 tensors"
+
+
+def test_first_adam_step_by_hand():
+    """p - lr * m / (sqrt(v) + eps), both moments without their bias, of the gradient g + decay * p."""
+    model = small_model()
+    keys = {"BASE_LR": 0.1, "WEIGHT_DECAY": 0.5, "WEIGHT_DECAY_NORM": 0.5}
+    optimizer = built(model, OPTIMIZER="Adam", **keys, OPTIMIZER_ARGS={"eps": 0.01})
+    expected = {}
+    for name, p in model.named_parameters():
+        gradient = 0.02 + 0.5 * p.detach()
+        expected[name] = p.detach() - 0.1 * gradient / (gradient.abs() + 0.01)
+    step(optimizer, 0.02)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name])
+
+
+@pytest.mark.parametrize(
+    "name, arguments", [("Adam", {"betas": [0.8, 0.9]}), ("RMSprop", {"alpha": 0.5})]
+)
+def test_steps_equal_those_of_torch(name, arguments):
+    ours = small_model()
+    theirs = copy.deepcopy(ours)
+    keys = {"BASE_LR": 0.01, "WEIGHT_DECAY": 0.1, "WEIGHT_DECAY_NORM": 0.1}
+    plain = getattr(torch.optim, name)(theirs.parameters(), lr=0.01, weight_decay=0.1, **arguments)
+    optimizers = built(ours, OPTIMIZER=name, OPTIMIZER_ARGS=arguments, **keys), plain
+    for model, optimizer in zip((ours, theirs), optimizers):
+        torch.manual_seed(0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(8, 3)).square().sum().backward()
+            optimizer.step()
+    assert_equal(ours.state_dict(), theirs.state_dict())
+
+
+def test_sgd_has_its_own_keys_too():
+    arguments = {"MOMENTUM": 0.7, "OPTIMIZER_ARGS": {"dampening": 0.2}}
+    group = built(**arguments).param_groups[0]
+    assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.7, False, 0.2)
+    assert built(MOMENTUM=0.7, NESTEROV=True).param_groups[0]["nesterov"]
+    assert built(OPTIMIZER_ARGS={"momentum": 0.1}).param_groups[0]["momentum"] == 0.1
+
+
+def test_other_optimizers_do_not_get_the_keys_of_sgd():
+    assert built(OPTIMIZER="RMSprop", MOMENTUM=0.7).param_groups[0]["momentum"] == 0
+
+
+def test_clipping_is_of_any_optimizer():
+    cfg = tiny_config()
+    cfg.SOLVER.OPTIMIZER = "Adagrad"
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE = True, "value", 0.125
+    model = small_model()
+    step(build_optimizer(cfg, model))
+    assert all((p.grad == 0.125).all() for p in model.parameters())
+
+
+# OPTIMIZER_ARGS in configs.
+
+
+def arguments_of(cfg):
+    return build_optimizer(cfg, small_model()).param_groups[0]
+
+
+def test_arguments_in_a_yaml_file(tmp_path):
+    (tmp_path / "base.yaml").write_text("SOLVER: {OPTIMIZER: Adam, OPTIMIZER_ARGS: {eps: 0.001}}\n")
+    (tmp_path / "config.yaml").write_text(
+        "_BASE_: base.yaml\nSOLVER: {OPTIMIZER_ARGS: {betas: [0.8, 0.95], amsgrad: True}}\n"
+    )
+    group = arguments_of(load_config(str(tmp_path / "config.yaml")))
+    assert (list(group["betas"]), group["eps"], group["amsgrad"]) == ([0.8, 0.95], 0.001, True)
+    one = load_config(str(tmp_path / "config.yaml"), [f"{ARGUMENTS}.eps", "0.002"])
+    assert (list(arguments_of(one)["betas"]), arguments_of(one)["eps"]) == ([0.8, 0.95], 0.002)
+
+
+def test_arguments_on_the_command_line():
+    options = [OPTIMIZER, "Adam", ARGUMENTS, "{'betas': [0.8, 0.9], 'amsgrad': True}"]
+    group = arguments_of(load_config("", options))
+    assert list(group["betas"]) == [0.8, 0.9] and group["amsgrad"]
+
+
+def test_arguments_of_a_losses_own_optimizer_on_the_command_line():
+    cfg = load_config("", ["MODEL.DISTILLER.SOLVER.OPTIMIZER_ARGS", "{'eps': 0.25}"])
+    loss = ProbeLoss()
+    group = solver_of(loss, **cfg.MODEL.DISTILLER.SOLVER).optimizer.param_groups[0]
+    assert group["eps"] == 0.25
+
+
+def test_a_loss_may_have_any_optimizer():
+    keys = {"OPTIMIZER": "nadam", "OPTIMIZER_ARGS": CfgNode({"betas": [0.5, 0.6]}), "BASE_LR": 0.25}
+    optimizer = solver_of(ProbeLoss(), **keys, WEIGHT_DECAY=0.125).optimizer
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is torch.optim.NAdam and list(group["betas"]) == [0.5, 0.6]
+    assert (group["lr"], group["weight_decay"]) == (0.25, 0.125)
+
+
+# Wrong input.
+
+
+@pytest.mark.parametrize("name", ["LAMB", "LBFGS", "SparseAdam", "Rprop", "Optimizer", "optim", ""])
+def test_names_that_do_not_do(name):
+    """LBFGS runs the model itself, and SparseAdam needs sparse gradients."""
+    with pytest.raises(ValueError) as caught:
+        built(OPTIMIZER=name)
+    message = str(caught.value)
+    assert message.startswith(f"SOLVER.OPTIMIZER is '{name}'; expected one of ['ASGD', 'Ada")
+    listed = message.partition("expected")[2]
+    assert all(f"'{known}'" in listed for known in NAMES)
+    assert not any(f"'{other}'" in listed for other in ("LBFGS", "SparseAdam", "Rprop", "Optimizer"))
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("Adam", {"bets": [0.8, 0.9]}, "'bets'"),
+        ("AdamW", {"momentum": 0.9}, "'momentum'"),
+        ("Adam", {"betas": [0.8, 2.0]}, "2.0"),
+        ("Adam", {"betas": 0.9}, "betas"),
+        ("RMSprop", {"params": 1}, "'params'"),
+    ],
+)
+def test_arguments_that_do_not_do(name, arguments, message):
+    with pytest.raises(ValueError) as caught:
+        built(OPTIMIZER=name, OPTIMIZER_ARGS=arguments)
+    start = f"SOLVER: torch.optim.{name} cannot be made from BASE_LR, WEIGHT_DECAY and OPTIMIZER_ARGS "
+    text = str(caught.value)
+    assert text.startswith(start) and str(arguments) in text and message in text[len(start) :]
+
+
+def test_wrong_arguments_of_a_losses_own_optimizer():
+    message = r"MODEL.DISTILLER.SOLVER: torch.optim.AdamW cannot be made .*\{'bets': 1\}.*'bets'"
+    with pytest.raises(ValueError, match=message):
+        solver_of(ProbeLoss(), OPTIMIZER_ARGS=CfgNode({"bets": 1}))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_wants_matrices():
+    with pytest.raises(ValueError, match="SOLVER: torch.optim.Muon cannot be made .*only supports 2D"):
+        built(OPTIMIZER="Muon")
+
+
+def test_wrong_names_on_the_command_line(tmp_path):
+    job = Job(tmp_path)
+    fails(job, ValueError, "SOLVER.OPTIMIZER is 'LBFGS'", "'Adam'", opts=[OPTIMIZER, "LBFGS"])
+    fails(job, KeyError, "SOLVER.OPTIMIZER_ARG'", ARGUMENTS, opts=["SOLVER.OPTIMIZER_ARG", "{}"])
+
+
+# In training.
+
+
+@pytest.fixture
+def ghnd(tmp_path):
+    """A job that trains 25 tensors with Adam and saves after its first iteration."""
+    job = Job(tmp_path, width=16)
+    job.config.DATASETS.TEST = ()
+    use_ghnd(job.config)
+    job.config.SOLVER.MAX_ITER = 2
+    job.config.SOLVER.CHECKPOINT_PERIOD = 1
+    return job
+
+
+def test_resume_with_another_optimizer_or_other_tensors(ghnd):
+    ghnd.run()
+    rewind(ghnd.config.OUTPUT_DIR, "model_0000000")
+    for kind, options in {
+        "RMSprop of 25 tensors": [OPTIMIZER, "RMSprop"],
+        "Adam of 27 tensors": ["MODEL.DISTILLER.FREEZE", "['bottom_up.res[34]']"],
+        "Adam of 24 tensors": ["MODEL.BACKBONE.FREEZE_AT", 1],
+        "Adam of 45 tensors": ["MODEL.DISTILLER.TASK_LOSS_WEIGHT", 1.0],
+    }.items():
+        with pytest.raises(ValueError) as caught:
+            ghnd.run("--resume", opts=options)
+        message = f"--resume: the checkpoint's optimizer is Adam of 25 tensors, this run's is {kind} ("
+        assert str(caught.value).startswith(message)
+    keys = ["SOLVER.OPTIMIZER", "MODEL.DISTILLER.FREEZE", "MODEL.BACKBONE.FREEZE_AT", "without --resume"]
+    assert all(key in str(caught.value) for key in keys)
+    assert (Path(ghnd.config.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_0000000.pth"
+
+
+def test_resume_of_the_baseline_with_another_optimizer(tmp_path):
+    job = Job(tmp_path)
+    job.config.DATASETS.TEST = ()
+    job.run(distill=False, opts=["SOLVER.MAX_ITER", 1])
+    with pytest.raises(ValueError, match="is SGD of 47 tensors, this run's is Adam of 47 tensors"):
+        job.run("--resume", distill=False, opts=[OPTIMIZER, "Adam"])
+
+
+def test_resume_from_a_checkpoint_that_does_not_say(ghnd):
+    """As those of earlier versions."""
+    ghnd.run()
+    whole = checkpoint(ghnd.config.OUTPUT_DIR)
+    first = checkpoint(ghnd.config.OUTPUT_DIR, "model_0000000")
+    assert first["trainer"].pop("optimizer_kind") == "Adam of 25 tensors"
+    torch.save(first, Path(ghnd.config.OUTPUT_DIR) / "model_0000000.pth")
+    rewind(ghnd.config.OUTPUT_DIR, "model_0000000")
+    ghnd.run("--resume")
+    assert_equal(checkpoint(ghnd.config.OUTPUT_DIR)["model"], whole["model"])
+
+
+def test_arguments_are_used_in_training(ghnd):
+    ghnd.config.SOLVER.OPTIMIZER_ARGS = CfgNode({"betas": [0.5, 0.75]})
+    assert list(trainer_of(ghnd).optimizer.param_groups[0]["betas"]) == [0.5, 0.75]

@@ -1,0 +1,320 @@
+"""What of a student is not trained: names that match, and what no loss reaches."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from tiny import tiny_batch, tiny_config, tiny_detector, use_ghnd
+
+from distill_d2.distiller import Distiller
+from distill_d2.freeze import freeze, freeze_unreached, matching_names, summary
+from distill_d2.losses import DistillLoss
+from distill_d2.losses.feature_mimic import FeatureMimic
+from distill_d2.losses.ghnd import GHND
+from distill_d2.losses.pkd import PKD
+from distill_d2.teacher import Teacher
+from distill_d2.views import build_view
+
+KEY = "MODEL.DISTILLER.FREEZE"
+RES3_NORMS = {f"backbone.bottom_up.res3.0.{layer}.norm" for layer in ("conv1", "conv2", "shortcut")}
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def names_of(model, modules):
+    """The dotted names of these modules."""
+    known = {module: name for name, module in model.named_modules()}
+    return {known[module] for module in modules}
+
+
+def inside(model, *prefixes):
+    """Names of the parameters below these modules."""
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+
+
+# By name.
+
+
+def test_parameters_whose_names_match():
+    model = tiny_detector()
+    freeze(model, [r"bottom_up\.res[34]\.", "^head.cls_score.bias$"], KEY)
+    frozen = inside(model, "backbone.bottom_up.res3.", "backbone.bottom_up.res4.", "head.cls_score.bias")
+    assert len(frozen) == 19
+    assert trained(model) == inside(model, "") - frozen
+
+
+def test_a_pattern_may_be_found_anywhere():
+    model = tiny_detector()
+    freeze(model, ["res3"], KEY)
+    assert inside(model, "") - trained(model) == inside(model, "backbone.bottom_up.res3.")
+
+
+def test_no_patterns(caplog):
+    model = tiny_detector()
+    assert freeze(model, [], KEY) == []
+    assert trained(model) == inside(model, "") and not caplog.text
+
+
+def test_what_is_frozen_already_stays_so():
+    model = tiny_detector()
+    model.head.requires_grad_(False)
+    freeze(model, ["res3"], KEY)
+    assert trained(model) == inside(model, "backbone.") - inside(model, "backbone.bottom_up.res3.")
+
+
+def test_it_is_logged(caplog):
+    with caplog.at_level("INFO"):
+        freeze(tiny_detector(), [r"bottom_up\.res3", "bbox_pred"], KEY)
+    expected = "11 parameters are not trained: backbone.bottom_up.res3 (9), head.bbox_pred (2)"
+    assert f"{KEY}: {expected}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "patterns, messages",
+    [
+        (["res3", "res7"], [f"{KEY}: 'res7' is found in no name", "'backbone.", "'head."]),
+        (["^res3"], ["'^res3' is found in no name"]),
+        (["res3", "res[3"], [f"{KEY}: 'res[3' is no regular expression: unterminated"]),
+    ],
+)
+def test_wrong_patterns(patterns, messages):
+    model = tiny_detector()
+    with pytest.raises(ValueError) as caught:
+        freeze(model, patterns, KEY)
+    assert all(message in str(caught.value) for message in messages)
+    assert trained(model) == inside(model, "")
+
+
+def test_matching_names_keep_their_order():
+    names = ["b.weight", "a.weight", "a.bias", "c.bias"]
+    assert matching_names(names, ["^a", r"c\."], KEY) == ["a.weight", "a.bias", "c.bias"]
+    assert matching_names(names, ["bias", "^b"], KEY) == ["b.weight", "a.bias", "c.bias"]
+    assert matching_names(names, [], KEY) == []
+    with pytest.raises(ValueError, match="'d' is found in no name; names are, for example, "):
+        matching_names(names, ["d"], KEY)
+    with pytest.raises(ValueError, match=r"'d' is found in no name; names are, for example, \[\]"):
+        matching_names([], ["d"], KEY)
+
+
+def test_summary():
+    names = ["a.b.c.weight", "a.b.c.bias", "a.b.d.e.weight", "a.b.d.f.weight", "x.weight", "a.b.c.x.y"]
+    assert summary(names) == "a.b.c (3), a.b.d (2), x (1)"
+    assert summary(names, depth=1) == "a (5), x (1)"
+    assert summary([]) == "none"
+
+
+# Running statistics of norms.
+
+
+@pytest.mark.parametrize(
+    "pattern, still, fixed",
+    [
+        ("res3", RES3_NORMS, {"weight", "bias"}),
+        (r"res3.*running_(mean|var)$", RES3_NORMS, set()),
+        (r"res3.*(weight|bias)$", set(), {"weight", "bias"}),
+        (r"res3.*\.weight$", set(), {"weight"}),
+        (r"res3.0.conv1.norm", {"backbone.bottom_up.res3.0.conv1.norm"}, {"weight", "bias"}),
+    ],
+)
+def test_norms_whose_statistics_match(pattern, still, fixed):
+    model = tiny_detector()
+    assert names_of(model, freeze(model, [pattern], KEY)) == still
+    norm = "backbone.bottom_up.res3.0.conv1.norm"
+    assert inside(model, norm) - trained(model) == {f"{norm}.{kind}" for kind in fixed}
+
+
+def test_norms_of_another_kind_have_no_statistics():
+    cfg = tiny_config()
+    cfg.MODEL.SMALL_RESNET.NORM = "FrozenBN"
+    assert freeze(build_model(cfg), ["res3"], KEY) == []
+
+
+def distiller(family="retinanet", losses=None, teacher=None, **options):
+    """A Distiller of a detector and one of its kind; by default of FeatureMimic on the neck."""
+    losses = losses or [FeatureMimic()]
+    return Distiller(
+        student=tiny_detector(family),
+        teacher=Teacher(tiny_detector(teacher or family)),
+        losses=losses,
+        **options,
+    )
+
+
+def statistics(model):
+    state = model.student.state_dict()
+    return {name: value.clone() for name, value in state.items() if "running" in name}
+
+
+def moved(model, before):
+    """Names of the norms whose statistics changed."""
+    after = statistics(model)
+    return {name.rpartition(".")[0] for name in after if not torch.equal(before[name], after[name])}
+
+
+def step(model):
+    with EventStorage(0):
+        losses = model(tiny_batch())
+    sum(losses.values()).backward()
+    return losses
+
+
+def test_frozen_norms_stay_in_eval_mode_and_keep_their_statistics():
+    model = distiller(freeze_names=["res3"])
+    norms = {name for name, m in model.student.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    model.train()
+    before = statistics(model)
+    for _ in range(2):
+        step(model)
+        modes = {name: module.training for name, module in model.student.named_modules()}
+        assert {name for name in norms if not modes[name]} == RES3_NORMS
+        assert {name for name in modes if not modes[name]} == RES3_NORMS
+        assert model.eval().training is False and not any(m.training for m in model.student.modules())
+        assert model.train() is model and model.training
+    assert moved(model, before) == norms - RES3_NORMS
+
+
+def test_statistics_move_where_only_the_weights_are_frozen():
+    model = distiller(freeze_names=[r"res3.*\.(weight|bias)$"]).train()
+    before = statistics(model)
+    step(model)
+    assert RES3_NORMS < moved(model, before)
+    assert not inside(model.student, "backbone.bottom_up.res3.") & trained(model.student)
+
+
+def test_a_frozen_part_passes_gradients_on():
+    model = distiller(freeze_names=["res[34]"]).train()
+    step(model)
+    assert model.student.backbone.bottom_up.stem.conv1.weight.grad.any()
+    assert all(p.grad is None for p in model.student.backbone.bottom_up.res3.parameters())
+
+
+# What no loss reaches.
+
+ALL_STAGES = [f"backbone.bottom_up.{part}" for part in ("stem", "res2", "res3", "res4", "res5")]
+
+
+@pytest.mark.parametrize(
+    "family, levels, reached",
+    [
+        ("retinanet", ["res2"], ALL_STAGES[:2]),
+        ("retinanet", ["res3", "res2"], ALL_STAGES[:3]),
+        ("retinanet", ["p2", "p3", "p4"], ["backbone."]),
+        ("retinanet", ["p2", "res3"], [*ALL_STAGES, "backbone.fpn_lateral", "backbone.fpn_output2"]),
+        (
+            *("retinanet", ["p3"]),
+            [*ALL_STAGES, "backbone.fpn_lateral3", "backbone.fpn_lateral4", "backbone.fpn_output3"],
+        ),
+        ("faster", ["res2", "res5"], ALL_STAGES),
+        ("faster", ["p2", "p3", "p4", "p5", "p6"], ["backbone."]),
+        ("fcos", ["res3"], ALL_STAGES[:3]),
+    ],
+)
+def test_only_what_the_losses_reach_is_trained(family, levels, reached):
+    """A pyramid's level has what lies above it; a loss on p3 does not reach p2's own convolutions."""
+    model = distiller(family, [FeatureMimic(in_features=levels)], task_loss_weight=0.0)
+    assert trained(model.student) == inside(model.student, *reached)
+    step(model.train())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_levels_of_all_losses_count():
+    losses = [PKD(in_features=["res2"]), FeatureMimic(in_features=["res3"])]
+    model = distiller(losses=losses, task_loss_weight=0.0)
+    assert trained(model.student) == inside(model.student, *ALL_STAGES[:3])
+
+
+def test_with_the_students_own_losses_everything_is_trained():
+    model = distiller(losses=[FeatureMimic(in_features=["res2"])], task_loss_weight=1e-3)
+    assert trained(model.student) == inside(model.student, "")
+
+
+def test_names_and_reach_together():
+    losses = [FeatureMimic(in_features=["res3"])]
+    model = distiller(losses=losses, task_loss_weight=0.0, freeze_names=["res2", "head"])
+    assert trained(model.student) == inside(model.student, ALL_STAGES[0], ALL_STAGES[2])
+
+
+def test_adapters_of_the_losses_are_trained():
+    student, teacher = (build_model(tiny_config(width=width)) for width in (8, 16))
+    losses = [FeatureMimic(in_features=["res2"])]
+    model = Distiller(student=student, teacher=Teacher(teacher), losses=losses, task_loss_weight=0.0)
+    assert [p.requires_grad for p in model.losses.parameters()] == [True, True]
+
+
+def test_what_is_not_reached_is_logged(caplog):
+    with caplog.at_level("INFO"):
+        distiller(losses=[FeatureMimic(in_features=["res3"])], task_loss_weight=0.0)
+    line = next(line for line in caplog.text.splitlines() if "TASK_LOSS_WEIGHT is 0" in line)
+    assert "29 parameters that no loss reaches are not trained: " in line
+    assert "backbone.fpn_lateral2 (2)" in line and "backbone.bottom_up.res4 (9)" in line
+    assert "head.cls_score (2)" in line and "res3" not in line
+
+
+def test_asking_what_is_reached_changes_nothing():
+    model = tiny_detector().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.backbone.bottom_up.res3.eval()
+    modes = [module.training for module in model.modules()]
+    view = build_view(model, "student")
+    view.require_level("res3")
+    freeze_unreached(view)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters()) and not view.taps.recorded
+
+
+def test_a_bottleneck_that_rounds_is_trained_whole():
+    """It rounds in evaluation alone; rounding has no gradient."""
+    cfg = tiny_config()
+    use_ghnd(cfg)
+    cfg.MODEL.BOTTLENECK.QUANT_BITS = 8
+    student = build_model(cfg)
+    losses = [GHND(in_features=["res2", "res3"])]
+    teacher = Teacher(tiny_detector())
+    Distiller(student=student, teacher=teacher, losses=losses, task_loss_weight=0.0)
+    assert trained(student) == inside(student, *ALL_STAGES[:3])
+
+
+# Nothing is left.
+
+
+@pytest.mark.parametrize(
+    "weight, names",
+    [
+        (1.0, ["."]),
+        (0.0, ["."]),
+        (0.0, [r"bottom_up\.(stem|res2)"]),
+        (0.0, ["bottom_up", "head"]),
+    ],
+)
+def test_nothing_is_left_to_train(weight, names):
+    with pytest.raises(ValueError) as caught:
+        distiller(losses=[PKD(in_features=["res2"])], task_loss_weight=weight, freeze_names=names)
+    message = f"{KEY} is {names}, TASK_LOSS_WEIGHT {weight} and TYPES ['PKD']: nothing of the student"
+    assert message in str(caught.value)
+
+
+def test_a_losses_adapters_are_not_enough():
+    student, teacher = (build_model(tiny_config(width=width)) for width in (8, 16))
+    losses = [FeatureMimic(in_features=["res2"])]
+    with pytest.raises(ValueError, match="nothing of the student is left to train"):
+        Distiller(student=student, teacher=Teacher(teacher), losses=losses, freeze_names=["."])
+
+
+class MeanFeature(DistillLoss):
+    """Of all levels of the neck, about which it states nothing."""
+
+    NODE = "MEAN_FEATURE"
+
+    def forward(self, student, teacher, batch):
+        pairs = zip(student.features.values(), teacher.features.values())
+        return {"loss_mean_feature": sum((s.mean() - t.mean()).square() for s, t in pairs)}
+
+
+def test_a_loss_that_states_nothing_reads_all_features():
+    """Beside one that only needs the first stage of both."""
+    model = distiller(losses=[PKD(in_features=["res2"]), MeanFeature()], task_loss_weight=0.0)
+    assert model.features_only and trained(model.student) == inside(model.student, "backbone.")
+    assert step(model.train())["loss_mean_feature"] > 0
