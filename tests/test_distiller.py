@@ -313,6 +313,7 @@ ALL = [
     ("faster", ["HeadKD"], []),
     ("retinanet", [ICD], [*SMALL_ICD, "BYPASS_DISTILL", 0]),
     ("retinanet", [ICD], SMALL_ICD),
+    ("retinanet", [ICD], [*SMALL_ICD, "BYPASS_DISTILL", 0, "INS_ATT_MIMIC.WEIGHT_VALUE", 0.0]),
     ("retinanet", ["GHND"], ["GHND.IN_FEATURES", ["res2"], "GHND.START_ITER", 1]),
     ("retinanet", ["PKD", "GHND"], ["GHND.IN_FEATURES", ["res4"], "GHND.START_ITER", 1]),
 ]

@@ -46,7 +46,7 @@ def load_images(name: str, folder: str) -> List[Dict[str, Any]]:
 
 
 def _size(path: str) -> Tuple[int, int]:
-    """Height and width as detectron2 reads the image, from its header."""
+    """Height and width as detectron2 reads the image."""
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(_ORIENTATION) in _TURNED

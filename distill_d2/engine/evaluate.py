@@ -52,7 +52,7 @@ def evaluate_teacher(cfg: Any, trainer: type, teacher: Teacher, student: nn.Modu
         ValueError: its classes are not those of the student.
     """
     ours, theirs = build_view(student, "student").num_classes, teacher.view.num_classes
-    if ours != theirs:
+    if None not in (ours, theirs) and ours != theirs:
         raise ValueError(
             f"MODEL.DISTILLER.EVAL_TEACHER is True, but the teacher has {theirs} classes and the student "
             f"{ours}; set it to False"

@@ -48,6 +48,11 @@ def create_optimizer(
             not take; an unknown CLIP_GRADIENTS.CLIP_TYPE.
     """
     kind = _optimizer_type(solver.OPTIMIZER, key)
+    elsewhere = {"lr", "weight_decay"} & set(solver.OPTIMIZER_ARGS)
+    if elsewhere:
+        raise ValueError(
+            f"{key}.OPTIMIZER_ARGS has {sorted(elsewhere)}; set {key}.BASE_LR and {key}.WEIGHT_DECAY instead"
+        )
     arguments = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if kind is torch.optim.SGD:
         arguments.update(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
 import os
@@ -108,12 +109,20 @@ def _merge_opts(cfg: CfgNode, opts: List[str]) -> None:
 def _read_node(key: str, text: str) -> CfgNode:
     """The value of a whole node, such as "{betas: [0.9, 0.99]}"."""
     try:
-        values = yaml.safe_load(text)
+        values = _literal(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{key} is '{text}'; expected {{name: value, ...}}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{key} is '{text}'; expected {{name: value, ...}}")
     return CfgNode(values)
+
+
+def _literal(text: str) -> Any:
+    """A Python literal, as yacs reads values on the command line, or yaml."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return yaml.safe_load(text)
 
 
 def config_keys(node: CfgNode, prefix: str = "") -> List[str]:

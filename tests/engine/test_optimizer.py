@@ -162,6 +162,31 @@ def test_arguments_on_the_command_line():
     assert list(group["betas"]) == [0.8, 0.9] and group["amsgrad"]
 
 
+def test_arguments_on_the_command_line_beside_those_of_a_file(tmp_path):
+    (tmp_path / "config.yaml").write_text("SOLVER: {OPTIMIZER: Adam, OPTIMIZER_ARGS: {eps: 0.5}}\n")
+    for text in ("{betas: [0.8, 0.9]}", "{'betas': [0.8, 0.9]}", "{betas: [0.8, 0.9], eps: 0.5}"):
+        group = arguments_of(load_config(str(tmp_path / "config.yaml"), [ARGUMENTS, text]))
+        assert (list(group["betas"]), group["eps"]) == ([0.8, 0.9], 0.5)
+
+
+def test_any_node_on_the_command_line():
+    """Keys that are left out stay as they were."""
+    cfg = load_config("", ["MODEL.DISTILLER.PKD", "{WEIGHT: 2.5}", OPTIMIZER, "Adam"])
+    assert (cfg.MODEL.DISTILLER.PKD.WEIGHT, cfg.MODEL.DISTILLER.PKD.START_ITER) == (2.5, 0)
+    with pytest.raises(KeyError, match="WEIGT"):
+        load_config("", ["MODEL.DISTILLER.PKD", "{WEIGT: 2.5}"])
+
+
+NO_NODES = ["0.9", "[0.8, 0.9]", "betas", "", "{betas: [0.8", "{betas: !!python/tuple []}"]
+
+
+@pytest.mark.parametrize("text", NO_NODES)
+def test_something_else_than_a_node_on_the_command_line(text):
+    with pytest.raises(ValueError) as caught:
+        load_config("", [ARGUMENTS, text])
+    assert f"{ARGUMENTS} is '{text}'; expected {{name: value, ...}}" in str(caught.value)
+
+
 def test_arguments_of_a_losses_own_optimizer_on_the_command_line():
     cfg = load_config("", ["MODEL.DISTILLER.SOLVER.OPTIMIZER_ARGS", "{'eps': 0.25}"])
     loss = ProbeLoss()
@@ -283,3 +308,15 @@ def test_resume_from_a_checkpoint_that_does_not_say(ghnd):
 def test_arguments_are_used_in_training(ghnd):
     ghnd.config.SOLVER.OPTIMIZER_ARGS = CfgNode({"betas": [0.5, 0.75]})
     assert list(trainer_of(ghnd).optimizer.param_groups[0]["betas"]) == [0.5, 0.75]
+
+
+def test_tuples_on_the_command_line():
+    options = [OPTIMIZER, "Adam", ARGUMENTS, "{'betas': (0.8, 0.9)}"]
+    assert list(arguments_of(load_config("", options))["betas"]) == [0.8, 0.9]
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_arguments_that_have_keys_of_their_own(tmp_path, name):
+    job = Job(tmp_path)
+    messages = [f"SOLVER.OPTIMIZER_ARGS has ['{name}']", "SOLVER.BASE_LR"]
+    fails(job, ValueError, *messages, opts=[ARGUMENTS, f"{{{name}: 5}}"])

@@ -626,6 +626,16 @@ def test_parameters_that_gradients_reach(levels, reached):
     assert found == {name for name in known.values() if name.startswith(tuple(reached))}
 
 
+def test_parameters_that_gradients_of_taps_reach():
+    view = build_view(detector().train(), "student")
+    view.require_tap("backbone.fpn_lateral3")
+    view.require_level("res2")
+    known = {parameter: name for name, parameter in view.model.backbone.named_parameters()}
+    parts = {known[parameter].rpartition(".")[0] for parameter in view.reached_parameters()}
+    parts = {name if "fpn" in name else ".".join(name.split(".")[:2]) for name in parts}
+    assert parts == {"bottom_up.stem", "bottom_up.res2", "bottom_up.res3", "fpn_lateral3"}
+
+
 def test_frozen_parameters_are_not_reached():
     view = build_view(detector(), "student")
     view.require_level("res3")

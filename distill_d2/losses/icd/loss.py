@@ -300,7 +300,7 @@ class InstanceConditionalDistillation(DistillLoss):
         """Whether the student feels the distillation at this iteration."""
         s = self.settings
         outside = iteration < s.bypass_distill or iteration > s.bypass_distill_after
-        return (s.distill_off if outside else s.distill_on) != 0
+        return s.weight_value > 0 and (s.distill_off if outside else s.distill_on) != 0
 
     def temperature(self, iteration: int, max_iter: int) -> float:
         """The temperature of the attention weights at this iteration."""
