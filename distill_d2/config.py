@@ -10,6 +10,7 @@ from detectron2.config import CfgNode as CN
 from .losses import DISTILL_LOSS_REGISTRY
 from .projects.ghnd import add_bottleneck_config
 from .projects.small_resnet import add_small_resnet_config
+from .projects.ssd import add_ssd_config
 
 
 def add_distill_config(cfg: CN) -> None:
@@ -20,6 +21,7 @@ def add_distill_config(cfg: CN) -> None:
     """
     add_small_resnet_config(cfg)
     add_bottleneck_config(cfg)
+    add_ssd_config(cfg)
 
     # More yaml files, merged after --config-file and before the command line's KEY VALUE pairs.
     cfg.EXTRA_CFG = []
@@ -30,6 +32,17 @@ def add_distill_config(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     # More arguments of that class, such as {betas: [0.9, 0.99]}.
     cfg.SOLVER.OPTIMIZER_ARGS = CN(new_allowed=True)
+
+    # Augmentations in training: "default", detectron2's, or "ssd": photometric distortion, expansion with
+    # the mean colour, and a random crop, before detectron2's flip.
+    cfg.INPUT.AUGMENTATIONS = "default"
+    # [height, width]: images are resized to exactly this, instead of by MIN_SIZE_* and MAX_SIZE_*.
+    cfg.INPUT.FIXED_SIZE = []
+    cfg.INPUT.SSD = CN()
+    # Expansion to at most so many times the sides.
+    cfg.INPUT.SSD.EXPAND_MAX_RATIO = 4.0
+    # A crop's IoU with some object is at least one of these, or any, or the whole image is kept.
+    cfg.INPUT.SSD.CROP_MIN_IOUS = [0.1, 0.3, 0.5, 0.7, 0.9]
 
     # Datasets to register, a list of {NAME, FORMAT: voc or coco, ...}; see datasets/README.md.
     cfg.DATASETS.CUSTOM = []

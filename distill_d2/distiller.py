@@ -211,7 +211,7 @@ class Distiller(nn.Module):
     ) -> Dict[str, torch.Tensor]:
         factors = {name: loss.factor(self.iteration) for name, loss in self.losses.items()}
         with self.student_view.recording(), self.teacher.view.recording():
-            losses = self._task_losses(inputs)
+            losses = self._weighted(self._task_losses(inputs), factors)
             if any(factors.values()):
                 self._observe(images)
             batch = Batch(inputs, self._padded_size, self.iteration, self.max_iter)
@@ -235,6 +235,16 @@ class Distiller(nn.Module):
         if self.task_loss_weight == 1.0:
             return losses
         return {name: loss * self.task_loss_weight for name, loss in losses.items()}
+
+    def _weighted(
+        self, task_losses: Dict[str, torch.Tensor], factors: Mapping[str, float]
+    ) -> Dict[str, torch.Tensor]:
+        """The student's own losses with the factors that losses which are on ask for."""
+        for name, loss in self.losses.items():
+            for term, weight in loss.task_weights().items() if factors[name] else ():
+                if term in task_losses and weight != 1.0:
+                    task_losses[term] = task_losses[term] * weight
+        return task_losses
 
     def _distill_losses(
         self, loss: DistillLoss, factor: float, batch: Batch
@@ -385,8 +395,11 @@ class Distiller(nn.Module):
 
     def _log_start(self) -> None:
         logger.info(f"Teacher: {self.teacher.describe()}")
-        size = self._common_size(*([2 * max(self.student.backbone.size_divisibility, 32)] * 2))
-        student, teacher = self.student_view.probe(*size), self.teacher.view.probe(*size)
+        views = (self.student_view, self.teacher.view)
+        multiple = max(self.student.backbone.size_divisibility, 1)
+        sides = map(max, *(view.probe_size for view in views))
+        size = self._common_size(*(-(-side // multiple) * multiple for side in sides))
+        student, teacher = (view.probe(*size) for view in views)
         rows = [
             [name, *row]
             for name, loss in self.losses.items()

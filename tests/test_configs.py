@@ -64,7 +64,8 @@ def test_holds_plain_values_and_known_keys(name):
     cfg = load(name)
 
     assert cfg.SOLVER.MAX_ITER > 0
-    assert "MultiStep" not in cfg.SOLVER.LR_SCHEDULER_NAME or max(cfg.SOLVER.STEPS) < cfg.SOLVER.MAX_ITER
+    last = max(cfg.SOLVER.STEPS, default=0)
+    assert "MultiStep" not in cfg.SOLVER.LR_SCHEDULER_NAME or last < cfg.SOLVER.MAX_ITER
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
@@ -45,7 +44,7 @@ from visualize.sheet import compose
 
 from distill_d2 import Distiller
 from distill_d2.checkpoint import SafeCheckpointer
-from distill_d2.data import NamedReadErrors, check_datasets
+from distill_d2.data import NamedReadErrors, build_mapper, check_datasets
 from distill_d2.engine.setup import check_output_dir, choose_device, load_config
 
 logger = logging.getLogger("distill_d2.visualize")
@@ -162,9 +161,8 @@ def load_items(cfg: CfgNode, count: int) -> Dict[str, Dict[str, Any]]:
         )
     count = min(count, len(records))
     records = [records[index * len(records) // count] for index in range(count)]
-    mapper = DatasetMapper(
-        cfg, True, augmentations=build_augmentation(cfg, is_train=False), recompute_boxes=False
-    )
+    augmentations = build_mapper(cfg, is_train=False).augmentations.augs
+    mapper = DatasetMapper(cfg, True, augmentations=augmentations, recompute_boxes=False)
     read = NamedReadErrors(mapper)
     return {name: read(record) for name, record in zip(file_stems(records), records)}
 

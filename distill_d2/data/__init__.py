@@ -1,5 +1,6 @@
 """Datasets: those a config names, the generated shapes, and reading them in an order that resumes."""
 
+from .augmentation import build_mapper
 from .builtin_voc import register_builtin_voc
 from .check import NamedReadErrors, check_dataset, check_datasets
 from .custom import datasets_root, register_custom_datasets
@@ -14,6 +15,7 @@ __all__ = [
     "ResumableTrainingSampler",
     "ShieldedLoader",
     "box_statistics",
+    "build_mapper",
     "build_train_loader",
     "check_dataset",
     "check_datasets",

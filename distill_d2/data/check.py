@@ -166,6 +166,8 @@ def _classes_key(cfg: CfgNode) -> Optional[Tuple[str, int]]:
         architecture = cfg.MODEL.DISTILLER.STUDENT_META_ARCH
     if architecture == "RetinaNet":
         return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
+    if architecture == "SSD":
+        return "MODEL.SSD.NUM_CLASSES", cfg.MODEL.SSD.NUM_CLASSES
     if architecture == "GeneralizedRCNN":
         return "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
     return None

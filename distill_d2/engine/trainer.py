@@ -10,7 +10,6 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
-    DatasetMapper,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -26,6 +25,7 @@ from ..data import (
     NamedReadErrors,
     ResumableTrainingSampler,
     ShieldedLoader,
+    build_mapper,
     build_train_loader,
     end_workers,
 )
@@ -118,7 +118,7 @@ class DistillTrainer(DefaultTrainer):
             else 0,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
-        mapper = NamedReadErrors(DatasetMapper(cfg, True))
+        mapper = NamedReadErrors(build_mapper(cfg, is_train=True))
         if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
             return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
         sampler = ResumableTrainingSampler(
@@ -132,7 +132,7 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        mapper = NamedReadErrors(DatasetMapper(cfg, False))
+        mapper = NamedReadErrors(build_mapper(cfg, is_train=False))
         return ShieldedLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod

@@ -110,6 +110,10 @@ class DistillLoss(nn.Module):
         """Whether the student feels this loss at this iteration, where it is on."""
         return True
 
+    def task_weights(self) -> Dict[str, float]:
+        """Factors of the student's own losses, by name, while this loss is on."""
+        return {}
+
     def idle(self) -> Dict[str, torch.Tensor]:
         """A zero that reaches every parameter of this loss, so that DDP sees all of them each step."""
         parameters = [p for p in self.parameters() if p.requires_grad]

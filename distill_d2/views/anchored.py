@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.structures import Boxes
 
 from ..taps import find_module
 from .base import DetectorView
-from .predictions import Predictions, by_position, decoder_of
+from .matching import assign_by_iou
+from .predictions import Match, Predictions, by_position, decoder_of, encoder_of
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,11 @@ class AnchoredHead:
         path: dotted name of the module; it takes the levels and returns lists of (N, A length, H, W):
             class logits, deltas and, optionally, centerness.
         in_features: names of the neck levels that it takes.
-        classes: number of class logits per anchor.
+        classes: number of foreground classes.
         anchor_generator, transform: detectron2's.
         match: (boxes (N, M, 4), valid (N, M), anchors per level) -> labels, see Predictions.match.
+        assign: see Predictions.assign; None: the box that an anchor overlaps most.
+        background: whether the background is one more class.
     """
 
     path: str
@@ -32,6 +35,8 @@ class AnchoredHead:
     anchor_generator: Any
     transform: Any
     match: Callable[[torch.Tensor, torch.Tensor, List[Boxes]], torch.Tensor]
+    assign: Optional[Match] = None
+    background: bool = False
 
     def predictions(self, view: DetectorView) -> Predictions:
         """What the head computed in this step; the teacher's runs here, the student's has run."""
@@ -41,13 +46,17 @@ class AnchoredHead:
                 find_module(view.model, self.path)(features)  # its tap remembers the outputs
         logits, deltas, *centerness = view.own_output(self.path)
         anchors = self.anchor_generator(features)
+        rows = torch.cat([boxes.tensor for boxes in anchors])
         return Predictions(
-            logit_levels=[by_position(level, self.classes) for level in logits],
+            logit_levels=[by_position(level, self.classes + self.background) for level in logits],
             delta_levels=[by_position(level, 4) for level in deltas],
             centerness_levels=[by_position(level, 1) for levels in centerness for level in levels],
-            anchors=torch.cat([boxes.tensor for boxes in anchors]),
+            anchors=rows,
             decode=decoder_of(self.transform),
             match=lambda boxes, valid: self.match(boxes, valid, anchors),
+            background=self.background,
+            encode=encoder_of(self.transform),
+            assign=self.assign or (lambda boxes, valid: assign_by_iou(boxes, valid, rows)),
         )
 
     def grids(self, view: DetectorView) -> Dict[str, torch.Tensor]:

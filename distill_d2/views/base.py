@@ -103,8 +103,9 @@ class DetectorView:
     #: What this kind of detector offers beyond features and taps: names of methods, "dense" for one.
     offers: Tuple[str, ...] = ()
 
-    #: Whether its dense predictions have a centerness.
+    #: Whether its dense predictions have a centerness; whether they have a background class.
     has_centerness = False
+    has_background = False
 
     def __init__(self, model: nn.Module, role: str):
         """
@@ -136,6 +137,11 @@ class DetectorView:
     def num_classes(self) -> Optional[int]:
         """Number of foreground classes; None where the kind of detector is unknown."""
         return None
+
+    @property
+    def probe_size(self) -> Tuple[int, int]:
+        """(H, W) in pixels of a small image that this detector's backbone takes."""
+        return (2 * max(self.model.backbone.size_divisibility, 32),) * 2
 
     @property
     def strides(self) -> Dict[str, int]:
@@ -225,10 +231,9 @@ class DetectorView:
         backbone = self.model.backbone
         parameters = [p for p in backbone.parameters() if p.requires_grad]
         sums: List[torch.Tensor] = []
-        side = 2 * max(backbone.size_divisibility, 32)
         with evaluating(backbone), torch.enable_grad(), self.recording():
             with self.until_read():
-                backbone(self._black_image(side, side))
+                backbone(self._black_image(*self.probe_size))
             outputs = [self.level(name) for name in self._levels_read]
             outputs += [self.taps.output(path) for path in self._taps_read]
             map_tensors(lambda tensor: sums.append(tensor.sum()), outputs)

@@ -55,6 +55,31 @@ def match_by_iou(
     return torch.where(low_quality, 1, labels)
 
 
+def assign_by_iou(
+    boxes: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """The valid box that each row overlaps most, (N, R) int64. Args: as of ``match_by_iou``."""
+    iou = batched_iou(boxes, rows.expand(len(boxes), *rows.shape[-2:]))
+    return torch.where(valid[..., None], iou, -1.0).argmax(dim=1)
+
+
+def hard_negatives(losses: torch.Tensor, positive: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The rows without an object whose class loss is highest (Liu et al., SSD, ECCV 2016, section 2.2).
+
+    Args:
+        losses: (N, R) class losses; positive: (N, R) bool.
+        ratio: so many per positive row of the same image, and at most R - 1.
+
+    Returns:
+        (N, R) bool.
+    """
+    rows = losses.shape[1]
+    count = (positive.sum(dim=1, keepdim=True) * ratio).clamp(max=rows - 1)
+    order = losses.detach().masked_fill(positive, 0.0).argsort(dim=1, descending=True)
+    chosen = torch.arange(rows, device=losses.device) < count
+    return torch.zeros_like(positive).scatter(1, order, chosen) & ~positive
+
+
 def rows_inside(boxes: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Which rows have their centre inside a valid box.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Callable, List, Optional, Sequence
 
 import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
 
 Match = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -33,6 +34,10 @@ class Predictions:
         valid: (N, R) bool, False for rows that only fill up; None: all rows are.
         classes: (N, R) int64, the class of each row for the detector's own loss, K where it is
             background; None where a detector has none to tell.
+        encode: (boxes (..., 4), anchors (..., 4)) -> deltas (..., 4), the inverse of ``decode``; not
+            finite where a box or an anchor has no area.
+        assign: (boxes (N, M, 4), valid (N, M)) -> (N, R) int64: which of the boxes each row belongs to,
+            where ``match`` says that it belongs to one.
     """
 
     logit_levels: Sequence[torch.Tensor]
@@ -44,6 +49,8 @@ class Predictions:
     background: bool = False
     valid: Optional[torch.Tensor] = None
     classes: Optional[torch.Tensor] = None
+    encode: Optional[Decode] = None
+    assign: Optional[Match] = None
 
     @property
     def num_classes(self) -> int:
@@ -100,6 +107,34 @@ def by_position(output: torch.Tensor, length: int) -> torch.Tensor:
     """A view of a head's output (N, A length, H, W) as (N, H W, A, length); nothing is copied."""
     split = output.flatten(2).unflatten(1, (-1, length))
     return split.permute(0, 3, 1, 2)
+
+
+def encoder_of(transform) -> Decode:
+    """``Predictions.encode`` by a box2box transform of detectron2."""
+    if isinstance(transform, Box2BoxTransform):
+        return lambda boxes, anchors: _encode(boxes, anchors, transform.weights)
+
+    def encode(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        flat = transform.get_deltas(anchors.reshape(-1, 4), boxes.reshape(-1, 4))
+        return flat.view(boxes.shape)
+
+    return encode
+
+
+def _encode(boxes: torch.Tensor, anchors: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """Box2BoxTransform's deltas; its own method waits for the device, to refuse anchors without an area,
+    such as those of rows that fill up."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    left, top, right, bottom = anchors.unbind(-1)
+    width, height = right - left, bottom - top
+    wx, wy, ww, wh = weights
+    deltas = (
+        wx * ((x1 + 0.5 * (x2 - x1)) - (left + 0.5 * width)) / width,
+        wy * ((y1 + 0.5 * (y2 - y1)) - (top + 0.5 * height)) / height,
+        ww * torch.log((x2 - x1) / width),
+        wh * torch.log((y2 - y1) / height),
+    )
+    return torch.stack(deltas, dim=-1)
 
 
 def decoder_of(transform) -> Decode:

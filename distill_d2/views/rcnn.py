@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from .anchored import AnchoredHead, decode_sample
 from .base import DetectorView, register_view
 from .batch import Batch
-from .matching import match_by_iou
-from .predictions import Predictions, decoder_of
+from .matching import assign_by_iou, match_by_iou
+from .predictions import Predictions, decoder_of, encoder_of
 
 _RPN_HEAD = "proposal_generator.rpn_head"
 _PREDICTOR = "roi_heads.box_predictor"
@@ -83,6 +83,8 @@ class RCNNView(DetectorView):
             background=True,
             valid=valid,
             classes=classes and _padded_classes(classes, heads.num_classes, valid.shape[1]),
+            encode=encoder_of(heads.box_predictor.box2box_transform),
+            assign=lambda others, kept: assign_by_iou(others, kept, boxes),
         )
 
     def sampled_proposals(self) -> List[Boxes]:

@@ -600,6 +600,12 @@ def test_no_more_images_than_there_are(tool, config):
     assert all(len(item["instances"]) == 2 for item in items.values())
 
 
+def test_images_have_the_size_that_the_config_wants(tool, config):
+    items = tool.load_items(tool.load_config(config, ["INPUT.FIXED_SIZE", "[50, 90]"]), 2)
+    for item in items.values():
+        assert item["image"].shape == (3, 50, 90) and item["instances"].image_size == (50, 90)
+
+
 def test_the_panels_are_in_the_picture_as_they_are(parts):
     p = parts.picture
     random = np.random.default_rng(0)

@@ -35,7 +35,7 @@ from .ground_truth import all_ground_truth, categories
 from .pooling import pool
 from .response import cls_term, reg_term
 from .selection import GeneralInstances, GeneralInstanceSelection
-from .settings import check_settings, check_strides
+from .settings import check_channels, check_settings, check_strides
 from .terms import feature_term, relation_term
 
 
@@ -143,6 +143,8 @@ class GID(DistillLoss):
         super().bind(student, teacher)
         if self.pools:
             check_strides(self.pairs.strides)
+            shapes = {**teacher.stage_shapes, **teacher.neck_shapes}
+            check_channels({name: shapes[name].channels for name in self.pairs.in_features})
         if not self.compares_heads:
             return
         self.capability = self._capability(student)

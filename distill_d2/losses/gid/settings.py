@@ -65,3 +65,17 @@ def check_strides(strides: Dict[str, int]) -> None:
         f"MODEL.DISTILLER.GID.IN_FEATURES: the levels have strides {strides}; instances are pooled from "
         "levels of which each has twice the stride of the one before"
     )
+
+
+def check_channels(channels: Dict[str, int]) -> None:
+    """Check the channels of the teacher's pooled levels, by name.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if len(set(channels.values())) > 1:
+        raise ValueError(
+            f"MODEL.DISTILLER.GID.IN_FEATURES: the teacher's levels have {channels} channels; instances "
+            "are pooled from levels of equal channels. Choose such levels, or set FEATURE_WEIGHT and "
+            "RELATION_WEIGHT to 0.0"
+        )

@@ -1,0 +1,211 @@
+"""SSDKD: learning efficient object detectors with knowledge distillation.
+
+Chen et al., "Learning Efficient Object Detection Models with Knowledge Distillation", NIPS 2017,
+equations 1 to 6, on SSD and on two-stage detectors (RPN and box head); recalled, the paper was not at
+hand:
+
+    L_cls = mu L_hard + (1 - mu) L_soft      L_reg = smooth L1 + nu L_b      L_hint = |V - Z|^2
+    L     = L_cls + lambda L_reg + gamma L_hint
+
+L_hard and smooth L1 are the student's own losses, whose weights become mu and lambda while this loss is
+on. L_soft is a cross entropy with the teacher's probabilities, in which the background weighs more; L_b
+the squared distance of boxes to the ground truth where the student is not better than the teacher by a
+margin; L_hint compares features through 1x1 convolutions.
+
+SSD: rows are objects and hard negatives of the student, and sums are divided by the number of objects.
+RPN: the mean of BATCH_SIZE_PER_IMAGE sampled anchors is replaced by what it is on average over the
+sampling. Box head: the mean over the student's sampled proposals.
+
+The repository SSD-Knowledge-Distillation computes something else under the same name: one bound for the
+whole batch (BOUNDED batch) and a mean squared error of logits as hint (HINT logits).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Dict, List, Sequence, Tuple
+
+import torch
+
+from ...views import Batch, DetectorView, Predictions
+from ..base import (
+    DISTILL_LOSS_REGISTRY,
+    DistillLoss,
+    check_choices,
+    check_not_negative,
+    check_setting,
+)
+from ..heads import common_predictions, require_heads
+from ..pairing import FeaturePairs
+from .terms import (
+    mean_of_rows,
+    per_batch_bound,
+    per_box_bound,
+    selected_rows,
+    soft_cross_entropy,
+    targets_of,
+)
+
+_KEY = "MODEL.DISTILLER.SSD_KD"
+_BOUNDS = {"box": per_box_bound, "batch": per_batch_bound}
+_HINTS = ("feature", "logits")
+_HINT_FORMS = {"L2": torch.square, "L1": torch.abs}
+# The student's own losses, by which weight they get.
+_HARD = ("loss_cls", "loss_rpn_cls")
+_BOXES = ("loss_box_reg", "loss_rpn_loc")
+
+
+@DISTILL_LOSS_REGISTRY.register()
+class SSDKD(DistillLoss):
+    """Chen et al.'s three losses; keys in MODEL.DISTILLER.SSD_KD."""
+
+    NODE = "SSD_KD"
+
+    def __init__(
+        self,
+        *,
+        mu: float = 0.5,
+        background_weight: float = 1.5,
+        object_weight: float = 1.0,
+        temperature: float = 1.0,
+        lmda: float = 1.0,
+        nu: float = 0.5,
+        margin: float = 0.0,
+        bounded: str = "box",
+        gamma: float = 0.5,
+        hint: str = "feature",
+        hint_form: str = "L2",
+        in_features: Sequence[str] = (),
+        negatives_per_positive: float = 3.0,
+        **schedule,
+    ):
+        """
+        Args:
+            mu: weight of the student's own class losses; 1 - mu that of the soft ones (1: none).
+            background_weight, object_weight: w_c of the soft losses; temperature divides the logits.
+            lmda: weight of the student's own box losses and of the bounded one.
+            nu: weight of the bounded regression (0: none); margin: m; bounded: per "box", or once per
+                "batch".
+            gamma: weight of the hint (0: none); hint: "feature" or "logits"; hint_form: "L2" or "L1", a
+                mean over elements.
+            in_features: levels of the hint; empty: all common neck levels.
+            negatives_per_positive: of SSD's hard negatives.
+            schedule: weight, start_iter, stop_iter, warmup_iters of DistillLoss.
+
+        Raises:
+            ValueError: a value that cannot be; the message names the key.
+        """
+        super().__init__(**schedule)
+        check_not_negative(
+            self.NODE,
+            **{"background_weight": background_weight, "object_weight": object_weight, "lmda": lmda},
+            **{"nu": nu, "gamma": gamma, "negatives_per_positive": negatives_per_positive},
+        )
+        choices = {"bounded": (bounded, _BOUNDS), "hint": (hint, _HINTS)}
+        check_choices(self.NODE, **choices, hint_form=(hint_form, _HINT_FORMS))
+        check_setting(self.NODE, "mu", mu, 0 <= mu <= 1, "a number from 0 to 1")
+        some = mu < 1 or nu > 0 or gamma > 0
+        check_setting(self.NODE, "mu", mu, some, "below 1, or NU or GAMMA above 0")
+        check_setting(self.NODE, "margin", margin, math.isfinite(margin), "a finite number")
+        positive = 0 < temperature < math.inf
+        check_setting(self.NODE, "temperature", temperature, positive, "a finite number above 0")
+        self.mu, self.lmda, self.nu, self.gamma = mu, lmda, nu, gamma
+        self.class_weights = (object_weight, background_weight)
+        self.temperature = temperature
+        self.margin = margin
+        self.bound = _BOUNDS[bounded]
+        self.hint = hint if gamma > 0 else ""
+        self.distance = _HINT_FORMS[hint_form]
+        self.ratio = negatives_per_positive
+        self.heads: List[str] = []
+        # Anchors that an RPN samples per image, and how many of them are objects at most.
+        self._samples: Tuple[int, int] = (0, 0)
+        self.pairs = None
+        if self.hint == "feature":
+            self.pairs = FeaturePairs(in_features, always=True, key=f"{_KEY}.IN_FEATURES")
+
+    def bind(self, student: DetectorView, teacher: DetectorView) -> None:
+        super().bind(student, teacher)
+        self.heads = ["rpn", "box_head"] if "box_head" in student.offers else ["dense"]
+        for capability in self.heads:
+            require_heads(student, teacher, capability, _KEY)
+        if self.heads == ["dense"] and not (student.has_background and teacher.has_background):
+            kinds = " and ".join(type(view.model).__name__ for view in (student, teacher))
+            raise ValueError(
+                f"{_KEY}: {kinds} are not both SSDs, nor two-stage detectors: the loss compares classes "
+                "with a background"
+            )
+        if "rpn" in self.heads:
+            rpn = student.model.proposal_generator
+            self._samples = (
+                rpn.batch_size_per_image,
+                int(rpn.batch_size_per_image * rpn.positive_fraction),
+            )
+
+    def task_weights(self) -> Dict[str, float]:
+        return {**dict.fromkeys(_HARD, self.mu), **dict.fromkeys(_BOXES, self.lmda)}
+
+    def forward(
+        self, student: DetectorView, teacher: DetectorView, batch: Batch
+    ) -> Dict[str, torch.Tensor]:
+        """The weighted terms that are on: "loss_ssd_kd_soft", "..._bounded", "..._hint"; of two-stage
+        detectors the first two also with "_rpn"."""
+        terms: Dict[str, torch.Tensor] = {}
+        for head in self.heads:
+            pair = common_predictions(student, teacher, head, batch)
+            suffix = "_rpn" if head == "rpn" else ""
+            terms.update((f"{name}{suffix}", term) for name, term in self._head(head, *pair, batch))
+        if self.hint:
+            terms["loss_ssd_kd_hint"] = self.gamma * self._hint(student, teacher)
+        return terms
+
+    def _head(self, head: str, ours: Predictions, theirs: Predictions, batch: Batch):
+        objects, background, classes, deltas = targets_of(ours, batch)
+        weights = self._row_weights(head, ours, objects, background, classes)
+        count = self._count(head, ours, objects)
+        if self.mu < 1:
+            pair = (ours.logits / self.temperature, theirs.logits / self.temperature)
+            losses = soft_cross_entropy(*pair, *self.class_weights)
+            yield "loss_ssd_kd_soft", (1 - self.mu) * (losses * weights).sum() / count
+        if self.nu > 0:
+            of_class = classes.clamp(max=ours.num_classes - 1)
+            distances = (each.deltas_of(of_class) - deltas for each in (ours, theirs))
+            bound = self.bound(*distances, weights * objects, self.margin)
+            yield "loss_ssd_kd_bounded", self.lmda * self.nu * bound / count
+
+    def _row_weights(
+        self,
+        head: str,
+        ours: Predictions,
+        objects: torch.Tensor,
+        background: torch.Tensor,
+        classes: torch.Tensor,
+    ) -> torch.Tensor:
+        """(N, R): how much each row counts."""
+        if head == "dense":
+            return selected_rows(ours, objects, classes, self.ratio)
+        if head == "box_head":
+            return objects | background
+        sampled, most = self._samples
+        positive = objects.sum(dim=1, keepdim=True)
+        taken = positive.clamp(max=most)
+        negative = background.sum(dim=1, keepdim=True)
+        # Of fewer negatives than there is room for, all are taken.
+        of_negative = ((sampled - taken) / negative.clamp(min=1)).clamp(max=1)
+        return objects * (taken / positive.clamp(min=1)) + background * of_negative
+
+    def _count(self, head: str, ours: Predictions, objects: torch.Tensor) -> torch.Tensor:
+        """What sums over rows are divided by, as in the detector's own losses."""
+        if head == "dense":
+            return objects.sum().clamp(min=1)
+        if head == "box_head":
+            return ours.valid.sum().clamp(min=1)
+        return objects.new_full((), self._samples[0] * len(objects), dtype=torch.float32)
+
+    def _hint(self, student: DetectorView, teacher: DetectorView) -> torch.Tensor:
+        if self.hint == "feature":
+            maps = self.pairs(student, teacher).values()
+            return torch.stack([self.distance(ours - theirs).mean() for ours, theirs in maps]).sum()
+        heads = [common_predictions(student, teacher, head) for head in self.heads]
+        distances = [(self.distance(ours.logits - theirs.logits), ours.valid) for ours, theirs in heads]
+        return torch.stack([mean_of_rows(*pair) for pair in distances]).sum()

@@ -1,0 +1,107 @@
+"""The terms of Chen et al. (NIPS 2017) on the rows of a head."""
+
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from ...transfer import upload
+from ...views import Batch, Predictions
+from ...views.matching import hard_negatives
+
+
+def soft_cross_entropy(
+    student: torch.Tensor, teacher: torch.Tensor, object_weight: float, background_weight: float
+) -> torch.Tensor:
+    """Equation 3: -sum over classes of w_c P_t log P_s per row, (...).
+
+    Args:
+        student, teacher: (..., K + 1) logits of a softmax, background last, divided by the temperature;
+            or (..., 1) logits of a sigmoid for "object", as of an RPN.
+        object_weight, background_weight: w_c of the classes, and of the background.
+    """
+    if student.shape[-1] == 1:
+        target = teacher.sigmoid()
+        losses = object_weight * target * F.softplus(-student)
+        return (losses + background_weight * (1 - target) * F.softplus(student)).squeeze(-1)
+    losses = -teacher.softmax(dim=-1) * student.log_softmax(dim=-1)
+    return object_weight * losses[..., :-1].sum(dim=-1) + background_weight * losses[..., -1]
+
+
+def per_box_bound(
+    student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tensor, margin: float
+) -> torch.Tensor:
+    """Equation 5, summed: the student's squared distances of those boxes where, with the margin, it
+    exceeds the teacher's.
+
+    Args:
+        student, teacher: (N, R, 4) differences of deltas to the ground truth's.
+        rows: (N, R), how much each row counts; bool, or numbers from 0.
+    """
+    ours, theirs = student.square().sum(dim=-1), teacher.square().sum(dim=-1)
+    return torch.where((rows > 0) & (ours + margin > theirs), ours * rows, 0.0).sum()
+
+
+def per_batch_bound(
+    student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tensor, margin: float
+) -> torch.Tensor:
+    """The student's mean squared distance over all rows if, with the margin, it exceeds the teacher's;
+    otherwise 0 (the repository of SSD-Knowledge-Distillation). Args: as of ``per_box_bound``."""
+    count = 4 * rows.sum().clamp(min=1)
+    ours, theirs = (
+        torch.where(rows > 0, distance.square().sum(dim=-1) * rows, 0.0).sum() / count
+        for distance in (student, teacher)
+    )
+    return torch.where(ours + margin > theirs, ours, 0.0)
+
+
+def mean_of_rows(values: torch.Tensor, valid: Optional[torch.Tensor]) -> torch.Tensor:
+    """The mean of (N, R, C), without rows that only fill up; valid: (N, R) bool, None: all are."""
+    if valid is None:
+        return values.mean()
+    count = valid.sum().clamp(min=1) * values.shape[-1]
+    return torch.where(valid[..., None], values, 0.0).sum() / count
+
+
+def targets_of(
+    predictions: Predictions, batch: Batch
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the rows of a head should predict.
+
+    Returns:
+        (N, R) bool objects, (N, R) bool background, (N, R) int64 classes of the objects' rows (K of
+        others), (N, R, 4) deltas.
+    """
+    boxes, valid = batch.padded_boxes()
+    labels = padded_classes(batch, boxes.shape[1], predictions.num_classes)
+    matched = predictions.match(boxes, valid)
+    objects, background = matched == 1, matched == 0
+    if predictions.valid is not None:
+        objects, background = objects & predictions.valid, background & predictions.valid
+    index = predictions.assign(boxes, valid)
+    anchors = predictions.anchors.expand(*index.shape, 4)
+    wanted = boxes.gather(1, index[..., None].expand_as(anchors))
+    classes = torch.where(objects, labels.gather(1, index), predictions.num_classes)
+    deltas = predictions.encode(wanted, anchors)
+    return objects, background, classes, torch.where(objects[..., None], deltas, 0.0)
+
+
+def padded_classes(batch: Batch, length: int, background: int) -> torch.Tensor:
+    """The ground-truth classes (N, length), filled up with ``background``; 0 for "object" of an RPN."""
+    rows = []
+    for item in batch.inputs:
+        classes = item["instances"].gt_classes.clamp(max=background - 1)
+        rows.append(F.pad(classes, (0, length - len(classes)), value=background))
+    return upload(torch.stack(rows), batch.inputs[0]["image"].device)
+
+
+def selected_rows(
+    predictions: Predictions, objects: torch.Tensor, classes: torch.Tensor, ratio: float
+) -> torch.Tensor:
+    """Objects and the hardest negatives (N, R), as a student with a background class selects them for
+    its own loss (SSD)."""
+    logits = predictions.logits.detach()
+    losses = F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction="none")
+    return objects | hard_negatives(losses.view_as(classes), objects, ratio)

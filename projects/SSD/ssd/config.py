@@ -1,0 +1,35 @@
+"""The keys of SSD."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode as CN
+
+
+def add_ssd_config(cfg: CN) -> None:
+    """Add MODEL.SSD, in place. The defaults are those of MobileNetV2-SSDLite and of the VGG16 teacher that
+    has its priors; configs/Base-SSD300-VGG16.yaml has those of the original SSD300."""
+    cfg.MODEL.SSD = node = CN()
+    # Foreground classes.
+    node.NUM_CLASSES = 20
+    # Height and width of the images in pixels; the augmentations must resize them so (INPUT.FIXED_SIZE).
+    node.SIZE = 300
+    # Of each level that the head reads: distance of its cells in pixels, ...
+    node.STRIDES = [16, 32, 64, 100, 150, 300]
+    # ... sides of its first prior box in pixels, and of the second, the square root of the product, ...
+    node.MIN_SIZES = [60.0, 105.0, 150.0, 195.0, 240.0, 285.0]
+    node.MAX_SIZES = [105.0, 150.0, 195.0, 240.0, 285.0, 330.0]
+    # ... and aspect ratios, each and its inverse, of the others.
+    node.ASPECT_RATIOS = [[2.0, 3.0]] * 6
+    # Depthwise-separable heads (SSDLite), but for the last level.
+    node.LITE_HEAD = True
+    # Channels of the backbone are those of the paper times this.
+    node.WIDTH = 1.0
+    # VGG16: read conv4_3 (normalised) as the first level, as the original SSD300 does.
+    node.CONV4_3 = False
+    # Training: a prior is an object from this IoU on; so many negatives, the hardest, per positive.
+    node.IOU_THRESHOLD = 0.5
+    node.NEGATIVES_PER_POSITIVE = 3.0
+    # Inference: scores above this, so many of them per class, before non-maximum suppression.
+    node.SCORE_THRESH_TEST = 0.01
+    node.TOPK_CANDIDATES_TEST = 200
+    node.NMS_THRESH_TEST = 0.45

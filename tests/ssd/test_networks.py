@@ -1,0 +1,190 @@
+"""The three networks: sizes, levels, widths, what the golden fixture recorded of them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_backbone, build_model
+from golden_tool import compared, write
+from ssd_case import NARROW, NETWORKS, WIDTHS, config, levels, ssd
+from torch import nn
+
+from distill_d2.projects.ssd import SSDMobileNetV2, SSDVGG16
+from distill_d2.projects.ssd.vgg import L2Norm
+
+LEVELS = {
+    "A": dict(s8=512, s16=1024, s32=512, s64=256, s100=256, s300=256),
+    "B": dict(s8=512, s16=1024, s32=512, s64=256, s100=256, s150=256, s300=256),
+    "C": dict(s8=192, s16=576, s32=1280, s64=512, s100=256, s150=256, s300=64),
+}
+# Those of the public checkpoints, less a convolution that they do not use.
+SIZES = {
+    "A": (26_285_486, 71),
+    "B": (26_826_884 - 512 * 192 - 192, 76 - 2),
+    "C": (3_487_044 - 192 * 512 - 512, 478),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_sizes(network):
+    cfg = config(network)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):  # shapes without weights
+        model = build_model(cfg)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert (parameters, len(model.state_dict())) == SIZES[network]
+    shapes = model.backbone.output_shape()
+    assert {name: shape.channels for name, shape in shapes.items()} == LEVELS[network]
+    assert all(shape.stride == int(name[1:]) for name, shape in shapes.items())
+    assert model.backbone.size_divisibility == 0
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_levels_are_as_they_say(network):
+    model = ssd(network).eval()
+    with torch.no_grad():
+        features = model.backbone(torch.zeros(2, 3, 300, 300))
+    shapes = model.backbone.output_shape()
+    assert list(features) == list(shapes) == list(LEVELS[network])
+    widths = WIDTHS[network] if network == "A" else (38, *WIDTHS[network])
+    for (name, feature), width in zip(features.items(), widths):
+        assert feature.shape == (2, shapes[name].channels, width, width)
+    assert tuple(level.shape[-1] for level in levels(model)) == WIDTHS[network]
+
+
+def test_width():
+    full, narrow = LEVELS["B"], SSDVGG16(width=0.125).output_shape()
+    assert {n: s.channels for n, s in narrow.items()} == {n: c // 8 for n, c in full.items()}
+    # Of MobileNetV2, multiples of 8, and its last convolution and the extra ones are not narrowed.
+    narrow = {n: s.channels for n, s in SSDMobileNetV2(width=0.5).output_shape().items()}
+    assert narrow == {**LEVELS["C"], "s8": 96, "s16": 288}
+    assert min(s.channels for s in SSDVGG16(width=1e-3).output_shape().values()) == 1
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_width_of_the_config(network):
+    shapes = build_backbone(config(network, WIDTH=NARROW[network])).output_shape()
+    assert shapes["s8"].channels == LEVELS[network]["s8"] * NARROW[network]
+    assert shapes["s16"].channels == LEVELS[network]["s16"] * NARROW[network]
+
+
+def test_what_is_special_in_the_vgg():
+    with torch.device("meta"):
+        original, teacher = SSDVGG16(conv4_3=True), SSDVGG16()
+    pools = [m for m in teacher.features if isinstance(m, nn.MaxPool2d)]
+    assert [(p.kernel_size, p.stride, p.padding, p.ceil_mode) for p in pools] == [
+        *((2, 2, 0, False), (2, 2, 0, False), (2, 2, 0, True)),
+        *((2, 2, 0, False), (3, 1, 1, False)),
+    ]
+    fc6 = teacher.features[31]
+    assert (fc6.kernel_size, fc6.padding, fc6.dilation) == ((3, 3), (6, 6), (6, 6))
+    assert teacher.l2_norm is None and original.l2_norm.weight.shape == (512,)
+    for network, plan in (
+        (original, [(2, 1), (2, 1), (1, 0), (1, 0)]),
+        (teacher, [(2, 1)] * 5),
+    ):
+        spatial = [m for m in network.extras if m.kernel_size == (3, 3)]
+        assert [(m.stride[0], m.padding[0]) for m in spatial] == plan
+
+
+def test_vgg_starts_from_he_weights():
+    backbone = SSDVGG16(width=0.25)
+    for layer in (backbone.features[14], backbone.extras[1]):
+        expected = (2 / (9 * layer.out_channels)) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.1)
+        assert not layer.bias.any()
+
+
+def test_l2_norm_by_hand():
+    norm = L2Norm(2)
+    assert norm.weight.tolist() == [20.0, 20.0]
+    norm.weight.data[1] = 5.0
+    x = torch.tensor([[3.0, 0.0], [4.0, 2.0]]).view(1, 2, 1, 2)
+    expected = torch.tensor([[12.0, 0.0], [4.0, 5.0]]).view(1, 2, 1, 2)
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_l2_norm_where_all_channels_are_zero():
+    """After a ReLU they may be: its gradient there is finite, whatever comes from above."""
+    norm, x = L2Norm(3), torch.randn(1, 3, 2, 2)
+    x[..., 0, 0] = -1.0
+    x.requires_grad_()
+    norm(x.relu()).square().sum().backward()
+    assert x.grad.isfinite().all() and not x.grad[..., 0, 0].any() and x.grad.any()
+    assert norm.weight.grad.isfinite().all()
+
+
+def test_l2_norm_in_half_precision():
+    norm, x = L2Norm(3), torch.randn(1, 3, 4, 4).relu()
+    x[..., 0, 0] = 0.0
+    torch.testing.assert_close(norm(x.half()), norm(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("network, lite", [("A", False), ("B", False), ("C", True)])
+def test_head(network, lite):
+    model = ssd(network).eval()
+    counts = model.anchor_generator.num_priors
+    assert counts == ([4, 6, 6, 6, 4, 4] if network == "A" else [6] * 6)
+    features = levels(model)
+    for outputs, length, convolutions in zip(
+        model.head(features), (21, 4), (model.head.logits, model.head.deltas)
+    ):
+        for output, feature, count in zip(outputs, features, counts):
+            assert output.shape == (1, count * length, *feature.shape[-2:])
+        for index, convolution in enumerate(convolutions):
+            last = index == 5
+            if not lite:
+                assert convolution.kernel_size == (3, 3)
+                continue
+            if last:
+                assert convolution.kernel_size == (1, 1)
+                continue
+            depthwise, norm, _, pointwise = convolution
+            assert depthwise.groups == depthwise.in_channels == norm.num_features
+            assert depthwise.bias is not None and pointwise.kernel_size == (1, 1)
+
+
+# tools/check_golden.py
+
+
+@pytest.fixture
+def arrays(shared):
+    with np.load(shared / "golden" / "ssd_forward.npz") as recorded:
+        return {name: recorded[name] for name in recorded.files}
+
+
+def test_recorded_fixture(tool, shared, arrays, capsys):
+    assert tool.main([str(shared / "golden" / "ssd_forward.npz")]) == 0
+    output = capsys.readouterr().out
+    assert "ssd_forward: pass" in output and "not used" not in output
+    assert set(compared(output, "pass")) == set(arrays) - {"image_rgb_blocks_30x30"}
+
+
+def test_recipe_is_that_of_the_fixture(tool, shared):
+    from golden.ssd_forward import by_recipe
+
+    recorded = json.loads((shared / "golden" / "ssd_state_dict_keys.json").read_text())
+    shapes = {name: shape for keys in recorded["networks"].values() for name, shape in keys.items()}
+    for name, check in recorded["fill_checks"].items():
+        numbers = by_recipe(name, shapes[name]).flatten()[:3].tolist()
+        assert numbers == pytest.approx(check["first3"], rel=1e-6)
+
+
+def test_every_changed_array_fails(tool, tmp_path, arrays, capsys):
+    """Of a fixture of one network."""
+    arrays = {n: a for n, a in arrays.items() if n.startswith(("mb2_", "image_"))}
+    changed = {name: np.array(array) for name, array in arrays.items()}
+    for name, array in changed.items():
+        if not name.startswith("image_"):
+            array.flat[np.abs(array).argmax()] += 0.01 * array.std()
+    assert tool.main([write(tmp_path, changed)]) == 1
+    output = capsys.readouterr().out
+    assert set(compared(output, "FAIL")) == set(arrays) - {"image_rgb_blocks_30x30"}
+
+
+def test_array_of_an_unknown_network(tool, tmp_path, arrays, capsys):
+    names = ("image_rgb_blocks_30x30", "mb2_conf", "mb2_loc", "mb2_source0_ch0to3_center")
+    arrays = {**{name: arrays[name] for name in names}, "resnet_conf": np.zeros(1)}
+    assert tool.main([write(tmp_path, arrays)]) == 2
+    assert "has arrays of unknown networks ['resnet']" in capsys.readouterr().err

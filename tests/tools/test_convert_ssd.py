@@ -1,0 +1,138 @@
+"""tools/convert_ssd.py on networks of a few channels, under the public names."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from distill_d2.checkpoint import SafeCheckpointer
+from distill_d2.engine import load_config
+from distill_d2.projects.ssd.names import name_of
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+SMALL = ["MODEL.SSD.WIDTH", "0.125", "MODEL.DEVICE", "cpu"]
+CONFIGS = {
+    "ssd300": "Base-SSD300-VGG16.yaml",
+    "teacher": "Base-SSD-VGG16-teacher.yaml",
+    "mobilenet": "Base-SSD.yaml",
+}
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import convert_ssd
+
+    return convert_ssd
+
+
+def small_ssd(network):
+    return build_model(load_config(CONFIGS[network], SMALL))
+
+
+def candidates(network):
+    """Public names of all kinds."""
+    leaves = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    if network != "mobilenet":
+        modules = [f"vgg.{i}" for i in range(35)] + [f"extras.{i}" for i in range(10)] + ["L2Norm"]
+        modules += [f"{kind}.{i}" for kind in ("loc", "conf") for i in range(6)]
+    else:
+        modules = [f"base_net.{b}.{i}" for b in (0, 18) for i in (0, 1)]
+        modules += [f"base_net.{b}.conv.{i}" for b in range(1, 18) for i in range(8)]
+        modules += [f"extras.{b}.conv.{i}" for b in range(4) for i in range(8)]
+        kinds = ("regression_headers", "classification_headers")
+        modules += [f"{kind}.{i}.{j}" for kind in kinds for i in range(5) for j in range(4)]
+        modules += [f"{kind}.5" for kind in kinds]
+    return [f"{module}.{leaf}" for module in modules for leaf in leaves]
+
+
+def public_state(model, network):
+    """The state of a model by public names, the background first; written independently."""
+    state, found = model.state_dict(), {}
+    for public in candidates(network):
+        ours = name_of(public)
+        if ours in state and ours not in found.values():
+            found[public] = ours
+    assert set(found.values()) == set(state)
+    weights = {public: state[ours].clone() for public, ours in found.items()}
+    for public, tensor in weights.items():
+        last = re.fullmatch(r"(conf\.\d|classification_headers\.(\d\.3|5))\.(weight|bias)", public)
+        if last:
+            rows = tensor.view(-1, 21, *tensor.shape[1:])
+            weights[public] = torch.cat([rows[:, 20:], rows[:, :20]], dim=1).reshape(tensor.shape)
+    return weights
+
+
+def converted(tool, tmp_path, weights, *options, entry=None):
+    source, target = tmp_path / "public.pth", tmp_path / "ours.pth"
+    torch.save({entry: weights} if entry else weights, source)
+    tool.main([str(source), str(target), *options, *SMALL])
+    return target
+
+
+@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("entry, prefix", [(None, ""), ("model", "module.")])
+def test_conversion_gives_the_same_network(tool, tmp_path, network, entry, prefix):
+    model, other = small_ssd(network), small_ssd(network)
+    weights = {prefix + name: tensor for name, tensor in public_state(model, network).items()}
+    target = converted(tool, tmp_path, weights, "--config-file", CONFIGS[network], entry=entry)
+    checkpointer = SafeCheckpointer(other)
+    checkpointer.load(str(target))
+    assert not checkpointer.incompatible.missing_keys and not checkpointer.incompatible.unexpected_keys
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_counters_may_be_missing(tool, tmp_path):
+    weights = public_state(small_ssd("mobilenet"), "mobilenet")
+    weights = {name: value for name, value in weights.items() if "num_batches" not in name}
+    assert converted(tool, tmp_path, weights, "--config-file", CONFIGS["mobilenet"]).is_file()
+
+
+def test_the_original_starts_a_teacher_with_other_priors(tool, tmp_path, capsys):
+    model = small_ssd("ssd300")
+    weights = public_state(model, "ssd300")
+    options = ("--config-file", CONFIGS["teacher"], "--backbone")
+    target = converted(tool, tmp_path, weights, *options)
+    loaded = torch.load(target, weights_only=True)["model"]
+    assert set(loaded) == {
+        name for name in model.state_dict() if name.startswith(("backbone.features", "backbone.extras"))
+    }
+    assert "dropped 25" in capsys.readouterr().out
+
+
+def test_vgg16_with_reduced_layers(tool, tmp_path):
+    state = public_state(small_ssd("ssd300"), "ssd300")
+    weights = {name[len("vgg.") :]: tensor for name, tensor in state.items() if name.startswith("vgg.")}
+    options = ("--config-file", CONFIGS["ssd300"], "--backbone")
+    loaded = torch.load(converted(tool, tmp_path, weights, *options), weights_only=True)["model"]
+    assert len(loaded) == 30 and torch.equal(loaded["backbone.features.33.bias"], weights["33.bias"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w.update(surprise=torch.zeros(1)), "1 of INPUT's 72 keys are those of no known SSD: surp"),
+        (lambda w: w.pop("vgg.0.weight"), "1 missing: backbone.features.0.weight"),
+        (lambda w: w.update({"vgg.0.bias": torch.zeros(3)}), "of another shape: backbone.features.0.bias"),
+    ],
+)
+def test_what_does_not_fit_is_listed(tool, tmp_path, change, message):
+    weights = public_state(small_ssd("ssd300"), "ssd300")
+    change(weights)
+    with pytest.raises(SystemExit, match=f"(?s)nothing was written.*{message}"):
+        converted(tool, tmp_path, weights, "--config-file", CONFIGS["ssd300"])
+    assert not (tmp_path / "ours.pth").exists()
+
+
+def test_another_network_is_refused(tool, tmp_path):
+    weights = public_state(small_ssd("ssd300"), "ssd300")
+    with pytest.raises(SystemExit, match="not those of the detector of 'Base-SSD.yaml'"):
+        converted(tool, tmp_path, weights, "--config-file", CONFIGS["mobilenet"])
+
+
+def test_no_such_file(tool, tmp_path):
+    with pytest.raises(SystemExit, match="nothing was written: checkpoint '.*' does not exist"):
+        tool.main([str(tmp_path / "no.pth"), str(tmp_path / "o.pth"), "--config-file", CONFIGS["ssd300"]])

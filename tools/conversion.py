@@ -1,0 +1,120 @@
+"""What the programs that convert public checkpoints share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any, Dict, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+Weights = Dict[str, torch.Tensor]
+
+MOST_NAMES = 20  # in one line of a message
+
+
+class ConversionError(Exception):
+    """The input cannot be converted; the message says what was found and expected."""
+
+
+def check_paths(parser: argparse.ArgumentParser, source: str, target: str) -> None:
+    """Exits with a message if the result could not, or must not, be written to ``target``."""
+    folder = os.path.dirname(os.path.abspath(target))
+    if not target.endswith(".pth"):
+        parser.error(f"OUTPUT is '{target}'; expected a name that ends with .pth")
+    if os.path.realpath(source) == os.path.realpath(target):
+        parser.error(f"INPUT and OUTPUT are the same file, '{target}'; expected another OUTPUT")
+    if not os.path.isdir(folder):
+        parser.error(f"the folder of OUTPUT, '{folder}', does not exist")
+    if os.path.isdir(target):
+        parser.error(f"OUTPUT '{target}' is a folder; expected the name of a file")
+
+
+def state_dict_of(entries: Dict[str, Any]) -> Weights:
+    """The weights of a checkpoint, under its entry "model" or bare; without DataParallel's prefix.
+
+    Raises:
+        ConversionError: it holds something else.
+    """
+    weights = entries.get("model", entries)
+    if not isinstance(weights, dict) or not weights:
+        raise ConversionError("INPUT's entry 'model' is no state_dict, expected {name: tensor, ...}")
+    others = [
+        str(name)
+        for name, value in weights.items()
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor)
+    ]
+    if others:
+        raise ConversionError(
+            "INPUT is no state_dict and has no entry 'model' that is one; these of its entries are not "
+            f"tensors with names: {listing(others)}"
+        )
+    prefix = "module." if all(name.startswith("module.") for name in weights) else ""
+    return {name[len(prefix) :]: tensor.detach() for name, tensor in weights.items()}
+
+
+def check_agreement(
+    weights: Weights, cfg: CfgNode, config_file: str, *, partial: bool = False
+) -> None:
+    """Compare with the model of the config, name by name.
+
+    Args:
+        partial: the weights may be some of the model's.
+
+    Raises:
+        ConversionError: they differ, or there is no model of that config; the message lists names.
+    """
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "cpu"
+    try:
+        model = build_model(cfg)
+    except (KeyError, ValueError, TypeError, AssertionError) as error:
+        raise ConversionError(f"the config '{config_file}' builds no model: {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    differences = {
+        "missing": []
+        if partial
+        else [name for name in expected if name not in found and not _may_be_missing(name)],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {shape} instead of {expected[name]}"
+            for name, shape in found.items()
+            if expected.get(name, shape) != shape
+        ],
+    }
+    if any(differences.values()):
+        lines = [f"{len(v)} {what}: {listing(v)}" for what, v in differences.items() if v]
+        raise ConversionError(
+            f"the weights are not those of the detector of '{config_file}' (choose one with "
+            "--config-file, or set its keys with KEY VALUE):\n  " + "\n  ".join(lines)
+        )
+
+
+def _may_be_missing(name: str) -> bool:
+    # Constants of the config, and counters that only norms without a momentum use.
+    return name in ("pixel_mean", "pixel_std") or name.endswith(".num_batches_tracked")
+
+
+def write(path: str, weights: Weights, author: str) -> None:
+    """Write the checkpoint under a temporary name first, so that an older one is never lost."""
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as file:
+            # A plain dict: with torchvision's metadata, some versions of detectron2 would take the
+            # frozen norms for ones of an old format and change their variances.
+            torch.save({"model": dict(weights), "__author__": author}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        if os.path.isfile(partial):
+            os.remove(partial)
+        raise
+
+
+def listing(names: Sequence[str], most: int = MOST_NAMES) -> str:
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,93 @@
+#!/usr/bin/env python
+"""Convert a public SSD checkpoint into a detectron2 checkpoint of projects/SSD.
+
+    tools/convert_ssd.py ssd300_mAP_77.43_v2.pth ssd300.pth --config-file Base-SSD300-VGG16.yaml
+    tools/convert_ssd.py mb2-ssd-lite-mp-0_686.pth mb2_ssd_lite.pth --config-file Base-SSD.yaml
+    tools/convert_ssd.py vgg16_reducedfc.pth vgg16.pth --config-file Base-SSD300-VGG16.yaml --backbone
+    # the original SSD300 as a start for a teacher with other prior boxes
+    tools/convert_ssd.py ssd300_mAP_77.43_v2.pth start.pth --config-file Base-SSD-VGG16-teacher.yaml --backbone
+
+INPUT is a path or URL: a state_dict of amdegroot/ssd.pytorch, qfgaohao/pytorch-ssd or SSD-Knowledge-
+Distillation, or a checkpoint with the entry "model". Code in it is not run. The background becomes the last
+class. Names and shapes must be those of CONFIG's detector, with --backbone those of its backbone as far as
+INPUT has it; otherwise nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import List, Optional, Sequence
+
+import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
+from conversion import (
+    ConversionError,
+    Weights,
+    check_agreement,
+    check_paths,
+    listing,
+    state_dict_of,
+    write,
+)
+
+from distill_d2.checkpoint import read_checkpoint
+from distill_d2.config import student_config
+from distill_d2.engine.setup import load_config
+from distill_d2.projects.ssd.names import DROPPED, from_public
+
+AUTHOR = "converted from a public SSD by distill_d2"
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Run the program; exits with a message if nothing was written."""
+    parser = make_parser()
+    args = parser.parse_intermixed_args(arguments)
+    check_paths(parser, args.input, args.output)
+    try:
+        cfg = student_config(load_config(args.config_file, args.opts))
+        weights, dropped = convert(state_dict_of(read_checkpoint(args.input)), args.backbone)
+        check_agreement(weights, cfg, args.config_file, partial=args.backbone)
+        write(args.output, weights, AUTHOR)
+    except (ConversionError, OSError, ValueError, KeyError, AssertionError) as error:
+        sys.exit(f"convert_ssd: nothing was written: {error}")
+    print(f"{len(weights)} tensors converted, the background last among the classes")
+    if dropped:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in DROPPED.items())
+        print(f"  dropped {len(dropped)}: {listing(dropped, 5)} ({reasons}; others by --backbone)")
+    print(f"Wrote {args.output}. To use it: MODEL.WEIGHTS {args.output}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", metavar="INPUT", help="path or URL of the weights")
+    parser.add_argument("output", metavar="OUTPUT.pth", help="an older file of that name is replaced")
+    parser.add_argument("--config-file", metavar="CONFIG", required=True, help="of the detector")
+    parser.add_argument(
+        "--backbone", action="store_true", help="leave out the heads, and layers that CONFIG lacks"
+    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of the detector")
+    return parser
+
+
+def convert(state_dict: Weights, backbone: bool) -> "tuple[Weights, List[str]]":
+    """The weights by their names here, and the names that were dropped.
+
+    Raises:
+        ConversionError: the meaning of some key is not known.
+    """
+    weights, dropped, unknown = from_public(state_dict)
+    if unknown:
+        raise ConversionError(
+            f"{len(unknown)} of INPUT's {len(state_dict)} keys are those of no known SSD: {listing(unknown)}"
+        )
+    if backbone:
+        heads = [name for name in weights if name.startswith(("head.", "backbone.l2_norm."))]
+        dropped += heads
+        weights = {name: tensor for name, tensor in weights.items() if name not in heads}
+    return weights, dropped
+
+
+if __name__ == "__main__":
+    main()
