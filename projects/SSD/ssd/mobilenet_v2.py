@@ -63,14 +63,6 @@ class SSDMobileNetV2(Backbone):
             maps.append(x)
         return dict(zip(self._out_features, maps))
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
-        return {
-            name: ShapeSpec(
-                channels=self._out_feature_channels[name], stride=self._out_feature_strides[name]
-            )
-            for name in self._out_features
-        }
-
 
 @BACKBONE_REGISTRY.register()
 def build_ssd_mobilenet_v2_backbone(cfg: CfgNode, _input_shape: ShapeSpec) -> SSDMobileNetV2:

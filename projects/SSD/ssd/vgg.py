@@ -72,14 +72,6 @@ class SSDVGG16(Backbone):
                 maps.append(x)
         return dict(zip(self._out_features, maps))
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
-        return {
-            name: ShapeSpec(
-                channels=self._out_feature_channels[name], stride=self._out_feature_strides[name]
-            )
-            for name in self._out_features
-        }
-
 
 def _times(channels: int, width: float) -> int:
     return max(1, round(channels * width))

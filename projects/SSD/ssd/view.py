@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Dict, Sequence, Tuple
+from typing import Tuple
 
 import torch
 
 from distill_d2.views.anchored import AnchoredHead
-from distill_d2.views.base import DetectorView, register_view
-from distill_d2.views.predictions import Predictions
+from distill_d2.views.base import register_view
+from distill_d2.views.retinanet import RetinaNetView
 
 from .ssd import SSD
 
 
 @register_view(SSD)
-class SSDView(DetectorView):
-    offers = ("dense", "anchors")
+class SSDView(RetinaNetView):
     has_background = True
-
-    @property
-    def num_classes(self) -> int:
-        return self.model.num_classes
 
     @property
     def probe_size(self) -> Tuple[int, int]:
         return (self.model.anchor_generator.size,) * 2
-
-    def require(self, capability: str) -> None:
-        super().require(capability)
-        if capability == "dense":
-            self.taps.add("head")
-
-    def dense(self) -> Predictions:
-        return self._head().predictions(self)
-
-    @property
-    def anchor_levels(self) -> Sequence[str]:
-        return self.model.head_in_features
-
-    def anchors(self) -> Dict[str, torch.Tensor]:
-        return self._head().grids(self)
-
-    def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
-        return self._head().sample()
 
     def _head(self) -> AnchoredHead:
         return AnchoredHead(
@@ -52,11 +29,18 @@ class SSDView(DetectorView):
             background=True,
             anchor_generator=self.model.anchor_generator,
             transform=self.model.box2box_transform,
-            match=lambda boxes, valid, _anchors: self._match(boxes, valid)[1].to(torch.int8),
-            assign=lambda boxes, valid: self._match(boxes, valid)[0],
+            match=lambda boxes, valid, _anchors: self._match_once(boxes, valid)[1].to(torch.int8),
+            assign=lambda boxes, valid: self._match_once(boxes, valid)[0],
         )
 
-    def _match(
+    def _match_once(
+        self, boxes: torch.Tensor, valid: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Of ``match`` and ``assign``; the boxes are kept, so that no others have their id in this step."""
+        _, found = self.once(("match", id(boxes)), lambda: (boxes, self._match_priors(boxes, valid)))
+        return found
+
+    def _match_priors(
         self, boxes: torch.Tensor, valid: torch.Tensor
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         levels = [self.level(name, contiguous=False) for name in self.model.head_in_features]
