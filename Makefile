@@ -16,6 +16,8 @@ ifneq ($(shell cat "$(READY)" 2>/dev/null),$(CURDIR))
 endif
 # One thread per process: results do not depend on the machine, and small tensors are faster so.
 RUN = OMP_NUM_THREADS=1 "$(VENV_PYTHON)"
+# Test files side by side: a process takes up to 5 GB.
+PYTEST = $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-slow clean
@@ -34,10 +36,10 @@ demo: env
 	@$(RUN) tools/demo.py
 
 test: env
-	$(RUN) -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: env
-	$(RUN) -m pytest -q
+	$(PYTEST)
 
 $(READY): requirements.txt setup.py pyproject.toml tools/install_detectron2.py
 	@rm -f "$(READY)"

@@ -8,8 +8,12 @@ import yaml
 from detectron2.config import CfgNode as CN
 
 from .losses import DISTILL_LOSS_REGISTRY
+from .projects.condinst import add_condinst_config
+from .projects.fcos import add_fcos_config
 from .projects.ghnd import add_bottleneck_config
+from .projects.poto import add_poto_config
 from .projects.small_resnet import add_small_resnet_config
+from .projects.solov2 import add_solov2_config
 from .projects.ssd import add_ssd_config
 
 
@@ -22,6 +26,10 @@ def add_distill_config(cfg: CN) -> None:
     add_small_resnet_config(cfg)
     add_bottleneck_config(cfg)
     add_ssd_config(cfg)
+    add_fcos_config(cfg)
+    add_condinst_config(cfg)
+    add_solov2_config(cfg)
+    add_poto_config(cfg)
 
     # More yaml files, merged after --config-file and before the command line's KEY VALUE pairs.
     cfg.EXTRA_CFG = []

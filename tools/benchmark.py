@@ -292,8 +292,8 @@ def iteration_with_all(losses: Dict[str, DistillLoss]) -> int:
         if not off:
             return iteration
     sys.exit(
-        f"benchmark: {off} would cost nothing, or not reach the student: WEIGHT is 0, or STOP_ITER or "
-        f"BYPASS_DISTILL_AFTER is no later than iteration {iteration}, or DISTILL_ON is 0"
+        f"benchmark: {off} would cost nothing, or not reach the student: WEIGHT or WEIGHT_VALUE is 0, or "
+        f"STOP_ITER or BYPASS_DISTILL_AFTER is no later than iteration {iteration}, or DISTILL_ON is 0"
     )
 
 

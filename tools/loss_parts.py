@@ -42,8 +42,7 @@ def icd_parts(
         temperature = loss.temperature(batch.iteration, batch.max_iter)
         return {"value": loss.value_term(ours, decoded, queries, geometry, temperature)}
 
-    parts = {"decoder + auxiliary task": Part(auxiliary)}
-    return {**parts, "value loss": Part(value)} if loss.settings.weight_value > 0 else parts
+    return {"decoder + auxiliary task": Part(auxiliary), "value loss": Part(value)}
 
 
 def gid_parts(

@@ -172,11 +172,9 @@ def test_parts_of_icd_are_its_terms(icd):
     assert all(leaf.grad is None for leaf in parts.leaves)
 
 
-def test_icd_without_its_value_loss_has_one_part(tool, icd_config):
-    subjects = build(tool, icd_config, "MODEL.DISTILLER.INS_ATT_MIMIC.WEIGHT_VALUE", "0.0")
-    with tool.EventStorage(subjects.iteration):
-        tasks = tool.build_tasks(subjects)
-    assert [name for name in tasks if "part:" in name] == [f"{ICD} part: decoder + auxiliary task"]
+def test_icd_without_its_value_loss_would_not_reach_the_student(tool, icd_config):
+    with pytest.raises(SystemExit, match="not reach the student: WEIGHT or WEIGHT_VALUE is 0"):
+        build(tool, icd_config, "MODEL.DISTILLER.INS_ATT_MIMIC.WEIGHT_VALUE", "0.0")
 
 
 def test_naive_icd_does_the_same_work(tool, icd, monkeypatch):
@@ -377,7 +375,7 @@ def of_distiller(opts):
 
 
 def test_loss_that_is_off_is_refused(tool, make_config):
-    with pytest.raises(SystemExit, match="PKD.*WEIGHT is 0"):
+    with pytest.raises(SystemExit, match="PKD.*WEIGHT or WEIGHT_VALUE is 0"):
         run(tool, make_config(["PKD"]), "MODEL.DISTILLER.PKD.WEIGHT", "0.0")
 
 

@@ -1,0 +1,31 @@
+"""The keys of CondInst, named as AdelaiDet names them, so that its yaml files load."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode as CN
+
+
+def add_condinst_config(cfg: CN) -> None:
+    """Add MODEL.CONDINST, in place."""
+    cfg.MODEL.CONDINST = node = CN()
+    # Stride in pixels of the predicted masks, a divisor of 8.
+    node.MASK_OUT_STRIDE = 4
+    # Training: at most so many instances of a batch have a mask loss, by chance; or so many of an image,
+    # the best of each object (-1: no limit; only one of both).
+    node.MAX_PROPOSALS = -1
+    node.TOPK_PROPOSALS_PER_IM = -1
+    node.MASK_HEAD = head = CN()
+    head.CHANNELS = 8
+    head.NUM_LAYERS = 3
+    head.DISABLE_REL_COORDS = False
+    node.MASK_BRANCH = branch = CN()
+    branch.IN_FEATURES = ["p3", "p4", "p5"]
+    branch.CHANNELS = 128
+    branch.OUT_CHANNELS = 8
+    branch.NUM_CONVS = 4
+    branch.NORM = "BN"
+    # A semantic segmentation as an auxiliary task.
+    branch.SEMANTIC_LOSS_ON = False
+    # Read by nothing, there as here.
+    node.BOTTOM_PIXELS_REMOVED = -1
+    head.USE_FP16 = False

@@ -1,0 +1,93 @@
+"""The keys of FCOS and its backbones, named as AdelaiDet names them, so that its yaml files load."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode as CN
+
+
+def add_fcos_config(cfg: CN) -> None:
+    """Add MODEL.FCOS, MODEL.BiFPN, MODEL.DLA and AdelaiDet's switches, in place."""
+    cfg.MODEL.FCOS = node = CN()
+    # Foreground classes.
+    node.NUM_CLASSES = 80
+    # The levels that the head reads, and their strides in pixels.
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    node.FPN_STRIDES = [8, 16, 32, 64, 128]
+    # Levels that build_fcos_resnet_fpn_backbone adds after p5: 2 (p6, p7), 1 or 0.
+    node.TOP_LEVELS = 2
+    # The head: convolutions of both towers, of each, their norm ("GN", "BN", "SyncBN", "NaiveGN" or
+    # "none"), a deformable last one, a trainable scale per level.
+    node.NUM_SHARE_CONVS = 0
+    node.NUM_CLS_CONVS = 4
+    node.NUM_BOX_CONVS = 4
+    node.NORM = "GN"
+    node.USE_DEFORMABLE = False
+    node.USE_SCALE = True
+    node.PRIOR_PROB = 0.01
+    # Targets: locations near the centre of an object, so many strides, or anywhere in its box; largest
+    # distance to a side, in pixels, that belongs to each level but the last.
+    node.CENTER_SAMPLE = True
+    node.POS_RADIUS = 1.5
+    node.SIZES_OF_INTEREST = [64, 128, 256, 512]
+    # Losses: focal loss, and what divides it: "fg" (the positives), "moving_fg" or "all"; box loss "giou",
+    # "iou" or "linear_iou"; quality of a box: "ctrness" or "iou".
+    node.LOSS_ALPHA = 0.25
+    node.LOSS_GAMMA = 2.0
+    node.LOSS_NORMALIZER_CLS = "fg"
+    node.LOSS_WEIGHT_CLS = 1.0
+    node.LOC_LOSS_TYPE = "giou"
+    node.BOX_QUALITY = "ctrness"
+    # Inference: candidates' scores are above this (times the quality if THRESH_WITH_CTR), so many per level
+    # before non-maximum suppression and per image after. The TRAIN ones are for YIELD_PROPOSAL.
+    node.THRESH_WITH_CTR = False
+    node.INFERENCE_TH_TRAIN = 0.05
+    node.INFERENCE_TH_TEST = 0.05
+    node.PRE_NMS_TOPK_TRAIN = 1000
+    node.PRE_NMS_TOPK_TEST = 1000
+    node.NMS_TH = 0.6
+    node.POST_NMS_TOPK_TRAIN = 100
+    node.POST_NMS_TOPK_TEST = 100
+    # Also return proposals in training, or the box tower's features.
+    node.YIELD_PROPOSAL = False
+    node.YIELD_BOX_FEATURES = False
+    # Read by nothing, there as here: the head always has ReLU.
+    node.USE_RELU = True
+
+    cfg.MODEL.BiFPN = node = CN()
+    node.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    node.OUT_CHANNELS = 160
+    node.NUM_REPEATS = 6
+    node.NORM = ""
+
+    cfg.MODEL.DLA = node = CN()
+    node.CONV_BODY = "DLA34"
+    node.OUT_FEATURES = ["stage2", "stage3", "stage4", "stage5"]
+    node.NORM = "FrozenBN"
+
+    _add_unused(cfg)
+
+
+def _add_unused(cfg: CN) -> None:
+    """AdelaiDet's keys that its yaml files may carry, at the values at which they change nothing."""
+    cfg.MODEL.MOBILENET = False
+    cfg.MODEL.BACKBONE.ANTI_ALIAS = False
+    cfg.MODEL.RESNETS.DEFORM_INTERVAL = 1
+    cfg.MODEL.TOP_MODULE = CN({"NAME": "conv", "DIM": 16})
+    cfg.MODEL.BASIS_MODULE = CN(
+        {
+            "NAME": "ProtoNet",
+            "NUM_BASES": 4,
+            "LOSS_ON": False,
+            "ANN_SET": "coco",
+            "CONVS_DIM": 128,
+            "IN_FEATURES": ["p3", "p4", "p5"],
+            "NORM": "SyncBN",
+            "NUM_CONVS": 3,
+            "COMMON_STRIDE": 8,
+            "NUM_CLASSES": 80,
+            "LOSS_WEIGHT": 0.3,
+        }
+    )
+    cfg.INPUT.HFLIP_TRAIN = True
+    cfg.INPUT.CROP.CROP_INSTANCE = True
+    cfg.INPUT.IS_ROTATE = False
