@@ -125,6 +125,7 @@ class Distiller(nn.Module):
             for loss in self.losses.values():
                 _bind(loss, self.student_view, teacher.view)
         teacher.check_taps()
+        self._check_fixed_size()
         self._choose_trained(freeze_names)
         student.backbone.register_forward_pre_hook(self._pad_student)
         self._log_start()
@@ -363,6 +364,17 @@ class Distiller(nn.Module):
         if height % divisibility == 0 and width % divisibility == 0:
             return height, width
         return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+    def _check_fixed_size(self) -> None:
+        size = self.student_view.fixed_size
+        if size is None or self._common_size(size, size) == (size, size):
+            return
+        height, width = self._common_size(size, size)
+        raise ValueError(
+            f"the student, a {type(self.student).__name__}, takes images of {size}x{size} pixels only, but the "
+            f"teacher, a {type(self.teacher.model).__name__}, would pad them to {height}x{width}; train the "
+            f"student at a size that both take, such as {max(height, width)}"
+        )
 
     # The teacher is moved along, and never seen otherwise (law 2).
 

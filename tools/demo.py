@@ -5,7 +5,8 @@ distilled, side by side, and print them.
     tools/demo.py [--seed 1] [--methods pkd mimic icd gid] [--output output/demo] [--num-gpus 1]
 
 The methods gid-feature, gid-relation and gid-response are single parts of GID, defeat-neck is DeFeat
-without the head's classes; bccd_rcnn is BCCD with Faster R-CNN, the others have RetinaNet.
+without the head's classes; bccd_rcnn is BCCD with Faster R-CNN, shapes_ssd and bccd_ssd are SSD (methods
+ssdkd and ssdkd-repository), the others have RetinaNet.
 Takes minutes on two CPU cores. Everything it runs is an ordinary command line, printed first; each
 run's log, checkpoints and metrics are in OUTPUT/teacher, OUTPUT/student and OUTPUT/<method>.
 """
@@ -36,6 +37,8 @@ def _gid_without(*terms: str) -> List[str]:
     return _off(*(f"GID.{term}_WEIGHT" for term in terms))
 
 
+# What the repository SSD-Knowledge-Distillation computes.
+SSDKD_OF_REPOSITORY = "MODEL.DISTILLER.SSD_KD.BOUNDED batch MODEL.DISTILLER.SSD_KD.HINT logits".split()
 # By name of a run: its script, its config in configs/quickstart/ after the dataset's name, and options.
 RUNS = {
     "teacher": ("train_baseline.py", "teacher", []),
@@ -47,12 +50,15 @@ RUNS = {
     "headkd": ("train_distill.py", "headkd", []),
     "defeat": ("train_distill.py", "defeat", []),
     "defeat-neck": ("train_distill.py", "defeat", _off("DEFEAT.HEAD_CLS_W", "DEFEAT.HEAD_CLS_BACK_W")),
+    "ssdkd": ("train_distill.py", "ssdkd", []),
+    "ssdkd-repository": ("train_distill.py", "ssdkd", SSDKD_OF_REPOSITORY),
     "gid": ("train_distill.py", "gid", []),
     "gid-feature": ("train_distill.py", "gid", _gid_without("RELATION", "RESPONSE_CLS", "RESPONSE_REG")),
     "gid-relation": ("train_distill.py", "gid", _gid_without("FEATURE", "RESPONSE_CLS", "RESPONSE_REG")),
     "gid-response": ("train_distill.py", "gid", _gid_without("FEATURE", "RELATION")),
 }
 METHODS = list(RUNS)[2:]
+DATASETS = ["shapes", "bccd", "bccd_rcnn", "shapes_ssd", "bccd_ssd"]
 SECONDS_BETWEEN_NEWS = 30
 
 
@@ -71,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", choices=["shapes", "bccd", "bccd_rcnn"], default="shapes")
+    parser.add_argument("--dataset", choices=DATASETS, default="shapes")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:1])
     parser.add_argument("--seed", type=int, default=1, help="of all runs")
     parser.add_argument("--output", default="output/demo", help="folder for the runs")

@@ -41,7 +41,7 @@ def require_heads(
     except TypeError as error:
         raise TypeError(
             f"{key}: {error}. It compares heads of one kind, which student and teacher must both have: "
-            "dense (RetinaNet, FCOS) or box_head (Faster and Mask R-CNN with FPN, not C4 or cascade)"
+            "dense (one-stage detectors) or box_head (Faster and Mask R-CNN with FPN, not C4 or cascade)"
         ) from error
     if capability != "rpn":
         require_same_classes(student, teacher, key)

@@ -144,6 +144,11 @@ class DetectorView:
         return (2 * max(self.model.backbone.size_divisibility, 32),) * 2
 
     @property
+    def fixed_size(self) -> Optional[int]:
+        """Height and width in pixels of all its images, where it takes no others."""
+        return None
+
+    @property
     def strides(self) -> Dict[str, int]:
         """The stride in pixels of each neck level, by name."""
         return {name: shape.stride for name, shape in self.neck_shapes.items()}

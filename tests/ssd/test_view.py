@@ -291,6 +291,12 @@ def test_teacher_that_takes_no_small_images():
     assert model.losses["_Both"].bound
 
 
+def test_student_whose_images_the_teacher_would_pad():
+    assert detector("retinanet").backbone.size_divisibility == 16
+    with pytest.raises(ValueError, match="300x300 pixels only, but .*RetinaNet, would .* 304x304; .* as 304"):
+        Distiller(student=ssd(), teacher=Teacher(detector("retinanet")), losses=[_Swapped()])
+
+
 class _Both(DistillLoss):
     bound = False
 
@@ -298,6 +304,12 @@ class _Both(DistillLoss):
         student.require_level("p3")
         teacher.require_level("s8")
         self.bound = True
+
+
+class _Swapped(DistillLoss):
+    def bind(self, student, teacher):
+        student.require_level("s8")
+        teacher.require_level("p3")
 
 
 def test_detectors_without_common_levels():

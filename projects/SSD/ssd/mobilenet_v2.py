@@ -27,10 +27,11 @@ class SSDMobileNetV2(Backbone):
     losses on features. Named by their strides.
     """
 
-    def __init__(self, width: float = 1.0):
+    def __init__(self, width: float = 1.0, last: int = 300):
         """
         Args:
             width: times the channels of the paper, rounded to multiples of 8.
+            last: stride of the last level; there are no layers beyond it.
         """
         super().__init__()
         self.features = mobilenet_v2(weights=None, width_mult=width).features
@@ -38,6 +39,8 @@ class SSDMobileNetV2(Backbone):
         shapes = {"s8": self._expanded(_TO_16), "s16": self._expanded(_TO_32), "s32": channels}
         self.extras = nn.ModuleList()
         for name, (out, ratio) in zip(("s64", "s100", "s150", "s300"), _EXTRAS):
+            if int(name[1:]) > last:
+                break
             self.extras.append(InvertedResidual(channels, out, stride=2, expand_ratio=ratio))
             shapes[name] = channels = out
         self._out_feature_channels = shapes
@@ -66,5 +69,5 @@ class SSDMobileNetV2(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_ssd_mobilenet_v2_backbone(cfg: CfgNode, _input_shape: ShapeSpec) -> SSDMobileNetV2:
-    """Build it from MODEL.SSD.WIDTH."""
-    return SSDMobileNetV2(cfg.MODEL.SSD.WIDTH)
+    """Build it from MODEL.SSD.WIDTH and STRIDES."""
+    return SSDMobileNetV2(cfg.MODEL.SSD.WIDTH, max(cfg.MODEL.SSD.STRIDES))

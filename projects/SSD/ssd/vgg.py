@@ -40,20 +40,22 @@ class SSDVGG16(Backbone):
     cells, and s8 (conv4_3 as it is) for losses on features. Named by their strides for images of 300.
     """
 
-    def __init__(self, conv4_3: bool = False, width: float = 1.0):
+    def __init__(self, conv4_3: bool = False, width: float = 1.0, last: int = 300):
         """
         Args:
             conv4_3: the original SSD300.
             width: times the channels of the paper.
+            last: stride of the last level; there are no layers beyond it.
         """
         super().__init__()
         plan = [layer if layer == "M" else _times(layer, width) for layer in cfgs["D"]]
         self.features = _trunk(plan, _times(1024, width))
         self.l2_norm = L2Norm(plan[-2]) if conv4_3 else None
-        strides = [2, 2, 1, 1] if conv4_3 else [2, 2, 2, 2, 2]
+        names = ["s8", "s16", "s32", "s64", "s100"] + (["s300"] if conv4_3 else ["s150", "s300"])
+        names = [name for name in names if int(name[1:]) <= last]
+        strides = ([2, 2, 1, 1] if conv4_3 else [2, 2, 2, 2, 2])[: len(names) - 2]
         outs = [512, 256, 256, 256, 256][: len(strides)]
         self.extras = nn.ModuleList(_extras(_times(1024, width), outs, strides, width))
-        names = ["s8", "s16", "s32", "s64", "s100"] + (["s300"] if conv4_3 else ["s150", "s300"])
         channels = [plan[-2], *(_times(c, width) for c in (1024, *outs))]
         self._out_features = names
         self._out_feature_channels = dict(zip(names, channels))
@@ -116,5 +118,6 @@ def _initialise(module: nn.Module) -> None:
 
 @BACKBONE_REGISTRY.register()
 def build_ssd_vgg16_backbone(cfg: CfgNode, _input_shape: ShapeSpec) -> SSDVGG16:
-    """Build it from MODEL.SSD.CONV4_3 and MODEL.SSD.WIDTH."""
-    return SSDVGG16(cfg.MODEL.SSD.CONV4_3, cfg.MODEL.SSD.WIDTH)
+    """Build it from MODEL.SSD.CONV4_3, WIDTH and STRIDES."""
+    node = cfg.MODEL.SSD
+    return SSDVGG16(node.CONV4_3, node.WIDTH, max(node.STRIDES))

@@ -18,8 +18,12 @@ class SSDView(RetinaNetView):
     has_background = True
 
     @property
+    def fixed_size(self) -> int:
+        return self.model.anchor_generator.size
+
+    @property
     def probe_size(self) -> Tuple[int, int]:
-        return (self.model.anchor_generator.size,) * 2
+        return self.fixed_size, self.fixed_size
 
     def _head(self) -> AnchoredHead:
         return AnchoredHead(

@@ -6,6 +6,7 @@ import naive_ssd as ssd
 import naive_ssd_kd as naive
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling.box_regression import Box2BoxTransform
 from no_synchronisation import no_synchronisation
@@ -47,6 +48,14 @@ def test_soft_cross_entropy_by_hand():
     assert loss.item() == pytest.approx(0.25 * log2 + 0.25 * 2 * log2 + 1.5 * 0.5 * 2 * log2)
     (loss,) = soft_cross_entropy(student, teacher, 3.0, 0.0)
     assert loss.item() == pytest.approx(3 * (0.25 * log2 + 0.25 * 2 * log2))
+
+
+def test_soft_cross_entropy_of_a_certain_teacher_is_the_hard_one():
+    student, labels = torch.randn(2, 6, 4), torch.randint(4, (2, 6))
+    teacher = 200.0 * F.one_hot(labels, 4)
+    expected = F.cross_entropy(student.flatten(0, 1), labels.flatten(), reduction="none")
+    expected = expected.view(2, 6) * torch.where(labels == 3, 1.5, 1.0)
+    torch.testing.assert_close(soft_cross_entropy(student, teacher, 1.0, 1.5), expected)
 
 
 def test_soft_cross_entropy_of_an_object_by_hand():
