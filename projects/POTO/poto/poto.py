@@ -166,9 +166,16 @@ class POTO(DenseDetector):
 
     def rows(self, features: Levels, predictions: Sequence[Levels]) -> Rows:
         """What the head computed from these levels."""
-        outputs = [torch.cat(levels, dim=1) for levels in self._levels(predictions)]
+        logits, filtered, deltas = self._levels(predictions)
         anchors = self.anchor_generator(features)
-        return Rows(*outputs, Boxes.cat(anchors).tensor, [len(boxes) for boxes in anchors])
+        whole = torch.cat(logits, dim=1)
+        return Rows(
+            logits=whole,
+            filtered=whole if filtered is logits else torch.cat(filtered, dim=1),
+            deltas=torch.cat(deltas, dim=1),
+            anchors=Boxes.cat(anchors).tensor,
+            sizes=[len(boxes) for boxes in anchors],
+        )
 
     @torch.no_grad()
     def targets(self, rows: Rows, gt_instances: List[Instances]) -> Targets:
