@@ -189,8 +189,9 @@ def test_options_of_several_processes(config_file, monkeypatch):
     monkeypatch.setattr(trainer, "create_ddp_model", lambda model, **given: seen.append(given) or model)
     plain = {"broadcast_buffers": False, "find_unused_parameters": False, "device_ids": None}
     changed = {"broadcast_buffers": True, "fp16_compression": True}
+    overrides = [f"+train.ddp.{key}={value}" for key, value in changed.items()]
     run(config_file, "train.max_iter=1")
-    run(config_file, "train.max_iter=1", *(f"+train.ddp.{key}={value}" for key, value in changed.items()))
+    run(config_file, "train.max_iter=1", *overrides)
     assert seen == [plain, {**plain, **changed}]
 
 

@@ -165,8 +165,9 @@ def test_step_of_fcos(tmp_path, step):
 def test_step_of_a_new_baseline(tmp_path, step, monkeypatch):
     """From scratch, with SyncBN, large-scale jitter, recomputed boxes, mixed precision."""
     monkeypatch.setattr("distill_d2.engine.trainer.native_bfloat16", lambda device: True)
-    resize = [f"dataloader.train.mapper.augmentations.0.target_{side}=64" for side in ("height", "width")]
-    crop = "dataloader.train.mapper.augmentations.1.crop_size=[64,64]"
+    augmentations = "dataloader.train.mapper.augmentations"
+    resize = [f"{augmentations}.0.target_{side}=64" for side in ("height", "width")]
+    crop = f"{augmentations}.1.crop_size=[64,64]"
     heads = ["model.roi_heads.batch_size_per_image=8", "model.proposal_generator.post_nms_topk=[20,20]"]
     metrics, inputs, autocast = step(LSJ, tiny_config("mask", channels=256), *resize, crop, *heads)
     own = {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"}
