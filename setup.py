@@ -37,6 +37,8 @@ REQUIREMENTS = [
     "packaging",
     # Random crops of images with polygon masks.
     "shapely>=1.8",
+    # The one-to-one assignment of POTO.
+    "scipy>=1.7",
     # detectron2.model_zoo imports pkg_resources, which later versions drop.
     "setuptools<81",
 ]

@@ -175,8 +175,14 @@ class LazyDistillTrainer(DistillTrainer):
         return cfg.train.output_dir
 
     @staticmethod
+    def _ddp_options(cfg: DictConfig) -> Dict[str, Any]:
+        return dict(cfg.train.get("ddp", {}))
+
+    @staticmethod
     def _autocast_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
-        return autocast_dtype(cfg.train.device) if cfg.train.amp.enabled else None
+        if not cfg.train.amp.enabled:
+            return None
+        return autocast_dtype(cfg.train.device, "train.amp.enabled")
 
     def _precise_bn(self, cfg: DictConfig) -> List[HookBase]:
         return []

@@ -14,11 +14,10 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import SafeCheckpointer
 from ..data import (
@@ -89,7 +88,7 @@ class DistillTrainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         self.sampler = _find_sampler(data_loader)
         self._trainer = TrainStep(
-            distributed(model),
+            distributed(model, **self._ddp_options(cfg)),
             data_loader,
             optimizer,
             autocast_dtype=self._autocast_dtype(cfg),
@@ -204,6 +203,11 @@ class DistillTrainer(DefaultTrainer):
     @staticmethod
     def _output_dir(cfg: CfgNode) -> str:
         return cfg.OUTPUT_DIR
+
+    @staticmethod
+    def _ddp_options(cfg: CfgNode) -> Dict[str, Any]:
+        """Of ``distributed``."""
+        return {}
 
     @staticmethod
     def _autocast_dtype(cfg: CfgNode) -> Optional[torch.dtype]:
@@ -395,21 +399,20 @@ class DistillTrainer(DefaultTrainer):
         raise Interrupted
 
 
-def distributed(model: nn.Module) -> nn.Module:
-    """``model`` in DistributedDataParallel where there are several processes, on GPU or CPU."""
-    if comm.get_world_size() == 1:
-        return model
-    on_gpu = next(model.parameters()).is_cuda
-    return DistributedDataParallel(
-        model,
-        device_ids=[comm.get_local_rank()] if on_gpu else None,
-        broadcast_buffers=False,
-        find_unused_parameters=False,
-    )
+def distributed(model: nn.Module, **options: Any) -> nn.Module:
+    """``model`` in DistributedDataParallel where there are several processes, on GPU or CPU.
+
+    Args:
+        options: of detectron2's create_ddp_model, fp16_compression for one.
+    """
+    options = {"broadcast_buffers": False, "find_unused_parameters": False, **options}
+    if not next(model.parameters()).is_cuda:
+        options["device_ids"] = None
+    return create_ddp_model(model, **options)
 
 
-def autocast_dtype(device: str) -> torch.dtype:
-    """What SOLVER.AMP.ENABLED computes in: float16 on a GPU, as detectron2; bfloat16 on a CPU.
+def autocast_dtype(device: str, key: str = "SOLVER.AMP.ENABLED") -> torch.dtype:
+    """What ``key`` computes in: float16 on a GPU, as detectron2; bfloat16 on a CPU.
 
     Raises:
         ValueError: a CPU that only emulates bfloat16.
@@ -418,8 +421,8 @@ def autocast_dtype(device: str) -> torch.dtype:
         return torch.float16
     if not native_bfloat16(torch.device("cpu")):
         raise ValueError(
-            "SOLVER.AMP.ENABLED is True, but this processor only emulates bfloat16, slower than "
-            "float32; set it to False"
+            f"{key} is True, but this processor only emulates bfloat16, slower than float32; set it "
+            "to False"
         )
     return torch.bfloat16
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from detectron2.modeling.matcher import Matcher
 
+_EPS = 1e-7
+
 
 def batched_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Intersection over union of every pair.
@@ -108,3 +110,15 @@ def area(boxes: torch.Tensor) -> torch.Tensor:
     """(...): of boxes (..., 4)."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     return (x2 - x1) * (y2 - y1)
+
+
+def giou_distance(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """1 - generalised IoU of boxes (..., 4) and others (..., 4), pair by pair (arXiv 1902.09630).
+
+    fvcore's and torchvision's pick the pairs that overlap, and so wait for the device.
+    """
+    common = intersection(boxes, others)
+    union = area(boxes) + area(others) - common
+    corners = torch.minimum(boxes[..., :2], others[..., :2])
+    hull = area(torch.cat([corners, torch.maximum(boxes[..., 2:], others[..., 2:])], dim=-1))
+    return 1 - common / (union + _EPS) + (hull - union) / (hull + _EPS)

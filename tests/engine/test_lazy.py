@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from tiny import save_teacher, tiny_config, use_dataset, write_dataset
 
 from distill_d2.data import register_custom_datasets
-from distill_d2.engine import argument_parser, lazy, main
+from distill_d2.engine import argument_parser, lazy, main, trainer
 
 CONFIG = """
 import torch
@@ -181,3 +181,21 @@ def test_keys_that_the_distiller_dict_leaves_out_can_be_overridden():
     del cfg.distiller
     with pytest.raises(KeyError, match="unknown config key 'distiller.GID.GI_MODE'"):
         lazy._check_overrides(cfg, ["distiller.GID.GI_MODE=pos"])
+
+
+def test_options_of_several_processes(config_file, monkeypatch):
+    """train.ddp is what detectron2's own script gives to create_ddp_model."""
+    seen = []
+    monkeypatch.setattr(trainer, "create_ddp_model", lambda model, **given: seen.append(given) or model)
+    plain = {"broadcast_buffers": False, "find_unused_parameters": False, "device_ids": None}
+    changed = {"broadcast_buffers": True, "fp16_compression": True}
+    overrides = [f"+train.ddp.{key}={value}" for key, value in changed.items()]
+    run(config_file, "train.max_iter=1")
+    run(config_file, "train.max_iter=1", *overrides)
+    assert seen == [plain, {**plain, **changed}]
+
+
+def test_mixed_precision_that_is_only_emulated(config_file, monkeypatch):
+    monkeypatch.setattr(trainer, "native_bfloat16", lambda device: False)
+    with pytest.raises(ValueError, match="train.amp.enabled is True, but this processor only emulates"):
+        run(config_file, "train.amp.enabled=True")

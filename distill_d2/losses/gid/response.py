@@ -7,14 +7,12 @@ from typing import Optional
 import torch
 
 from ...views import Predictions
-from ...views.matching import area, intersection
+from ...views.matching import giou_distance
 from ...views.predictions import Decode
 from ..rows import RowLoss, box_mean, class_mean, row_loss
 
 CLS_MODES = ("BCE", "L1", "L2")
 REG_MODES = ("L1", "L2", "BCE", "GIoU")
-
-_EPS = 1e-7
 
 
 def cls_term(
@@ -72,20 +70,8 @@ def _compared_classes(student: Predictions, teacher: Predictions) -> Optional[to
 
 def _giou_loss(decode: Decode) -> RowLoss:
     """(student's deltas (..., 4), teacher's, anchors) -> (...)."""
-    return lambda s, t, anchors: _giou_distance(decode(s, anchors), decode(t, anchors))
+    return lambda s, t, anchors: giou_distance(decode(s, anchors), decode(t, anchors))
 
 
 def _cross_entropy(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return -(teacher.softmax(dim=-1) * student.log_softmax(dim=-1)).sum(dim=-1)
-
-
-def _giou_distance(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """1 - generalised IoU of boxes (..., 4) and others (..., 4), pair by pair (arXiv 1902.09630).
-
-    fvcore's and torchvision's pick the pairs that overlap, and so wait for the device.
-    """
-    common = intersection(boxes, others)
-    union = area(boxes) + area(others) - common
-    corners = torch.minimum(boxes[..., :2], others[..., :2])
-    hull = area(torch.cat([corners, torch.maximum(boxes[..., 2:], others[..., 2:])], dim=-1))
-    return 1 - common / (union + _EPS) + (hull - union) / (hull + _EPS)

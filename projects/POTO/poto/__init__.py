@@ -1,3 +1,6 @@
 from .config import add_poto_config
+from .head import MaxFiltering, POTOHead
+from .poto import POTO
+from .view import POTOView
 
-__all__ = ["add_poto_config"]
+__all__ = ["MaxFiltering", "POTO", "POTOHead", "POTOView", "add_poto_config"]

@@ -10,24 +10,27 @@ def add_poto_config(cfg: CN) -> None:
     cfg.MODEL.POTO = node = CN()
     # Foreground classes.
     node.NUM_CLASSES = 80
-    # The levels that the head reads, and the convolutions of its towers.
+    # The levels that the head reads; convolutions of its towers, and their norm ("" for none).
     node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
     node.NUM_CONVS = 4
+    node.NORM = "GN"
     node.PRIOR_PROB = 0.01
     # The assignment: quality p^(1 - ALPHA) IoU^ALPHA, of locations within so many strides of a centre.
     node.ALPHA = 0.8
     node.CENTER_SAMPLING_RADIUS = 1.5
-    # Losses.
+    # Losses: focal loss, and the weight of the box loss.
     node.FOCAL_ALPHA = 0.25
     node.FOCAL_GAMMA = 2.0
     node.REG_WEIGHT = 2.0
-    # 3D max filtering: its window, and how many levels above and below together.
+    # 3D max filtering: the side of its window, how many levels above and below together, its norm.
     node.USE_3DMF = False
     node.FILTER_KERNEL_SIZE = 3
     node.FILTER_TAU = 2
+    node.FILTER_NORM = "GN"
     # The auxiliary loss, with so many candidates per object and level.
     node.USE_AUX = False
     node.AUX_TOPK = 9
-    # Inference: scores, so many per level, and per image TEST.DETECTIONS_PER_IMAGE; no suppression.
+    # Inference: scores are above this, so many per level, and TEST.DETECTIONS_PER_IMAGE per image; there
+    # is no non-maximum suppression.
     node.SCORE_THRESH_TEST = 0.05
     node.TOPK_CANDIDATES_TEST = 1000

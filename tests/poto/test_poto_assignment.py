@@ -1,0 +1,243 @@
+"""Qualities, regions, both assignments, against loops, all permutations, and scipy on all locations."""
+
+import itertools
+import sys
+from unittest import mock
+
+import naive_poto as naive
+import numpy as np
+import pytest
+import torch
+from no_synchronisation import no_synchronisation
+
+from distill_d2.projects.poto.assignment import (
+    best_assignment,
+    inside,
+    match_quality,
+    near_centre,
+    one_to_many,
+    one_to_one,
+)
+
+
+def squares(*rows):
+    """Anchors of (x, y, stride)."""
+    rows = torch.tensor(rows, dtype=torch.float32)
+    centre, half = rows[:, :2], rows[:, 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=1)
+
+
+def grid(height, width, stride):
+    cells = itertools.product(range(height), range(width))
+    return squares(*[((x + 0.5) * stride, (y + 0.5) * stride, stride) for y, x in cells])
+
+
+# Quality
+
+
+def test_quality_by_hand():
+    logits, iou = torch.tensor([[0.0, 0.0, 30.0]]), torch.tensor([[0.5, 0.0, 0.25]])
+    torch.testing.assert_close(match_quality(logits, iou, 0.8), torch.tensor([[0.5, 0.0, 0.25**0.8]]))
+    torch.testing.assert_close(match_quality(logits, iou, 0.0), torch.tensor([[0.5, 0.5, 1.0]]))
+    torch.testing.assert_close(match_quality(logits, iou, 1.0), iou)
+
+
+def test_quality_of_nothing_is_a_number():
+    nan = float("nan")
+    found = match_quality(torch.tensor([[nan, 1.0, 0.0]]), torch.tensor([[0.5, nan, 1.0]]), 0.5)
+    assert found.tolist() == [[0.0, 0.0, pytest.approx(0.5**0.5)]]
+
+
+# Regions
+
+
+def test_regions_by_hand():
+    """A box of 30 x 10 around (35, 15), strides 8 and 16: reaches of 12 and 24 pixels."""
+    box = torch.tensor([[20.0, 10.0, 50.0, 20.0]])
+    points = squares(
+        *((35, 15, 8), (46.9, 15, 8), (47.1, 15, 8), (23.1, 19, 8), (35, 20.1, 8)),
+        *((47.1, 15, 16), (50, 15, 16), (49.9, 19.9, 16), (20, 15, 16)),
+    )
+    assert near_centre(box, points, 1.5).tolist() == [
+        [True, True, False, True, False, True, False, True, False]
+    ]
+    assert inside(box, points).tolist() == [
+        [True, True, True, True, False, True, False, True, False]
+    ]
+
+
+def test_a_border_is_outside():
+    box, points = torch.tensor([[0.0, 0.0, 40.0, 40.0]]), squares((32, 20, 8), (31.5, 20, 8), (20, 8, 8))
+    assert near_centre(box, points, 1.5).tolist() == [[False, True, False]]
+    points = squares((40, 20, 8), (0, 20, 8), (20, 39.5, 8))
+    assert inside(box, points).tolist() == [[False, False, True]]
+
+
+@pytest.mark.parametrize("radius", [0.5, 1.5, 3.0])
+def test_regions_by_loops(radius):
+    random = np.random.default_rng(0)
+    anchors = torch.cat([grid(8, 10, 8), grid(4, 5, 16), grid(2, 3, 32)])
+    corner = random.uniform(0, 40, (12, 2))
+    boxes = np.concatenate([corner, corner + random.uniform(0, 40, (12, 2))], axis=1)
+    boxes = torch.tensor(boxes, dtype=torch.float32)
+    near = near_centre(boxes, anchors, radius)
+    expected = [[naive.is_near(b, a, radius) for a in anchors.tolist()] for b in boxes.tolist()]
+    assert near.tolist() == expected and near.any() and not near.all()
+    expected = [[naive.is_inside(b, a) for a in anchors.tolist()] for b in boxes.tolist()]
+    assert inside(boxes, anchors).tolist() == expected
+
+
+def test_regions_of_no_objects():
+    anchors = grid(2, 2, 8)
+    assert inside(torch.zeros(0, 4), anchors).shape == near_centre(torch.zeros(0, 4), anchors, 1.5).shape
+    assert inside(torch.zeros(0, 4), anchors).shape == (0, 4)
+
+
+# One to one
+
+
+def pairs(*qualities):
+    """[(image, object of the batch, location)]"""
+    found = one_to_one([torch.tensor(q, dtype=torch.float32) for q in qualities])
+    assert all(part.dtype == torch.int64 for part in found)
+    return sorted(zip(found.images.tolist(), found.objects.tolist(), found.rows.tolist()))
+
+
+def test_one_to_one_by_hand():
+    assert pairs([[0.1, 0.9, 0.3]]) == [(0, 0, 1)]
+    # The sum decides, not who comes first or has the highest.
+    assert pairs([[0.9, 0.8, 0.0], [0.85, 0.1, 0.0]]) == [(0, 0, 1), (0, 1, 0)]
+    assert pairs([[0.9, 0.1, 0.0], [0.85, 0.8, 0.0]]) == [(0, 0, 0), (0, 1, 1)]
+
+
+def test_objects_are_those_of_the_batch():
+    first, second = [[0.1, 0.9, 0.3], [0.8, 0.0, 0.0]], [[0.0, 0.0, 0.7]]
+    assert pairs(first, second) == [(0, 0, 1), (0, 1, 0), (1, 2, 2)]
+
+
+def test_an_object_outside_all_regions_has_a_location_too():
+    """The first that is free."""
+    assert pairs([[-1.0] * 5]) == [(0, 0, 0)]
+    outside = [-1.0] * 4
+    assert pairs([[0.5, -1, -1, -1], outside, outside]) == [(0, 0, 0), (0, 1, 1), (0, 2, 2)]
+
+
+def test_more_objects_than_locations():
+    assert pairs([[0.2, 0.1], [0.9, 0.8], [0.7, 0.9]]) == [(0, 1, 0), (0, 2, 1)]
+
+
+@pytest.mark.parametrize("counts", [(0,), (0, 0), (0, 2), (2, 0), (1, 0, 3)])
+def test_images_without_objects(counts):
+    random = np.random.default_rng(1)
+    found = one_to_one([torch.tensor(random.uniform(size=(g, 7))) for g in counts])
+    assert found.images.tolist() == [image for image, g in enumerate(counts) for _ in range(g)]
+    assert found.objects.tolist() == list(range(sum(counts)))
+    assert all(part.shape == (sum(counts),) and part.dtype == torch.int64 for part in found)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_to_one_by_all_permutations(seed):
+    random = np.random.default_rng(seed)
+    shapes = [(1, 6), (2, 5), (3, 7), (4, 6), (4, 4), (5, 3)]
+    batch = [random.uniform(size=shape) for shape in shapes]
+    batch = [np.where(random.uniform(size=q.shape) < 0.4, -1.0, q).astype(np.float32) for q in batch]
+    found = one_to_one([torch.from_numpy(q) for q in batch])
+    before = 0
+    for image, q in enumerate(batch):
+        mine = found.images == image
+        objects, rows = found.objects[mine].numpy() - before, found.rows[mine].numpy()
+        assert len(set(objects)) == len(set(rows)) == len(rows) == min(q.shape)
+        assert q[objects, rows].sum() == pytest.approx(naive.best_sum(q), abs=1e-6)
+        before += len(q)
+
+
+@pytest.mark.parametrize("outside", [0.0, 0.5, 0.95, 1.0])
+def test_as_scipy_chooses_among_all_locations(outside):
+    """Among equal ones too: outside of the regions all are -1."""
+    from scipy.optimize import linear_sum_assignment
+
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        shape = random.integers(1, 12), random.integers(12, 60)
+        q = random.uniform(size=shape)
+        q = np.where(random.uniform(size=shape) < outside, -1.0, q).astype(np.float32)
+        rows, columns = linear_sum_assignment(q, maximize=True)
+        assert pairs(q) == [(0, i, j) for i, j in zip(rows, columns)]
+
+
+def test_numbers_that_leave_the_device():
+    """One transfer for all images, of the G best locations of each of G objects."""
+    qualities, copied = [torch.rand(g, 50) for g in (3, 0, 6)], []
+    to_host, as_numpy = torch.Tensor.cpu, torch.Tensor.numpy
+
+    def cpu(tensor):
+        copied.append(tensor.numel())
+        return to_host(tensor)
+
+    with no_synchronisation(), mock.patch.multiple(torch.Tensor, cpu=cpu, numpy=as_numpy):
+        one_to_one(qualities)
+    assert copied == [2 * (3 * 3 + 6 * 6)]
+
+
+def test_without_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match="the training of POTO needs scipy: pip install scipy"):
+        best_assignment(np.zeros((1, 1)), np.zeros((1, 1), np.int64))
+
+
+# One to many
+
+
+def many(values, allowed=None, sizes=None, topk=9):
+    values = torch.tensor(values)
+    allowed = torch.ones_like(values, dtype=torch.bool) if allowed is None else torch.tensor(allowed)
+    return one_to_many(values, allowed, sizes or [values.shape[1]], topk).tolist()
+
+
+def test_one_to_many_by_hand():
+    # Mean 0.3, standard deviation 0.3464: the limit is 0.6464.
+    assert many([[0.7, 0.1, 0.1]]) == [0, -1, -1]
+    assert many([[0.7, 0.1, 0.1]], [[False, True, True]]) == [-1, -1, -1]
+    # Two candidates of each level: 0.9, 0.8, 0.1, 0.0, whose limit is 0.914; all four: 0.84.
+    assert many([[0.9, 0.8, 0.1, 0.0]], sizes=[2, 2], topk=2) == [-1, -1, -1, -1]
+    assert many([[0.9, 0.0, 0.1, 0.0]], sizes=[2, 2], topk=2) == [0, -1, -1, -1]
+    # One of each: 0.9, 0.1, whose limit is 1.07.
+    assert many([[0.9, 0.8, 0.1, 0.0]], sizes=[2, 2], topk=1) == [-1, -1, -1, -1]
+
+
+def test_what_is_not_allowed_counts_in_the_limit():
+    """Without the last the limit would be 0.61, with it 0.81."""
+    values, allowed = [[0.7, 0.1, 0.1, 0.9]], [[True, True, True, False]]
+    assert many(values, allowed) == [-1, -1, -1, -1]
+    assert many([values[0][:3]], [allowed[0][:3]]) == [0, -1, -1]
+
+
+def test_a_location_that_two_objects_want():
+    assert many([[0.7, 0.1, 0.1], [0.8, 0.1, 0.1]]) == [1, -1, -1]
+    assert many([[0.8, 0.1, 0.1], [0.7, 0.1, 0.1]]) == [0, -1, -1]
+    # The better one is no object's that cannot have it.
+    assert many([[0.7, 0.1, 0.1], [0.8, 0.1, 0.1]], [[True] * 3, [False] * 3]) == [0, -1, -1]
+
+
+def test_levels_of_fewer_locations_than_candidates():
+    values = [[0.9, 0.1, 0.2, 0.1, 0.1, 0.3]]
+    assert many(values, sizes=[4, 1, 1], topk=9) == many(values, sizes=[6], topk=6)
+
+
+def test_one_to_many_of_no_objects():
+    found = one_to_many(torch.zeros(0, 5), torch.zeros(0, 5, dtype=torch.bool), [4, 1], 9)
+    assert found.tolist() == [-1] * 5 and found.dtype == torch.int64
+
+
+@pytest.mark.parametrize("topk", [2, 3, 9])
+@pytest.mark.parametrize("seed", range(4))
+def test_one_to_many_by_loops(seed, topk):
+    random = np.random.default_rng(seed)
+    sizes = [20, 8, 2]
+    values = random.uniform(size=(8, 30)) ** 6
+    allowed = random.uniform(size=values.shape) < 0.8
+    expected = naive.auxiliary(values, allowed, sizes, topk)
+    found = one_to_many(torch.tensor(values), torch.tensor(allowed), sizes, topk)
+    assert [None if g < 0 else g for g in found.tolist()] == expected and len(set(expected)) > 2
+    with no_synchronisation():
+        one_to_many(torch.tensor(values), torch.tensor(allowed), sizes, topk)

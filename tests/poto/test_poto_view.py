@@ -1,0 +1,180 @@
+"""POTO in the Distiller: its view, and losses with it as student and teacher."""
+
+import copy
+
+import naive_poto as naive
+import numpy as np
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from no_synchronisation import no_synchronisation
+from poto_case import computed, poto
+from tiny import tiny_batch, tiny_detector
+
+from distill_d2.distiller import Distiller
+from distill_d2.losses.defeat import DeFeat
+from distill_d2.losses.feature_mimic import FeatureMimic
+from distill_d2.losses.fgfi import FGFI
+from distill_d2.losses.gid import GID
+from distill_d2.losses.icd import InstanceConditionalDistillation as ICD
+from distill_d2.losses.pkd import PKD
+from distill_d2.projects.poto import POTOView
+from distill_d2.teacher import Teacher
+from distill_d2.views import Batch, build_view
+
+LEVELS = ["p2", "p3", "p4"]
+
+
+def observed(variant, inputs):
+    """A recording teacher that saw them, and the model that it was made of."""
+    model = poto(variant).eval()
+    teacher = Teacher(copy.deepcopy(model))
+    for capability in ("dense", "anchors"):
+        teacher.view.require(capability)
+    teacher.view.taps.recording = True
+    teacher.observe([item["image"] for item in inputs], (64, 64))
+    return teacher.view, model
+
+
+# The view
+
+
+def test_kind():
+    view = build_view(poto(), "student")
+    assert type(view) is POTOView and view.num_classes == 3 and view.anchor_levels == LEVELS
+    assert view.strides == {"p2": 4, "p3": 8, "p4": 16}
+    assert not view.has_centerness and not view.has_background
+    with pytest.raises(TypeError, match="the student is a POTO, which has no rpn"):
+        view.require("rpn")
+
+
+@pytest.mark.parametrize("variant", ["plain", "3dmf"])
+def test_dense(variant):
+    """The teacher's, whose head runs here: what the detector itself reads."""
+    inputs = tiny_batch(2)
+    view, model = observed(variant, inputs)
+    found, rows = view.dense(), computed(model, inputs)
+    torch.testing.assert_close(found.logits, rows.filtered, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.deltas, rows.deltas, rtol=1e-3, atol=1e-3)
+    assert torch.equal(found.anchors, rows.anchors) and found.level_sizes == rows.sizes
+    assert not found.background and not found.centerness_levels
+    for row in (0, 100, 335):
+        expected = naive.decode(rows.deltas[1, row].tolist(), rows.anchors[row].tolist())
+        np.testing.assert_allclose(found.boxes()[1, row], expected, rtol=1e-3, atol=1e-2)
+
+
+def test_the_students_head_runs_once():
+    model, inputs = poto("both").train(), tiny_batch(2)
+    view, calls = build_view(model, "student"), []
+    view.require("dense")
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    with view.recording(), EventStorage(0):
+        model(inputs)
+        found = view.dense()
+        assert found.logits.requires_grad and found.deltas.requires_grad
+    assert len(calls) == 1
+
+
+def test_anchors():
+    """Squares of 8 strides, as ATSS has."""
+    view, _ = observed("plain", tiny_batch(1))
+    anchors = view.anchors()
+    assert {name: tuple(level.shape) for name, level in anchors.items()} == {
+        "p2": (16, 16, 1, 4), "p3": (8, 8, 1, 4), "p4": (4, 4, 1, 4)
+    }
+    assert anchors["p3"][2, 5, 0].tolist() == [44 - 32, 20 - 32, 44 + 32, 20 + 32]
+
+
+def test_match():
+    inputs = tiny_batch(3, objects=3)
+    for item, count in zip(inputs, (3, 0, 1)):
+        item["instances"] = item["instances"][:count]
+    view, model = observed("plain", inputs)
+    boxes, valid = Batch(inputs, (64, 64), 0, 1).padded_boxes()
+    predictions = view.dense()
+    with no_synchronisation():
+        labels = predictions.match(boxes, valid)
+    anchors = predictions.anchors.tolist()
+    for item, found in zip(inputs, labels):
+        some = item["instances"].gt_boxes.tensor.tolist()
+        expected = [any(naive.is_near(box, anchor, 1.5) for box in some) for anchor in anchors]
+        assert found.tolist() == [int(near) for near in expected] and found.any() == bool(some)
+    assert labels.dtype == torch.int8
+    assert not predictions.match(boxes, torch.zeros_like(valid)).any()
+
+
+# Losses
+
+
+def distiller(student, teacher, *losses):
+    model = Distiller(student=student, teacher=Teacher(teacher), losses=losses)
+    return model.train()
+
+
+def step(model, inputs=None):
+    """The terms of a step; afterwards there are gradients, of all that is trained."""
+    with EventStorage(0):
+        terms = model(inputs or tiny_batch(2))
+    sum(terms.values()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert all(term.isfinite() for term in terms.values())
+    return terms
+
+
+OWN = {"loss_cls", "loss_box_reg", "loss_cls_aux"}
+LOSSES = {
+    "ICD": (
+        lambda: ICD(input_feats=LEVELS, hidden_dim=16, att_heads=2),
+        {"icd_conf_0", "icd_reg_0", "icd_value"},
+    ),
+    "FeatureMimic": (FeatureMimic, {"feature_mimic"}),
+    "PKD": (PKD, {"pkd"}),
+    "FGFI": (lambda: FGFI(in_features=LEVELS), {"fgfi"}),
+    "DeFeat": (lambda: DeFeat(in_features=LEVELS), {"defeat_neck", "defeat_neck_back"}),
+    "DeFeat, roi": (
+        lambda: DeFeat(in_features=["p3"], mask="roi", head_cls_w=1.0, head_cls_back_w=1.0),
+        {"defeat_neck", "defeat_neck_back", "defeat_hcls", "defeat_hcls_back"},
+    ),
+    "GID": (GID, {"gid_feature", "gid_relation", "gid_response_cls", "gid_response_reg"}),
+    "GID, inside": (
+        lambda: GID(response_mask="inside", response_reg_mode="GIoU", gi_mode="pos"),
+        {"gid_feature", "gid_relation", "gid_response_cls", "gid_response_reg"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_that_work(name):
+    loss, terms = LOSSES[name]
+    found = step(distiller(poto("both"), poto("both", width=16), loss()))
+    assert set(found) == OWN | {f"loss_{term}" for term in terms}
+    assert all(found[f"loss_{term}"] >= 0 for term in terms)
+    assert sum(found[f"loss_{term}"] for term in terms) > 0
+
+
+def test_student_and_teacher_with_and_without_the_filter():
+    for student, teacher in (("plain", "3dmf"), ("3dmf", "plain")):
+        terms = step(distiller(poto(student), poto(teacher), GID()))
+        assert terms["loss_gid_response_cls"] > 0
+
+
+def test_an_fcos_teaches_a_poto():
+    """Its locations and boxes are the same."""
+    terms = step(distiller(poto(), tiny_detector("fcos", channels=32), GID(), PKD()))
+    assert {"loss_gid_response_cls", "loss_gid_response_reg", "loss_pkd"} < set(terms)
+
+
+def test_no_objects():
+    inputs = tiny_batch(2)
+    for item in inputs:
+        item["instances"] = item["instances"][:0]
+    terms = step(distiller(poto("both"), poto(width=16), PKD(), GID()), inputs)
+    assert terms["loss_box_reg"] == 0 and terms["loss_pkd"] > 0
+
+
+def test_gid_without_centerness():
+    """The filter is in the logits."""
+    with pytest.raises(ValueError, match="GI_CENTERNESS is True, but the student, a POTO, predicts no"):
+        distiller(poto("3dmf"), poto("3dmf"), GID(gi_centerness=True))
