@@ -12,6 +12,7 @@ from torch import nn
 from .deformable import DeformConv2d, DFConv2d
 
 NORMS = ("GN", "NaiveGN", "BN", "SyncBN", "none")
+_GROUP_NORMS, _GROUPS = ("GN", "NaiveGN"), 32
 
 Levels = List[torch.Tensor]
 
@@ -70,11 +71,16 @@ class FCOSHead(nn.Module):
             prior_prob: of a class at the start.
 
         Raises:
-            ValueError: unknown norm.
+            ValueError: unknown norm, or one that does not fit the channels.
         """
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"MODEL.FCOS.NORM is '{norm}'; expected one of {list(NORMS)}")
+        if norm in _GROUP_NORMS and channels % _GROUPS:
+            raise ValueError(
+                f"MODEL.FCOS.NORM is '{norm}', with {_GROUPS} groups, but the levels have {channels} channels; "
+                "expected a multiple (MODEL.FPN.OUT_CHANNELS, MODEL.BiFPN.OUT_CHANNELS), or another norm"
+            )
 
         def tower(count: int, deformable: bool) -> Tower:
             kinds = [False] * (count - 1) + [deformable] if count else []
@@ -139,7 +145,7 @@ def _block(channels: int, num_levels: int, norm: str, deformable: bool) -> List[
 
 
 def _norm(channels: int, num_levels: int, norm: str) -> nn.Module:
-    if norm in ("GN", "NaiveGN"):  # the same numbers
-        return nn.GroupNorm(32, channels)
+    if norm in _GROUP_NORMS:  # the same numbers
+        return nn.GroupNorm(_GROUPS, channels)
     kind = nn.BatchNorm2d if norm == "BN" else nn.SyncBatchNorm
     return LevelNorms(kind(channels) for _ in range(num_levels))

@@ -56,12 +56,10 @@ class FCOSAssigner:
     def points(self, anchors: Sequence[Boxes]) -> Points:
         """The centres of squares of their stride's size, per level."""
         squares = torch.cat([level.tensor for level in anchors])
-        ranges = [
-            level.tensor.new_tensor(bounds).expand(len(level), 2)
-            for level, bounds in zip(anchors, self.bounds)
-        ]
+        levels = list(zip(map(len, anchors), self.bounds))
+        ranges = [torch.cat([squares.new_full((n,), b[i]) for n, b in levels]) for i in (0, 1)]
         strides = squares[:, 2] - squares[:, 0]
-        return Points((squares[:, :2] + squares[:, 2:]) / 2, strides, torch.cat(ranges))
+        return Points((squares[:, :2] + squares[:, 2:]) / 2, strides, torch.stack(ranges, dim=1))
 
     @torch.no_grad()
     def targets(
