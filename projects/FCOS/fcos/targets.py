@@ -15,11 +15,13 @@ class Points(NamedTuple):
         centers: (R, 2) x, y in pixels.
         strides: (R,) of their level, in pixels.
         ranges: (R, 2) smallest and largest of the longest distances to a side that belong to their level.
+        levels: (R,) int64 index of their level.
     """
 
     centers: torch.Tensor
     strides: torch.Tensor
     ranges: torch.Tensor
+    levels: torch.Tensor
 
 
 class Targets(NamedTuple):
@@ -56,10 +58,17 @@ class FCOSAssigner:
     def points(self, anchors: Sequence[Boxes]) -> Points:
         """The centres of squares of their stride's size, per level."""
         squares = torch.cat([level.tensor for level in anchors])
-        levels = list(zip(map(len, anchors), self.bounds))
-        ranges = [torch.cat([squares.new_full((n,), b[i]) for n, b in levels]) for i in (0, 1)]
-        strides = squares[:, 2] - squares[:, 0]
-        return Points((squares[:, :2] + squares[:, 2:]) / 2, strides, torch.stack(ranges, dim=1))
+        counts = [len(level) for level in anchors]
+        lowest, highest, levels = (
+            torch.cat([squares.new_full((n,), value) for n, value in zip(counts, values)])
+            for values in (*zip(*self.bounds), range(len(counts)))
+        )
+        return Points(
+            centers=(squares[:, :2] + squares[:, 2:]) / 2,
+            strides=squares[:, 2] - squares[:, 0],
+            ranges=torch.stack([lowest, highest], dim=1),
+            levels=levels.long(),
+        )
 
     @torch.no_grad()
     def targets(
