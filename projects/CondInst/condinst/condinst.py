@@ -232,12 +232,9 @@ class CondInst(OneStageDetector):
     ) -> torch.Tensor:
         objects, levels, locations, params, counts = positives
         logits = self.mask_head(mask_features, params, locations, levels, counts)
-        wanted = [
-            truth.masks[index]
-            for truth, index in zip(truths, objects.split(counts))
-            if truth is not None
-        ]
-        masks = torch.cat(wanted) if wanted else logits.new_zeros(0)
+        per_image = zip(truths, objects.split(counts))
+        wanted = [truth.masks[index] for truth, index in per_image if truth is not None]
+        masks = torch.cat(wanted) if wanted else torch.empty_like(logits)  # none
         losses = dice_losses(logits.float().sigmoid(), masks)
         return losses.sum() / max(len(losses), 1)
 
