@@ -53,6 +53,13 @@ def load(model, path):
 FILE = "https://huggingface.co/tianzhi/AdelaiDet-FCOS/resolve/main/FCOS_R_50_1x.pth"
 
 
+OTHERS = (
+    "https://elsewhere.org/blob/a.pth?download=true",
+    "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+    *("a/blob/b.pth", ""),
+)
+
+
 @pytest.mark.parametrize(
     "path, expected",
     [
@@ -60,12 +67,9 @@ FILE = "https://huggingface.co/tianzhi/AdelaiDet-FCOS/resolve/main/FCOS_R_50_1x.
         (f"{FILE}?download=true", FILE),
         (FILE.replace("resolve", "blob"), FILE),
         (FILE.replace("resolve", "blob") + "?download=true", FILE),
-        (FILE.replace("huggingface.co", "hf.co") + "?download=1", FILE.replace("huggingface.co", "hf.co")),
+        ("https://hf.co/a/b/resolve/main/c.pth?download=1", "https://hf.co/a/b/resolve/main/c.pth"),
         (f"{FILE}?download=true&matching_heuristics=True", f"{FILE}?matching_heuristics=True"),
-        ("https://elsewhere.org/blob/a.pth?download=true", "https://elsewhere.org/blob/a.pth?download=true"),
-        ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"),
-        ("a/blob/b.pth", "a/blob/b.pth"),
-        ("", ""),
+        *((other, other) for other in OTHERS),
     ],
 )
 def test_addresses_of_files(path, expected):

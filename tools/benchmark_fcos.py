@@ -5,9 +5,9 @@
 
 Both have the same backbone and head (R50, but for --depth; no scales per level), the same generated
 images and objects, and in inference the same candidates. In each round their training steps (forward and
-backward) and inferences run in turn, in alternating order; the ratios ours / detectron2's are taken in each
-round, and their median and range printed. On a CPU they are of process time, which other work on the
-machine disturbs least; on a GPU of wall-clock time, with the device synchronised.
+backward) and inferences run in turn, in alternating order; the ratios ours / detectron2's are taken in
+each round, and their median and range printed. On a CPU they are of process time, which other work on
+the machine disturbs least; on a GPU of wall-clock time, with the device synchronised.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ def print_setting(
     counts = {name: [len(image) for image in inference(m, batch)] for name, m in models.items()}
     where = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()
     print(
-        f"{args.batch} images of {args.height}x{args.width}, {args.objects} objects each, R{args.depth}; "
-        f"detections {counts}; {args.threads} threads, {where}, torch {torch.__version__}"
+        f"{args.batch} images of {args.height}x{args.width}, {args.objects} objects each; "
+        f"R{args.depth}, detections {counts}; {args.threads} threads, {where}, torch {torch.__version__}"
     )
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Convert a released checkpoint of AdelaiDet's FCOS or CondInst into a detectron2 checkpoint of projects/FCOS
-or projects/CondInst.
+"""Convert a released checkpoint of AdelaiDet's FCOS or CondInst into a detectron2 checkpoint of
+projects/FCOS or projects/CondInst.
 
     tools/convert_adet.py FCOS_MS_R_101_2x.pth fcos.pth --config-file FCOS-Detection/MS_R_101_2x.yaml
     tools/convert_adet.py CondInst_MS_R_101_3x.pth condinst.pth --config-file CondInst/MS_R_101_3x.yaml

@@ -11,8 +11,8 @@ from torch import nn
 
 
 def condinst_config(channels: int = 32, width: int = 8, **keys: Any) -> CfgNode:
-    """As fcos_config; the mask branch has stride 4. Keys of MODEL.CONDINST, with __ for a dot, and, in capitals
-    that it does not have, of MODEL.FCOS."""
+    """As fcos_config; the mask branch has stride 4. Keys of MODEL.CONDINST, with __ for a dot, and, in
+    capitals that it does not have, of MODEL.FCOS."""
     cfg = fcos_config(channels, width)
     cfg.MODEL.META_ARCHITECTURE = "CondInst"
     cfg.MODEL.MASK_ON = True

@@ -15,7 +15,8 @@ def upsample(x: np.ndarray, factor: int) -> np.ndarray:
             a, b = int(y), int(z)
             c, d = min(a + 1, height - 1), min(b + 1, width - 1)
             u, v = y - a, z - b
-            out[i, j] = (1 - u) * ((1 - v) * x[a, b] + v * x[a, d]) + u * ((1 - v) * x[c, b] + v * x[c, d])
+            upper, lower = ((1 - v) * row[b] + v * row[d] for row in (x[a], x[c]))
+            out[i, j] = (1 - u) * upper + u * lower
     return out
 
 

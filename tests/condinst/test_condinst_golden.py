@@ -16,7 +16,8 @@ def test_all_arrays(tool, shared, arrays, capsys):
     output = capsys.readouterr().out
     # What is computed from.
     read = ("image", "keys", "fn/aligned_bilinear/in", "fn/dice/pred", "fn/dice/target")
-    read += tuple(f"fn/dyn/{part}" for part in ("mask_feats", "params", "locations", "im_inds", "fpn_levels"))
+    parts = ("mask_feats", "params", "locations", "im_inds", "fpn_levels")
+    read += tuple(f"fn/dyn/{part}" for part in parts)
     read += tuple(f"gt/img{i}/{part}" for i in (0, 1) for part in ("boxes", "classes", "poly"))
     inputs = {name for name in arrays if name.startswith(read)}
     assert set(compared(output, "pass")) == set(arrays) - inputs and "not used" not in output

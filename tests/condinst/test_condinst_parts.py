@@ -71,12 +71,13 @@ def test_upsampling_nothing():
 
 
 def levels(channels=4):
-    return {name: torch.randn(2, channels, 8 // 2**i, 12 // 2**i) for i, name in enumerate(("a", "b", "c"))}
+    sizes = zip("abc", ((8, 12), (4, 6), (2, 3)))
+    return {name: torch.randn(2, channels, *size) for name, size in sizes}
 
 
 def branch(**options):
-    options = {"in_features": ["a", "b", "c"], "in_channels": 4, "channels": 6, "num_convs": 2, **options}
-    return MaskBranch(**options)
+    defaults = {"in_features": ["a", "b", "c"], "in_channels": 4, "channels": 6, "num_convs": 2}
+    return MaskBranch(**{**defaults, **options})
 
 
 def test_branch_by_hand():
@@ -135,7 +136,13 @@ def instances(model, count, seed=0):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"relative_coordinates": False}, {"channels": 3, "num_layers": 2}, {"out_stride": 8}, {"out_stride": 1}],
+    [
+        {},
+        {"relative_coordinates": False},
+        {"channels": 3, "num_layers": 2},
+        {"out_stride": 8},
+        {"out_stride": 1},
+    ],
 )
 def test_masks_by_loops(options):
     model = head(**options)
@@ -182,7 +189,7 @@ def test_under_autocast():
 
 @pytest.mark.parametrize("stride", [3, 16, 0])
 def test_strides_that_do_not_fit(stride):
-    with pytest.raises(ValueError, match=f"MASK_OUT_STRIDE is {stride}; expected a divisor of .*stride, 8"):
+    with pytest.raises(ValueError, match=f"MASK_OUT_STRIDE is {stride}; expected a divisor .*stride, 8"):
         head(out_stride=stride)
 
 
@@ -214,7 +221,8 @@ POLYGONS = [
 
 
 def objects(masks=None, classes=(0, 1, 2), size=(30, 46)):
-    found = Instances(size, gt_boxes=Boxes(torch.rand(len(classes), 4)), gt_classes=torch.tensor(classes).long())
+    boxes = Boxes(torch.rand(len(classes), 4))
+    found = Instances(size, gt_boxes=boxes, gt_classes=torch.tensor(classes).long())
     if masks is not None:
         found.gt_masks = masks
     return found
@@ -272,12 +280,13 @@ def test_objects_without_masks():
 
 def test_masks_of_another_kind():
     masks = ROIMasks(torch.zeros(3, 4, 4))
-    with pytest.raises(TypeError, match="gt_masks are ROIMasks; CondInst reads PolygonMasks and BitMasks"):
+    with pytest.raises(TypeError, match="are ROIMasks; CondInst reads PolygonMasks and BitMasks"):
         mask_truth(objects(masks), SIZE, 4, 8, 3)
 
 
 def test_semantic_loss_by_loops():
-    truths = [mask_truth(objects(polygons()), SIZE, 4, 8, 3), mask_truth(objects(classes=()), SIZE, 4, 8, 3)]
+    images = (objects(polygons()), objects(classes=()))
+    truths = [mask_truth(image, SIZE, 4, 8, 3) for image in images]
     logits = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     total, count = 0.0, 0
     for image, truth in enumerate(truths):

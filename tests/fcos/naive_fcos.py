@@ -9,7 +9,8 @@ import numpy as np
 
 
 def locations(height: int, width: int, stride: int) -> List[Tuple[float, float]]:
-    return [(j * stride + stride // 2, i * stride + stride // 2) for i in range(height) for j in range(width)]
+    start = stride // 2
+    return [(j * stride + start, i * stride + start) for i in range(height) for j in range(width)]
 
 
 def distances(x: float, y: float, box: Sequence[float]) -> Tuple[float, ...]:
@@ -26,7 +27,9 @@ def assign(points, boxes, bounds, radius, centers=None) -> List[Optional[int]]:
             if min(ltrb) <= 0 or not bounds[level][0] <= max(ltrb) <= bounds[level][1]:
                 continue
             if radius is not None:
-                cx, cy = centers[index] if centers is not None else ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+                cx, cy = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+                if centers is not None:
+                    cx, cy = centers[index]
                 reach = radius * stride
                 region = (
                     max(cx - reach, box[0]), max(cy - reach, box[1]),
@@ -77,7 +80,8 @@ def focal(logits, label: int, alpha: float, gamma: float) -> float:
 
 
 def losses(logits, ltrb, quality, labels, wanted, *, alpha=0.25, gamma=2.0, box="giou", kind="ctrness"):
-    """The class loss before its normaliser, and the two others; per location, labels K where background."""
+    """The class loss before its normaliser, and the two others; per location, labels K where
+    background."""
     background = len(logits[0])
     rows = [i for i, label in enumerate(labels) if label != background]
     classes = sum(focal(logits[i], labels[i], alpha, gamma) for i in range(len(labels)))
@@ -94,8 +98,8 @@ def losses(logits, ltrb, quality, labels, wanted, *, alpha=0.25, gamma=2.0, box=
 
 
 def detect(levels, *, threshold, with_quality, before, nms, after):
-    """Of levels (logits (P, K), ltrb (P, 4), quality (P), locations, stride): (score, class, level, location,
-    box) by falling score."""
+    """Of levels (logits (P, K), ltrb (P, 4), quality (P), locations, stride): (score, class, level,
+    location, box) by falling score."""
     candidates = []
     for index, (logits, ltrb, quality, places, stride) in enumerate(levels):
         of_level = []

@@ -14,7 +14,8 @@ def arrays(shared):
 def test_all_arrays(tool, shared, arrays, capsys):
     assert tool.main([str(shared / "golden" / "adet_fcos.npz")]) == tool.PASS
     output = capsys.readouterr().out
-    inputs = {n for n in arrays if n.startswith(("image", "gt/", "keys", "fn/ious/pred", "fn/ious/target"))}
+    read = ("image", "gt/", "keys", "fn/ious/pred", "fn/ious/target")
+    inputs = {name for name in arrays if name.startswith(read)}
     assert set(compared(output, "pass")) == set(arrays) - inputs and "not used" not in output
 
 

@@ -60,8 +60,8 @@ def test_by_loops(radius, seed):
 
 
 def test_by_hand():
-    """A box of 12 x 12 around (10, 10): the locations within 6 pixels on the first level, where the longest
-    distance to a side is at most 16."""
+    """A box of 12 x 12 around (10, 10): the locations within 6 pixels on the first level, where the
+    longest distance to a side is at most 16."""
     found = targets_of(fcos(), [objects([[4, 4, 16, 16]], [2])])
     on_first = found.positive[0, :256].view(16, 16)
     expected = torch.zeros(16, 16, dtype=torch.bool)

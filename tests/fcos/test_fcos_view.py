@@ -52,7 +52,7 @@ def test_kind():
     assert view.offers == ("dense", "anchors") and view.anchor_levels == ["p2", "p3", "p4"]
     assert {"p2": 4, "p3": 8, "p4": 16}.items() <= view.strides.items()
     for capability in ("rpn", "box_head", "score_boxes", "own_proposals"):
-        with pytest.raises(TypeError, match=f"the student is a OneStageDetector, which has no {capability}"):
+        with pytest.raises(TypeError, match=f"is a OneStageDetector, which has no {capability}"):
             view.require(capability)
 
 

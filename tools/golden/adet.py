@@ -1,4 +1,4 @@
-"""What fixtures of AdelaiDet's detectors share: small models by their keys, weights by a recipe, objects."""
+"""What fixtures of AdelaiDet's detectors share: small models by their keys, weights by a recipe."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def small_config(config: str, shapes: Shapes, options: Sequence[Any] = ()) -> Cf
     load_yaml(cfg, get_config_file(config))
     cfg.MODEL.DEVICE = "cpu"
     node, body = cfg.MODEL.RESNETS, "backbone.bottom_up"
-    blocks = len([key for key in shapes if key.startswith(f"{body}.res4.") and key.endswith("conv1.weight")])
-    node.DEPTH = _DEPTHS[blocks]
+    blocks = [key for key in shapes if f"{body}.res4." in key and "conv1.weight" in key]
+    node.DEPTH = _DEPTHS[len(blocks)]
     node.STEM_OUT_CHANNELS = shapes[f"{body}.stem.conv1.weight"][0]
     node.WIDTH_PER_GROUP = shapes[f"{body}.res2.0.conv1.weight"][0]
     node.RES2_OUT_CHANNELS = shapes[f"{body}.res2.0.conv3.weight"][0]
@@ -111,14 +111,16 @@ def inputs_of(fixture: Fixture, sizes: str = "") -> List[Dict[str, Any]]:
 
 def objects_of(fixture: Fixture, name: str, empty: bool = False) -> Instances:
     """The objects of an image, or none."""
-    boxes, classes = fixture.tensor(f"gt/img{name}/boxes"), fixture.tensor(f"gt/img{name}/classes").long()
+    boxes, classes = (fixture.tensor(f"gt/img{name}/{part}") for part in ("boxes", "classes"))
     if empty:
         boxes, classes = boxes[:0], classes[:0]
     size = tuple(fixture[f"image{name}"].shape[-2:])
-    return Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes)
+    return Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes.long())
 
 
-def compare_training(fixture: Fixture, folder: str, model: nn.Module, inputs: List[Dict[str, Any]]) -> None:
+def compare_training(
+    fixture: Fixture, folder: str, model: nn.Module, inputs: List[Dict[str, Any]]
+) -> None:
     """The losses of one step, and norms of gradients of their sum, "<folder>/gradnorm/<parameter>"."""
     model.train()
     losses = model(inputs)
@@ -138,7 +140,9 @@ def compare_training(fixture: Fixture, folder: str, model: nn.Module, inputs: Li
         fixture.compare(name, gradient.norm(), RTOL, 1e-6)
 
 
-def compare_instances(fixture: Fixture, folder: str, found: Instances, others: Sequence[str] = ()) -> None:
+def compare_instances(
+    fixture: Fixture, folder: str, found: Instances, others: Sequence[str] = ()
+) -> None:
     """One image's detections; where scores are nearly equal the order may be another."""
     arrays = {
         "pred_boxes": found.pred_boxes.tensor,

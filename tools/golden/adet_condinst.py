@@ -57,8 +57,9 @@ def adet_condinst(fixture: Fixture) -> None:
 
 def _found(fixture: Fixture, pattern: str, known: Sequence[str]) -> List[str]:
     names = [name.split("/")[1] for name in fixture.names(pattern)]
-    if not set(names) <= set(known):
-        raise FixtureError(f"has {pattern} of {sorted(set(names) - set(known))}; known are {list(known)}")
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise FixtureError(f"has {pattern} of {unknown}; known are {list(known)}")
     return names
 
 
@@ -106,8 +107,9 @@ def _observed(model: nn.Module, item: Dict[str, Any]) -> Dict[str, Any]:
     for hook in hooks:
         hook.remove()
     (found,), _ = seen["detections"]
-    head = (found.top_feat, found.locations, found.fpn_levels, [len(found)])
-    return {**seen, "output": output["instances"], "mask_logits": model.mask_head(seen["branch"][0], *head)}
+    arguments = (found.top_feat, found.locations, found.fpn_levels, [len(found)])
+    logits = model.mask_head(seen["branch"][0], *arguments)
+    return {**seen, "output": output["instances"], "mask_logits": logits}
 
 
 def _compare_parts(fixture: Fixture, folder: str, seen: Dict[str, Any]) -> None:
@@ -222,11 +224,11 @@ def _compare_targets(fixture: Fixture) -> None:
     offsets = np.cumsum([0] + [len(item["instances"]) for item in _labelled(fixture)])[:-1]
     indices = targets.objects + torch.from_numpy(offsets)[:, None]
     counts = points.levels.bincount().tolist()
-    rows = (targets.classes, indices, targets.positive)
-    for index, (labels, objects, positive) in enumerate(zip(*(per_level(part, counts) for part in rows))):
+    rows = (per_level(part, counts) for part in (targets.classes, indices, targets.positive))
+    for index, (labels, objects, positive) in enumerate(zip(*rows)):
         fixture.compare(f"targets/labels{index}", labels)
-        theirs = fixture.tensor(f"targets/gt_inds{index}").long()
-        fixture.compare(f"targets/gt_inds{index}", torch.where(positive, objects, theirs))  # no background
+        theirs = fixture.tensor(f"targets/gt_inds{index}").long()  # of background they say nothing
+        fixture.compare(f"targets/gt_inds{index}", torch.where(positive, objects, theirs))
 
 
 # Functions

@@ -71,8 +71,9 @@ def adet_fcos(fixture: Fixture) -> None:
 
 def _variants(fixture: Fixture, pattern: str, known: Dict[str, List[Any]]) -> List[str]:
     names = [name.split("/")[1] for name in fixture.names(pattern)]
-    if not set(names) <= set(known):
-        raise FixtureError(f"has {pattern} of {sorted(set(names) - set(known))}; known are {list(known)}")
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise FixtureError(f"has {pattern} of {unknown}; known are {list(known)}")
     return names
 
 

@@ -39,8 +39,8 @@ class Positives(NamedTuple):
 
 @META_ARCH_REGISTRY.register()
 class CondInst(OneStageDetector):
-    """Conditional Convolutions for Instance Segmentation (Tian et al., ECCV 2020, arXiv 2003.05664), with the
-    parameters of AdelaiDet's: FCOS, whose box tower also predicts a mask head for each instance."""
+    """Conditional Convolutions for Instance Segmentation (Tian et al., ECCV 2020, arXiv 2003.05664),
+    with the parameters of AdelaiDet's: FCOS that also predicts a mask head for each instance."""
 
     @configurable
     def __init__(
@@ -196,8 +196,8 @@ class CondInst(OneStageDetector):
     def positives(
         self, extras: Dict[str, Any], truths: Sequence[Optional[MaskTruth]]
     ) -> Positives:
-        """The positive locations that have a mask loss, of what FCOS returns in training; the only part of
-        a step that waits for the device, to know how many they are."""
+        """The positive locations that have a mask loss, of what FCOS returns in training; the only part
+        of a step that waits for the device, to know how many they are."""
         targets, points = extras["targets"], extras["points"]
         positive = targets.positive.clone()
         for image, truth in enumerate(truths):

@@ -12,8 +12,8 @@ from torch import nn
 
 
 class MaskBranch(nn.Module):
-    """Levels of the neck, refined, added at the finest resolution, and a tower of convolutions (Tian et al.,
-    ECCV 2020, arXiv 2003.05664, section 3.1)."""
+    """Levels of the neck, refined, added at the finest resolution, and a tower of convolutions (Tian et
+    al., ECCV 2020, arXiv 2003.05664, section 3.1)."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class MaskBranch(nn.Module):
 
 
 def aligned_bilinear(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """Upsample (N, C, H, W) to (N, C, factor H, factor W) so that output pixel i is input (i - factor // 2) /
-    factor, interpolated, at the border the border's."""
+    """Upsample (N, C, H, W) to (N, C, factor H, factor W), so that output pixel i is input pixel
+    (i - factor // 2) / factor, interpolated, and at the border the border's."""
     if factor == 1:
         return x
     height, width = x.shape[-2:]

@@ -39,8 +39,8 @@ class DynamicMaskHead(nn.Module):
         super().__init__()
         if out_stride < 1 or in_stride % out_stride:
             raise ValueError(
-                f"MODEL.CONDINST.MASK_OUT_STRIDE is {out_stride}; expected a divisor of the mask branch's "
-                f"stride, {in_stride}"
+                f"MODEL.CONDINST.MASK_OUT_STRIDE is {out_stride}; expected a divisor of the mask "
+                f"branch's stride, {in_stride}"
             )
         self.in_stride = in_stride
         self.out_stride = out_stride
@@ -69,7 +69,8 @@ class DynamicMaskHead(nn.Module):
 
         Args:
             mask_features: (N, C, H, W).
-            params: (M, num_params), image by image; locations: (M, 2) x, y in pixels; levels: (M,) int64.
+            params: (M, num_params), image by image.
+            locations: (M, 2) x, y in pixels; levels: (M,) int64.
             counts: how many are of each image.
 
         Returns:
@@ -126,8 +127,8 @@ class DynamicMaskHead(nn.Module):
 
 
 def dice_losses(probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """1 - 2 sum(p g) / (sum(p^2) + sum(g^2)) of each of M instances (arXiv 2003.05664, eq. 4; Milletari et
-    al., 3DV 2016).
+    """1 - 2 sum(p g) / (sum(p^2) + sum(g^2)) of each of M instances (arXiv 2003.05664, eq. 4; Milletari
+    et al., 3DV 2016).
 
     Args:
         probabilities, masks: (M, ...).

@@ -15,8 +15,8 @@ def random_subset(count: int, most: int, device: torch.device) -> torch.Tensor:
 def best_of_each_object(
     images: torch.Tensor, objects: torch.Tensor, scores: torch.Tensor, per_image: int
 ) -> torch.Tensor:
-    """Sorted indices of the best instances of each object: with n objects in an image, max(per_image // n, 1)
-    of each.
+    """Sorted indices of the best instances of each object: max(per_image // n, 1) of each of an image's
+    n objects.
 
     Args:
         images, objects: (M,) int64, index of the image, and of the object in it.

@@ -71,8 +71,8 @@ def _full(objects: Instances, size: Sequence[int]) -> torch.Tensor:
         bits = masks.tensor
         return F.pad(bits, (0, width - bits.shape[-1], 0, height - bits.shape[-2]))
     raise TypeError(
-        f"gt_masks are {type(masks).__name__}; CondInst reads PolygonMasks and BitMasks (INPUT.MASK_FORMAT "
-        "'polygon' or 'bitmask')"
+        f"gt_masks are {type(masks).__name__}; CondInst reads PolygonMasks and BitMasks "
+        "(INPUT.MASK_FORMAT 'polygon' or 'bitmask')"
     )
 
 
@@ -106,8 +106,8 @@ def _classes(
 def semantic_loss(
     logits: torch.Tensor, truths: Sequence[Optional[MaskTruth]], alpha: float, gamma: float
 ) -> torch.Tensor:
-    """Focal loss of the semantic segmentation (N, K, H, W), over the number of pixels on an object; images
-    whose objects have no masks are left out."""
+    """Focal loss of the semantic segmentation (N, K, H, W), over the number of pixels on an object;
+    images whose objects have no masks are left out."""
     known = [index for index, truth in enumerate(truths) if truth is not None]
     if not known:
         return logits.float().sum() * 0.0

@@ -1,4 +1,4 @@
-"""The backbones of FCOS: ResNet or DLA-34 with a feature pyramid whose p6 and p7 come from p5, or BiFPN."""
+"""FCOS' backbones: ResNet or DLA-34 with an FPN whose p6 and p7 come from p5, ResNet with BiFPN."""
 
 from __future__ import annotations
 

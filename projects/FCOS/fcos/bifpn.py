@@ -88,8 +88,8 @@ class BiFPN(Backbone):
         strides = [shape.stride for shape in shapes]
         if len(strides) < 2 or any(b != 2 * a for a, b in zip(strides, strides[1:])):
             raise ValueError(
-                f"MODEL.BiFPN.IN_FEATURES and FCOS.TOP_LEVELS give levels of strides {strides}; expected at "
-                "least two, each of twice the stride of the one before"
+                f"MODEL.BiFPN.IN_FEATURES and FCOS.TOP_LEVELS give levels of strides {strides}; "
+                "expected at least two, each of twice the stride of the one before"
             )
         self.bottom_up = bottom_up
         channels = [shape.channels for shape in shapes]

@@ -20,8 +20,8 @@ from .targets import FCOSAssigner, Points, Targets
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class FCOS(nn.Module):
-    """Fully Convolutional One-Stage detection (Tian et al., ICCV 2019, arXiv 1904.01355, in its version of
-    arXiv 2006.09214), with the parameters of AdelaiDet's.
+    """Fully Convolutional One-Stage detection (Tian et al., ICCV 2019, arXiv 1904.01355, in its version
+    of arXiv 2006.09214), with the parameters of AdelaiDet's.
 
     Locations are squares of their stride's size, as anchors of detectron2.
     """
@@ -118,14 +118,14 @@ class FCOS(nn.Module):
             images: N of them; only the sizes are read.
             features: levels (N, C, H, W) by name.
             gt_instances: N images' objects, with gt_boxes and gt_classes; needed in training.
-            top_module: applied to the box tower's outputs; what it returns is "top" in the extras, and in
-                evaluation, per detection, "top_feat".
+            top_module: applied to the box tower's outputs; what it returns is "top" in the extras, and
+                in evaluation, per detection, "top_feat".
 
         Returns:
-            in training, extras and losses; in evaluation, N images' detections (see Selection.detect) and
-            {}. The extras: "targets", a Targets; "points", a Points; "logits" (N, K, R), "quality" (N, R)
-            and, with ``top_module``, "top" (N, P, R), of all levels; "proposals" and "box_features" where
-            the config asks for them.
+            in training, extras and losses; in evaluation, N images' detections (see Selection.detect)
+            and {}. The extras: "targets", a Targets; "points", a Points; "logits" (N, K, R), "quality"
+            (N, R) and, with ``top_module``, "top" (N, P, R), of all levels; "proposals" and
+            "box_features" where the config asks for them.
 
         Raises:
             ValueError: no objects in training.
@@ -188,8 +188,8 @@ def _levels(node: CfgNode, input_shape: Dict[str, ShapeSpec]) -> List[ShapeSpec]
     sizes = list(node.SIZES_OF_INTEREST)
     if len(sizes) != len(names) - 1 or sizes != sorted(sizes):
         raise ValueError(
-            f"MODEL.FCOS.SIZES_OF_INTEREST is {sizes}; expected {len(names) - 1} rising distances in pixels, "
-            f"one between each two of the levels {names}"
+            f"MODEL.FCOS.SIZES_OF_INTEREST is {sizes}; expected {len(names) - 1} rising distances in "
+            f"pixels, one between each two of the levels {names}"
         )
     if len({shape.channels for shape in shapes}) > 1:
         raise ValueError(

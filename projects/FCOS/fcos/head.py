@@ -43,8 +43,8 @@ class Scale(nn.Module):
 
 
 class FCOSHead(nn.Module):
-    """Class logits, distances to the sides of a box, and a quality per location (Tian et al., arXiv 2006.09214,
-    section 3.1); unlike in the paper of ICCV 2019, the quality is on the box tower."""
+    """Class logits, distances to the sides of a box, and a quality per location (Tian et al., arXiv
+    2006.09214, section 3.1); unlike in the paper of ICCV 2019, the quality is on the box tower."""
 
     def __init__(
         self,
@@ -78,8 +78,9 @@ class FCOSHead(nn.Module):
             raise ValueError(f"MODEL.FCOS.NORM is '{norm}'; expected one of {list(NORMS)}")
         if norm in _GROUP_NORMS and channels % _GROUPS:
             raise ValueError(
-                f"MODEL.FCOS.NORM is '{norm}', with {_GROUPS} groups, but the levels have {channels} channels; "
-                "expected a multiple (MODEL.FPN.OUT_CHANNELS, MODEL.BiFPN.OUT_CHANNELS), or another norm"
+                f"MODEL.FCOS.NORM is '{norm}', with {_GROUPS} groups, but the levels have {channels} "
+                "channels; expected a multiple (MODEL.FPN.OUT_CHANNELS, MODEL.BiFPN.OUT_CHANNELS), or "
+                "another norm"
             )
 
         def tower(count: int, deformable: bool) -> Tower:

@@ -20,7 +20,7 @@ class Selection:
 
     Attributes:
         threshold: class probabilities above this are candidates; with_quality: times the quality.
-        pre_nms_topk: so many candidates per level and image; post_nms_topk: so many detections per image.
+        pre_nms_topk: most candidates per level and image; post_nms_topk: most detections per image.
         nms_threshold: IoU above which the worse of two boxes of a class is dropped.
     """
 
@@ -46,8 +46,8 @@ class Selection:
             image_sizes: heights and widths in pixels.
 
         Returns:
-            Instances with "pred_boxes", not clipped, "scores", "pred_classes", "locations" (M, 2), x and y
-            of the point that predicted it, and "fpn_levels", the index of its level.
+            Instances with "pred_boxes", not clipped, "scores", "pred_classes", "locations" (M, 2), x and
+            y of the point that predicted it, and "fpn_levels", the index of its level.
         """
         logits, *others = ([level.float().flatten(2) for level in levels] for levels in outputs)
         scores = [level.sigmoid() for level in logits]

@@ -18,8 +18,8 @@ NORMALIZERS = ("fg", "moving_fg", "all")
 
 
 class FCOSLoss(nn.Module):
-    """Focal loss of all locations, and of positive ones a box loss and a binary cross entropy of the quality
-    (arXiv 2006.09214, section 3.1)."""
+    """Focal loss of all locations, and of positive ones a box loss and a binary cross entropy of the
+    quality (arXiv 2006.09214, section 3.1)."""
 
     def __init__(
         self,
@@ -34,12 +34,12 @@ class FCOSLoss(nn.Module):
         """
         Args:
             alpha, gamma: of the focal loss.
-            normalizer_cls: what divides it: "fg", the number of positive locations, "moving_fg", a moving
-                average of that, or "all", the number of locations; each a mean over processes.
+            normalizer_cls: what divides it: "fg", the number of positive locations, "moving_fg", a
+                moving average of that, or "all", the number of locations; each a mean over processes.
             weight_cls: multiplies it.
             box_loss: 1 - GIoU ("giou"), 1 - IoU ("linear_iou") or -log IoU ("iou").
-            quality: what the quality branch predicts: "ctrness", with which the box loss is weighted then, or
-                "iou".
+            quality: what the quality branch predicts: "ctrness", with which the box loss is weighted
+                then, or "iou".
 
         Raises:
             ValueError: an unknown choice.
@@ -75,7 +75,7 @@ class FCOSLoss(nn.Module):
         count, weights = rank_mean(positive.sum(), centerness.sum())
         count = count.clamp(min=1)
         iou, giou = smoothed_ious(ltrb, wanted)
-        box_losses = -iou.log() if self.box_loss == "iou" else 1 - (giou if self.box_loss == "giou" else iou)
+        box_losses = {"giou": 1 - giou, "linear_iou": 1 - iou, "iou": -iou.log()}[self.box_loss]
         losses = {"loss_fcos_cls": self._class_loss(logits, targets.classes, count)}
         if self.quality == "ctrness":
             losses["loss_fcos_loc"] = (box_losses * centerness).sum() / weights.clamp(min=1e-6)
@@ -123,8 +123,8 @@ def smoothed_ious(ltrb: torch.Tensor, wanted: torch.Tensor) -> Tuple[torch.Tenso
 
 
 def centerness_of(ltrb: torch.Tensor) -> torch.Tensor:
-    """(N, R): of distances (N, 4, R) to the sides, the square root of the ratios of the shorter to the longer
-    one, 1 in the middle and 0 at a side (arXiv 2006.09214, eq. 3)."""
+    """(N, R): of distances (N, 4, R) to the sides, the square root of the ratios of the shorter to the
+    longer one, 1 in the middle and 0 at a side (arXiv 2006.09214, eq. 3)."""
     first, second = ltrb.unflatten(1, (2, 2)).unbind(1)  # left and top, right and bottom
     ratio = torch.minimum(first, second) / torch.maximum(first, second)
     return ratio.prod(dim=1).sqrt()

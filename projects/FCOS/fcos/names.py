@@ -76,7 +76,7 @@ def _check_head(head: Weights, scales: List[float]) -> None:
     if max(scales) - min(scales) > _SCALES:
         raise ValueError(
             f"the levels' scales differ, {[round(scale, 4) for scale in scales]}: detectron2's FCOS has "
-            "none, and only equal ones could be part of its box prediction; use the model of projects/FCOS"
+            "none, and only equal ones could be part of its box prediction; use that of projects/FCOS"
         )
     kinds = {
         "convolutions of both towers together (NUM_SHARE_CONVS)": r"share_tower\.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -14,7 +14,7 @@ class Points(NamedTuple):
     Attributes:
         centers: (R, 2) x, y in pixels.
         strides: (R,) of their level, in pixels.
-        ranges: (R, 2) smallest and largest of the longest distances to a side that belong to their level.
+        ranges: (R, 2) smallest and largest of the longest distances to a side, of their level.
         levels: (R,) int64 index of their level.
     """
 
@@ -29,7 +29,7 @@ class Targets(NamedTuple):
 
     Attributes:
         classes: (N, R) int64; K where a location is background.
-        ltrb: (N, 4, R) distances to the sides of the object in strides; where there is none, any object's.
+        ltrb: (N, 4, R) distances to the object's sides in strides; where there is none, any one's.
         objects: (N, R) int64: which of its image's objects; of background any.
         positive: (N, R) bool.
     """
@@ -47,8 +47,8 @@ class FCOSAssigner:
     def __init__(self, sizes_of_interest: Sequence[float], radius: Optional[float]):
         """
         Args:
-            sizes_of_interest: the longest distance to a side in pixels that belongs to each level but the
-                last.
+            sizes_of_interest: the longest distance to a side in pixels that belongs to each level but
+                the last.
             radius: half the side of the central region in strides; None: all of the box.
         """
         bounds = [-1.0, *map(float, sizes_of_interest), 1e8]
@@ -74,8 +74,8 @@ class FCOSAssigner:
     def targets(
         self, points: Points, gt_instances: Sequence[Instances], num_classes: int
     ) -> Targets:
-        """Of N images; objects' centres are "gt_centers" (G, 2), x and y in pixels, where an image has them,
-        and otherwise those of their boxes."""
+        """Of N images; objects' centres are "gt_centers" (G, 2), x and y in pixels, where an image has
+        them, and otherwise those of their boxes."""
         found = [_image_targets(self, points, image, num_classes) for image in gt_instances]
         return Targets(*map(torch.stack, zip(*found)))
 

@@ -58,7 +58,7 @@ class OneStageDetectorView(FCOSView):
     def _assign(
         self, boxes: torch.Tensor, valid: torch.Tensor, anchors: Sequence[Boxes]
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """FCOS' own rule; once per step for the same boxes, which are kept so that their id is theirs."""
+        """FCOS' own rule, once per step for the same boxes; they are kept, so that the id is theirs."""
         key = ("assign", id(boxes), id(valid))
         return self.once(key, lambda: (boxes, valid, self._assigned(boxes, valid, anchors)))[2]
 
