@@ -10,6 +10,7 @@ import re
 import struct
 import zipfile
 from typing import Any, ContextManager, Dict, Iterator, Sequence
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ _ARRAY_FUNCTIONS = {
     "multiarray.scalar": scalar,
     "numeric._frombuffer": _frombuffer,  # of pickle's protocol 5
 }
+_HUGGING_FACE = ("https://huggingface.co/", "https://hf.co/")
 # Whatever unpickling a truncated or damaged file may raise (besides OSError without a file name).
 _READ_ERRORS = (
     pickle.UnpicklingError,
@@ -101,6 +103,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         """As detectron2's. Raises OSError or ValueError, naming the file, if it cannot be read."""
+        path = direct_address(path)
         if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
             raise FileNotFoundError(f"checkpoint '{path}' does not exist")
         return super().load(path, *args, **kwargs)
@@ -168,6 +171,7 @@ def read_checkpoint(path: str, *, unread: Sequence[str] = ()) -> Dict[str, Any]:
     Raises:
         OSError, ValueError: it does not exist or cannot be read; the message names it.
     """
+    path = direct_address(path)
     if "://" not in path and not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint '{path}' does not exist")
     with _naming(path), _reading_as_nothing(unread):
@@ -175,6 +179,17 @@ def read_checkpoint(path: str, *, unread: Sequence[str] = ()) -> Dict[str, Any]:
     if not isinstance(entries, dict):
         raise ValueError(f"'{path}' holds a {type(entries).__name__}, not the entries of a checkpoint")
     return entries
+
+
+def direct_address(path: str) -> str:
+    """The address of a file itself, where ``path`` is that of its page at huggingface.co, or asks for a
+    download; anything else as it is."""
+    if not path or not path.startswith(_HUGGING_FACE):
+        return path
+    address = urlsplit(path)
+    query = [part for part in address.query.split("&") if not part.startswith("download")]
+    direct = address.path.replace("/blob/", "/resolve/", 1)
+    return address._replace(path=direct, query="&".join(query)).geturl()
 
 
 class Unread:

@@ -10,7 +10,9 @@ from detectron2.modeling.backbone.resnet import BasicStem
 from torch import nn
 
 from distill_d2 import checkpoint as module
-from distill_d2.checkpoint import SafeCheckpointer
+from detectron2.utils.file_io import PathManager
+
+from distill_d2.checkpoint import SafeCheckpointer, direct_address, read_checkpoint
 
 WEIGHT = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 
@@ -44,6 +46,60 @@ def load(model, path):
     checkpointer = SafeCheckpointer(model)
     rest = checkpointer.load(str(path))
     return rest, checkpointer.incompatible
+
+
+# Addresses.
+
+FILE = "https://huggingface.co/tianzhi/AdelaiDet-FCOS/resolve/main/FCOS_R_50_1x.pth"
+
+
+OTHERS = (
+    "https://elsewhere.org/blob/a.pth?download=true",
+    "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+    *("a/blob/b.pth", ""),
+)
+
+
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        (FILE, FILE),
+        (f"{FILE}?download=true", FILE),
+        (FILE.replace("resolve", "blob"), FILE),
+        (FILE.replace("resolve", "blob") + "?download=true", FILE),
+        ("https://hf.co/a/b/resolve/main/c.pth?download=1", "https://hf.co/a/b/resolve/main/c.pth"),
+        (f"{FILE}?download=true&matching_heuristics=True", f"{FILE}?matching_heuristics=True"),
+        *((other, other) for other in OTHERS),
+    ],
+)
+def test_addresses_of_files(path, expected):
+    assert direct_address(path) == expected
+
+
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """A list of the addresses that were asked for; each is a file with the weights of ``linear``."""
+    asked = []
+    path = tmp_path / "downloaded.pth"
+    torch.save({"model": {"weight": torch.tensor(WEIGHT), "bias": torch.zeros(2)}}, path)
+
+    def get(address, **_):
+        asked.append(address)
+        return str(path)
+
+    monkeypatch.setattr(PathManager, "get_local_path", get)
+    return asked
+
+
+@pytest.mark.parametrize("suffix", ["", "?download=true"])
+@pytest.mark.parametrize("kind", ["resolve", "blob"])
+def test_a_page_of_a_file_is_the_file(downloads, kind, suffix):
+    model, address = linear(), FILE.replace("resolve", kind) + suffix
+    load(model, address)
+    assert model.weight.tolist() == WEIGHT
+    assert read_checkpoint(address)["model"]["weight"].tolist() == WEIGHT
+    SafeCheckpointer(linear()).resume_or_load(address, resume=False)
+    assert set(downloads) == {FILE}
 
 
 # Reading.

@@ -10,7 +10,7 @@ import torch
 import yaml
 from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import get_cfg
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 
 from distill_d2 import model_zoo
 from distill_d2.config import add_distill_config, load_yaml
@@ -106,6 +106,8 @@ def test_distillation_student_is_the_plain_1x_config(name):
         "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
         "RCNN": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
         "MaskRCNN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+        "FCOS": "FCOS-Detection/MS_R_50_1x.yaml",
+        "CondInst": "CondInst/MS_R_50_1x.yaml",
     }
     student = flat(load(name))
     alone = flat(load(plain[Path(name).name.split("_")[0]]))
@@ -134,17 +136,24 @@ def test_pkd_weight_is_the_papers(name):
     assert cfg.MODEL.DISTILLER.PKD.WEIGHT == (10.0 if one_stage else 6.0)
 
 
-# Table 6.1 of ICD's specification: official teacher, its config, levels, MAX_LABELS, WEIGHT_VALUE, BASE_LR.
+# Table 6.1 of ICD's specification: official teacher, its config, levels, MAX_LABELS, WEIGHT_VALUE,
+# BASE_LR; and TEST.EVAL_PERIOD.
 RETINANET_LEVELS, FPN_LEVELS = ["p3", "p4", "p5", "p6", "p7"], ["p2", "p3", "p4", "p5", "p6"]
 ICD_TABLE = {
     "retinanet_R_50_R101_icd_FPN_1x.yaml": (
-        *(True, "COCO-Detection/retinanet_R_101_FPN_3x.yaml", RETINANET_LEVELS, 300, 8.0, 0.01),
+        *(True, "COCO-Detection/retinanet_R_101_FPN_3x.yaml", RETINANET_LEVELS, 300, 8.0, 0.01, 10000),
     ),
     "RCNN_R_50_R101_icd_FPN_1x.yaml": (
-        *(True, "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", FPN_LEVELS, 100, 3.0, 0.02),
+        *(True, "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", FPN_LEVELS, 100, 3.0, 0.02, 10000),
     ),
     "MaskRCNN_R_50_R101_icd_FPN_1x.yaml": (
-        *(True, "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml", FPN_LEVELS, 100, 3.0, 0.02),
+        *(True, "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml", FPN_LEVELS, 100, 3.0, 0.02, 10000),
+    ),
+    "FCOS_R50_R101_icd.yaml": (
+        *(False, "Teachers/FCOS_R101_2x_ms.yaml", RETINANET_LEVELS, 300, 8.0, 0.01, 0),
+    ),
+    "CondInst_R50_R101_icd.yaml": (
+        *(False, "Teachers/CondIns_R101_3x_ms.yaml", RETINANET_LEVELS, 300, 8.0, 0.01, 0),
     ),
 }
 
@@ -155,19 +164,22 @@ def test_icd_has_the_values_of_its_specification(name):
     node, solver = cfg.MODEL.DISTILLER, cfg.SOLVER
     values = (node.MODEL_LOAD_OFFICIAL, node.MODEL_DISTILLER_CONFIG, node.INS.INPUT_FEATS)
     values += (node.INS.MAX_LABELS, node.INS_ATT_MIMIC.WEIGHT_VALUE, solver.BASE_LR)
+    values += (cfg.TEST.EVAL_PERIOD,)
 
     assert values == ICD_TABLE[Path(name).name]
+    assert solver.CHECKPOINT_PERIOD == (cfg.TEST.EVAL_PERIOD or 5000)
     assert node.TYPES == ["InstanceConditionalDistillation"]
     assert (cfg.MODEL.WEIGHTS, cfg.MODEL.RESNETS.DEPTH) == ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", 50)
     assert (solver.STEPS, solver.MAX_ITER, solver.IMS_PER_BATCH) == ((60000, 80000), 90000, 16)
     assert solver.CLIP_GRADIENTS.ENABLED and (solver.OPTIMIZER, node.SOLVER.OPTIMIZER) == ("SGD", "ADAMW")
-    assert (cfg.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD) == (10000, 10000)
 
 
 @pytest.mark.parametrize("name", ICD)
 def test_icd_reads_levels_that_are_there(name):
     cfg = load(name)
-    teacher = detectron2_zoo.get_config(cfg.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG)
+    teacher = cfg.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG
+    official = cfg.MODEL.DISTILLER.MODEL_LOAD_OFFICIAL
+    teacher = detectron2_zoo.get_config(teacher) if official else load(teacher)
     with torch.device("meta"):  # shapes without weights
         levels = [build_backbone(config).output_shape() for config in (cfg, teacher)]
 
@@ -175,3 +187,79 @@ def test_icd_reads_levels_that_are_there(name):
         student, teacher = (shapes[name] for shapes in levels)
         assert student.stride == teacher.stride
         assert student.channels == teacher.channels == cfg.MODEL.DISTILLER.INS.HIDDEN_DIM
+
+
+# Table of section 1 of the specification of AdelaiDet's detectors: weights, released ones of teachers.
+RELEASED = "https://huggingface.co/tianzhi/AdelaiDet-"
+
+
+def test_adets_bases():
+    """The values that differ from detectron2's defaults, and no others."""
+    plain = get_cfg()
+    add_distill_config(plain)
+    plain = flat(plain)
+
+    def changed(values):
+        return {key: value for key, value in values.items() if value != plain[key]}
+
+    stages = ["res3", "res4", "res5"]
+    coco = {"DATASETS.TRAIN": ["coco_2017_train"], "DATASETS.TEST": ["coco_2017_val"]}
+    fcos = {
+        "MODEL.META_ARCHITECTURE": "OneStageDetector",
+        "MODEL.BACKBONE.NAME": "build_fcos_resnet_fpn_backbone",
+        "MODEL.RESNETS.OUT_FEATURES": stages,
+        "MODEL.FPN.IN_FEATURES": stages,
+        "MODEL.PROPOSAL_GENERATOR.NAME": "FCOS",
+        **coco,
+        "SOLVER.BASE_LR": 0.01,
+        "SOLVER.STEPS": [60000, 80000],
+        "SOLVER.MAX_ITER": 90000,
+        "INPUT.MIN_SIZE_TRAIN": [640, 672, 704, 736, 768, 800],
+    }
+    assert changed(flat(load("Base-FCOS.yaml"))) == changed(fcos)
+    condinst = {
+        **fcos,
+        "MODEL.META_ARCHITECTURE": "CondInst",
+        "MODEL.MASK_ON": True,
+        "MODEL.FCOS.THRESH_WITH_CTR": True,
+        "MODEL.CONDINST.MAX_PROPOSALS": 500,
+    }
+    assert changed(flat(load("Base-CondInst.yaml"))) == changed(condinst)
+
+
+@pytest.mark.parametrize("name", ["FCOS_R101_2x_ms", "CondIns_R101_3x_ms"])
+def test_released_teachers(name):
+    """A checkpoint with a semantic segmentation needs a config that has it, to be whole."""
+    cfg = load(f"Teachers/{name}.yaml")
+    condinst = name.startswith("CondIns")
+    file = "FCOS/resolve/main/FCOS_MS_R_101_2x"
+    if condinst:
+        file = "CondInst/resolve/main/CondInst_MS_R_101_3x_sem"
+    assert f"{RELEASED}{file}.pth" == cfg.MODEL.WEIGHTS and cfg.MODEL.RESNETS.DEPTH == 101
+    assert cfg.MODEL.CONDINST.MASK_BRANCH.SEMANTIC_LOSS_ON == condinst
+
+
+ADET = [name for name in NAMES if name.startswith(("FCOS-Detection/", "CondInst/"))]
+
+
+@pytest.mark.parametrize("name", ADET)
+def test_adets_detectors_are_built(name):
+    cfg = load(name)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):  # shapes without weights
+        model = build_model(cfg)
+    parts = Path(name).stem.split("_")
+    schedules = {"1x": 90000, "2x": 180000, "3x": 270000, "4x": 360000}
+    (schedule,) = set(parts) & set(schedules) or {"4x"}
+    iterations = schedules[schedule] if "Base" not in name else 360000
+    assert cfg.SOLVER.MAX_ITER == iterations
+    assert (cfg.MODEL.FCOS.BOX_QUALITY == "iou") == ("iou" in parts)
+    assert (cfg.MODEL.CONDINST.MASK_BRANCH.SEMANTIC_LOSS_ON) == ("sem" in parts)
+    assert (cfg.MODEL.RESNETS.DEPTH == 101) == ("101" in parts)
+    assert cfg.MODEL.WEIGHTS or "Base" in name
+    keys = set(model.state_dict())
+    assert ("proposal_generator.fcos_head.cls_tower.9.offset.weight" in keys) == ("dcnv2" in parts)
+    assert ("backbone.repeated_bifpn.5.weights_f4_4_11" in keys) == ("BiFPN" in parts)
+    assert ("backbone.bottom_up.level5.root.conv.weight" in keys) == ("DLA" in parts)
+    per_level = any(key.endswith(("_tower.1.0.weight", "_tower.1.0.bias")) for key in keys)
+    assert per_level == name.endswith("bn_head.yaml")

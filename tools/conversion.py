@@ -13,6 +13,10 @@ from detectron2.modeling import build_model
 Weights = Dict[str, torch.Tensor]
 
 MOST_NAMES = 20  # in one line of a message
+# Of checkpoints that hold a number of numpy beside the weights, such as the best score.
+NUMPY_SCALARS = (
+    *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+)
 
 
 class ConversionError(Exception):

@@ -28,6 +28,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 import torch
 from conversion import (
+    NUMPY_SCALARS,
     ConversionError,
     Weights,
     check_agreement,
@@ -45,10 +46,7 @@ from distill_d2.engine.setup import load_config
 
 AUTHOR = "converted from torchvision's names by distill_d2"
 # Used by what checkpoints of torchdistill hold beside the weights. best_value is a number of numpy.
-UNREAD = (
-    *("argparse.Namespace", "collections.Counter", "numpy.dtype"),
-    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
-)
+UNREAD = ("argparse.Namespace", "collections.Counter", *NUMPY_SCALARS)
 DETECTRON2_EPS = 1e-5
 COCO_ROWS = 91
 COCO_IDS = sorted(category["id"] for category in COCO_CATEGORIES if category["isthing"])

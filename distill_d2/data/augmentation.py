@@ -216,8 +216,9 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     """The mapper with the augmentations of INPUT.
 
     Raises:
-        ValueError: INPUT.AUGMENTATIONS, FIXED_SIZE, CROP or MASK_FORMAT cannot be.
+        ValueError: INPUT.AUGMENTATIONS, FIXED_SIZE, CROP, MASK_FORMAT or IS_ROTATE cannot be.
     """
+    cfg = _with_adet_keys(cfg)
     kind, size = cfg.INPUT.AUGMENTATIONS, list(cfg.INPUT.FIXED_SIZE)
     if kind not in ("default", "ssd"):
         raise ValueError(f"INPUT.AUGMENTATIONS is '{kind}'; expected 'default' or 'ssd'")
@@ -245,6 +246,18 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
             "'polygon', or AUGMENTATIONS to 'default'"
         )
     return BoxAwareMapper(cfg, is_train, augmentations=[*_ssd_augmentations(cfg), *others, resize])
+
+
+def _with_adet_keys(cfg: CfgNode) -> CfgNode:
+    """A config in which AdelaiDet's keys, HFLIP_TRAIN and IS_ROTATE, need not be read."""
+    if cfg.INPUT.IS_ROTATE:
+        raise ValueError("INPUT.IS_ROTATE is True; images are not rotated here, set it to False")
+    if cfg.INPUT.HFLIP_TRAIN:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.RANDOM_FLIP = "none"
+    return cfg
 
 
 def _ssd_augmentations(cfg: CfgNode) -> List[T.Augmentation]:

@@ -20,7 +20,7 @@ class AnchoredHead:
 
     Attributes:
         path: dotted name of the module; it takes the levels and returns lists of (N, A length, H, W):
-            class logits, deltas and, optionally, centerness.
+            class logits, deltas and, optionally, centerness; what follows is not read.
         in_features: names of the neck levels that it takes.
         classes: number of foreground classes.
         anchor_generator, transform: detectron2's.
@@ -44,13 +44,13 @@ class AnchoredHead:
         if not view.taps.has(self.path):
             with view.context():
                 find_module(view.model, self.path)(features)  # its tap remembers the outputs
-        logits, deltas, *centerness = view.own_output(self.path)
+        logits, deltas, *others = view.own_output(self.path)
         anchors = self.anchor_generator(features)
         rows = torch.cat([boxes.tensor for boxes in anchors])
         return Predictions(
             logit_levels=[by_position(level, self.classes + self.background) for level in logits],
             delta_levels=[by_position(level, 4) for level in deltas],
-            centerness_levels=[by_position(level, 1) for levels in centerness for level in levels],
+            centerness_levels=[by_position(level, 1) for levels in others[:1] for level in levels],
             anchors=rows,
             decode=decoder_of(self.transform),
             match=lambda boxes, valid: self.match(boxes, valid, anchors),

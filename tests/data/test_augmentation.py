@@ -353,6 +353,22 @@ def test_fixed_size_keeps_detectron2s_crop(record):
     assert [type(x) for x in tested.augmentations.augs] == [T.Resize]
 
 
+@pytest.mark.parametrize("keys", [{}, {"FIXED_SIZE": [50, 90]}, {"AUGMENTATIONS": "ssd"}])
+def test_no_flip_if_hflip_train_is_false(keys):
+    """AdelaiDet's key."""
+    for flips in (True, False):
+        cfg = config(HFLIP_TRAIN=flips, **keys)
+        kinds = [type(x) for x in _plain(build_mapper(cfg, True))]
+        assert (T.RandomFlip in kinds) == flips and len(kinds) > 0
+        assert cfg.INPUT.RANDOM_FLIP == "horizontal"  # the config itself stays
+        (evaluation,) = _plain(build_mapper(cfg, False))
+        assert isinstance(evaluation, (T.Resize, T.ResizeShortestEdge))
+
+
+def _plain(mapper):
+    return mapper.augmentations.augs
+
+
 def test_ssd_augmentations_of_the_config():
     cfg = config(
         **{"AUGMENTATIONS": "ssd", "FIXED_SIZE": [50, 90], "FORMAT": "RGB"},
@@ -430,6 +446,7 @@ def test_every_image_has_its_own_boxes(record):
     "keys, message",
     [
         ({"AUGMENTATIONS": "yolo"}, "INPUT.AUGMENTATIONS is 'yolo'; expected 'default' or 'ssd'"),
+        ({"IS_ROTATE": True}, "INPUT.IS_ROTATE is True; images are not rotated here, set it to False"),
         ({"FIXED_SIZE": [300]}, r"INPUT.FIXED_SIZE is \[300\]; expected \[height, width\], or \[\]"),
         ({"FIXED_SIZE": [300, 0]}, r"INPUT.FIXED_SIZE is \[300, 0\]; expected"),
         ({"FIXED_SIZE": [300, 300, 3]}, r"INPUT.FIXED_SIZE is \[300, 300, 3\]; expected"),

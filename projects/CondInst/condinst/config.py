@@ -18,6 +18,8 @@ def add_condinst_config(cfg: CN) -> None:
     head.CHANNELS = 8
     head.NUM_LAYERS = 3
     head.DISABLE_REL_COORDS = False
+    # Evaluation: so many masks of an image are computed together, which bounds memory.
+    head.MAX_INSTANCES_PER_PASS = 100
     node.MASK_BRANCH = branch = CN()
     branch.IN_FEATURES = ["p3", "p4", "p5"]
     branch.CHANNELS = 128

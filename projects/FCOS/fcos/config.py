@@ -29,16 +29,16 @@ def add_fcos_config(cfg: CN) -> None:
     node.CENTER_SAMPLE = True
     node.POS_RADIUS = 1.5
     node.SIZES_OF_INTEREST = [64, 128, 256, 512]
-    # Losses: focal loss, and what divides it: "fg" (the positives), "moving_fg" or "all"; box loss "giou",
-    # "iou" or "linear_iou"; quality of a box: "ctrness" or "iou".
+    # Losses: focal loss, and what divides it: "fg" (the positives), "moving_fg" or "all"; box loss
+    # "giou", "iou" or "linear_iou"; quality of a box: "ctrness" or "iou".
     node.LOSS_ALPHA = 0.25
     node.LOSS_GAMMA = 2.0
     node.LOSS_NORMALIZER_CLS = "fg"
     node.LOSS_WEIGHT_CLS = 1.0
     node.LOC_LOSS_TYPE = "giou"
     node.BOX_QUALITY = "ctrness"
-    # Inference: candidates' scores are above this (times the quality if THRESH_WITH_CTR), so many per level
-    # before non-maximum suppression and per image after. The TRAIN ones are for YIELD_PROPOSAL.
+    # Inference: candidates' scores are above this (times the quality if THRESH_WITH_CTR), so many per
+    # level before non-maximum suppression and per image after. The TRAIN ones are for YIELD_PROPOSAL.
     node.THRESH_WITH_CTR = False
     node.INFERENCE_TH_TRAIN = 0.05
     node.INFERENCE_TH_TEST = 0.05

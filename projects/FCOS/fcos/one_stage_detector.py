@@ -1,0 +1,24 @@
+"""A meta-architecture whose proposals are its detections."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List
+
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.rcnn import ProposalNetwork
+
+
+@META_ARCH_REGISTRY.register()
+class OneStageDetector(ProposalNetwork):
+    """A backbone and a proposal generator of a complete detector, FCOS.
+
+    In training it returns losses, in evaluation {"instances": Instances} per image, at the size that the
+    input asks for.
+    """
+
+    def forward(self, batched_inputs: List[Dict[str, Any]]):
+        """As GeneralizedRCNN's."""
+        outputs = super().forward(batched_inputs)
+        if self.training:
+            return outputs
+        return [{"instances": output["proposals"]} for output in outputs]

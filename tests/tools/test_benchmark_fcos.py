@@ -1,0 +1,53 @@
+"""tools/benchmark_fcos.py: that it compares equals."""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import benchmark_fcos
+
+    return benchmark_fcos
+
+
+def arguments(tool, *more):
+    return tool.make_parser().parse_args(["--height", "64", "--width", "96", "--rounds", "1", *more])
+
+
+def test_both_compute_the_same(tool):
+    args = arguments(tool)
+    assert isinstance(args, argparse.Namespace)
+    ours, theirs = tool.build_pair(args)
+    batch = tool.generated_batch(args, 80)
+    assert len(batch) == 2 and len(batch[0]["instances"]) == 10
+    for found, expected in zip(tool.inference(ours, batch), tool.inference(theirs, batch)):
+        assert len(found) == len(expected) > 10
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), EventStorage(0):
+        losses = [model.train()(batch) for model in (ours, theirs)]
+    assert losses[0].keys() == losses[1].keys()
+
+
+def test_rounds_alternate(tool):
+    order = []
+    models = {tool.OURS: "ours", tool.THEIRS: "theirs"}
+    args = arguments(tool, "--rounds", "3")
+    times = tool.measure(lambda model, _batch: order.append(model), models, [], args)
+    assert {name: len(seconds) for name, seconds in times.items()} == {tool.OURS: 3, tool.THEIRS: 3}
+    assert order[:2] == order[2:4][::-1] and len(order) == 8
+
+
+def test_what_is_printed(tool, capsys):
+    tool.print_phase("inference", {tool.OURS: [1.0, 3.0, 2.0], tool.THEIRS: [2.0, 2.0, 2.0]})
+    output = capsys.readouterr().out
+    assert "inference: ours / detectron2's 1.000 (0.500 to 1.500 in 3 rounds)" in output
+    assert re.search(r"projects/FCOS +\| +2000 +\| +1000 +\| +3000", output)

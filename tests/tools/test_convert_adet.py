@@ -1,0 +1,246 @@
+"""tools/convert_adet.py on networks of a few channels, under the names of all ages."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import FCOS, build_backbone, build_model
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.utils.events import EventStorage
+from tiny import tiny_batch
+
+from distill_d2.checkpoint import SafeCheckpointer
+from distill_d2.engine import load_config
+from distill_d2.teacher import load_teacher_weights
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+CONFIG = "FCOS-Detection/R_50_1x.yaml"
+DLA = "FCOS-Detection/FCOS_RT/MS_DLA_34_4x_syncbn.yaml"
+SMALL = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
+    "MODEL.FPN.OUT_CHANNELS": 64,
+    "MODEL.FCOS.NUM_CLASSES": 3,
+}
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import convert_adet
+
+    return convert_adet
+
+
+def options(**keys):
+    keys = {**SMALL, **{f"MODEL.{name.replace('__', '.')}": value for name, value in keys.items()}}
+    return [str(part) for pair in keys.items() for part in pair]
+
+
+def model_of(config=CONFIG, **keys):
+    model = build_model(load_config(config, options(**keys)))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "running_var" not in name and tensor.is_floating_point():
+                tensor.copy_(torch.randn_like(tensor) * 0.1)
+    return model
+
+
+def convert(tool, folder, entries, *more, config=CONFIG, **keys):
+    """The path of the result."""
+    torch.save(entries, folder / "input.pth")
+    arguments = [str(folder / "input.pth"), str(folder / "output.pth"), "--config-file", config]
+    tool.main([*arguments, *more, *options(**keys)])
+    return str(folder / "output.pth")
+
+
+def same(model, state):
+    return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_released_one(tool, tmp_path, capsys, bare):
+    source, model = model_of(), model_of()
+    state = source.state_dict()
+    state.update(pixel_mean=torch.zeros(3, 1, 1), pixel_std=torch.ones(3, 1, 1))
+    beside = {"iteration": 89999, "optimizer": {"a": [1]}}
+    entries = dict(state) if bare else {"model": dict(state), **beside}
+    path = convert(tool, tmp_path, entries)
+    assert set(torch.load(path, weights_only=True)["model"]) == set(model.state_dict())
+    SafeCheckpointer(model).load(path)
+    assert same(model, source.state_dict())
+    output = capsys.readouterr().out
+    assert "dropped 2: pixel_mean, pixel_std" in output and f"MODEL.WEIGHTS {path}" in output
+
+
+def test_a_released_one_as_it_is(tmp_path):
+    """Loaded without a conversion, by a student, and by a teacher, which must be whole."""
+    source = model_of()
+    state = {**source.state_dict(), "pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+    torch.save({"model": state}, tmp_path / "released.pth")
+    student, teacher = model_of(), model_of()
+    SafeCheckpointer(student).load(str(tmp_path / "released.pth"))
+    count = load_teacher_weights(teacher, str(tmp_path / "released.pth"))
+    assert same(student, state) and same(teacher, state) and count == len(source.state_dict())
+
+
+def test_numbers_of_numpy_beside_the_weights(tool, tmp_path):
+    source, model = model_of(), model_of()
+    entries = {"model": source.state_dict(), "best": np.float64(38.7), "iteration": 1}
+    SafeCheckpointer(model).load(convert(tool, tmp_path, entries))
+    assert same(model, source.state_dict())
+
+
+@pytest.mark.parametrize("semantic", [False, True])
+def test_condinst(tool, tmp_path, semantic):
+    """Those of 2020 have no counter of iterations."""
+    keys = {"CONDINST__MASK_BRANCH__SEMANTIC_LOSS_ON": semantic}
+    source, model = (model_of("CondInst/MS_R_50_1x.yaml", **keys) for _ in range(2))
+    state = {name: tensor for name, tensor in source.state_dict().items() if name != "mask_head._iter"}
+    path = convert(tool, tmp_path, state, config="CondInst/MS_R_50_1x.yaml", **keys)
+    weights = torch.load(path, weights_only=True)["model"]
+    assert weights["mask_head._iter"].tolist() == [0] and set(weights) == set(source.state_dict())
+    model.load_state_dict(weights)  # strict
+    assert torch.equal(model.controller.weight, source.controller.weight)
+
+
+def before_detectron2(name):
+    """As the FCOS that preceded detectron2 named it; written independently of the tool."""
+    name = name.replace("backbone.bottom_up.stem.conv1.norm", "backbone.body.stem.bn1")
+    name = name.replace("backbone.bottom_up.stem", "backbone.body.stem")
+    found = re.match(r"backbone\.bottom_up\.res(\d)\.(\d+)\.(.*)", name)
+    if found:
+        stage, block, rest = found.groups()
+        rest = re.sub(r"conv(\d)\.norm", r"bn\1", rest)
+        rest = rest.replace("shortcut.norm", "downsample.1").replace("shortcut", "downsample.0")
+        return f"backbone.body.layer{int(stage) - 1}.{block}.{rest}"
+    for ours, theirs in (("lateral", "inner"), ("output", "layer")):
+        for level in (3, 4, 5):
+            name = name.replace(f"backbone.fpn_{ours}{level}", f"backbone.fpn.fpn_{theirs}{level - 1}")
+    name = name.replace("backbone.top_block.", "backbone.fpn.top_blocks.")
+    return name.replace("proposal_generator.fcos_head.", "rpn.head.").replace("ctrness", "centerness")
+
+
+def test_of_before_detectron2(tool, tmp_path):
+    source, model = model_of(), model_of()
+    state = {f"module.{before_detectron2(name)}": t for name, t in source.state_dict().items()}
+    assert "module.backbone.body.layer3.5.bn2.running_mean" in state
+    assert {"module.backbone.fpn.fpn_inner2.weight", "module.rpn.head.centerness.bias"} < set(state)
+    SafeCheckpointer(model).load(convert(tool, tmp_path, {"model": state}))
+    assert same(model, source.state_dict())
+
+
+def test_dlas_weights_of_imagenet(tool, tmp_path):
+    keys = {"FPN__IN_FEATURES": ["stage3", "stage4", "stage5"]}
+    source, model = (model_of(DLA, **keys) for _ in range(2))
+    prefix = "backbone.bottom_up."
+    state = {
+        name[len(prefix) :]: tensor
+        for name, tensor in source.state_dict().items()
+        if name.startswith(prefix) and "num_batches" not in name
+    }
+    state.update({"fc.weight": torch.zeros(1000, 512, 1, 1), "fc.bias": torch.zeros(1000)})
+    path = convert(tool, tmp_path, state, "--backbone", config=DLA, **keys)
+    SafeCheckpointer(model).load(path)
+    body = model.backbone.bottom_up.state_dict()
+    assert all(torch.equal(body[name], state[name]) for name in state if not name.startswith("fc."))
+    assert not same(model, source.state_dict())
+
+
+# To detectron2's own FCOS
+
+
+NO_SCALES = {"FCOS__USE_SCALE": False}
+
+
+def detectron2s():
+    cfg = load_config(CONFIG, options())
+    backbone = build_backbone(cfg)
+    shapes = [backbone.output_shape()[name] for name in cfg.MODEL.FCOS.IN_FEATURES]
+    return FCOS(
+        backbone=backbone,
+        head=FCOSHead(input_shape=shapes, num_classes=3, conv_dims=[64] * 4, norm="GN"),
+        head_in_features=cfg.MODEL.FCOS.IN_FEATURES,
+        num_classes=3,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+        test_score_thresh=0.05**0.5,
+    )
+
+
+@pytest.mark.parametrize("scale", [None, 1.7])
+def test_to_detectron2(tool, tmp_path, capsys, scale):
+    """The same detections; an equal scale of all levels becomes part of the box prediction."""
+    keys = {"FCOS__USE_SCALE": scale is not None, "FCOS__THRESH_WITH_CTR": True}
+    source, model = model_of(**keys).eval(), detectron2s().eval()
+    head = source.proposal_generator.fcos_head
+    with torch.no_grad():
+        head.bbox_pred.bias.fill_(1.0)
+        for each in head.scales or ():
+            each.scale.fill_(scale)
+    path = convert(tool, tmp_path, source.state_dict(), "--to", "detectron2", **keys)
+    model.load_state_dict(torch.load(path, weights_only=True)["model"])  # strict
+    assert "detectron2's own FCOS: train.init_checkpoint" in capsys.readouterr().out
+    with torch.no_grad(), EventStorage(0):
+        found, expected = model(tiny_batch(1))[0]["instances"], source(tiny_batch(1))[0]["instances"]
+    assert len(found) == len(expected) > 20
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({}, r"the levels' scales differ, \[.*\]: detectron2's FCOS has none, and only equal"),
+        ({**NO_SCALES, "FCOS__NUM_SHARE_CONVS": 1}, "the head has convolutions of both towers"),
+        ({**NO_SCALES, "FCOS__USE_DEFORMABLE": True}, "the head has deformable convolutions"),
+        ({**NO_SCALES, "FCOS__NORM": "BN"}, "the head has a batch norm per level"),
+    ],
+)
+def test_heads_that_detectron2_has_not(tool, tmp_path, keys, message):
+    source = model_of(**keys)
+    with pytest.raises(SystemExit, match=f"nothing was written: {message}"):
+        convert(tool, tmp_path, source.state_dict(), "--to", "detectron2", **keys)
+    assert not (tmp_path / "output.pth").exists()
+
+
+def test_scales_are_equal_within_a_millionth(tool, tmp_path):
+    source = model_of()
+    scales = [scale.scale for scale in source.proposal_generator.fcos_head.scales]
+    with torch.no_grad():
+        for scale in scales:
+            scale.fill_(1.0)
+        scales[2].fill_(1.0000005)
+        assert convert(tool, tmp_path, source.state_dict(), "--to", "detectron2")
+        scales[2].fill_(1.00001)
+    with pytest.raises(SystemExit, match="scales differ"):
+        convert(tool, tmp_path, source.state_dict(), "--to", "detectron2")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("backbone.fpn_output3.bias"), "1 missing: backbone.fpn_output3.bias"),
+        (lambda s: s.update(surprise=torch.zeros(1)), "1 unexpected: surprise"),
+        (
+            lambda s: s.update({"proposal_generator.fcos_head.cls_logits.bias": torch.zeros(80)}),
+            r"1 of another shape: \S+.cls_logits.bias \(80,\) instead of \(3,\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_listed(tool, tmp_path, change, message):
+    state = dict(model_of().state_dict())
+    change(state)
+    with pytest.raises(SystemExit) as error:
+        convert(tool, tmp_path, state)
+    assert re.search(message, str(error.value)) and "nothing was written" in str(error.value)
+    assert not (tmp_path / "output.pth").exists()

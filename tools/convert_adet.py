@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""Convert a released checkpoint of AdelaiDet's FCOS or CondInst into a detectron2 checkpoint of
+projects/FCOS or projects/CondInst.
+
+    tools/convert_adet.py FCOS_MS_R_101_2x.pth fcos.pth --config-file FCOS-Detection/MS_R_101_2x.yaml
+    tools/convert_adet.py CondInst_MS_R_101_3x.pth condinst.pth --config-file CondInst/MS_R_101_3x.yaml
+    # for detectron2's own FCOS, which has no scales per level: only if they are equal
+    tools/convert_adet.py fcos_without_scales.pth fcos_d2.pth --to detectron2 \\
+        --config-file FCOS-Detection/R_50_1x.yaml MODEL.FCOS.USE_SCALE False
+    # DLA-34's weights of ImageNet
+    tools/convert_adet.py dla34-ba72cf86.pth dla34.pth --backbone \\
+        --config-file FCOS-Detection/FCOS_RT/MS_DLA_34_4x_syncbn.yaml
+
+Those of 2020 and later need no conversion: MODEL.WEIGHTS, and a teacher's weights, may be their path or
+address. This tells whether a file is whole, and brings older ones up to date: those of the FCOS that
+preceded detectron2, and those with "centerness".
+
+INPUT is a path or URL: a checkpoint with the entry "model", or a bare state_dict. Code in it is not run,
+and what lies beside the weights (optimizer, ...) is not read. Names and shapes must be those of CONFIG's
+detector, with --backbone those of its backbone as far as INPUT has it; otherwise nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import List, Optional, Sequence
+
+import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
+from conversion import (
+    NUMPY_SCALARS,
+    ConversionError,
+    Weights,
+    check_agreement,
+    check_paths,
+    listing,
+    state_dict_of,
+    write,
+)
+
+from distill_d2.checkpoint import read_checkpoint
+from distill_d2.config import student_config
+from distill_d2.engine.setup import load_config
+from distill_d2.projects.fcos.names import DROPPED, from_public, to_detectron2
+
+AUTHOR = "converted from AdelaiDet by distill_d2"
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Run the program; exits with a message if nothing was written."""
+    parser = make_parser()
+    args = parser.parse_intermixed_args(arguments)
+    check_paths(parser, args.input, args.output)
+    try:
+        cfg = student_config(load_config(args.config_file, args.opts))
+        state_dict = state_dict_of(read_checkpoint(args.input, unread=NUMPY_SCALARS))
+        weights, dropped = convert(state_dict, args.backbone)
+        check_agreement(weights, cfg, args.config_file, partial=args.backbone)
+        if args.to == "detectron2":
+            weights = to_detectron2(weights)
+        write(args.output, weights, AUTHOR)
+    except (ConversionError, OSError, ValueError, KeyError, AssertionError) as error:
+        sys.exit(f"convert_adet: nothing was written: {error}")
+    print(f"{len(weights)} tensors converted")
+    if dropped:
+        reasons = "; ".join(f"{name}*: {reason}" for name, reason in DROPPED.items())
+        print(f"  dropped {len(dropped)}: {listing(dropped, 5)} ({reasons}; others by --backbone)")
+    use = "detectron2's own FCOS: train.init_checkpoint" if args.to == "detectron2" else "MODEL.WEIGHTS"
+    print(f"Wrote {args.output}. To use it: {use} {args.output}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", metavar="INPUT", help="path or URL of the weights")
+    parser.add_argument("output", metavar="OUTPUT.pth", help="an older file of that name is replaced")
+    parser.add_argument("--config-file", metavar="CONFIG", required=True, help="of the detector")
+    parser.add_argument(
+        "--to",
+        choices=("projects", "detectron2"),
+        default="projects",
+        help="names of projects/FCOS and CondInst, or of detectron2's own FCOS",
+    )
+    parser.add_argument("--backbone", action="store_true", help="leave out all but the backbone")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of the detector")
+    return parser
+
+
+def convert(state_dict: Weights, backbone: bool) -> "tuple[Weights, List[str]]":
+    """The weights by their names here, and the names that were dropped."""
+    weights, dropped = from_public(state_dict)
+    others = [name for name in weights if backbone and not name.startswith("backbone.")]
+    return {k: v for k, v in weights.items() if k not in others}, dropped + others
+
+
+if __name__ == "__main__":
+    main()
