@@ -173,7 +173,7 @@ def _compare_instances(fixture: Fixture, folder: str, found: Instances) -> None:
 
 
 def _settings(variant: str) -> Dict[str, Any]:
-    """Keys of MODEL.SOLOV2 that a variant's name stands for, such as "matrix_linear" or "nmspre40_max10"."""
+    """Keys of MODEL.SOLOV2 that a variant's name stands for, such as "mask_nms", "nmspre40_max10"."""
     if variant in ("matrix_gaussian", "matrix_linear"):
         return {"NMS_TYPE": "matrix", "NMS_KERNEL": variant.partition("_")[2]}
     if variant == "mask_nms":

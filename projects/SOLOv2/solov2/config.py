@@ -18,8 +18,8 @@ def add_solov2_config(cfg: CN) -> None:
     cfg.MODEL.SOLOV2 = node = CN()
     # Foreground classes.
     node.NUM_CLASSES = 80
-    # Levels of the instance head, fine to coarse; the strides to which it resizes them, which are also the
-    # areas, in cells of the mask features, that their masks must exceed; cells of their grids per side.
+    # Levels of the instance head, fine to coarse; the strides to which it resizes them (and which the
+    # areas of their masks, in cells of the mask features, must exceed); cells of their grids per side.
     node.INSTANCE_IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
     node.FPN_INSTANCE_STRIDES = [8, 8, 16, 32, 32]
     node.NUM_GRIDS = [40, 36, 24, 16, 12]
@@ -38,8 +38,8 @@ def add_solov2_config(cfg: CN) -> None:
     # Of both heads: "GN" or "none".
     node.NORM = "GN"
     node.PRIOR_PROB = 0.01
-    # The mask branch: levels, each of twice the stride of the one before, and channels; NUM_MASKS must be
-    # NUM_KERNELS.
+    # The mask branch: levels, each of twice the stride of the one before, and channels; NUM_MASKS must
+    # be NUM_KERNELS.
     node.MASK_IN_FEATURES = ["p2", "p3", "p4", "p5"]
     node.MASK_IN_CHANNELS = 256
     node.MASK_CHANNELS = 128

@@ -41,7 +41,7 @@ class SOLOv2InstanceHead(nn.Module):
             in_channels: of the levels; channels, num_convs: of the towers.
             num_kernels: weights of a predicted kernel.
             num_grids: cells per side of each level's grid.
-            in_strides: of the levels, in pixels, fine to coarse; strides: to which they are resized first.
+            in_strides: of the levels, in pixels, fine to coarse; strides: to which they are resized.
             coordinates: whether the kernels' tower sees the position.
             norm: of NORMS.
             prior_prob: scores at the start.

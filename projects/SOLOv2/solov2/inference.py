@@ -75,8 +75,8 @@ class InstanceSelection:
         smallest: torch.Tensor,
         features: torch.Tensor,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores (n,), classes (n,) and kernels (n, D) of cells whose class score and mask are large enough;
-        scores are those of the class times those of the mask."""
+        """Scores (n,), classes (n,) and kernels (n, D) of cells whose class score and mask are large
+        enough; scores are those of the class times those of the mask."""
         cell, classes = (scores > self.score_threshold).nonzero(as_tuple=True)
         kernels = kernels[cell]
         area, maskness = self._measure(kernels, features)
@@ -116,8 +116,8 @@ class InstanceSelection:
         at_once = masks_at_once(*(max(sides) for sides in zip(padded, output)))
         for part, place in zip(masks.split(at_once), found.split(at_once)):
             if len(part):
-                whole = resize(part[None], padded)[..., : image[0], : image[1]]
-                place[:] = resize(whole, output)[0] > self.mask_threshold
+                whole = resize(part[:, None], padded)[..., : image[0], : image[1]]
+                place[:] = resize(whole, output)[:, 0] > self.mask_threshold
         return found
 
 

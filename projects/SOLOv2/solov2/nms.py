@@ -7,14 +7,14 @@ import torch.nn.functional as F
 
 
 def point_nms(scores: torch.Tensor) -> torch.Tensor:
-    """Scores (N, K, S, S) that are the highest of their 2 x 2 window, which ends at them; others are 0."""
+    """Scores (N, K, S, S) that are the highest of the 2 x 2 window that ends at them; others are 0."""
     highest = F.max_pool2d(scores, kernel_size=2, stride=1, padding=1)[..., :-1, :-1]
     return torch.where(scores == highest, scores, 0.0)
 
 
 def mask_ious(masks: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """(n, n): at (i, j) the intersection over union of masks (n, H, W), bool, where i comes before j and both
-    are of one class (n,); elsewhere 0."""
+    """(n, n): at (i, j) the intersection over union of masks (n, H, W), bool, where i comes before j and
+    both are of one class (n,); elsewhere 0."""
     flat = masks.flatten(1).float()
     common, area = flat @ flat.t(), flat.sum(dim=1)
     union = area[:, None] + area - common
@@ -49,7 +49,7 @@ def mask_nms(ious: torch.Tensor, threshold: float) -> torch.Tensor:
     """
     overlaps = ious > threshold
     keep = torch.ones_like(overlaps[0]) if len(ious) else overlaps.new_zeros(0)
-    while True:  # the first is right, and so is each whose better ones are: at most n rounds, in fact few
+    while True:  # right is the first, and each whose better ones are: after n rounds all, mostly sooner
         again = ~(overlaps & keep[:, None]).any(dim=0)
         if torch.equal(again, keep):
             return keep

@@ -170,7 +170,7 @@ class SOLOv2(nn.Module):
     def predict(
         self, levels: Dict[str, torch.Tensor]
     ) -> Tuple[List[torch.Tensor], List[torch.Tensor], torch.Tensor]:
-        """Class logits (N, K, S, S) and kernels (N, D, S, S) per level, and mask features (N, D, H, W)."""
+        """Class logits (N, K, S, S), kernels (N, D, S, S), per level; mask features (N, D, H, W)."""
         logits, kernels = self.ins_head([levels[name] for name in self.ins_in_features])
         return logits, kernels, self.mask_head([levels[name] for name in self.mask_in_features])
 

@@ -1,9 +1,10 @@
 """What the cells of SOLOv2's grids should predict (Wang et al., arXiv 2003.10152, section 3.3.1; the
 assignment of objects to cells is SOLO's, arXiv 1912.04488, section 3.3.1).
 
-An object belongs to the levels whose range has the root of its box's area, and there to the cells that its
-central region touches: sigma times its box, around its mask's centre of mass, and at most the 3 x 3 cells
-around that. Each object and cell is an entry of the mask loss; the class of a cell is its last object's.
+An object belongs to the levels whose range has the root of its box's area, and there to the cells that
+its central region touches: sigma times its box, around its mask's centre of mass, and at most the 3 x 3
+cells around that. Each object and cell is an entry of the mask loss; the class of a cell is its last
+object's.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class ImageTargets(NamedTuple):
 
     Attributes:
         classes: (R,) int64, K where a cell has no object.
-        cell, object: (E,) int64, of each entry of the mask loss; valid: (E,) bool, False for entries that
-            only fill up.
+        cell, object: (E,) int64, of each entry of the mask loss; valid: (E,) bool, False for entries
+            that only fill up.
         masks: (G, H / stride, W / stride) bool, of the objects on the padded image.
     """
 
@@ -124,8 +125,8 @@ class GridTargets:
         """The 3 x 3 cells around each object's centre, row by row.
 
         Returns:
-            (L, G, 9) int64, their numbers among the cells of all levels, and (L, G, 9) bool, which of them
-            are the object's; the numbers of others are 0.
+            (L, G, 9) int64, their numbers among the cells of all levels, and (L, G, 9) bool, which of
+            them are the object's; the numbers of others are 0.
         """
         (x, y), there = centres(objects.masks)
         width, height = (objects.boxes[:, 2:] - objects.boxes[:, :2]).unbind(1)
@@ -141,7 +142,7 @@ class GridTargets:
         return torch.where(found, torch.stack(numbers), 0), found
 
     def most_entries(self, boxes: torch.Tensor, padded_size: Size) -> int:
-        """No fewer than the entries that objects with these boxes (G, 4) have, wherever their centres are.
+        """No fewer than the entries of objects with these boxes (G, 4), wherever their centres are.
 
         A region that is r cells long touches at most ceil(r) + 1 of them.
         """
@@ -198,9 +199,13 @@ def bit_masks(instances: Instances) -> torch.Tensor:
 
 
 def centres(masks: torch.Tensor) -> Tuple[Tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Centres of mass of masks (G, H, W): x and y, each (G,), in pixels from the centre of the first one;
-    and (G,) bool, which masks have one."""
-    across, down = masks.sum(dim=1), masks.sum(dim=2)
+    """Centres of mass of masks (G, H, W): x and y, each (G,), in pixels from the centre of the first
+    one; and (G,) bool, which masks have one."""
+    parts = [
+        (part.sum(dim=1), part.sum(dim=2))
+        for part in map(torch.Tensor.float, masks.split(masks_at_once(*masks.shape[-2:])))
+    ]
+    across, down = (torch.cat(counts).long() for counts in zip(*parts))  # sums of positions are large
     area = across.sum(dim=1)
     x, y = (
         (counts * torch.arange(counts.shape[1], device=masks.device)).sum(dim=1) / area.clamp(min=1)
@@ -219,16 +224,16 @@ def downscale(masks: torch.Tensor, stride: int, canvas: Size) -> torch.Tensor:
     at_once = masks_at_once(*masks.shape[-2:])
     for part, place in zip(masks.split(at_once), found.split(at_once)):
         if len(part):
-            small = F.interpolate(part[None].float(), size, mode="bilinear", align_corners=False)
-            place[:, : size[0], : size[1]] = small[0] >= 0.5
+            small = F.interpolate(part[:, None].float(), size, mode="bilinear", align_corners=False)
+            place[:, : size[0], : size[1]] = small[:, 0] >= 0.5
     return found
 
 
 def _cells_of_axis(
     centre: torch.Tensor, length: torch.Tensor, side: int, grid: int
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The three cells around each of G centres along an axis of so many pixels, (G, 3) int64, and which of
-    them the region of this length around it touches."""
+    """The three cells around each of G centres along an axis of so many pixels, (G, 3) int64, and which
+    of them the region of this length around it touches."""
 
     def cell_of(position: torch.Tensor) -> torch.Tensor:
         return (position / side // (1 / grid)).long()[:, None]
