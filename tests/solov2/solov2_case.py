@@ -36,7 +36,8 @@ def config(width: int = 8, channels: int = 16, **keys) -> CfgNode:
 
 
 def solov2(seed: int = 0, lively: bool = True, **keys) -> SOLOv2:
-    """``lively``: scores and masks differ from cell to cell, which a new network's hardly do."""
+    """``lively``: scores and masks differ from cell to cell, which a new network's hardly do; ``keys``: as
+    of ``config``."""
     torch.manual_seed(seed)
     model = build_model(config(**keys))
     if lively:

@@ -153,7 +153,7 @@ def _compare_detections(fixture: Fixture, variant: str, inputs: List[Dict[str, A
     )
     images = [tuple(item["image"].shape[1:]) for item in inputs]
     outputs = [
-        tuple(fixture[fixture.names(f"eval/*/img{index}/image_size")[0]].tolist())
+        tuple(map(int, fixture[fixture.names(f"eval/*/img{index}/image_size")[0]]))
         for index in range(len(inputs))
     ]
     found = model.instances(logits, kernels, fixture.tensor("eval/mask_feat"), images, outputs)
