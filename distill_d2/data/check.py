@@ -168,6 +168,8 @@ def _classes_key(cfg: CfgNode) -> Optional[Tuple[str, int]]:
         return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
     if architecture == "SSD":
         return "MODEL.SSD.NUM_CLASSES", cfg.MODEL.SSD.NUM_CLASSES
+    if architecture == "SOLOv2":
+        return "MODEL.SOLOV2.NUM_CLASSES", cfg.MODEL.SOLOV2.NUM_CLASSES
     if architecture == "GeneralizedRCNN":
         return "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
     return None

@@ -36,8 +36,8 @@ def config(width: int = 8, channels: int = 16, **keys) -> CfgNode:
 
 
 def solov2(seed: int = 0, lively: bool = True, **keys) -> SOLOv2:
-    """``lively``: scores and masks differ from cell to cell, which a new network's hardly do; ``keys``: as
-    of ``config``."""
+    """Of ``config(**keys)``; ``lively``: scores and masks differ from cell to cell, which a new network's
+    hardly do."""
     torch.manual_seed(seed)
     model = build_model(config(**keys))
     if lively:

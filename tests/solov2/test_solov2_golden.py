@@ -161,7 +161,8 @@ def test_network_with_other_tensors(tool, tmp_path, recorded, capsys):
     shapes = json.loads(str(recorded["keys"]))
     shapes["ins_head.centerness.weight"] = [1, 64, 3, 3]
     assert tool.main([write(tmp_path, {**recorded, "keys": np.array(json.dumps(shapes))})]) == 2
-    assert "of a network with other tensors than ours: ['ins_head.centerness.weight']" in capsys.readouterr().err
+    message = "of a network with other tensors than ours: ['ins_head.centerness.weight']"
+    assert message in capsys.readouterr().err
 
 
 def test_batches_of_losses(tool, recorded):

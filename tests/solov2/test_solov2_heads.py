@@ -141,7 +141,8 @@ def test_mask_head_by_hand(coordinates):
             x = torch.cat([x, position(2, 3).expand(2, -1, -1, -1)], dim=1)
         for number in range(max(index, 1)):
             convolution, norm, _ = head.convs_all_levels[index].get_submodule(f"conv{number}")
-            x = F.group_norm(F.conv2d(x, convolution.weight, padding=1), 32, norm.weight, norm.bias).relu()
+            x = F.conv2d(x, convolution.weight, padding=1)
+            x = F.group_norm(x, 32, norm.weight, norm.bias).relu()
             if index:
                 x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
         total = total + x
@@ -153,7 +154,8 @@ def test_mask_head_by_hand(coordinates):
 
 def test_without_norms_convolutions_have_biases():
     """But for the last one of the mask branch, which keeps its norm."""
-    model = build_model(config(NORM="none", NUM_INSTANCE_CONVS=2, INSTANCE_CHANNELS=20, MASK_CHANNELS=24))
+    widths = {"INSTANCE_CHANNELS": 20, "MASK_CHANNELS": 24}
+    model = build_model(config(NORM="none", NUM_INSTANCE_CONVS=2, **widths))
     names = {n for n in model.state_dict() if n.startswith(("ins_head", "mask_head"))}
     towers = {
         f"ins_head.{tower}_tower.{index}.{kind}"

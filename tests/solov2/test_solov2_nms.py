@@ -91,8 +91,8 @@ def test_mask_nms_of_a_chain():
 def test_nothing_to_suppress():
     ious = mask_ious(torch.zeros(0, 4, 4, dtype=torch.bool), torch.zeros(0, dtype=torch.int64))
     assert ious.shape == (0, 0)
-    assert matrix_nms(ious).shape == matrix_nms(ious, "linear").shape == mask_nms(ious, 0.5).shape == (0,)
-    assert mask_nms(ious, 0.5).dtype == torch.bool
+    assert matrix_nms(ious).shape == matrix_nms(ious, "linear").shape == (0,)
+    assert mask_nms(ious, 0.5).shape == (0,) and mask_nms(ious, 0.5).dtype == torch.bool
     one = mask_ious(torch.zeros(1, 4, 4, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
     assert matrix_nms(one).item() == 1.0 and mask_nms(one, 0.5).item()
 

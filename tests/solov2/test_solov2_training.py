@@ -6,14 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.engine import defaults
 from detectron2.modeling import build_backbone, build_model
+from detectron2.structures import BitMasks, Instances
 from solov2_case import config
 from tiny import distiller_config, save_teacher, use_dataset, write_dataset
 
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
+from distill_d2.data import register_custom_datasets
 from distill_d2.engine import argument_parser, main
+from distill_d2.evaluation import build_evaluator
+from distill_d2.projects.solov2.inference import boxes_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -57,16 +62,15 @@ def test_training_and_evaluation(tmp_path, kind):
     build_model(student).load_state_dict(weights)  # strict
 
 
+def test_number_of_classes_is_that_of_the_dataset(tmp_path):
+    cfg = config(NUM_CLASSES=7)
+    use_dataset(cfg, write_dataset(tmp_path / "data"))
+    with pytest.raises(ValueError, match="has 3 classes .* MODEL.SOLOV2.NUM_CLASSES is 7; set it to 3"):
+        run(tmp_path, cfg, distill=False)
+
+
 def test_masks_are_evaluated_as_they_are(tmp_path):
     """A detector that knows the answer has an AP of 100, for boxes too."""
-    from detectron2.data import DatasetCatalog
-    from detectron2.structures import BitMasks
-
-    from distill_d2.data import register_custom_datasets
-    from distill_d2.evaluation import build_evaluator
-    from distill_d2.projects.solov2.inference import boxes_of
-    from detectron2.structures import Instances
-
     entry = write_dataset(tmp_path / "data")
     register_custom_datasets([entry])
     evaluator = build_evaluator(entry["NAME"], str(tmp_path))
@@ -117,7 +121,8 @@ def test_icd():
     """Table 6.1 of its specification, but for levels that exist."""
     cfg = load("Distillation-ICD/SOLOv2_R_50_R101_icd_FPN_1x.yaml")
     node, solver = cfg.MODEL.DISTILLER, cfg.SOLVER
-    assert (node.MODEL_LOAD_OFFICIAL, node.MODEL_DISTILLER_CONFIG) == (False, "Teachers/SOLOv2_R101_3x_ms.yaml")
+    assert not node.MODEL_LOAD_OFFICIAL
+    assert node.MODEL_DISTILLER_CONFIG == "Teachers/SOLOv2_R101_3x_ms.yaml"
     assert node.TYPES == ["InstanceConditionalDistillation"]
     assert (node.INS.MAX_LABELS, node.INS_ATT_MIMIC.WEIGHT_VALUE) == (300, 8.0)
     assert (solver.STEPS, solver.MAX_ITER, solver.BASE_LR) == ((60000, 80000), 90000, 0.01)
