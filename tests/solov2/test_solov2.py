@@ -227,6 +227,7 @@ def check_refused(match, **keys):
         ({"FPN_SCALE_RANGES": RANGES + [[1, 2]]}, "'FPN_SCALE_RANGES': 6"),
         ({"INSTANCE_IN_FEATURES": ["p2"]}, "'INSTANCE_IN_FEATURES': 1"),
         ({"FPN_SCALE_RANGES": [[9, 1]] * 5}, "FPN_SCALE_RANGES: .* pairs"),
+        ({"FPN_SCALE_RANGES": [1, 9, 20, 30, 50]}, "FPN_SCALE_RANGES: .* pairs"),
         ({"NUM_GRIDS": [0] * 5}, r"NUM_GRIDS: found \[0, 0, 0, 0, 0\], expected numbers above 0"),
         (
             {"INSTANCE_IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"]},
@@ -234,6 +235,7 @@ def check_refused(match, **keys):
         ),
         ({"MASK_IN_FEATURES": ["p2", "p9"]}, "MASK_IN_FEATURES: .* levels of the backbone"),
         ({"MASK_IN_FEATURES": ["p2", "p4"]}, r"twice the stride of the one before; .* \[4, 16\]"),
+        ({"MASK_IN_FEATURES": ["p4", "p5", "p6"]}, "strides that divide 32, .* padded; one is 64"),
         ({"MASK_IN_FEATURES": []}, "MASK_IN_FEATURES: found "),
         ({"INSTANCE_IN_CHANNELS": 32}, "INSTANCE_IN_CHANNELS: found 32, expected 16, those of p2"),
         ({"MASK_IN_CHANNELS": 32}, "MASK_IN_CHANNELS: found 32, expected 16, those of p2"),

@@ -45,7 +45,7 @@ def add_solov2_config(cfg: CN) -> None:
     node.MASK_CHANNELS = 128
     node.NUM_MASKS = 256
     # Training: at most so many masks of a batch, drawn by chance, have a loss (-1: all). A mask takes
-    # about 16 bytes for each of its cells, one per 4 x 4 pixels.
+    # about 20 bytes for each of its cells, one per 4 x 4 pixels.
     node.MAX_INSTANCES_TRAIN = -1
     # Inference: scores before and after non-maximum suppression, instances likewise, threshold of masks.
     node.SCORE_THR = 0.1
@@ -69,8 +69,11 @@ def add_solov2_config(cfg: CN) -> None:
     node.TYPE_DCN = "DCN"
 
 
-def check_solov2_config(node: CN, levels: Mapping[str, ShapeSpec]) -> None:
-    """Check MODEL.SOLOV2 against the levels of the backbone.
+def check_solov2_config(node: CN, levels: Mapping[str, ShapeSpec], divisibility: int) -> None:
+    """Check MODEL.SOLOV2.
+
+    Args:
+        levels, divisibility: output_shape() and size_divisibility of the backbone.
 
     Raises:
         ValueError: a value that cannot be; the message names the key.
@@ -80,9 +83,12 @@ def check_solov2_config(node: CN, levels: Mapping[str, ShapeSpec]) -> None:
     lengths = {key: len(node[key]) for key in _PER_LEVEL}
     if len(set(lengths.values())) > 1 or not node.NUM_GRIDS:
         _refuse(", ".join(_PER_LEVEL), lengths, "lists of one length, an element per level")
-    for smallest, largest in node.FPN_SCALE_RANGES:
-        _expect(smallest <= largest, node, "FPN_SCALE_RANGES", "pairs (smallest, largest) of sides")
+    pairs = all(map(_is_range, node.FPN_SCALE_RANGES))
+    _expect(pairs, node, "FPN_SCALE_RANGES", "pairs (smallest, largest) of sides, one per level")
     _check_levels(node, levels)
+    largest = levels[node.MASK_IN_FEATURES[-1]].stride
+    whole = f"strides that divide {divisibility}, to whose multiples images are padded; one is {largest}"
+    _expect(divisibility % largest == 0, node, "MASK_IN_FEATURES", whole)
 
 
 def _check_choices(node: CN) -> None:
@@ -124,6 +130,10 @@ def _check_levels(node: CN, levels: Mapping[str, ShapeSpec]) -> None:
     doubling = [strides[0] * 2**index for index in range(len(strides))] if strides else None
     expected = f"levels of which each has twice the stride of the one before; these have {strides}"
     _expect(strides == doubling, node, "MASK_IN_FEATURES", expected)
+
+
+def _is_range(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and value[0] <= value[1]
 
 
 def _expect(holds: bool, node: CN, key: str, expected: str) -> None:

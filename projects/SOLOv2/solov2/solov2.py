@@ -74,7 +74,7 @@ class SOLOv2(nn.Module):
         node = cfg.MODEL.SOLOV2
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
-        check_solov2_config(node, shapes)
+        check_solov2_config(node, shapes, backbone.size_divisibility)
         return {
             "backbone": backbone,
             "ins_head": SOLOv2InstanceHead(
