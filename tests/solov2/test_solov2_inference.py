@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import BitMasks, Boxes, Instances
-from solov2_case import CELLS, GRIDS, solov2
+from solov2_case import CELLS, GRIDS, batch, solov2
 
 from distill_d2.projects.solov2 import InstanceSelection, chunks, inference
 from distill_d2.projects.solov2.inference import boxes_of
@@ -191,15 +191,16 @@ def test_a_batch_is_its_images():
 
 
 def test_scores_follow_from_the_head():
-    """Point NMS per class and level, cells and kernels in one order, level by level."""
-    model, inputs = solov2(seed=1), images((64, 64))
+    """Point NMS per class and level, cells, kernels and least areas in one order, level by level."""
+    strides = [128, 8, 16, 140, 32]
+    model, inputs = solov2(seed=1, FPN_INSTANCE_STRIDES=strides), images((64, 64))
     seen = []
     model.ins_head.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     model.mask_head.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     (found,) = detect(model, inputs)
     (logits, kernels), features = seen
     rows, weights, smallest = [], [], []
-    for level, (grid, stride) in enumerate(zip(GRIDS, (4, 8, 16, 32, 32))):
+    for level, (grid, stride) in enumerate(zip(GRIDS, strides)):
         scores = np.stack(
             [naive.point_nms(1 / (1 + np.exp(-x.double().numpy()))) for x in logits[level][0]]
         )
@@ -208,10 +209,25 @@ def test_scores_follow_from_the_head():
                 rows.append(scores[:, row, column])
                 weights.append(kernels[level][0, :, row, column].double().numpy())
                 smallest.append(stride)
-    expected = naive.detect(rows, weights, smallest, features[0].double().numpy(), STANDARD)
+    arrays = (rows, weights, smallest, features[0].double().numpy())
+    expected = naive.detect(*arrays, STANDARD)
     assert len(found) == len(expected) > 20
+    others = naive.detect(rows, weights, [4] * len(rows), arrays[-1], STANDARD)
+    assert [score for score, *_ in others] != [score for score, *_ in expected]
     np.testing.assert_allclose(found.scores, [score for score, _, _ in expected], rtol=1e-3)
     assert found.pred_classes.tolist() == [k for _, k, _ in expected]
+
+
+def test_features_of_another_stride():
+    """The mask branch may begin at p3; masks are as large as the image all the same."""
+    model = solov2(MASK_IN_FEATURES=["p3", "p4", "p5"])
+    assert model.mask_stride == 8
+    seen = []
+    model.selection = lambda *arguments: seen.append(arguments)
+    model.eval()(images((50, 96)))
+    *_, features, sizes = seen[0]
+    assert features.shape[-2:] == (8, 12) and sizes == ((64, 96), (50, 96), (50, 96))
+    assert all(loss.isfinite() for loss in model.train()(batch(4, 2)).values())
 
 
 def test_keys_of_the_config_reach_it():
