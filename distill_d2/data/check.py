@@ -17,6 +17,16 @@ from .custom import datasets_root
 
 _DECODERS = 4  # threads
 _SEED = 0
+# The node under MODEL that holds a meta-architecture's NUM_CLASSES.
+_CLASSES = {
+    "GeneralizedRCNN": "ROI_HEADS",
+    "RetinaNet": "RETINANET",
+    "SSD": "SSD",
+    "OneStageDetector": "FCOS",
+    "CondInst": "FCOS",
+    "SOLOv2": "SOLOV2",
+    "POTO": "POTO",
+}
 
 
 def check_datasets(cfg: CfgNode, train: bool = True) -> None:
@@ -164,15 +174,8 @@ def _classes_key(cfg: CfgNode) -> Optional[Tuple[str, int]]:
     architecture = cfg.MODEL.META_ARCHITECTURE
     if architecture == "Distiller":
         architecture = cfg.MODEL.DISTILLER.STUDENT_META_ARCH
-    if architecture == "RetinaNet":
-        return "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
-    if architecture == "SSD":
-        return "MODEL.SSD.NUM_CLASSES", cfg.MODEL.SSD.NUM_CLASSES
-    if architecture in ("OneStageDetector", "CondInst"):
-        return "MODEL.FCOS.NUM_CLASSES", cfg.MODEL.FCOS.NUM_CLASSES
-    if architecture == "GeneralizedRCNN":
-        return "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    return None
+    node = _CLASSES.get(architecture)
+    return node and (f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES)
 
 
 def _check_files_exist(name: str, files: Sequence[str]) -> None:

@@ -1,0 +1,42 @@
+"""SOLOv2's view: its neck. It predicts masks, which losses on classes and boxes cannot compare."""
+
+from __future__ import annotations
+
+from typing import Dict, Sequence, Tuple
+
+import torch
+
+from distill_d2.views.base import DetectorView, register_view
+
+from .solov2 import SOLOv2
+
+_ANCHOR_STRIDES = 8
+
+
+@register_view(SOLOv2)
+class SOLOv2View(DetectorView):
+    offers = ("anchors",)
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    @property
+    def anchor_levels(self) -> Sequence[str]:
+        return self.model.ins_in_features
+
+    def anchors(self) -> Dict[str, torch.Tensor]:
+        """It has none: squares of 8 strides around its positions, as ATSS has (arXiv 1912.02424)."""
+        levels = {name: self.level(name, contiguous=False) for name in self.anchor_levels}
+        return {
+            name: _squares(level.shape[-2:], self.strides[name], level.device)
+            for name, level in levels.items()
+        }
+
+
+def _squares(size: Tuple[int, int], stride: int, device: torch.device) -> torch.Tensor:
+    """(H, W, 1, 4), absolute XYXY."""
+    y, x = ((torch.arange(side, device=device) + 0.5) * stride for side in size)
+    centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+    half = _ANCHOR_STRIDES * stride / 2
+    return torch.cat([centre - half, centre + half], dim=-1)[:, :, None]

@@ -1,0 +1,98 @@
+"""SOLOv2s and batches for tests: five levels, three classes, images of about 128 pixels."""
+
+from __future__ import annotations
+
+from typing import List, Sequence, Tuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from tiny import CLASSES, tiny_config
+
+from distill_d2.projects.solov2 import SOLOv2
+
+GRIDS = [10, 8, 6, 4, 3]
+RANGES = [[1, 24], [12, 48], [24, 96], [48, 192], [96, 512]]
+CELLS = sum(grid**2 for grid in GRIDS)
+
+
+def config(width: int = 8, channels: int = 16, **keys) -> CfgNode:
+    """On a SmallResNet, on the CPU; ``keys`` are of MODEL.SOLOV2."""
+    cfg = tiny_config("mask", width, channels)
+    cfg.MODEL.META_ARCHITECTURE = "SOLOv2"
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    node = cfg.MODEL.SOLOV2
+    node.NUM_CLASSES = CLASSES
+    node.NUM_GRIDS, node.FPN_SCALE_RANGES = GRIDS, RANGES
+    node.FPN_INSTANCE_STRIDES = [4, 8, 16, 32, 32]
+    node.INSTANCE_IN_CHANNELS = node.MASK_IN_CHANNELS = channels
+    node.INSTANCE_CHANNELS = node.MASK_CHANNELS = node.NUM_KERNELS = node.NUM_MASKS = 32
+    node.NUM_INSTANCE_CONVS = 1
+    for key, value in keys.items():
+        node[key] = value
+    return cfg
+
+
+def solov2(seed: int = 0, lively: bool = True, **keys) -> SOLOv2:
+    """Of ``config(**keys)``; ``lively``: scores and masks differ from cell to cell, which a new network's
+    hardly do."""
+    torch.manual_seed(seed)
+    model = build_model(config(**keys))
+    if lively:
+        head = model.ins_head
+        for layer, scale in ((head.cate_pred, 0.3), (head.kernel_pred, 0.3)):
+            torch.nn.init.normal_(layer.weight, std=scale)
+        torch.nn.init.constant_(head.cate_pred.bias, 0.0)
+    return model
+
+
+def random_objects(
+    random: np.random.Generator, count: int, size: Tuple[int, int]
+) -> Tuple[np.ndarray, np.ndarray]:
+    """Boxes (G, 4) of 4 pixels to the whole image, and an ellipse in each as a mask (G, H, W)."""
+    height, width = size
+    sides = 4 + random.uniform(0, 1, (count, 2)) ** 2 * (np.array([width, height]) - 4)
+    corner = random.uniform(0, 1, (count, 2)) * (np.array([width, height]) - sides)
+    boxes = np.concatenate([corner, corner + sides], axis=1).astype(np.float32)
+    y, x = np.mgrid[:height, :width] + 0.5
+    centre, half = corner + sides / 2, sides / 2
+    masks = [
+        ((x - cx) / w) ** 2 + ((y - cy) / h) ** 2 <= 1 for (cx, cy), (w, h) in zip(centre, half)
+    ]
+    return boxes, np.array(masks, dtype=bool).reshape(count, height, width)
+
+
+def instances(boxes, classes, masks, size) -> Instances:
+    found = Instances(tuple(size))
+    found.gt_boxes = Boxes(torch.as_tensor(np.array(boxes), dtype=torch.float32).view(-1, 4))
+    found.gt_classes = torch.as_tensor(classes, dtype=torch.int64)
+    found.gt_masks = BitMasks(torch.as_tensor(np.array(masks)).view(-1, *size))
+    return found
+
+
+def batch(*objects: int, size: int = 96, polygons: bool = False, seed: int = 0) -> List[dict]:
+    """Random images, each 8 pixels lower than the one before, with so many objects each."""
+    random = np.random.default_rng(seed)
+    inputs = []
+    for index, count in enumerate(objects):
+        shape = (size - 8 * index, size)
+        boxes, masks = random_objects(random, count, shape)
+        truth = instances(boxes, random.integers(0, CLASSES, count), masks, shape)
+        if polygons:
+            truth.gt_masks = PolygonMasks([[_diamond(box)] for box in boxes])
+        image = torch.from_numpy(random.integers(0, 256, (3, *shape), dtype=np.uint8))
+        inputs.append({"image": image, "instances": truth})
+    return inputs
+
+
+def _diamond(box: Sequence[float]) -> np.ndarray:
+    x1, y1, x2, y2 = map(float, box)
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    return np.array([x, y1, x2, y, x, y2, x1, y])
+
+
+def with_objects(item: dict, chosen) -> dict:
+    """The image with some of its objects, by an index or a mask."""
+    return {**item, "instances": item["instances"][chosen]}

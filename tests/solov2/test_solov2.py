@@ -1,0 +1,258 @@
+"""SOLOv2 itself: training, and what it refuses."""
+
+import copy
+
+import naive_solov2 as naive
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks
+from no_synchronisation import no_synchronisation
+from solov2_case import GRIDS, RANGES, batch, config, solov2, with_objects
+
+from distill_d2.projects.solov2 import losses, targets
+
+TERMS = ["loss_ins", "loss_cate"]
+
+
+def step(model, inputs):
+    """Losses; afterwards there are gradients, of everything."""
+    losses = model.train()(inputs)
+    assert list(losses) == TERMS
+    model.zero_grad()
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize("polygons", [False, True])
+def test_training(polygons):
+    model, inputs = solov2(lively=False), batch(3, 5, polygons=polygons)
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9), []
+    for _ in range(8):
+        seen.append(sum(step(model, inputs).values()))
+        optimizer.step()
+    assert np.isfinite(seen).all() and seen[-1] < 0.9 * seen[0]
+
+
+def test_losses_by_loops():
+    """From what the heads compute: padding, levels, cells, duplicates, both weights."""
+    keys = {"LOSS.DICE_WEIGHT": 2.0, "LOSS.FOCAL_WEIGHT": 0.7, "LOSS.FOCAL_ALPHA": 0.4}
+    cfg = config(NUM_GRIDS=[3, 2, 2, 2, 2])
+    cfg.merge_from_list([part for k, v in keys.items() for part in (f"MODEL.SOLOV2.{k}", v)])
+    torch.manual_seed(0)
+    model, inputs, seen = build_model(cfg), batch(9, 0, 4, seed=2), []
+    for head in (model.ins_head, model.mask_head):
+        head.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    losses = step(model, inputs)
+    (logits, kernels), features = seen
+    dice, rows, labels = [], [], []
+    for i, item in enumerate(inputs):
+        truth = item["instances"]
+        masks = truth.gt_masks.tensor.numpy()
+        classes, entries = naive.targets(
+            *(truth.gt_boxes.tensor.tolist(), truth.gt_classes.tolist(), masks, (96, 96)),
+            *([3, 2, 2, 2, 2], RANGES, 0.2, 3),
+        )
+        for level, row, column, k in entries:
+            kernel = kernels[level][i, :, row, column].detach()
+            mask = np.tensordot(kernel, features[i].detach(), axes=1)
+            wanted = naive.downscale(masks[k].astype(float), 4, (24, 24))
+            dice.append(naive.dice(1 / (1 + np.exp(-mask)), wanted))
+        for level, grid in enumerate(classes):
+            rows += logits[level][i].flatten(1).t().tolist()
+            labels += grid.ravel().tolist()
+    assert len(dice) > 12
+    assert losses["loss_ins"] == pytest.approx(2.0 * np.mean(dice), rel=1e-4)
+    assert losses["loss_cate"] == pytest.approx(0.7 * naive.focal(rows, labels, 0.4, 2.0), rel=1e-4)
+
+
+def test_polygons_are_masks():
+    model, inputs = solov2(), batch(4, 2, polygons=True)
+    drawn = copy.deepcopy(inputs)
+    for item in drawn:
+        truth = item["instances"]
+        truth.gt_masks = BitMasks.from_polygon_masks(truth.gt_masks, *truth.image_size)
+    assert step(model, inputs) == step(model, drawn)
+
+
+def test_some_images_without_objects():
+    """The mask loss is the others' alone."""
+    model, inputs = solov2(), batch(3, 0)
+    del inputs[1]["instances"]._fields["gt_masks"]  # as detectron2's mapper has it
+    losses = step(model, inputs)
+    assert losses["loss_ins"] > 0 and losses["loss_cate"] > 0
+    full = model(batch(3, 2))  # the same first image
+    assert losses["loss_cate"] != pytest.approx(full["loss_cate"].item())
+
+
+@pytest.mark.parametrize("why", ["no objects", "empty masks", "no level"])
+def test_no_objects_at_all(why):
+    inputs = batch(2, 3)
+    if why == "no objects":
+        inputs = [with_objects(item, slice(0, 0)) for item in inputs]
+    for item in inputs if why == "empty masks" else ():
+        item["instances"].gt_masks.tensor[:] = False
+    ranges = [[600, 700]] * 5 if why == "no level" else RANGES
+    model = solov2(FPN_SCALE_RANGES=ranges)
+    losses = step(model, inputs)
+    assert losses["loss_ins"] == 0.0 and losses["loss_cate"] > 0
+    assert not model.mask_head.conv_pred[0].weight.grad.any()
+    assert not model.ins_head.kernel_pred.weight.grad.any()
+
+
+def test_many_objects():
+    model, inputs = solov2(), batch(200, 1)
+    assert all(np.isfinite(value) for value in step(model, inputs).values())
+
+
+def test_order_of_images_does_not_matter():
+    model, inputs = solov2(), batch(2, 0, 6)
+    first, again = step(model, inputs), step(model, [inputs[2], inputs[0], inputs[1]])
+    for name in first:
+        assert first[name] == pytest.approx(again[name], rel=1e-4)
+
+
+def test_order_of_objects_matters_to_shared_cells_alone():
+    model, (item,) = solov2(), batch(7)
+    first, again = step(model, [item]), step(model, [with_objects(item, torch.arange(6, -1, -1))])
+    assert first["loss_ins"] == pytest.approx(again["loss_ins"], rel=1e-5)
+
+
+def entries(monkeypatch):
+    """A list that grows by how many masks of each image had a loss."""
+    made, real = [], losses.predict_masks
+
+    def spy(kernels, feature):
+        made.append(len(kernels))
+        return real(kernels, feature)
+
+    monkeypatch.setattr(losses, "predict_masks", spy)
+    return made
+
+
+def test_at_most_so_many_masks(monkeypatch):
+    made, inputs = entries(monkeypatch), batch(30, 10)
+    whole = step(solov2(), inputs)
+    count, made[:] = sum(made), []
+    assert count > 40
+    model, seen = solov2(MAX_INSTANCES_TRAIN=20), []
+    for _ in range(25):
+        losses = step(model, inputs)
+        assert losses["loss_cate"] == pytest.approx(whole["loss_cate"], rel=1e-5)
+        seen.append(losses["loss_ins"])
+    assert sum(made) == 25 * 20
+    assert np.std(seen) > 0 and np.mean(seen) == pytest.approx(whole["loss_ins"], rel=0.05)
+
+
+def test_nothing_is_drawn_without_a_limit():
+    """A limit that is not reached changes nothing either."""
+    inputs, found = batch(5, 3), []
+    for most in (-1, 10**6):
+        model = solov2(MAX_INSTANCES_TRAIN=most)
+        before = torch.get_rng_state()
+        found.append(step(model, inputs))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("most", [-1, 20])
+def test_a_step_does_not_synchronise(most, monkeypatch):
+    """Once the ground truth is on the device; how much of it there is, is known on the host."""
+    model, inputs = solov2(MAX_INSTANCES_TRAIN=most).train(), batch(9, 0, 4)
+    images = model.preprocess_image(inputs)
+    truths = [item["instances"] for item in inputs]
+    objects = {id(truth): model.targets.objects(truth, (96, 96), model.device) for truth in truths}
+    drawn = targets.draw_slots([image.most_entries for image in objects.values()], most)
+    monkeypatch.setattr(model.targets, "objects", lambda truth, *_: objects[id(truth)])
+    monkeypatch.setattr(targets, "draw_slots", lambda *_: drawn)
+    outputs = model.predict(model.backbone(images.tensor))
+    with no_synchronisation():
+        losses = model.losses(*outputs, truths)
+        sum(losses.values()).backward()
+
+
+def test_losses_are_float32_under_autocast():
+    model, inputs = solov2(), batch(4, 2)
+    whole = step(model, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(inputs)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(whole[name], rel=0.1)
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_norm_and_padding_of_the_images():
+    model, inputs = solov2(), batch(1, 1)  # 96 and 88 pixels high
+    images = model.preprocess_image(inputs)
+    assert images.tensor.shape == (2, 3, 96, 96) and images.image_sizes == [(96, 96), (88, 96)]
+    mean, std = model.pixel_mean, model.pixel_std
+    assert torch.equal(images.tensor[1, :, :88], (inputs[1]["image"] - mean) / std)
+    assert not images.tensor[1, :, 88:].any()
+    assert not any("pixel" in name for name in model.state_dict())
+
+
+def test_training_without_masks():
+    inputs = batch(2)
+    del inputs[0]["instances"]._fields["gt_masks"]
+    with pytest.raises(ValueError, match="SOLOv2 learns from masks.* MODEL.MASK_ON True"):
+        solov2().train()(inputs)
+
+
+# What is refused when it is built
+
+
+def check_refused(match, **keys):
+    cfg = config()
+    cfg.merge_from_list([part for k, v in keys.items() for part in (f"MODEL.SOLOV2.{k}", v)])
+    with pytest.raises(ValueError, match=match):
+        build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    "keys, match",
+    [
+        ({"NUM_KERNELS": 64}, "NUM_KERNELS: found 64, expected NUM_MASKS, 32: a kernel has a weight"),
+        ({"NMS_TYPE": "box"}, r"NMS_TYPE: found 'box', expected one of \['matrix', 'mask'\]"),
+        ({"NMS_KERNEL": "cubic"}, r"NMS_KERNEL: .* one of \['gaussian', 'linear'\]"),
+        ({"NORM": "BN"}, r"NORM: found 'BN', expected one of \['GN', 'none'\]"),
+        ({"USE_DCN_IN_INSTANCE": True}, "USE_DCN_IN_INSTANCE: found True, expected False"),
+        ({"LOSS.FOCAL_USE_SIGMOID": False}, "LOSS.FOCAL_USE_SIGMOID: found False, expected True"),
+        ({"NUM_GRIDS": GRIDS[:4]}, "NUM_GRIDS, .*: found {.*'NUM_GRIDS': 4, .*}, expected lists of one"),
+        ({"FPN_INSTANCE_STRIDES": [8]}, "'FPN_INSTANCE_STRIDES': 1"),
+        ({"FPN_SCALE_RANGES": RANGES + [[1, 2]]}, "'FPN_SCALE_RANGES': 6"),
+        ({"INSTANCE_IN_FEATURES": ["p2"]}, "'INSTANCE_IN_FEATURES': 1"),
+        ({"FPN_SCALE_RANGES": [[9, 1]] * 5}, "FPN_SCALE_RANGES: .* pairs"),
+        ({"FPN_SCALE_RANGES": [1, 9, 20, 30, 50]}, "FPN_SCALE_RANGES: .* pairs"),
+        ({"NUM_GRIDS": [0] * 5}, r"NUM_GRIDS: found \[0, 0, 0, 0, 0\], expected numbers above 0"),
+        (
+            {"INSTANCE_IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"]},
+            r"INSTANCE_IN_FEATURES: .* levels of the backbone, which has \['p2', .* 'p6'\]",
+        ),
+        ({"MASK_IN_FEATURES": ["p2", "p9"]}, "MASK_IN_FEATURES: .* levels of the backbone"),
+        ({"MASK_IN_FEATURES": ["p2", "p4"]}, r"twice the stride of the one before; .* \[4, 16\]"),
+        ({"MASK_IN_FEATURES": ["p4", "p5", "p6"]}, "strides that divide 32, .* padded; one is 64"),
+        ({"MASK_IN_FEATURES": []}, "MASK_IN_FEATURES: found "),
+        ({"INSTANCE_IN_CHANNELS": 32}, "INSTANCE_IN_CHANNELS: found 32, expected 16, those of p2"),
+        ({"MASK_IN_CHANNELS": 32}, "MASK_IN_CHANNELS: found 32, expected 16, those of p2"),
+        ({"INSTANCE_CHANNELS": 40}, "INSTANCE_CHANNELS: found 40, expected a multiple of 32"),
+        ({"MASK_CHANNELS": 40}, "MASK_CHANNELS: found 40, expected a multiple of 32"),
+        ({"NUM_KERNELS": 40, "NUM_MASKS": 40}, "NUM_MASKS: found 40, expected a multiple of 32"),
+        ({"MAX_INSTANCES_TRAIN": 0}, "MAX_INSTANCES_TRAIN: found 0, expected a number above 0, or -1"),
+        ({"PRIOR_PROB": 1.0}, "PRIOR_PROB: found 1.0"),
+        ({"MASK_THR": 0.0}, "MASK_THR: found 0.0"),
+        ({"NMS_SIGMA": 0}, "NMS_SIGMA: found 0, expected a number above 0"),
+        ({"NUM_CLASSES": 0}, "NUM_CLASSES: found 0"),
+        ({"NMS_PRE": 0}, "NMS_PRE: found 0"),
+    ],
+)
+def test_wrong_values(keys, match):
+    check_refused(rf"^MODEL\.SOLOV2\..*{match}" if not match.startswith("'") else match, **keys)
+
+
+def test_keys_that_are_read_by_nothing():
+    build_model(config(TYPE_DCN="DCNv2"))

@@ -1,0 +1,315 @@
+"""Which cells are objects, with which masks."""
+
+import naive_solov2 as naive
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import PolygonMasks
+from solov2_case import CELLS, GRIDS, RANGES, batch, instances, random_objects, with_objects
+
+from distill_d2.projects.solov2 import chunks
+from distill_d2.projects.solov2.targets import (
+    GridTargets,
+    Objects,
+    bit_masks,
+    centres,
+    downscale,
+    draw_slots,
+)
+
+CPU = torch.device("cpu")
+PADDED = (96, 96)
+
+
+def assigner(grids=GRIDS, ranges=RANGES, sigma=0.2, most=-1):
+    return GridTargets(3, grids, ranges, sigma, most)
+
+
+def assign(inputs, padded=PADDED, **settings):
+    """The targets of each image."""
+    targets = assigner(**settings)
+    objects = [targets.objects(item["instances"], padded, CPU) for item in inputs]
+    return targets(objects, padded, 4)
+
+
+def entries_of(image):
+    """[(cell, object)] of what counts."""
+    return list(zip(image.cell[image.valid].tolist(), image.object[image.valid].tolist()))
+
+
+def naive_targets(item, padded=PADDED, grids=GRIDS, ranges=RANGES, sigma=0.2):
+    """(R,) classes, sorted [(cell, object)]."""
+    truth = item["instances"]
+    labels, found = naive.targets(
+        *(truth.gt_boxes.tensor.double().tolist(), truth.gt_classes.tolist()),
+        *(bit_masks(truth).numpy(), padded, grids, ranges, sigma, 3),
+    )
+    first = np.cumsum([0, *(grid**2 for grid in grids)])
+    cells = [(first[level] + row * grids[level] + column, k) for level, row, column, k in found]
+    return np.concatenate([level.ravel() for level in labels]), cells
+
+
+@pytest.mark.parametrize("polygons", [False, True])
+@pytest.mark.parametrize("seed, sigma", [(0, 0.2), (1, 0.2), (2, 0.7), (3, 0.05)])
+def test_by_loops(seed, sigma, polygons):
+    """Entries come level by level, and there object by object and row by row."""
+    inputs = batch(12, 0, 7, seed=seed, polygons=polygons)
+    total = 0
+    for item, image in zip(inputs, assign(inputs, sigma=sigma)):
+        classes, entries = naive_targets(item, sigma=sigma)
+        assert image.classes.tolist() == classes.tolist()
+        assert entries_of(image) == entries
+        total += len(entries)
+        masks = bit_masks(item["instances"]).numpy()
+        expected = [naive.downscale(mask.astype(float), 4, (24, 24)) for mask in masks]
+        assert np.array_equal(image.masks, np.array(expected).reshape(-1, 24, 24))
+    assert total > 25
+
+
+def box(x, y, side=24, padded=PADDED):
+    mask = np.zeros(padded, dtype=bool)
+    mask[y : y + side, x : x + side] = True
+    return [x, y, x + side, y + side], mask
+
+
+def targets_of(*boxes, classes=None, **settings):
+    """Of one image with square objects (x, y, side)."""
+    corners, masks = zip(*(box(*corner) for corner in boxes))
+    classes = list(range(len(boxes))) if classes is None else classes
+    return assign([{"instances": instances(corners, classes, masks, PADDED)}], **settings)[0]
+
+
+def test_by_hand():
+    """A square of 24 pixels at (36, 12): centre of mass (47.5, 23.5), region 4.8 pixels wide. Cells are
+    9.6 pixels: columns 4 (from 38.4) and 5 (from 48), rows 2 (21.1 to 25.9 lies in 19.2 to 28.8)."""
+    image = targets_of((36, 12, 24), grids=[10], ranges=[(1, 96)])
+    assert entries_of(image) == [(24, 0), (25, 0)]
+    assert image.classes[[24, 25]].tolist() == [0, 0] and (image.classes == 3).sum() == 98
+    wanted = torch.zeros(24, 24, dtype=torch.bool)
+    wanted[3:9, 9:15] = True
+    assert torch.equal(image.masks[0], wanted)
+
+
+def test_ends_of_a_levels_range_belong_to_it():
+    for side, levels in ((23, [0]), (24, [0, 1]), (25, [1]), (48, [1, 2]), (49, [2])):
+        image = targets_of((0, 0, side), grids=[4] * 3, ranges=[(1, 24), (24, 48), (48, 96)])
+        assert sorted({cell // 16 for cell, _ in entries_of(image)}) == levels
+
+
+def test_at_most_the_cells_around_the_centre():
+    """A region of all the image touches all cells."""
+    image = targets_of((0, 0, 96), grids=[8], ranges=[(1, 96)], sigma=1.0)
+    centre = [3 * 8 + 3 + 8 * row + column for row in (-1, 0, 1) for column in (-1, 0, 1)]
+    assert [cell for cell, _ in entries_of(image)] == centre
+
+
+def test_regions_end_at_the_border():
+    """Cells of 8 pixels, regions of 24 around the first and the last."""
+    image = targets_of((0, 0, 8), (88, 88, 8), grids=[12], ranges=[(1, 96)], sigma=3.0)
+    first, last = [0, 1, 12, 13], [130, 131, 142, 143]
+    assert entries_of(image) == [(cell, 0) for cell in first] + [(cell, 1) for cell in last]
+
+
+def test_objects_of_one_cell():
+    """Both have a mask loss, the last one the class."""
+    once, twice = (36, 12, 24), (30, 6, 36)
+    settings = {"grids": [5], "ranges": [(1, 96)]}
+    image = targets_of(once, twice, classes=[2, 1], **settings)
+    assert entries_of(image) == [(7, 0), (7, 1)] and image.classes[7] == 1
+    image = targets_of(twice, once, classes=[1, 2], **settings)
+    assert entries_of(image) == [(7, 0), (7, 1)] and image.classes[7] == 2
+
+
+def test_objects_with_an_empty_mask_are_left_out():
+    (item,) = batch(8)
+    full = assign([item])[0]
+    item["instances"].gt_masks.tensor[3] = False
+    image = assign([item])[0]
+    assert entries_of(image) == [pair for pair in entries_of(full) if pair[1] != 3]
+    assert len(entries_of(full)) > len(entries_of(image)) > 0
+    item["instances"].gt_masks.tensor[:] = False
+    image = assign([item])[0]
+    assert not image.valid.any() and (image.classes == 3).all()
+
+
+def test_no_objects():
+    inputs = batch(0, 3)
+    del inputs[0]["instances"]._fields["gt_masks"]  # as detectron2's mapper has it
+    empty, other = assign(inputs)
+    assert len(empty.cell) == 0 and empty.masks.shape == (0, 24, 24)
+    assert empty.classes.tolist() == [3] * CELLS
+    assert other.valid.any()
+
+
+def test_objects_without_masks():
+    (item,) = batch(2)
+    del item["instances"]._fields["gt_masks"]
+    with pytest.raises(ValueError, match="MODEL.MASK_ON True, and use a dataset whose annotations have"):
+        assign([item])
+
+
+def test_more_objects_than_a_byte_counts():
+    (item,) = batch(300, seed=4)
+    image = assign([item])[0]
+    _, entries = naive_targets(item)
+    assert entries_of(image) == entries and image.object.max() > 255
+
+
+# Properties
+
+
+def test_order_of_objects_does_not_matter():
+    """But to the class of a cell that several want."""
+    (item,) = batch(10, seed=5)
+    order = torch.randperm(10)
+    first, again = assign([item])[0], assign([with_objects(item, order)])[0]
+    renamed = {(cell, order[k].item()) for cell, k in entries_of(again)}
+    assert renamed == set(entries_of(first))
+    wanted = [cell for cell, _ in entries_of(first)]
+    once = [cell for cell in range(CELLS) if wanted.count(cell) < 2]
+    assert torch.equal(first.classes[once], again.classes[once])
+    assert torch.equal(again.masks, first.masks[order])
+
+
+@pytest.mark.parametrize("across, down", [(1, 0), (0, 1), (1, 1)])
+def test_shift_by_a_cell_of_the_coarsest_level(across, down):
+    """Cells of 8, 16 and 32 pixels: masks and cells of all levels move with the objects."""
+    grids, ranges = [12, 6, 3], [(1, 24), (12, 48), (24, 96)]
+    shapes = [(3, 9, 10), (20, 21, 24), (11, 30, 30), (5, 6, 45)]
+    moved = [(x + 32 * across, y + 32 * down, side) for x, y, side in shapes]
+    settings = {"classes": [0, 1, 2, 0], "grids": grids, "ranges": ranges}
+    first, again = (targets_of(*squares, **settings) for squares in (shapes, moved))
+    steps, offset = {}, 0
+    for grid, cells in zip(grids, (4, 2, 1)):
+        for cell in range(offset, offset + grid**2):
+            steps[cell] = cells * (across + grid * down)
+        offset += grid**2
+    assert entries_of(again) == [(cell + steps[cell], k) for cell, k in entries_of(first)]
+    assert len({k for _, k in entries_of(first)}) == 4
+    objects = (first.classes < 3).nonzero().flatten().tolist()
+    expected = torch.full_like(first.classes, 3)
+    for cell in objects:
+        expected[cell + steps[cell]] = first.classes[cell]
+    assert torch.equal(again.classes, expected)
+    shifts = (8 * down, 8 * across)
+    assert torch.equal(again.masks, first.masks.roll(shifts, dims=(1, 2)))
+
+
+def test_images_do_not_see_each_other():
+    inputs = batch(5, 3, 9)
+    for item, image in zip(inputs, assign(inputs)):
+        (alone,) = assign([item])
+        for ours, theirs in zip(image, alone):
+            assert torch.equal(ours, theirs)
+
+
+# How many entries there are, known without the device
+
+
+def test_bound_of_entries():
+    random = np.random.default_rng(0)
+    total = bound = 0
+    for sigma in (0.05, 0.2, 0.5, 1.0):
+        targets = assigner(sigma=sigma)
+        for _ in range(20):
+            boxes, masks = random_objects(random, 15, PADDED)
+            truth = instances(boxes, [0] * 15, masks, PADDED)
+            objects = targets.objects(truth, PADDED, CPU)
+            (image,) = targets([objects], PADDED, 4)
+            assert image.valid.sum() == targets.cells(objects, PADDED)[1].sum()
+            assert len(image.cell) == objects.most_entries
+            total, bound = total + image.valid.sum().item(), bound + objects.most_entries
+    assert total <= bound < 2 * total
+
+
+def test_bound_where_regions_end_on_borders_of_cells():
+    """Regions of exactly one cell, and everywhere else in steps that are borders."""
+    for grid, side in ((8, 60), (12, 40), (3, 96)):
+        targets = assigner(grids=[grid], ranges=[(1, 512)])
+        corners = torch.cartesian_prod(*[torch.arange(0, 96, 4)] * 2)
+        boxes = torch.cat([corners, corners + side], dim=1)
+        masks = torch.zeros(len(boxes), 200, 200, dtype=torch.bool)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist()):
+            mask[y1 : y2 + 1, x1 : x2 + 1] = True  # the centre of mass is the centre
+        objects = Objects(boxes.float(), torch.zeros(len(boxes)).long(), masks, 0)
+        for each, there in zip(boxes, targets.cells(objects, PADDED)[1][0]):
+            assert there.sum() <= targets.most_entries(each[None].float(), PADDED)
+
+
+def test_slots_drawn_by_chance():
+    assert draw_slots([5, 0, 3], -1) == draw_slots([5, 0, 3], 8) == [5, 0, 3]
+    drawn = np.array([draw_slots([5, 0, 15], 4) for _ in range(500)])
+    assert (drawn.sum(axis=1) == 4).all() and (drawn[:, 1] == 0).all()
+    assert drawn.mean(axis=0)[0] == pytest.approx(1.0, abs=0.15)
+    assert draw_slots([], 4) == []
+
+
+def test_at_most_so_many_entries():
+    """Each about as often, of the right cells, and none that only fills up while others are left out."""
+    inputs = batch(6, 2, seed=6)
+    whole = [set(entries_of(image)) for image in assign(inputs)]
+    count = sum(map(len, whole))
+    seen = {}
+    for _ in range(300):
+        images = assign(inputs, most=count // 2)
+        found = [entries_of(image) for image in images]
+        assert sum(len(image.cell) for image in images) == count // 2
+        for image, entries, possible in zip(images, found, whole):
+            assert set(entries) <= possible and len(set(entries)) == len(entries)
+            assert len(entries) == min(len(image.cell), len(possible))
+        for index, entries in enumerate(found):
+            for entry in entries:
+                seen[index, entry] = seen.get((index, entry), 0) + 1
+    assert len(seen) == count and min(seen.values()) > 60
+    complete = assign(inputs, most=10**6)
+    assert [set(entries_of(image)) for image in complete] == whole
+
+
+# Masks
+
+
+@pytest.mark.parametrize("size", [(40, 24), (41, 27), (42, 25), (3, 2), (39, 26)])
+def test_downscaling_by_loops(size):
+    masks = np.random.default_rng(0).uniform(size=(6, *size)) < 0.5
+    found = downscale(torch.tensor(masks), 4, (11, 9))
+    assert found.shape == (6, 11, 9) and found.dtype == torch.bool
+    expected = [naive.downscale(mask.astype(float), 4, (11, 9)) for mask in masks]
+    assert np.array_equal(found, np.array(expected))
+
+
+def test_an_image_smaller_than_a_cell():
+    full = downscale(torch.ones(1, 1, 1, dtype=torch.bool), 4, (8, 8))
+    assert full.nonzero().tolist() == [[0, 0, 0]]
+
+
+def test_downscaling_a_part_at_a_time(monkeypatch):
+    masks = torch.rand(9, 40, 24) < 0.5
+    expected = downscale(masks, 4, (12, 12))
+    monkeypatch.setattr(chunks, "_PIXELS_AT_ONCE", 2 * 40 * 24)
+    assert torch.equal(downscale(masks, 4, (12, 12)), expected) and expected.any()
+    monkeypatch.setattr(chunks, "_PIXELS_AT_ONCE", 1)
+    assert torch.equal(downscale(masks, 4, (12, 12)), expected)
+
+
+def test_centres():
+    masks = torch.zeros(3, 6, 9, dtype=torch.bool)
+    masks[0, 2, 5] = masks[1, 0, 0] = masks[1, 3, 8] = True
+    (x, y), there = centres(masks)
+    assert x.tolist()[:2] == [5.0, 4.0] and y.tolist()[:2] == [2.0, 1.5]
+    assert there.tolist() == [True, True, False] and x.isfinite().all()
+
+
+def test_centre_of_a_large_mask():
+    """Sums of positions exceed what float32 counts one by one."""
+    masks = torch.ones(1, 1001, 3001, dtype=torch.bool)
+    (x, y), _ = centres(masks)
+    assert (x.item(), y.item()) == (1500.0, 500.0)
+
+
+def test_polygons_are_drawn():
+    polygon = np.array([4.0, 4, 20, 4, 20, 12, 4, 12])
+    truth = instances([[4, 4, 20, 12]], [0], np.zeros((1, 24, 32)), (24, 32))
+    truth.gt_masks = PolygonMasks([[polygon, polygon + 1.0]])
+    masks = bit_masks(truth)
+    assert masks.shape == (1, 24, 32) and masks.dtype == torch.bool
+    assert masks[0, 4:12, 4:20].all() and masks[0, 12, 10] and not masks[0, 14:].any()
