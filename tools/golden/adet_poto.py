@@ -7,7 +7,6 @@ The first image is judged at 1.5 times its size, the others at their own.
 from __future__ import annotations
 
 import json
-import zlib
 from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
@@ -30,7 +29,6 @@ Levels = List[torch.Tensor]
 # The reference cannot have more candidates than the smallest of the fixtures' levels has locations.
 _AUX_TOPK = 2
 _DEPTHS = {6: 50, 23: 101, 36: 152}  # by the number of blocks in res4
-_BIASES = {"cls_score.bias": -3.0, "bbox_pred.bias": 2.0}
 _PIXELS = {"rtol": 0, "atol": 2e-3}
 _EXACT = {"rtol": 0, "atol": 0}
 _SUMS = {"rtol": 5e-5, "atol": 1e-6}
@@ -78,25 +76,6 @@ def _settings(shapes: Shapes) -> Dict[str, Any]:
         "MODEL.POTO.USE_3DMF": "head.filter.weight" in shapes,
         "MODEL.POTO.FILTER_NORM": "GN" if "head.max3d.norm.weight" in shapes else "",
     }
-
-
-def by_recipe(name: str, shape: Sequence[int]) -> torch.Tensor:
-    """The numbers that the fixtures give to the tensor of this name."""
-    random = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF)
-    numbers = random.standard_normal(shape)
-    if name.endswith("running_var"):
-        numbers = np.ones(shape)
-    elif len(shape) == 4:
-        first = 0.005 if name.endswith("stem.conv1.weight") else 1.0
-        numbers = first * np.sqrt(2 / np.prod(shape[1:])) * numbers
-    elif name.endswith("conv3.norm.weight"):
-        numbers = 0.25 * (1 + 0.1 * numbers)
-    elif name.endswith((".weight", ".scale")):
-        numbers = 1 + 0.1 * numbers
-    else:
-        offset = [value for ending, value in _BIASES.items() if name.endswith(ending)]
-        numbers = sum(offset) + 0.1 * numbers
-    return torch.from_numpy(numbers).float()
 
 
 def _inputs(fixture: Fixture) -> Inputs:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from typing import Any, Dict, List, Sequence
 
 import numpy as np
@@ -96,25 +95,6 @@ def _config(fixture: Fixture, shapes: Dict[str, List[int]], keys: Dict[str, Any]
     for key, value in keys.items():
         node[key] = value
     return cfg
-
-
-def by_recipe(name: str, shape: Sequence[int]) -> torch.Tensor:
-    """The numbers that the fixtures give to the tensor with this name."""
-    random = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF)
-    numbers = random.standard_normal(tuple(shape))
-    leaf = name.rpartition(".")[2]
-    if leaf == "running_var":
-        numbers = np.ones_like(numbers)
-    elif leaf == "running_mean":
-        numbers = 0.1 * numbers
-    elif len(shape) == 4:
-        numbers = numbers * np.sqrt(2 / np.prod(shape[1:]))
-        numbers *= 0.005 if name.endswith("stem.conv1.weight") else 0.3 if "kernel_pred" in name else 1.0
-    elif leaf == "bias":
-        numbers = 0.1 * numbers - 3.0 * name.endswith("cate_pred.bias")
-    else:
-        numbers = (0.25 if name.endswith("conv3.norm.weight") else 1.0) * (1 + 0.1 * numbers)
-    return torch.from_numpy(numbers).float()
 
 
 def _inputs(fixture: Fixture) -> List[Dict[str, Any]]:

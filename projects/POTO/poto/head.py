@@ -11,16 +11,7 @@ from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import nn
 
-
-class Scale(nn.Module):
-    """A trainable factor."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale
+from distill_d2.projects.fcos.head import Scale
 
 
 class MaxFiltering(nn.Module):
