@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # for `import tiny`
 
 import distill_d2  # noqa: E402,F401  first: it silences detectron2's known warnings
+from detectron2.engine import defaults  # noqa: E402
 
 # detectron2's scripted losses change their last bits once TorchScript has profiled them: two runs in
 # one test process would differ where two processes do not.
@@ -26,6 +27,12 @@ def _one_thread_one_seed(monkeypatch, tmp_path):
     logging.getLogger("distill_d2").propagate = True
     logging.getLogger("distill_d2").setLevel(logging.DEBUG)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+
+
+@pytest.fixture(autouse=True)
+def _no_report_of_the_machine(monkeypatch):
+    """detectron2 writes one at each start, which takes longer than tiny trainings."""
+    monkeypatch.setattr(defaults, "collect_env_info", lambda: "")
 
 
 @pytest.fixture

@@ -1,31 +1,13 @@
 """CondInst by the two scripts: training and evaluation of small images."""
 
-import json
 
 import pytest
 import torch
 from condinst_case import condinst_config
-from detectron2.engine import defaults
 from detectron2.modeling import build_model
+from scripts import run_script
 from tiny import distiller_config, save_teacher, use_dataset, write_dataset
 
-from distill_d2.engine import argument_parser, main
-
-
-@pytest.fixture(autouse=True)
-def _no_report_of_the_machine(monkeypatch):
-    """detectron2 writes one at each start, which takes longer than these trainings."""
-    monkeypatch.setattr(defaults, "collect_env_info", lambda: "")
-
-
-def run(folder, cfg, distill):
-    cfg.OUTPUT_DIR = str(folder / "output")
-    path = folder / "config.yaml"
-    path.write_text(cfg.dump())
-    arguments = ["--num-gpus", "0", "--config-file", str(path)]
-    result = main(argument_parser().parse_args(arguments), distill)
-    lines = (folder / "output" / "metrics.json").read_text().splitlines()
-    return result, {name for line in lines for name in json.loads(line) if name.startswith("loss_")}
 
 
 @pytest.mark.parametrize("distill, masks", [(False, "polygon"), (False, "bitmask"), (True, "polygon")])
@@ -38,7 +20,7 @@ def test_training_and_evaluation(tmp_path, distill, masks):
         teacher = condinst_config(width=16, MASK_BRANCH__SEMANTIC_LOSS_ON=True)
         cfg = distiller_config(cfg, save_teacher(teacher, tmp_path / "teacher"))
         cfg.MODEL.DISTILLER.PRELOAD_FPN = cfg.MODEL.DISTILLER.PRELOAD_HEAD = True
-    result, losses = run(tmp_path, cfg, distill)
+    result, losses = run_script(tmp_path, cfg, distill)
     own = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr", "loss_mask"}
     assert losses == own | ({"loss_pkd"} if distill else set())
     assert 0 <= result["bbox"]["AP"] <= 100 and 0 <= result["segm"]["AP"] <= 100

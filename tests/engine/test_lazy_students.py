@@ -7,7 +7,6 @@ import pytest
 import torch
 from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.engine import defaults
 from detectron2.modeling import build_backbone
 from omegaconf import OmegaConf
 from tiny import save_teacher, tiny_config, write_dataset
@@ -31,12 +30,6 @@ SMALL = [
     *("dataloader.test.num_workers=0", "dataloader.test.mapper.augmentations.0.short_edge_length=64"),
     *("train.max_iter=1", "train.log_period=1", "train.init_checkpoint=''"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _no_report_of_the_machine(monkeypatch):
-    """detectron2 writes one at each start, which takes longer than these trainings."""
-    monkeypatch.setattr(defaults, "collect_env_info", lambda: "")
 
 
 def load(name):

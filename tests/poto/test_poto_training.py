@@ -1,21 +1,13 @@
 """The two scripts' jobs on a POTO."""
 
-import json
 
 import pytest
 import torch
-from detectron2.engine import defaults
 from detectron2.modeling import build_model
 from poto_case import config
+from scripts import run_script
 from tiny import distiller_config, save_teacher, use_dataset, write_dataset
 
-from distill_d2.engine import argument_parser, main
-
-
-@pytest.fixture(autouse=True)
-def _no_report_of_the_machine(monkeypatch):
-    """detectron2 writes one at each start, which takes longer than these trainings."""
-    monkeypatch.setattr(defaults, "collect_env_info", lambda: "")
 
 
 @pytest.mark.parametrize("distill", [False, True])
@@ -29,14 +21,8 @@ def test_training_and_evaluation(tmp_path, distill):
         cfg = distiller_config(cfg, teacher, ["InstanceConditionalDistillation"])
         cfg.MODEL.DISTILLER.INS.HIDDEN_DIM = 16
         cfg.MODEL.DISTILLER.PRELOAD_FPN = cfg.MODEL.DISTILLER.PRELOAD_HEAD = True
-    cfg.OUTPUT_DIR = str(tmp_path / "output")
-    path = tmp_path / "config.yaml"
-    path.write_text(cfg.dump())
-    arguments = ["--num-gpus", "0", "--config-file", str(path)]
-    result = main(argument_parser().parse_args(arguments), distill)
+    result, losses = run_script(tmp_path, cfg, distill)
     assert 0 <= result["bbox"]["AP"] <= 100
-    lines = (tmp_path / "output" / "metrics.json").read_text().splitlines()
-    losses = {name for line in lines for name in json.loads(line) if name.startswith("loss_")}
     expected = {"loss_cls", "loss_box_reg", "loss_cls_aux"}
     if distill:
         expected |= {"loss_icd_conf_0", "loss_icd_reg_0", "loss_icd_value"}

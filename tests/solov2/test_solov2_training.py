@@ -7,39 +7,19 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
-from detectron2.engine import defaults
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import BitMasks, Instances
 from solov2_case import config
+from scripts import run_script
 from tiny import distiller_config, save_teacher, use_dataset, write_dataset
 
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.data import register_custom_datasets
-from distill_d2.engine import argument_parser, main
 from distill_d2.evaluation import build_evaluator
 from distill_d2.projects.solov2.inference import boxes_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-
-@pytest.fixture(autouse=True)
-def _no_report_of_the_machine(monkeypatch):
-    """detectron2 writes one at each start, which takes longer than these trainings."""
-    monkeypatch.setattr(defaults, "collect_env_info", lambda: "")
-
-
-def run(folder, cfg, distill, *arguments):
-    cfg.OUTPUT_DIR = str(folder / "output")
-    path = folder / "config.yaml"
-    path.write_text(cfg.dump())
-    arguments = ["--num-gpus", "0", "--config-file", str(path), *arguments]
-    return main(argument_parser().parse_args(arguments), distill)
-
-
-def losses_in(folder):
-    lines = (folder / "output" / "metrics.json").read_text().splitlines()
-    return {name for line in lines for name in json.loads(line) if name.startswith("loss_")}
 
 
 @pytest.mark.parametrize("kind", ["baseline", "PKD", "InstanceConditionalDistillation"])
@@ -53,10 +33,10 @@ def test_training_and_evaluation(tmp_path, kind):
         node = cfg.MODEL.DISTILLER
         node.INS.HIDDEN_DIM, node.INS.ATT_HEADS, node.BYPASS_DISTILL = 16, 4, 0
         node.PRELOAD_HEAD = True
-    result = run(tmp_path, cfg, distill)
+    result, losses = run_script(tmp_path, cfg, distill)
     own = {"PKD": {"loss_pkd"}, "baseline": set()}
     own["InstanceConditionalDistillation"] = {"loss_icd_conf_0", "loss_icd_reg_0", "loss_icd_value"}
-    assert losses_in(tmp_path) == {"loss_ins", "loss_cate"} | own[kind]
+    assert losses == {"loss_ins", "loss_cate"} | own[kind]
     assert 0 <= result["segm"]["AP"] <= 100 and 0 <= result["bbox"]["AP"] <= 100
     weights = torch.load(tmp_path / "output" / "model_final.pth", weights_only=True)["model"]
     build_model(student).load_state_dict(weights)  # strict
@@ -66,7 +46,7 @@ def test_number_of_classes_is_that_of_the_dataset(tmp_path):
     cfg = config(NUM_CLASSES=7)
     use_dataset(cfg, write_dataset(tmp_path / "data"))
     with pytest.raises(ValueError, match="has 3 classes .* MODEL.SOLOV2.NUM_CLASSES is 7; set it to 3"):
-        run(tmp_path, cfg, distill=False)
+        run_script(tmp_path, cfg, distill=False)
 
 
 def test_masks_are_evaluated_as_they_are(tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from typing import Any, Dict, List, Sequence, Tuple
 
-import numpy as np
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -21,6 +20,7 @@ from distill_d2.projects.poto import POTO
 from distill_d2.projects.poto.poto import Rows, Targets
 
 from . import Fixture, golden_kind
+from .adet import by_recipe
 
 Shapes = Dict[str, Sequence[int]]
 Inputs = List[Dict[str, Any]]

@@ -24,6 +24,7 @@ from distill_d2.projects.solov2.nms import mask_ious, mask_nms, matrix_nms, poin
 from distill_d2.projects.solov2.targets import centres, downscale
 
 from . import Fixture, FixtureError, golden_kind
+from .adet import by_recipe
 
 _CONFIG = "SOLOv2/R50_3x.yaml"
 _EXACT = {"rtol": 0, "atol": 0}

@@ -13,10 +13,9 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils import comm
 from fvcore.nn import sigmoid_focal_loss_jit
-from fvcore.nn.distributed import differentiable_all_reduce
 
+from distill_d2.projects.fcos.losses import rank_mean
 from distill_d2.views.matching import batched_iou, giou_distance
 
 from .assignment import Pairs, inside, match_quality, near_centre, one_to_many, one_to_one
@@ -209,7 +208,7 @@ class POTO(DenseDetector):
         wanted = torch.zeros_like(rows.filtered)
         wanted[images, locations, targets.classes] = 1.0
         boxes = self._decode(rows.deltas[images, locations], rows.anchors[locations])
-        count = _mean_over_processes(wanted.new_full((), len(images)))
+        count = _at_least_one(wanted.new_full((), len(images)))
         losses = {
             "loss_cls": self._focal_loss(rows.filtered, wanted) / count,
             "loss_box_reg": self.reg_weight * giou_distance(boxes, targets.boxes).sum() / count,
@@ -217,7 +216,7 @@ class POTO(DenseDetector):
         if targets.auxiliary is not None:
             every = torch.arange(self.num_classes, device=wanted.device)
             wanted = (targets.auxiliary[..., None] == every).to(wanted)
-            count = _mean_over_processes(wanted.sum())
+            count = _at_least_one(wanted.sum())
             losses["loss_cls_aux"] = self._focal_loss(rows.logits, wanted) / count
         return losses
 
@@ -269,5 +268,6 @@ def product_logits(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return -torch.logaddexp(F.softplus(-others) - logits, -others)
 
 
-def _mean_over_processes(count: torch.Tensor) -> torch.Tensor:
-    return (differentiable_all_reduce(count) / comm.get_world_size()).clamp(min=1.0)
+def _at_least_one(count: torch.Tensor) -> torch.Tensor:
+    (mean,) = rank_mean(count)
+    return mean.clamp(min=1.0)
