@@ -23,7 +23,7 @@ NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*
 DISTILLATION = [name for name in NAMES if name.startswith("Distillation-") and name.count("/") == 1]
 FEATURE_LOSSES = [name for name in DISTILLATION if name.split("/")[0] in ("Distillation-Mimic", "Distillation-PKD")]
 # With the detectors of the table below.
-ICD = [name for name in DISTILLATION if re.match("Distillation-ICD/(retinanet|RCNN|MaskRCNN)_", name)]
+ICD = [name for name in DISTILLATION if re.match("Distillation-ICD/(retinanet|RCNN|MaskRCNN|FCOS|CondInst)_", name)]
 OFFICIAL = [name for name in NAMES if (DETECTRON2_CONFIGS / name).is_file()]
 
 # What differs from detectron2's config of the same name: the FPN bases evaluate during training.
