@@ -126,6 +126,28 @@ def test_objects_in_any_order():
     assert torch.equal(first.objects[0, rows], order[second.objects[0, rows]])
 
 
+@pytest.mark.parametrize("across, down", [(1, 0), (0, 2), (1, 1)])
+def test_a_shift_by_strides_shifts_the_targets(across, down):
+    """By multiples of the coarsest stride, on a canvas that has room for it."""
+    gt = random_objects(8, 3)
+    moved = objects((gt.gt_boxes.tensor + 16 * torch.tensor([across, down] * 2)).tolist(), gt.gt_classes.tolist())
+    first, second = (targets_of(fcos(), [x], 96, 96) for x in (gt, moved))
+    assert first.positive.sum() > 20
+    start = 0
+    for stride in STRIDES:
+        side = 96 // stride
+        rows = slice(start, start + side * side)
+        start += side * side
+        step = (down * 16 // stride, across * 16 // stride)
+        classes = first.classes[0, rows].view(side, side)
+        expected = torch.roll(classes, step, dims=(0, 1))
+        assert torch.equal(second.classes[0, rows].view(side, side), expected)
+        here, there = (x.ltrb[0, :, rows].view(4, side, side) for x in (first, second))
+        torch.testing.assert_close(
+            there * (expected < 3), torch.roll(here * (classes < 3), step, dims=(1, 2))
+        )
+
+
 def test_boxes_that_are_not_there_count_nothing():
     assigner = FCOSAssigner([16, 32], 1.5)
     model = fcos()
