@@ -6,7 +6,7 @@ distilled, side by side, and print them.
 
 The methods gid-feature, gid-relation and gid-response are single parts of GID, defeat-neck is DeFeat
 without the head's classes; bccd_rcnn is BCCD with Faster R-CNN, shapes_ssd and bccd_ssd are SSD (methods
-ssdkd and ssdkd-repository), the others have RetinaNet.
+ssdkd and ssdkd-repository), bccd_fcos and nuclei_solov2 FCOS and SOLOv2 (icd), the others have RetinaNet.
 Takes minutes on two CPU cores. Everything it runs is an ordinary command line, printed first; each
 run's log, checkpoints and metrics are in OUTPUT/teacher, OUTPUT/student and OUTPUT/<method>.
 """
@@ -58,7 +58,7 @@ RUNS = {
     "gid-response": ("train_distill.py", "gid", _gid_without("FEATURE", "RELATION")),
 }
 METHODS = list(RUNS)[2:]
-DATASETS = ["shapes", "bccd", "bccd_rcnn", "shapes_ssd", "bccd_ssd"]
+DATASETS = ["shapes", "bccd", "bccd_rcnn", "shapes_ssd", "bccd_ssd", "bccd_fcos", "nuclei_solov2"]
 SECONDS_BETWEEN_NEWS = 30
 
 
@@ -146,13 +146,12 @@ def progress(process: subprocess.Popen) -> str:
 
 def print_comparison(output: Path, methods: List[str], seconds: float) -> None:
     found = {name: last_results(output / name) for name in ("teacher", "student", *methods)}
-    rows = [
-        [name, results["bbox/AP"], results["bbox/AP50"], results["bbox/AP75"]]
-        for name, results in found.items()
-    ]
-    header = ["", "AP", "AP50", "AP75"]
+    task = "segm" if "segm/AP" in found["student"] else "bbox"
+    scores = [f"{task}/{score}" for score in ("AP", "AP50", "AP75")]
+    rows = [[name, *(results[score] for score in scores)] for name, results in found.items()]
+    header = ["", *scores]
     print(tabulate(rows, headers=header, tablefmt="pipe", floatfmt=".1f"))
-    gains = [found[name]["bbox/AP"] - found["student"]["bbox/AP"] for name in methods]
+    gains = [found[name][scores[0]] - found["student"][scores[0]] for name in methods]
     gains = ", ".join(f"{name} - student: {gain:+.1f} AP" for name, gain in zip(methods, gains))
     print(f"{gains}; {seconds / 60:.1f} minutes in all")
 
