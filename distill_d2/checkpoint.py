@@ -106,6 +106,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         path = direct_address(path)
         if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
             raise FileNotFoundError(f"checkpoint '{path}' does not exist")
+        if "://" in path:
+            _download(path.partition("?")[0])
         return super().load(path, *args, **kwargs)
 
     def resume_or_load(
@@ -174,8 +176,9 @@ def read_checkpoint(path: str, *, unread: Sequence[str] = ()) -> Dict[str, Any]:
     path = direct_address(path)
     if "://" not in path and not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint '{path}' does not exist")
+    path = _download(path) if "://" in path else path
     with _naming(path), _reading_as_nothing(unread):
-        entries = _torch_load(PathManager.get_local_path(path))
+        entries = _torch_load(path)
     if not isinstance(entries, dict):
         raise ValueError(f"'{path}' holds a {type(entries).__name__}, not the entries of a checkpoint")
     return entries
@@ -190,6 +193,17 @@ def direct_address(path: str) -> str:
     query = [part for part in address.query.split("&") if not part.startswith("download")]
     direct = address.path.replace("/blob/", "/resolve/", 1)
     return address._replace(path=direct, query="&".join(query)).geturl()
+
+
+def _download(address: str) -> str:
+    """The path of the file, which is kept in the cache."""
+    try:
+        return PathManager.get_local_path(address)
+    except OSError as error:
+        raise ValueError(
+            f"the checkpoint '{address}' could not be downloaded: {_reason(error)}. Download it by other means and "
+            "give its path (MODEL.WEIGHTS; of a teacher MODEL.DISTILLER.TEACHER_WEIGHTS)"
+        ) from error
 
 
 class Unread:

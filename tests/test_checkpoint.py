@@ -2,16 +2,16 @@
 
 import os
 import pickle
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling.backbone.resnet import BasicStem
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from distill_d2 import checkpoint as module
-from detectron2.utils.file_io import PathManager
-
 from distill_d2.checkpoint import SafeCheckpointer, direct_address, read_checkpoint
 
 WEIGHT = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
@@ -363,3 +363,16 @@ def test_only_the_main_process_writes(tmp_path):
     SafeCheckpointer(linear(), str(tmp_path), save_to_disk=False).save("model")
     SafeCheckpointer(linear(), "").save("model")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("scheme", ["https://example.com/", "detectron2://"])
+def test_a_download_that_fails_names_the_address(tmp_path, monkeypatch, scheme):
+    def get(*_args, **_options):
+        raise URLError("no network")
+
+    monkeypatch.setattr(PathManager, "get_local_path", get)
+    message = f"{scheme}a.pth' could not be downloaded: .*no network.*give its path .MODEL.WEIGHTS; of a teacher"
+    with pytest.raises(ValueError, match=message):
+        SafeCheckpointer(nn.Linear(1, 1), str(tmp_path)).load(f"{scheme}a.pth?matching_heuristics=True")
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(f"{scheme}a.pth")

@@ -52,6 +52,7 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
     for key, datasets in names.items():
         for name in datasets:
             _check_registered(name, f"DATASETS.{key}")
+    _check_fixed_size(cfg)
     classes = _classes_key(cfg)
     for name in dict.fromkeys(name for datasets in names.values() for name in datasets):
         trained_on = name in names.get("TRAIN", ())
@@ -170,11 +171,23 @@ def _check_classes(name: str, classes: Optional[Tuple[str, int]]) -> None:
     )
 
 
-def _classes_key(cfg: CfgNode) -> Optional[Tuple[str, int]]:
+def _check_fixed_size(cfg: CfgNode) -> None:
+    size = cfg.MODEL.SSD.SIZE
+    if _student(cfg) == "SSD" and list(cfg.INPUT.FIXED_SIZE) != [size, size]:
+        raise ValueError(
+            f"INPUT.FIXED_SIZE is {list(cfg.INPUT.FIXED_SIZE)}, but an SSD takes images of {size}x{size} pixels "
+            f"(MODEL.SSD.SIZE); set it to [{size}, {size}]"
+        )
+
+
+def _student(cfg: CfgNode) -> str:
+    """Its meta-architecture."""
     architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture == "Distiller":
-        architecture = cfg.MODEL.DISTILLER.STUDENT_META_ARCH
-    node = _CLASSES.get(architecture)
+    return cfg.MODEL.DISTILLER.STUDENT_META_ARCH if architecture == "Distiller" else architecture
+
+
+def _classes_key(cfg: CfgNode) -> Optional[Tuple[str, int]]:
+    node = _CLASSES.get(_student(cfg))
     return node and (f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES)
 
 

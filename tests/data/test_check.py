@@ -105,6 +105,19 @@ def test_number_of_classes(cfg, family, key, distil):
     assert_fails(other, f"MODEL.{key}.NUM_CLASSES is 80", train=False)
 
 
+@pytest.mark.parametrize("distil", [False, True])
+def test_an_ssds_size_of_images(cfg, distil):
+    """Before training, not at its first image."""
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SSD.NUM_CLASSES = "SSD", CLASSES
+    cfg.INPUT.FIXED_SIZE = [300, 300]
+    if distil:
+        cfg = distiller_config(cfg, "")
+    check_datasets(cfg)
+    for size in ([], [300, 320]):
+        cfg.INPUT.FIXED_SIZE = size
+        assert_fails(cfg, f"INPUT.FIXED_SIZE is {size}", "SSD", "(MODEL.SSD.SIZE); set it to [300, 300]")
+
+
 def test_number_of_classes_of_an_architecture_that_is_not_known(cfg):
     cfg.MODEL.META_ARCHITECTURE = "SomeOther"
     cfg.MODEL.RETINANET.NUM_CLASSES = 80
