@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Convert a released checkpoint of AdelaiDet's FCOS or CondInst into a detectron2 checkpoint of
-projects/FCOS or projects/CondInst.
+"""Convert a released checkpoint of AdelaiDet's FCOS or CondInst, or one of detectron2's own FCOS, into a
+detectron2 checkpoint of projects/FCOS or projects/CondInst.
 
     tools/convert_adet.py FCOS_MS_R_101_2x.pth fcos.pth --config-file FCOS-Detection/MS_R_101_2x.yaml
     tools/convert_adet.py CondInst_MS_R_101_3x.pth condinst.pth --config-file CondInst/MS_R_101_3x.yaml
+    # of detectron2's own FCOS (with a head of GN)
+    tools/convert_adet.py model_final.pth fcos.pth --config-file FCOS-Detection/R_50_1x.yaml
     # for detectron2's own FCOS, which has no scales per level: only if they are equal
     tools/convert_adet.py fcos_without_scales.pth fcos_d2.pth --to detectron2 \\
         --config-file FCOS-Detection/R_50_1x.yaml MODEL.FCOS.USE_SCALE False
@@ -41,7 +43,13 @@ from conversion import (
 from distill_d2.checkpoint import read_checkpoint
 from distill_d2.config import student_config
 from distill_d2.engine.setup import load_config
-from distill_d2.projects.fcos.names import DROPPED, from_public, to_detectron2
+from distill_d2.projects.fcos.names import (
+    DROPPED,
+    from_detectron2,
+    from_public,
+    is_detectron2s,
+    to_detectron2,
+)
 
 AUTHOR = "converted from AdelaiDet by distill_d2"
 
@@ -54,6 +62,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     try:
         cfg = student_config(load_config(args.config_file, args.opts))
         state_dict = state_dict_of(read_checkpoint(args.input, unread=NUMPY_SCALARS))
+        if is_detectron2s(state_dict):
+            fcos = cfg.MODEL.FCOS
+            state_dict = from_detectron2(state_dict, len(fcos.IN_FEATURES) if fcos.USE_SCALE else 0)
         weights, dropped = convert(state_dict, args.backbone)
         check_agreement(weights, cfg, args.config_file, partial=args.backbone)
         if args.to == "detectron2":

@@ -11,7 +11,7 @@ from detectron2.structures import Boxes
 from .base import register_view
 from .retinanet import RetinaNetView
 
-_ANCHOR_STRIDES = 8
+ANCHOR_STRIDES = 8
 
 
 @register_view(FCOS)
@@ -20,7 +20,7 @@ class FCOSView(RetinaNetView):
 
     def anchors(self) -> Dict[str, torch.Tensor]:
         """It has none: squares of 8 strides around its points, as ATSS has (arXiv 1912.02424)."""
-        return {name: _enlarge(boxes, _ANCHOR_STRIDES) for name, boxes in super().anchors().items()}
+        return {name: _enlarge(boxes, ANCHOR_STRIDES) for name, boxes in super().anchors().items()}
 
     def _match(
         self, boxes: torch.Tensor, valid: torch.Tensor, anchors: List[Boxes]

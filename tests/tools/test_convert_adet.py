@@ -151,7 +151,7 @@ def test_dlas_weights_of_imagenet(tool, tmp_path):
     assert not same(model, source.state_dict())
 
 
-# To detectron2's own FCOS
+# To detectron2's own FCOS, and from it
 
 
 NO_SCALES = {"FCOS__USE_SCALE": False}
@@ -192,6 +192,35 @@ def test_to_detectron2(tool, tmp_path, capsys, scale):
     torch.testing.assert_close(
         found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_from_detectron2(tool, tmp_path, scales):
+    """The same detections, with scales of 1 and without."""
+    keys = {"FCOS__USE_SCALE": scales, "FCOS__THRESH_WITH_CTR": True}
+    source, model = detectron2s().eval(), model_of(**keys).eval()
+    with torch.no_grad():
+        for name, tensor in source.state_dict().items():
+            if "running_var" not in name and "pixel" not in name:
+                tensor.copy_(torch.randn_like(tensor) * 0.1)
+        source.head.bbox_pred.bias.fill_(1.0)
+    path = convert(tool, tmp_path, {"model": source.state_dict()}, **keys)
+    model.load_state_dict(torch.load(path, weights_only=True)["model"])  # strict
+    with torch.no_grad(), EventStorage(0):
+        found, expected = model(tiny_batch(1))[0]["instances"], source(tiny_batch(1))[0]["instances"]
+    assert len(found) == len(expected) > 20
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-3
+    )
+
+
+def test_there_and_back(tool, tmp_path):
+    source = model_of(**NO_SCALES).state_dict()
+    there = torch.load(convert(tool, tmp_path, source, "--to", "detectron2", **NO_SCALES))["model"]
+    back = torch.load(convert(tool, tmp_path, there, **NO_SCALES))["model"]
+    assert back.keys() == source.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in source.items())
 
 
 @pytest.mark.parametrize(

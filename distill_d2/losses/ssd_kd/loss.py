@@ -126,8 +126,8 @@ class SSDKD(DistillLoss):
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         super().bind(student, teacher)
-        if not self.compares_heads:
-            return
+        if not self.compares_rows and self.hint != "logits":
+            return  # features alone
         self.heads = ["rpn", "box_head"] if "box_head" in student.offers else ["dense"]
         for capability in self.heads:
             require_heads(student, teacher, capability, _KEY)
@@ -145,9 +145,9 @@ class SSDKD(DistillLoss):
             )
 
     @property
-    def compares_heads(self) -> bool:
-        """Whether any term is on that reads the heads, not features alone."""
-        return self.mu < 1 or self.nu > 0 or self.hint == "logits"
+    def compares_rows(self) -> bool:
+        """Whether the soft or the bounded terms are on."""
+        return self.mu < 1 or self.nu > 0
 
     def task_weights(self) -> Dict[str, float]:
         return {**dict.fromkeys(_HARD, self.mu), **dict.fromkeys(_BOXES, self.lmda)}
@@ -158,7 +158,7 @@ class SSDKD(DistillLoss):
         """The weighted terms that are on: "loss_ssd_kd_soft", "..._bounded", "..._hint"; of two-stage
         detectors the first two also with "_rpn"."""
         terms: Dict[str, torch.Tensor] = {}
-        for head in self.heads if self.mu < 1 or self.nu > 0 else ():
+        for head in self.heads if self.compares_rows else ():
             pair = common_predictions(student, teacher, head, batch)
             suffix = "_rpn" if head == "rpn" else ""
             terms.update((f"{name}{suffix}", term) for name, term in self._head(head, *pair, batch))

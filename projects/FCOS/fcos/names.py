@@ -36,6 +36,7 @@ _RULES: Tuple[Tuple[str, Union[str, Callable[[re.Match], str]]], ...] = (
     (r"^(base_layer|level\d)\.", rf"{_BODY}.\1."),
 )
 _TO_DETECTRON2 = {"cls_tower": "cls_subnet", "bbox_tower": "bbox_subnet", "cls_logits": "cls_score"}
+_FROM_DETECTRON2 = {theirs: ours for ours, theirs in _TO_DETECTRON2.items()}
 _SCALES = 1e-6  # differences between them that do not count
 
 
@@ -69,6 +70,24 @@ def to_detectron2(weights: Weights) -> Weights:
         if part != "scales":
             factor = scales[0] if part == "bbox_pred" else 1.0
             converted[f"head.{_TO_DETECTRON2.get(part, part)}.{rest}"] = tensor * factor
+    return converted
+
+
+def is_detectron2s(weights: Weights) -> bool:
+    """Whether these are of detectron2's own FCOS; its RetinaNet has no centerness."""
+    return "head.ctrness.weight" in weights
+
+
+def from_detectron2(weights: Weights, num_scales: int) -> Weights:
+    """The tensors of detectron2's own FCOS by their names here, and so many scales per level of 1, or none,
+    with which an FCOS of ours predicts the same."""
+    converted = {f"{HEAD}.scales.{level}.scale": torch.ones(1) for level in range(num_scales)}
+    for name, tensor in weights.items():
+        part, _, rest = name.partition(".")
+        if part == "head":
+            part, _, rest = rest.partition(".")
+            name = f"{HEAD}.{_FROM_DETECTRON2.get(part, part)}.{rest}"
+        converted[name] = tensor
     return converted
 
 

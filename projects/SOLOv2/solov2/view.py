@@ -7,10 +7,9 @@ from typing import Dict, Sequence, Tuple
 import torch
 
 from distill_d2.views.base import DetectorView, register_view
+from distill_d2.views.fcos import ANCHOR_STRIDES
 
 from .solov2 import SOLOv2
-
-_ANCHOR_STRIDES = 8
 
 
 @register_view(SOLOv2)
@@ -38,5 +37,5 @@ def _squares(size: Tuple[int, int], stride: int, device: torch.device) -> torch.
     """(H, W, 1, 4), absolute XYXY."""
     y, x = ((torch.arange(side, device=device) + 0.5) * stride for side in size)
     centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-    half = _ANCHOR_STRIDES * stride / 2
+    half = ANCHOR_STRIDES * stride / 2
     return torch.cat([centre - half, centre + half], dim=-1)[:, :, None]
