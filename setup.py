@@ -78,5 +78,5 @@ setup(
     extras_require={"test": ["pytest>=7.0", "pytest-xdist>=3.2"]},
     packages=[*find_packages(include=["distill_d2", "distill_d2.*"]), "distill_d2.configs", *PROJECTS],
     package_dir={"distill_d2.configs": "configs", **PROJECTS},
-    package_data={"distill_d2.configs": CONFIG_FILES, **{name: CONFIG_FILES for name in PROJECTS}},
+    package_data={"distill_d2.configs": CONFIG_FILES, **dict.fromkeys(PROJECTS, CONFIG_FILES)},
 )

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a student with a teacher; with --eval-only evaluate the student, without any teacher.
 
-    train_distill.py --num-gpus 8 --config-file Distillation-PKD/retinanet_R_50_R101_pkd_FPN_1x.yaml [KEY VALUE ...]
+train_distill.py --num-gpus 8 --config-file Distillation-PKD/retinanet_R_50_R101_pkd_FPN_1x.yaml [KEY VALUE ...]
 """
 
 from distill_d2.engine import argument_parser, launch, main

@@ -9,7 +9,8 @@ import pickle
 import re
 import struct
 import zipfile
-from typing import Any, ContextManager, Dict, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -101,7 +102,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         os.replace(partial, path)
         self.tag_last_checkpoint(os.path.basename(path))
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As detectron2's. Raises OSError or ValueError, naming the file, if it cannot be read."""
         path = direct_address(path)
         if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
@@ -112,7 +113,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def resume_or_load(
         self, path: str, *, resume: bool = True, with_losses: bool = True
-    ) -> Dict[str, Any]:
+    ) -> dict[str, Any]:
         """As fvcore's; to resume, the last checkpoint must be of exactly this model.
 
         Args:
@@ -125,13 +126,13 @@ class SafeCheckpointer(DetectionCheckpointer):
         self._with_losses = with_losses
         return super().resume_or_load(path, resume=resume)
 
-    def _load_model(self, checkpoint: Dict[str, Any]):
+    def _load_model(self, checkpoint: dict[str, Any]):
         self.incompatible = super()._load_model(checkpoint)
         if self._exact:
             self._check_exact(checkpoint)
         return self.incompatible
 
-    def _check_exact(self, checkpoint: Dict[str, Any]) -> None:
+    def _check_exact(self, checkpoint: dict[str, Any]) -> None:
         keys = self.incompatible
         mis_shaped = [name for name, _, _ in keys.incorrect_shapes]
         losses = self.checkpointables.get("distiller")
@@ -150,7 +151,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"({listing}). Use another OUTPUT_DIR, or start without --resume"
             )
 
-    def _load_file(self, filename: str) -> Dict[str, Any]:
+    def _load_file(self, filename: str) -> dict[str, Any]:
         with _naming(filename):
             if filename.endswith(".pkl"):
                 return _detectron_format(_unpickle(filename))
@@ -158,11 +159,11 @@ class SafeCheckpointer(DetectionCheckpointer):
                 return _pycls_format(self._torch_load(filename))
             return super()._load_file(filename)
 
-    def _torch_load(self, filename: str) -> Dict[str, Any]:
+    def _torch_load(self, filename: str) -> dict[str, Any]:
         return _torch_load(filename)
 
 
-def read_checkpoint(path: str, *, unread: Sequence[str] = ()) -> Dict[str, Any]:
+def read_checkpoint(path: str, *, unread: Sequence[str] = ()) -> dict[str, Any]:
     """All entries of a checkpoint of a training (.pth), on the CPU.
 
     Args:
@@ -216,7 +217,7 @@ class Unread:
         pass
 
 
-def _reading_as_nothing(names: Sequence[str]) -> ContextManager[None]:
+def _reading_as_nothing(names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
     # torch recognises a class by its module and name, so that one of ours can stand in for any.
     parts = [name.rpartition(".") for name in names]
     stand_ins = [type(name, (Unread,), {"__module__": module}) for module, _, name in parts]
@@ -245,12 +246,12 @@ def _naming(filename: str) -> Iterator[None]:
         ) from error
 
 
-def _unpickle(filename: str) -> Dict[str, Any]:
+def _unpickle(filename: str) -> dict[str, Any]:
     with PathManager.open(filename, "rb") as file:
         return ArrayUnpickler(io.BytesIO(file.read()), encoding="latin1").load()
 
 
-def _detectron_format(data: Dict[str, Any]) -> Dict[str, Any]:
+def _detectron_format(data: dict[str, Any]) -> dict[str, Any]:
     """The three kinds of .pkl: detectron2's zoo, Detectron 1's, and ImageNet weights from Caffe2."""
     if "model" in data and "__author__" in data:
         return data
@@ -259,7 +260,7 @@ def _detectron_format(data: Dict[str, Any]) -> Dict[str, Any]:
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
-def _pycls_format(data: Dict[str, Any]) -> Dict[str, Any]:
+def _pycls_format(data: dict[str, Any]) -> dict[str, Any]:
     weights = data["model_state"]
     weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     return {"model": weights, "__author__": "pycls", "matching_heuristics": True}

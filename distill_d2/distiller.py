@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple, Union
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class Distiller(nn.Module):
         *,
         student: nn.Module,
         teacher: Teacher,
-        losses: Union[Mapping[str, DistillLoss], Sequence[DistillLoss]],
+        losses: Mapping[str, DistillLoss] | Sequence[DistillLoss],
         input_format: str = "BGR",
         task_loss_weight: float = 1.0,
         max_iter: int = 0,
@@ -120,7 +121,7 @@ class Distiller(nn.Module):
         self._check_phases()
         self._flip = input_format != teacher.input_format
         self._steps = 0
-        self._padded_size: Tuple[int, int] = (0, 0)
+        self._padded_size: tuple[int, int] = (0, 0)
         with separate_randomness():
             for loss in self.losses.values():
                 _bind(loss, self.student_view, teacher.view)
@@ -131,7 +132,7 @@ class Distiller(nn.Module):
         self._log_start()
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.DISTILLER
         config = student_config(cfg)
         student = META_ARCH_REGISTRY.get(config.MODEL.META_ARCHITECTURE)(config)
@@ -166,7 +167,7 @@ class Distiller(nn.Module):
         if self.preload_teacher:
             preload_losses(self.losses, self.preload_teacher, self.preload_type)
 
-    def forward(self, batched_inputs: List[Dict[str, Any]]):
+    def forward(self, batched_inputs: list[dict[str, Any]]):
         """detectron2's model interface.
 
         Args:
@@ -192,7 +193,7 @@ class Distiller(nn.Module):
         steps = get_event_storage().iter if has_event_storage() else self._steps
         return steps - self.pretrain_iters
 
-    def frozen_parameters(self, iteration: int) -> List[nn.Parameter]:
+    def frozen_parameters(self, iteration: int) -> list[nn.Parameter]:
         """Parameters that stay as they are in this step: the trainer drops their gradients."""
         frozen = [p for loss in self.losses.values() for p in loss.frozen_parameters(iteration)]
         backbone = list(self.student.backbone.parameters())
@@ -208,8 +209,8 @@ class Distiller(nn.Module):
         return frozen
 
     def _train(
-        self, inputs: List[Dict[str, Any]], images: List[torch.Tensor]
-    ) -> Dict[str, torch.Tensor]:
+        self, inputs: list[dict[str, Any]], images: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         factors = {name: loss.factor(self.iteration) for name, loss in self.losses.items()}
         with self.student_view.recording(), self.teacher.view.recording():
             losses = self._weighted(self._task_losses(inputs), factors)
@@ -223,11 +224,11 @@ class Distiller(nn.Module):
             losses["loss_idle"] = self._zero()
         return losses
 
-    def _observe(self, images: List[torch.Tensor]) -> None:
+    def _observe(self, images: list[torch.Tensor]) -> None:
         flipped = [image.flip(0) for image in images] if self._flip else images
         self.teacher.observe(flipped, self._padded_size)
 
-    def _task_losses(self, inputs: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+    def _task_losses(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if self.features_only:
             with self.student_view.until_read():
                 self.student(inputs)
@@ -238,8 +239,8 @@ class Distiller(nn.Module):
         return {name: loss * self.task_loss_weight for name, loss in losses.items()}
 
     def _weighted(
-        self, task_losses: Dict[str, torch.Tensor], factors: Mapping[str, float]
-    ) -> Dict[str, torch.Tensor]:
+        self, task_losses: dict[str, torch.Tensor], factors: Mapping[str, float]
+    ) -> dict[str, torch.Tensor]:
         """The student's own losses with the factors that losses which are on ask for."""
         for name, loss in self.losses.items():
             for term, weight in loss.task_weights().items() if factors[name] else ():
@@ -247,9 +248,7 @@ class Distiller(nn.Module):
                     task_losses[term] = task_losses[term] * weight
         return task_losses
 
-    def _distill_losses(
-        self, loss: DistillLoss, factor: float, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    def _distill_losses(self, loss: DistillLoss, factor: float, batch: Batch) -> dict[str, torch.Tensor]:
         if factor == 0.0:
             return loss.idle()
         with torch.autocast(self.device.type, enabled=False):  # law 7: always in float32
@@ -259,9 +258,9 @@ class Distiller(nn.Module):
     # Pretraining: the losses learn from the teacher alone.
 
     def _pretrain(
-        self, inputs: List[Dict[str, Any]], images: List[torch.Tensor]
-    ) -> Dict[str, torch.Tensor]:
-        terms: Dict[str, torch.Tensor] = {}
+        self, inputs: list[dict[str, Any]], images: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        terms: dict[str, torch.Tensor] = {}
         self._padded_size = self._size_without_forward(images)
         batch = Batch(inputs, self._padded_size, self.iteration, self.max_iter)
         with self.teacher.view.recording(), torch.autocast(self.device.type, enabled=False):
@@ -278,7 +277,7 @@ class Distiller(nn.Module):
         """A zero that reaches every parameter, so that DDP sees all of them."""
         return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
 
-    def _size_without_forward(self, images: List[torch.Tensor]) -> Tuple[int, int]:
+    def _size_without_forward(self, images: list[torch.Tensor]) -> tuple[int, int]:
         """The size to which the student would pad; detectron2's own rule, on tensors without data."""
         shapes = [torch.empty(image.shape, device="meta") for image in images]
         backbone = self.student.backbone
@@ -300,7 +299,7 @@ class Distiller(nn.Module):
                 f"and TYPES {list(self.losses)}: nothing of the student is left to train"
             )
 
-    def train(self, mode: bool = True) -> "Distiller":
+    def train(self, mode: bool = True) -> Distiller:
         super().train(mode)
         for norm in self._still_norms:
             norm.eval()
@@ -334,7 +333,7 @@ class Distiller(nn.Module):
                 "MODEL.DISTILLER.SOLVER is not used"
             )
 
-    def _phases(self) -> Dict[str, int]:
+    def _phases(self) -> dict[str, int]:
         return {
             "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS": self.pretrain_iters,
             "MODEL.DISTILLER.FIX_BACKBONE_BEFORE": self.fix_backbone_before,
@@ -346,7 +345,7 @@ class Distiller(nn.Module):
 
     # One common padding (law 6).
 
-    def _pad_student(self, _backbone: nn.Module, inputs: Tuple[torch.Tensor, ...]):
+    def _pad_student(self, _backbone: nn.Module, inputs: tuple[torch.Tensor, ...]):
         """Note the padded size; pad further where the teacher needs a coarser multiple."""
         if not self.training:
             return None
@@ -357,7 +356,7 @@ class Distiller(nn.Module):
         missing = (self._padded_size[0] - height, self._padded_size[1] - width)
         return (F.pad(inputs[0], (0, missing[1], 0, missing[0])),)
 
-    def _common_size(self, height: int, width: int) -> Tuple[int, int]:
+    def _common_size(self, height: int, width: int) -> tuple[int, int]:
         divisibility, square = self.teacher.padding
         multiple = math.lcm(divisibility, max(self.student.backbone.size_divisibility, 1))
         height, width = max(height, square), max(width, square)
@@ -388,9 +387,7 @@ class Distiller(nn.Module):
         state = self.student.state_dict(
             *args, destination=destination, prefix=prefix, keep_vars=keep_vars
         )
-        return self.losses.state_dict(
-            destination=state, prefix=prefix + _PREFIX, keep_vars=keep_vars
-        )
+        return self.losses.state_dict(destination=state, prefix=prefix + _PREFIX, keep_vars=keep_vars)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs):
         """Load what ``state_dict`` gave, or a plain student's checkpoint (with strict=False)."""
@@ -427,7 +424,7 @@ class Distiller(nn.Module):
         )
 
 
-def node_arguments(distiller: CfgNode, device: str, datasets: Sequence[str]) -> Dict[str, Any]:
+def node_arguments(distiller: CfgNode, device: str, datasets: Sequence[str]) -> dict[str, Any]:
     """The arguments of Distiller that a MODEL.DISTILLER node decides.
 
     Args:
@@ -467,7 +464,7 @@ def _can_pretrain(loss: DistillLoss) -> bool:
     return type(loss).pretrain is not DistillLoss.pretrain
 
 
-def _add(losses: Dict[str, torch.Tensor], terms: Dict[str, torch.Tensor], name: str) -> None:
+def _add(losses: dict[str, torch.Tensor], terms: dict[str, torch.Tensor], name: str) -> None:
     repeated = sorted(set(losses) & set(terms))
     if repeated:
         raise ValueError(f"the loss {name} returns terms {repeated}, which exist already")

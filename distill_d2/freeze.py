@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Dict, Iterable, List, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,7 +14,7 @@ from .views import DetectorView
 logger = logging.getLogger(__name__)
 
 
-def compile_patterns(patterns: Iterable[str], key: str) -> List["re.Pattern[str]"]:
+def compile_patterns(patterns: Iterable[str], key: str) -> list[re.Pattern[str]]:
     """Raises ValueError, naming the config key, for what is no regular expression."""
     compiled = []
     for pattern in patterns:
@@ -25,7 +25,7 @@ def compile_patterns(patterns: Iterable[str], key: str) -> List["re.Pattern[str]
     return compiled
 
 
-def matching_names(names: Sequence[str], patterns: Iterable[str], key: str) -> List[str]:
+def matching_names(names: Sequence[str], patterns: Iterable[str], key: str) -> list[str]:
     """Those of ``names`` in which some pattern is found.
 
     Raises:
@@ -41,7 +41,7 @@ def matching_names(names: Sequence[str], patterns: Iterable[str], key: str) -> L
     return [name for name in names if any(pattern.search(name) for pattern in compiled)]
 
 
-def freeze(model: nn.Module, patterns: Sequence[str], key: str) -> List[nn.Module]:
+def freeze(model: nn.Module, patterns: Sequence[str], key: str) -> list[nn.Module]:
     """Exclude parameters from training by name, in place.
 
     Args:
@@ -90,7 +90,7 @@ def freeze_unreached(view: DetectorView) -> None:
 
 def summary(names: Iterable[str], depth: int = 3) -> str:
     """Names counted by their first parts: "backbone.bottom_up.res3 (39), ..."."""
-    counts: Dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name in names:
         group = ".".join(name.split(".")[:-1][:depth])
         counts[group] = counts.get(group, 0) + 1

@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Dict, List, Optional
 
 from detectron2 import model_zoo as detectron2_zoo
 
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def available_configs() -> List[str]:
+def available_configs() -> list[str]:
     """The names that ``get_config_file`` finds, e.g. "Distillation-PKD/....yaml", sorted."""
     return sorted(_files())
 
@@ -33,7 +32,7 @@ def get_config_file(name: str) -> str:
     return path
 
 
-def find_config(path_or_name: str, relative_to: Optional[str] = None) -> str:
+def find_config(path_or_name: str, relative_to: str | None = None) -> str:
     """The absolute path of a config file: a path, or the name of a packaged config.
 
     Args:
@@ -62,7 +61,7 @@ def find_config(path_or_name: str, relative_to: Optional[str] = None) -> str:
     )
 
 
-def _folders() -> List[Path]:
+def _folders() -> list[Path]:
     """The folders of packaged configs, first choice first."""
     folders = [_PACKAGE / "configs"]  # an installed wheel
     if (_PACKAGE.parent / "setup.py").is_file():  # a checkout, not somebody's site-packages/configs
@@ -71,15 +70,15 @@ def _folders() -> List[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
-def _files() -> Dict[str, Path]:
-    files: Dict[str, Path] = {}
+def _files() -> dict[str, Path]:
+    files: dict[str, Path] = {}
     for folder in reversed(_folders()):
         for suffix in ("*.yaml", "*.py"):
             files.update({path.relative_to(folder).as_posix(): path for path in folder.rglob(suffix)})
     return files
 
 
-def _find_packaged(name: str) -> Optional[str]:
+def _find_packaged(name: str) -> str | None:
     path = _files().get(name[len("configs/") :] if name.startswith("configs/") else name)
     return None if path is None else str(path)
 

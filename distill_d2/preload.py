@@ -4,7 +4,8 @@ the losses' own parameters from an earlier run."""
 from __future__ import annotations
 
 import logging
-from typing import Any, Dict, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,9 +45,7 @@ def preload(
     ours, theirs = student.state_dict(), teacher.state_dict()
     matching = set(matching_names(list(ours), names, "MODEL.DISTILLER.PRELOAD_NAMES"))
     wanted = [
-        name
-        for name in ours
-        if name in matching or (fpn and _in_fpn(name)) or (head and _in_head(name))
+        name for name in ours if name in matching or (fpn and _in_fpn(name)) or (head and _in_head(name))
     ]
     fitting = [n for n in wanted if n in theirs and theirs[n].shape == ours[n].shape]
     if not fitting:
@@ -73,7 +72,7 @@ def _in_head(name: str) -> bool:
 
 
 def _describe_left(
-    wanted: Sequence[str], ours: Dict[str, torch.Tensor], theirs: Dict[str, torch.Tensor]
+    wanted: Sequence[str], ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
 ) -> str:
     """What was wanted and stays as it was."""
     absent = [name for name in wanted if name not in theirs]
@@ -120,18 +119,14 @@ def preload_losses(losses: Mapping[str, DistillLoss], path: str, part: str) -> i
     return loaded
 
 
-def _state_of(
-    loss: DistillLoss, name: str, checkpoint: Mapping[str, Any]
-) -> Dict[str, torch.Tensor]:
+def _state_of(loss: DistillLoss, name: str, checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     prefix = f"{name}."
     ours = checkpoint.get("distiller", {})
     found = {key[len(prefix) :]: value for key, value in ours.items() if key.startswith(prefix)}
     return found or loss.from_reference(checkpoint.get("teacher", {}))
 
 
-def _preload_loss(
-    loss: DistillLoss, state: Mapping[str, torch.Tensor], part: str, source: str
-) -> int:
+def _preload_loss(loss: DistillLoss, state: Mapping[str, torch.Tensor], part: str, source: str) -> int:
     theirs, ours = loss.starting_state(state, part), loss.state_dict()
     if not theirs or not ours:
         return 0

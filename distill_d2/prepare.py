@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
@@ -49,7 +47,7 @@ def native_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
-def _scale(norm: Optional[nn.Module]) -> Optional[torch.Tensor]:
+def _scale(norm: nn.Module | None) -> torch.Tensor | None:
     """The factor per channel, in float64, of a norm with fixed statistics; None for others."""
     fixed = isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm))
     if not fixed or norm.running_var is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Set
+from collections.abc import Iterable, Iterator
+from typing import Any, Callable
 
 import torch
 from torch import nn
@@ -35,9 +36,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     close = difflib.get_close_matches(path, modules, n=5) or [
         name for name in modules if name.rpartition(".")[0] == parent
     ]
-    raise KeyError(
-        f"{type(model).__name__} has no module '{path}'; the closest names are {close[:10]}"
-    )
+    raise KeyError(f"{type(model).__name__} has no module '{path}'; the closest names are {close[:10]}")
 
 
 class _Complete(Exception):
@@ -61,9 +60,9 @@ class Taps:
     def __init__(self, model: nn.Module):
         self.model = model
         self.recording = False
-        self._handles: Dict[str, Any] = {}
-        self._calls: Dict[str, List[Any]] = {}
-        self._awaited: Set[str] = set()
+        self._handles: dict[str, Any] = {}
+        self._calls: dict[str, list[Any]] = {}
+        self._awaited: set[str] = set()
         self._last = ""
 
     def add(self, path: str) -> None:
@@ -100,7 +99,7 @@ class Taps:
             raise _Complete
 
     @property
-    def paths(self) -> List[str]:
+    def paths(self) -> list[str]:
         """The dotted names of all tapped modules."""
         return list(self._handles)
 
@@ -113,7 +112,7 @@ class Taps:
         return path in self._calls
 
     @property
-    def recorded(self) -> List[str]:
+    def recorded(self) -> list[str]:
         """Names of the modules that ran while recording, since the last ``clear()``."""
         return list(self._calls)
 
@@ -146,8 +145,8 @@ class Taps:
         self.clear()
 
 
-def _versions(output: Any) -> List[int]:
+def _versions(output: Any) -> list[int]:
     """How often each tensor in ``output`` was changed in place."""
-    versions: List[int] = []
+    versions: list[int] = []
     map_tensors(lambda tensor: versions.append(tensor._version), output)
     return versions

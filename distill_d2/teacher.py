@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 from detectron2 import model_zoo as detectron2_zoo
@@ -80,7 +81,7 @@ class Teacher:
         return next(self.model.parameters()).device
 
     @property
-    def padding(self) -> Tuple[int, int]:
+    def padding(self) -> tuple[int, int]:
         """(size divisibility, square size or 0) in pixels that its backbone wants of its input."""
         backbone = self.model.backbone
         constraints = backbone.padding_constraints or {}
@@ -109,7 +110,7 @@ class Teacher:
                 "compiled backbone; use levels of the neck, or set it to False"
             )
 
-    def observe(self, images: Sequence[torch.Tensor], padded_size: Tuple[int, int]) -> None:
+    def observe(self, images: Sequence[torch.Tensor], padded_size: tuple[int, int]) -> None:
         """Run backbone and neck, or as much of them as losses read, on N images (3, H_i, W_i) in this
         teacher's channel order.
 
@@ -173,7 +174,7 @@ class Teacher:
             return torch.channels_last
         return torch.contiguous_format
 
-    def _batch(self, images: Sequence[torch.Tensor], padded_size: Tuple[int, int]) -> torch.Tensor:
+    def _batch(self, images: Sequence[torch.Tensor], padded_size: tuple[int, int]) -> torch.Tensor:
         mean, std = self.model.pixel_mean, self.model.pixel_std
         batch = torch.zeros(
             (len(images), mean.numel(), *padded_size), dtype=mean.dtype, device=mean.device
@@ -190,7 +191,7 @@ class _ReversedChannels(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batched_inputs: List[Dict[str, Any]]):
+    def forward(self, batched_inputs: list[dict[str, Any]]):
         return self.model([{**item, "image": item["image"].flip(0)} for item in batched_inputs])
 
 
@@ -246,7 +247,7 @@ def load_teacher(
     return teacher
 
 
-def untrained_teacher(distiller: CfgNode, device: str) -> Tuple[nn.Module, str]:
+def untrained_teacher(distiller: CfgNode, device: str) -> tuple[nn.Module, str]:
     """The model, with random weights, of the teacher that a MODEL.DISTILLER node describes, and its
     input format: for measurements, which need neither training nor a download."""
     plan = _plan(distiller.MODEL_DISTILLER_CONFIG, distiller.MODEL_LOAD_OFFICIAL)
@@ -291,7 +292,7 @@ def load_teacher_weights(model: nn.Module, path: str, allow: Sequence[str] = ())
     return len(model.state_dict()) - len(set(keys.missing_keys))
 
 
-def _listing(kind: str, names: List[str], most: int = 10) -> str:
+def _listing(kind: str, names: list[str], most: int = 10) -> str:
     more = f", and {len(names) - most} more" if len(names) > most else ""
     return f"  {len(names)} keys {kind}: {', '.join(names[:most])}{more}"
 
@@ -303,7 +304,7 @@ class _Plan:
     config_file: str
     config: Any
     weights: str
-    input_format: Optional[str]
+    input_format: str | None
 
     def build(self, device: str) -> nn.Module:
         if isinstance(self.config, CfgNode):
@@ -338,10 +339,10 @@ def _plan(name: str, official: bool) -> _Plan:
     return _Plan(path, config, *_weights_and_format(config))
 
 
-def _weights_and_format(config: Any) -> Tuple[str, Optional[str]]:
+def _weights_and_format(config: Any) -> tuple[str, str | None]:
     if isinstance(config, CfgNode):
         return config.MODEL.WEIGHTS, config.INPUT.FORMAT
-    train: Dict[str, Any] = config.get("train", {})
+    train: dict[str, Any] = config.get("train", {})
     return train.get("init_checkpoint", ""), None
 
 

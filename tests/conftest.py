@@ -8,8 +8,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # for `import tiny`
 
-import distill_d2  # noqa: E402,F401  first: it silences detectron2's known warnings
-from detectron2.engine import defaults  # noqa: E402
+from detectron2.engine import defaults
+
+import distill_d2  # noqa: F401  first: it silences detectron2's known warnings
 
 # detectron2's scripted losses change their last bits once TorchScript has profiled them: two runs in
 # one test process would differ where two processes do not.

@@ -5,8 +5,9 @@ A new kind is one more entry of FAMILIES. Those whose meta-architecture is not r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
@@ -34,13 +35,13 @@ class Family:
 
     architecture: str
     build: Callable[[int], nn.Module]
-    batch: Callable[[], List[dict]] = tiny_batch
+    batch: Callable[[], list[dict]] = tiny_batch
     stages: Sequence[str] = ("res2", "res3", "res4")
     levels: Sequence[str] = ()
     pooled: Sequence[str] = ()
 
 
-def families(known: Optional[Dict[str, Family]] = None) -> Dict[str, Family]:
+def families(known: dict[str, Family] | None = None) -> dict[str, Family]:
     """Those of FAMILIES, or of others, that there are."""
     return {
         name: family
@@ -108,11 +109,11 @@ def _dense(width: int, architecture: str) -> CfgNode:
     return cfg
 
 
-def _polygons() -> List[dict]:
+def _polygons() -> list[dict]:
     return tiny_batch(masks=True)
 
 
-def _bitmasks() -> List[dict]:
+def _bitmasks() -> list[dict]:
     batch = _polygons()
     for item in batch:
         objects = item["instances"]
@@ -120,7 +121,7 @@ def _bitmasks() -> List[dict]:
     return batch
 
 
-def _squares() -> List[dict]:
+def _squares() -> list[dict]:
     """Images of one size, 300 x 300 pixels."""
     return tiny_batch(count=1, size=300) * 2
 

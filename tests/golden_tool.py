@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Dict, List
 
 import numpy as np
 
 
-def write(folder: Path, arrays: Dict[str, np.ndarray], name: str = "fixture.npz") -> str:
+def write(folder: Path, arrays: dict[str, np.ndarray], name: str = "fixture.npz") -> str:
     """The path of a new fixture of these arrays."""
     path = folder / name
     np.savez(path, **arrays)
     return str(path)
 
 
-def compared(output: str, verdict: str) -> List[str]:
+def compared(output: str, verdict: str) -> list[str]:
     """Names of the arrays of which the tool printed this verdict, "pass" or "FAIL"."""
     return [line.split()[1] for line in output.splitlines() if line.endswith(f"| {verdict} |")]

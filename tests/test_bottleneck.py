@@ -13,13 +13,13 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.utils import comm
+from distill_d2.projects.ghnd import BottleneckStage, inject_bottleneck
+from distill_d2.projects.ghnd.evaluator import TransmittedBytes
+from distill_d2.projects.ghnd.quantizer import quantize, rounded
 from torch import nn
 
 from distill_d2 import add_distill_config
 from distill_d2.evaluation import with_model_evaluators
-from distill_d2.projects.ghnd import BottleneckStage, inject_bottleneck
-from distill_d2.projects.ghnd.evaluator import TransmittedBytes
-from distill_d2.projects.ghnd.quantizer import quantize, rounded
 
 # The stage
 
@@ -172,15 +172,18 @@ BACKBONES = {
     "R18": {**BASIC, "RESNETS__DEPTH": 18},
     "R34": {**BASIC, "RESNETS__DEPTH": 34},
     "RetinaNet": {
-        **{**NARROW, "BOTTLENECK__BACKBONE": "build_retinanet_resnet_fpn_backbone"},
+        **NARROW,
+        "BOTTLENECK__BACKBONE": "build_retinanet_resnet_fpn_backbone",
         "FPN__IN_FEATURES": ["res3", "res4", "res5"],
     },
     "C4": {
-        **{**NARROW, "BOTTLENECK__BACKBONE": "build_resnet_backbone"},
+        **NARROW,
+        "BOTTLENECK__BACKBONE": "build_resnet_backbone",
         "RESNETS__OUT_FEATURES": ["res4"],
     },
     "first stage": {
-        **{**NARROW, "BOTTLENECK__BACKBONE": "build_resnet_backbone"},
+        **NARROW,
+        "BOTTLENECK__BACKBONE": "build_resnet_backbone",
         "RESNETS__OUT_FEATURES": ["stem", "res2"],
     },
     "small": SMALL,

@@ -158,7 +158,11 @@ def test_imagenet_weights_of_caffe2(tmp_path):
 
 def test_detectron_1(tmp_path):
     model = nn.ModuleDict({"box_head": nn.ModuleDict({"fc1": linear()})})
-    blobs = {"fc6_w": arrays()["weight"], "fc6_b": arrays()["bias"], "fc6_w_momentum": arrays()["weight"]}
+    blobs = {
+        "fc6_w": arrays()["weight"],
+        "fc6_b": arrays()["bias"],
+        "fc6_w_momentum": arrays()["weight"],
+    }
     _, keys = load(model, write(tmp_path / "d1.pkl", {"blobs": blobs, "cfg": "text"}))
     assert model["box_head"]["fc1"].weight.tolist() == WEIGHT
     assert not keys.missing_keys and not keys.unexpected_keys
@@ -252,7 +256,9 @@ def test_pyth_is_read_as_weights_only(tmp_path, monkeypatch):
     path, asked = tmp_path / "pycls.pyth", []
     torch.save({"model_state": linear().state_dict()}, path)
     plain = torch.load
-    monkeypatch.setattr(torch, "load", lambda *a, **k: asked.append(k.get("weights_only")) or plain(*a, **k))
+    monkeypatch.setattr(
+        torch, "load", lambda *a, **k: asked.append(k.get("weights_only")) or plain(*a, **k)
+    )
     model = nn.Linear(3, 2)
     load(model, path)
     assert asked == [True] and (model.weight == 0).all()

@@ -21,9 +21,15 @@ DETECTRON2_CONFIGS = Path(detectron2_zoo.__file__).parent / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 # Folders below them hold plain detectors.
 DISTILLATION = [name for name in NAMES if name.startswith("Distillation-") and name.count("/") == 1]
-FEATURE_LOSSES = [name for name in DISTILLATION if name.split("/")[0] in ("Distillation-Mimic", "Distillation-PKD")]
+FEATURE_LOSSES = [
+    name for name in DISTILLATION if name.split("/")[0] in ("Distillation-Mimic", "Distillation-PKD")
+]
 # With the detectors of the table below.
-ICD = [name for name in DISTILLATION if re.match("Distillation-ICD/(retinanet|RCNN|MaskRCNN|FCOS|CondInst)_", name)]
+ICD = [
+    name
+    for name in DISTILLATION
+    if re.match("Distillation-ICD/(retinanet|RCNN|MaskRCNN|FCOS|CondInst)_", name)
+]
 OFFICIAL = [name for name in NAMES if (DETECTRON2_CONFIGS / name).is_file()]
 
 # What differs from detectron2's config of the same name: the FPN bases evaluate during training.
@@ -62,7 +68,9 @@ def test_the_expected_configs_exist():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_holds_plain_values_and_known_keys(name):
-    yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))  # raises at a tag, as load does for its _BASE_
+    yaml.safe_load(
+        (CONFIGS / name).read_text(encoding="utf-8")
+    )  # raises at a tag, as load does for its _BASE_
     cfg = load(name)
 
     assert cfg.SOLVER.MAX_ITER > 0
@@ -147,7 +155,15 @@ ICD_TABLE = {
         *(True, "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", FPN_LEVELS, 100, 3.0, 0.02, 10000),
     ),
     "MaskRCNN_R_50_R101_icd_FPN_1x.yaml": (
-        *(True, "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml", FPN_LEVELS, 100, 3.0, 0.02, 10000),
+        *(
+            True,
+            "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml",
+            FPN_LEVELS,
+            100,
+            3.0,
+            0.02,
+            10000,
+        ),
     ),
     "FCOS_R50_R101_icd.yaml": (
         *(False, "Teachers/FCOS_R101_2x_ms.yaml", RETINANET_LEVELS, 300, 8.0, 0.01, 0),
@@ -169,9 +185,15 @@ def test_icd_has_the_values_of_its_specification(name):
     assert values == ICD_TABLE[Path(name).name]
     assert solver.CHECKPOINT_PERIOD == (cfg.TEST.EVAL_PERIOD or 5000)
     assert node.TYPES == ["InstanceConditionalDistillation"]
-    assert (cfg.MODEL.WEIGHTS, cfg.MODEL.RESNETS.DEPTH) == ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", 50)
+    assert (cfg.MODEL.WEIGHTS, cfg.MODEL.RESNETS.DEPTH) == (
+        "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+        50,
+    )
     assert (solver.STEPS, solver.MAX_ITER, solver.IMS_PER_BATCH) == ((60000, 80000), 90000, 16)
-    assert solver.CLIP_GRADIENTS.ENABLED and (solver.OPTIMIZER, node.SOLVER.OPTIMIZER) == ("SGD", "ADAMW")
+    assert solver.CLIP_GRADIENTS.ENABLED and (solver.OPTIMIZER, node.SOLVER.OPTIMIZER) == (
+        "SGD",
+        "ADAMW",
+    )
 
 
 @pytest.mark.parametrize("name", ICD)

@@ -62,7 +62,12 @@ def test_student_is_its_teacher_but_for_the_first_stage(name):
 def test_official_schedule(name):
     cfg = packaged(name)
     solver, node = cfg.SOLVER, cfg.MODEL.DISTILLER
-    assert (solver.OPTIMIZER, solver.BASE_LR, solver.GAMMA, solver.WARMUP_ITERS) == ("Adam", 1e-3, 0.1, 0)
+    assert (solver.OPTIMIZER, solver.BASE_LR, solver.GAMMA, solver.WARMUP_ITERS) == (
+        "Adam",
+        1e-3,
+        0.1,
+        0,
+    )
     assert (solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM, solver.WEIGHT_DECAY_BIAS) == (0, 0, None)
     assert not solver.CLIP_GRADIENTS.ENABLED and solver.IMS_PER_BATCH == 12
     epoch = solver.CHECKPOINT_PERIOD

@@ -32,7 +32,9 @@ def require_build_backend():
 
     version = tuple(int(part) for part in setuptools.__version__.split(".")[:2])
     if version < (70, 1) and importlib.util.find_spec("wheel") is None:
-        pytest.skip(f"setuptools {setuptools.__version__} needs the package wheel, which is not installed")
+        pytest.skip(
+            f"setuptools {setuptools.__version__} needs the package wheel, which is not installed"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,9 @@ def wheel(tmp_path_factory):
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     copy_sources(source)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    result = subprocess.run([*command, "--wheel-dir", str(output), "."], cwd=source, capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, "--wheel-dir", str(output), "."], cwd=source, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = output.glob("distill_d2-*.whl")
     return zipfile.ZipFile(path)
@@ -55,16 +59,22 @@ def files_below(folder, *suffixes):
 
 
 def test_all_configs_are_packaged(wheel):
-    expected = {f"distill_d2/configs/{path.as_posix()}" for path in files_below(ROOT / "configs", ".yaml", ".py")}
+    expected = {
+        f"distill_d2/configs/{path.as_posix()}" for path in files_below(ROOT / "configs", ".yaml", ".py")
+    }
 
     assert expected
     assert expected <= set(wheel.namelist())
 
 
 def test_all_projects_are_packaged(wheel):
-    found = {path for path in files_below(ROOT / "projects", ".py", ".yaml")}
+    found = set(files_below(ROOT / "projects", ".py", ".yaml"))
     # projects/<Name>/<package>/...: what lies beside the package (a training script) is not packaged.
-    packaged = {path for path in found if (ROOT / "projects" / path.parts[0] / path.parts[1] / "__init__.py").is_file()}
+    packaged = {
+        path
+        for path in found
+        if (ROOT / "projects" / path.parts[0] / path.parts[1] / "__init__.py").is_file()
+    }
     expected = {f"distill_d2/projects/{'/'.join(path.parts[1:])}" for path in packaged}
 
     assert "distill_d2/projects/small_resnet/__init__.py" in expected

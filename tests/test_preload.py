@@ -174,8 +174,11 @@ def test_frozen_tensors_are_copied_too():
 def test_distiller_preloads_what_it_is_told():
     student, teacher = detector(), detector()
     model = Distiller(
-        **{"student": student, "teacher": Teacher(teacher), "losses": [FeatureMimic()]},
-        **{"preload_head": True, "preload_names": ["res3"]},
+        student=student,
+        teacher=Teacher(teacher),
+        losses=[FeatureMimic()],
+        preload_head=True,
+        preload_names=["res3"],
     )
     before = {name: value.clone() for name, value in student.state_dict().items()}
     model.preload_student()
@@ -307,7 +310,9 @@ NOTHING = [{"model": {}}, {"model": {}, "distiller": {}}, {"distiller": {"PKD.x"
 @pytest.mark.parametrize("entries", NOTHING)
 def test_checkpoint_with_nothing_for_them(losses, entries):
     torch.save(entries, losses.path)
-    message = rf"PRELOAD_TEACHER '.*earlier.pth' holds no parameters of \['{ICD}', 'FeatureMimic'\].* It has "
+    message = (
+        rf"PRELOAD_TEACHER '.*earlier.pth' holds no parameters of \['{ICD}', 'FeatureMimic'\].* It has "
+    )
     nothing_changes(losses, ValueError, message + str(sorted(entries)).replace("[", r"\["))
 
 

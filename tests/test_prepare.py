@@ -77,7 +77,9 @@ def test_other_norms_are_left_alone(norm):
 
 def test_counts_the_folded_layers():
     model = nn.Sequential(
-        Conv2d(3, 4, 1, norm=FrozenBatchNorm2d(4)), Conv2d(4, 4, 1), Conv2d(4, 4, 1, norm=nn.BatchNorm2d(4))
+        Conv2d(3, 4, 1, norm=FrozenBatchNorm2d(4)),
+        Conv2d(4, 4, 1),
+        Conv2d(4, 4, 1, norm=nn.BatchNorm2d(4)),
     )
     assert fold_norms(model.eval()) == 2
     assert fold_norms(model) == 0

@@ -58,9 +58,7 @@ def test_widths_and_blocks():
     assert channels == {"res2": 6, "res3": 10, "res4": 12}
 
 
-@pytest.mark.parametrize(
-    "norm, expected", [("BN", torch.nn.BatchNorm2d), ("GN", torch.nn.GroupNorm)]
-)
+@pytest.mark.parametrize("norm, expected", [("BN", torch.nn.BatchNorm2d), ("GN", torch.nn.GroupNorm)])
 def test_norm(norm, expected):
     keys = {"NORM": norm, "STEM_WIDTH": 32, "WIDTHS": [32, 64, 96, 64]}
     bottom_up = build_backbone(config(**keys)).bottom_up
@@ -72,7 +70,9 @@ def test_freeze_at():
     cfg = config()
     cfg.MODEL.BACKBONE.FREEZE_AT = 2
     bottom_up = build_backbone(cfg).bottom_up
-    frozen = [not any(p.requires_grad for p in m.parameters()) for m in (bottom_up.stem, *bottom_up.stages)]
+    frozen = [
+        not any(p.requires_grad for p in m.parameters()) for m in (bottom_up.stem, *bottom_up.stages)
+    ]
     assert frozen == [True, True, False, False]
 
 

@@ -241,7 +241,9 @@ def test_config_that_does_not_exist():
 
 
 def test_unknown_zoo_name():
-    with pytest.raises(FileNotFoundError, match="'none.yaml': none.yaml not available .*MODEL_LOAD_OFFICIAL"):
+    with pytest.raises(
+        FileNotFoundError, match="'none.yaml': none.yaml not available .*MODEL_LOAD_OFFICIAL"
+    ):
         load_teacher("none.yaml")
 
 
@@ -403,7 +405,9 @@ def test_lsj_teacher_of_the_zoo_for_icd(tmp_path, monkeypatch):
 def test_lsj_teacher_of_a_file_sees_its_own_format(tmp_path):
     """The student's images are BGR with other constants."""
     (tmp_path / "teacher.py").write_text(LSJ.format(weights="teacher.pth"))
-    save_random(instantiate(LazyConfig.load(str(tmp_path / "teacher.py")).model), tmp_path / "teacher.pth")
+    save_random(
+        instantiate(LazyConfig.load(str(tmp_path / "teacher.py")).model), tmp_path / "teacher.pth"
+    )
     teacher, seen = load_teacher(str(tmp_path / "teacher.py"), official=False), []
     assert teacher.input_format == "RGB"
     model = student_of(teacher)
@@ -624,7 +628,10 @@ def test_autocast_gives_float32_features():
     "options, message",
     [
         ({"input_format": "YUV-BT.601"}, "input format 'YUV-BT.601'; expected 'BGR' or 'RGB'"),
-        ({"autocast": "int8"}, r"TEACHER_AUTOCAST is 'int8'; expected one of \['', 'float16', 'bfloat16'\]"),
+        (
+            {"autocast": "int8"},
+            r"TEACHER_AUTOCAST is 'int8'; expected one of \['', 'float16', 'bfloat16'\]",
+        ),
     ],
 )
 def test_unknown_options(options, message):

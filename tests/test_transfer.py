@@ -8,7 +8,9 @@ from distill_d2.transfer import contiguous, upload
 LAST = torch.channels_last
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 64, 7, 9), (3, 1, 4, 4), (2, 8, 1, 1), (0, 3, 4, 4)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 4, 5), (1, 64, 7, 9), (3, 1, 4, 4), (2, 8, 1, 1), (0, 3, 4, 4)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_contiguous_copy_of_maps_with_channels_last(shape, dtype):
     maps = torch.randn(shape).to(dtype).contiguous(memory_format=LAST)

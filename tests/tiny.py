@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
-from typing import List
 
 import cv2
 import numpy as np
@@ -109,7 +108,7 @@ def tiny_detector(family: str = "retinanet", width: int = 8, channels: int = 16)
     )
 
 
-def tiny_batch(count: int = 2, size: int = 64, objects: int = 2, masks: bool = False) -> List[dict]:
+def tiny_batch(count: int = 2, size: int = 64, objects: int = 2, masks: bool = False) -> list[dict]:
     """``count`` random images of about ``size`` pixels (their heights differ) with ``objects`` each."""
     generator = torch.Generator().manual_seed(0)
     batch = []

@@ -45,13 +45,13 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable
 
-import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,7 @@ from plain_gid import plain_gid
 from tabulate import tabulate
 from torch import nn
 
+import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2 import Distiller, DistillLoss, Teacher
 from distill_d2.config import solver_config, student_config
 from distill_d2.engine import build_optimizer
@@ -88,7 +89,7 @@ ORACLES = Path(__file__).resolve().parents[1] / "tests" / "losses"
 MEGABYTE = 2**20
 
 
-def main(arguments: Optional[List[str]] = None) -> Dict[str, Any]:
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the program; returns what --json writes."""
     args = parse_arguments(arguments)
     logging.getLogger("distill_d2").setLevel(logging.ERROR)
@@ -115,7 +116,7 @@ def main(arguments: Optional[List[str]] = None) -> Dict[str, Any]:
     return report
 
 
-def parse_arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -162,8 +163,8 @@ class Subjects:
 
     distiller: Distiller
     plain: Teacher
-    inputs: List[Dict[str, Any]]
-    steps: Dict[str, TrainStep]
+    inputs: list[dict[str, Any]]
+    steps: dict[str, TrainStep]
     iteration: int
 
 
@@ -189,7 +190,7 @@ def build_subjects(cfg: CfgNode, args: argparse.Namespace) -> Subjects:
     return Subjects(distiller, plain, inputs, steps, iteration_with_all(distiller.losses))
 
 
-def build_teachers(node: CfgNode, device: str) -> Tuple[Teacher, Teacher]:
+def build_teachers(node: CfgNode, device: str) -> tuple[Teacher, Teacher]:
     """The teacher as the Distiller uses it, and a copy as detectron2 builds it."""
     model, input_format = untrained_teacher(node, device)
     if node.TEACHER_WEIGHTS:
@@ -229,8 +230,8 @@ def calm(model: nn.Module) -> nn.Module:
 
 
 def build_steps(
-    cfg: CfgNode, distiller: Distiller, inputs: List[Dict[str, Any]]
-) -> Dict[str, TrainStep]:
+    cfg: CfgNode, distiller: Distiller, inputs: list[dict[str, Any]]
+) -> dict[str, TrainStep]:
     optimizer = build_optimizer(cfg, distiller)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -257,8 +258,8 @@ class PartThatIsRead(nn.Module):
         super().__init__()
         self.student, self.view = view.model, view
 
-    def forward(self, inputs: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
-        sums: List[torch.Tensor] = []
+    def forward(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        sums: list[torch.Tensor] = []
         with self.view.recording():
             with self.view.until_read():
                 self.student(inputs)
@@ -267,9 +268,7 @@ class PartThatIsRead(nn.Module):
         return {"loss_sum": torch.stack(sums).sum()}
 
 
-def own_optimizer(
-    loss: DistillLoss, parameters: List[torch.Tensor]
-) -> Optional[torch.optim.Optimizer]:
+def own_optimizer(loss: DistillLoss, parameters: list[torch.Tensor]) -> torch.optim.Optimizer | None:
     """As ``loss`` wants it for its own parameters, but for these and at learning rate 0; None if the
     student's optimizer trains them."""
     if not has_own_solver(loss):
@@ -281,7 +280,7 @@ def own_optimizer(
     return create_optimizer(node, trained, "MODEL.DISTILLER.SOLVER")
 
 
-def iteration_with_all(losses: Dict[str, DistillLoss]) -> int:
+def iteration_with_all(losses: dict[str, DistillLoss]) -> int:
     """The first iteration at which all losses have their full weight and teach the student."""
     first = max(loss.start_iter + loss.warmup_iters for loss in losses.values())
     # Other iterations at which something changes: an ICD that teaches its decoder first.
@@ -302,17 +301,15 @@ def teaches(loss: DistillLoss, iteration: int) -> bool:
     return loss.factor(iteration) > 0 and loss.distils(iteration)
 
 
-def generate_inputs(cfg: CfgNode, args: argparse.Namespace, classes: int) -> List[Dict[str, Any]]:
+def generate_inputs(cfg: CfgNode, args: argparse.Namespace, classes: int) -> list[dict[str, Any]]:
     """Smooth random images with random boxes, and polygons where masks are trained."""
     generator = torch.Generator().manual_seed(args.seed)
-    return [
-        generate_image(cfg, args.size, args.objects, classes, generator) for _ in range(args.batch)
-    ]
+    return [generate_image(cfg, args.size, args.objects, classes, generator) for _ in range(args.batch)]
 
 
 def generate_image(
-    cfg: CfgNode, size: List[int], objects: int, classes: int, generator: torch.Generator
-) -> Dict[str, Any]:
+    cfg: CfgNode, size: list[int], objects: int, classes: int, generator: torch.Generator
+) -> dict[str, Any]:
     height, width = size
     coarse = torch.rand(1, 3, height // 16 + 2, width // 16 + 2, generator=generator) * 255
     image = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)[0]
@@ -343,8 +340,8 @@ def diamond(box: torch.Tensor):
 # The tasks of a round.
 
 
-Tasks = Dict[str, Callable[[], None]]
-NaiveFormula = Callable[[DistillLoss], Tuple[Compute, List[torch.Tensor]]]
+Tasks = dict[str, Callable[[], None]]
+NaiveFormula = Callable[[DistillLoss], tuple[Compute, list[torch.Tensor]]]
 
 
 def build_tasks(subjects: Subjects, against_naive: bool = False) -> Tasks:
@@ -365,9 +362,7 @@ def build_tasks(subjects: Subjects, against_naive: bool = False) -> Tasks:
     return tasks
 
 
-def loss_tasks(
-    name: str, loss: DistillLoss, formula: Optional[NaiveFormula], replay: Replay
-) -> Tasks:
+def loss_tasks(name: str, loss: DistillLoss, formula: NaiveFormula | None, replay: Replay) -> Tasks:
     """The rows of one loss; ``formula`` of NAIVE or SLOW_NAIVE."""
     parameters, alone = list(loss.parameters()), f"{name} alone"
     task = LossTask(replay, loss, parameters, own_optimizer(loss, parameters))
@@ -385,13 +380,13 @@ def loss_tasks(
     return tasks
 
 
-def compared_rows(tasks: Tasks) -> List[Tuple[str, str]]:
+def compared_rows(tasks: Tasks) -> list[tuple[str, str]]:
     """Pairs of rows whose ratios are printed."""
     against = {name: getattr(task, "against", "") for name, task in tasks.items()}
     return [pair for pair in against.items() if pair[1]]
 
 
-def run_part(teacher: Teacher, inputs: List[Dict[str, Any]], records: Records) -> None:
+def run_part(teacher: Teacher, inputs: list[dict[str, Any]], records: Records) -> None:
     """What the losses ask of a teacher: backbone and neck, and its heads where they use these."""
     images = [item["image"].to(teacher.device, non_blocking=True) for item in inputs]
     view = teacher.view
@@ -411,7 +406,7 @@ def run_part(teacher: Teacher, inputs: List[Dict[str, Any]], records: Records) -
 
 
 @torch.no_grad()
-def run_whole(teacher: Teacher, inputs: List[Dict[str, Any]]) -> None:
+def run_whole(teacher: Teacher, inputs: list[dict[str, Any]]) -> None:
     teacher.model(inputs)
 
 
@@ -420,16 +415,16 @@ class Records:
     """What the losses read in one step: outputs of student and teacher by module, and the batch; and,
     for losses on two-stage heads, the proposals that the teacher's head scores, and what it says."""
 
-    student: Dict[str, Any] = field(default_factory=dict)
-    teacher: Dict[str, Any] = field(default_factory=dict)
-    batch: Optional[Batch] = None
-    leaves: List[torch.Tensor] = field(default_factory=list)
-    proposals: Optional[List[Boxes]] = None
-    box_head: Optional[Predictions] = None
-    own_proposals: Optional[Tuple[List[Boxes], List[torch.Tensor]]] = None
-    own_box_head: Optional[Predictions] = None
+    student: dict[str, Any] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
+    batch: Batch | None = None
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    proposals: list[Boxes] | None = None
+    box_head: Predictions | None = None
+    own_proposals: tuple[list[Boxes], list[torch.Tensor]] | None = None
+    own_box_head: Predictions | None = None
 
-    def take(self, _loss: nn.Module, inputs: Tuple[Any, Any, Batch], _terms: Any) -> None:
+    def take(self, _loss: nn.Module, inputs: tuple[Any, Any, Batch], _terms: Any) -> None:
         """A forward hook for a loss."""
         student, teacher, self.batch = inputs
         self.student.update(outputs_of(student.taps))
@@ -469,7 +464,7 @@ class Records:
         finally:
             del teacher.box_head, teacher.own_proposals
 
-    def _is_own(self, proposals: List[Boxes]) -> bool:
+    def _is_own(self, proposals: list[Boxes]) -> bool:
         return self.own_proposals is not None and proposals is self.own_proposals[0]
 
     def detach(self) -> None:
@@ -483,7 +478,7 @@ class Records:
         return leaf
 
 
-def outputs_of(taps: Taps) -> Dict[str, Any]:
+def outputs_of(taps: Taps) -> dict[str, Any]:
     return {path: taps.output(path) for path in taps.recorded}
 
 
@@ -515,7 +510,7 @@ class Replay:
             return compute(self.student, self.teacher, self.records.batch)
 
 
-def put_outputs(taps: Taps, outputs: Dict[str, Any]) -> None:
+def put_outputs(taps: Taps, outputs: dict[str, Any]) -> None:
     for path, output in outputs.items():
         taps.put(path, output)
 
@@ -534,8 +529,8 @@ class LossTask:
         self,
         replay: Replay,
         compute: Compute,
-        parameters: List[torch.Tensor],
-        optimizer: Optional[torch.optim.Optimizer] = None,
+        parameters: list[torch.Tensor],
+        optimizer: torch.optim.Optimizer | None = None,
         against: str = "",
     ):
         self.replay = replay
@@ -567,7 +562,7 @@ class LossTask:
 def of_pairs(formula: Callable) -> NaiveFormula:
     """The sum of ``formula(student's map, teacher's map)`` over the level pairs of a loss."""
 
-    def naive(loss: DistillLoss) -> Tuple[Compute, List[torch.Tensor]]:
+    def naive(loss: DistillLoss) -> tuple[Compute, list[torch.Tensor]]:
         def compute(student, teacher, _batch):
             pairs = loss.pairs(student, teacher).values()
             return {"loss": torch.stack([formula(s, t) for s, t in pairs]).sum()}
@@ -589,7 +584,7 @@ def standardise(feature: torch.Tensor) -> torch.Tensor:
     return flat.reshape(channels, count, height, width).permute(1, 0, 2, 3)
 
 
-def naive_icd(loss: DistillLoss) -> Tuple[Compute, List[torch.Tensor]]:
+def naive_icd(loss: DistillLoss) -> tuple[Compute, list[torch.Tensor]]:
     """ICD by the tests' oracle: the same features and numbers of slots, random weights of its own."""
     oracle = load_oracle("naive_icd")
     settings = {name.upper(): value for name, value in vars(loss.settings).items()}
@@ -598,7 +593,7 @@ def naive_icd(loss: DistillLoss) -> Tuple[Compute, List[torch.Tensor]]:
     weights = {n: w.to(device) for n, w in naive_icd_weights(oracle, settings).items()}
     naive = oracle.NaiveICD(weights, settings, settings, settings["REFERENCE_BUGS"])
     random = np.random.RandomState(0)
-    plain: Dict[str, torch.Tensor] = {}  # the memory layout of a teacher that nobody prepared
+    plain: dict[str, torch.Tensor] = {}  # the memory layout of a teacher that nobody prepared
 
     def compute(student, teacher, batch):
         theirs = loss.pairs.of_teacher(teacher)
@@ -624,7 +619,7 @@ def naive_icd(loss: DistillLoss) -> Tuple[Compute, List[torch.Tensor]]:
     return compute, [*naive.weights.values(), *loss.pairs.parameters()]
 
 
-def naive_icd_weights(oracle: ModuleType, settings: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+def naive_icd_weights(oracle: ModuleType, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The oracle's random weights, with a soft attention as our loss has at the start.
 
     The oracle's own is sharp, and one-hot on the large features of random networks: nearly all of it
@@ -654,9 +649,9 @@ def load_oracle(name: str) -> ModuleType:
 
 
 # By a loss's registered name, from the loss: the formula and the parameters that it trains.
-NAIVE: Dict[str, NaiveFormula] = {"PKD": of_pairs(naive_pkd)}
+NAIVE: dict[str, NaiveFormula] = {"PKD": of_pairs(naive_pkd)}
 # Those that take longer than the loss itself.
-SLOW_NAIVE: Dict[str, NaiveFormula] = {
+SLOW_NAIVE: dict[str, NaiveFormula] = {
     "DeFeat": plain_defeat,
     "GID": plain_gid,
     "InstanceConditionalDistillation": naive_icd,
@@ -731,7 +726,7 @@ class Meter:
             torch.cuda.synchronize(self.device)
 
 
-def linux_reset_peak() -> Optional[Callable[[], None]]:
+def linux_reset_peak() -> Callable[[], None] | None:
     """A function that sets VmHWM back to VmRSS; None where there is no such thing."""
     path = Path("/proc/self/clear_refs")
 
@@ -768,10 +763,10 @@ def return_freed_memory() -> None:
         pass
 
 
-def run_rounds(tasks: Tasks, meter: Meter, rounds: int, warmup: int) -> Dict[str, List[Sample]]:
+def run_rounds(tasks: Tasks, meter: Meter, rounds: int, warmup: int) -> dict[str, list[Sample]]:
     """Samples by task, one of each round. Every other round runs backwards, so that no task always
     follows the same one, in the memory and caches that it leaves."""
-    samples: Dict[str, List[Sample]] = {name: [] for name in tasks}
+    samples: dict[str, list[Sample]] = {name: [] for name in tasks}
     for index in range(-warmup, rounds):
         order = list(tasks) if index % 2 == 0 else list(reversed(tasks))
         taken = {name: meter.time(tasks[name]) for name in order}
@@ -787,11 +782,11 @@ def run_rounds(tasks: Tasks, meter: Meter, rounds: int, warmup: int) -> Dict[str
 
 
 def summarise(
-    rounds: Dict[str, List[Sample]],
-    memory: Dict[str, float],
+    rounds: dict[str, list[Sample]],
+    memory: dict[str, float],
     clock: str,
-    compared: Sequence[Tuple[str, str]] = (),
-) -> Dict[str, Any]:
+    compared: Sequence[tuple[str, str]] = (),
+) -> dict[str, Any]:
     """All measurements in milliseconds and megabytes, and the ratios of each round, also of the rows
     ``compared``."""
     times = {name: [getattr(s, clock) for s in samples] for name, samples in rounds.items()}
@@ -820,11 +815,11 @@ def summarise(
     return {"clock": clock, "rows": rows, "ratios": ratios, "memory_ratios": memory_ratios}
 
 
-def paired(above: List[float], below: List[float]) -> List[float]:
+def paired(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below)]
 
 
-def facts(args: argparse.Namespace, cfg: CfgNode, meter: Meter) -> Dict[str, Any]:
+def facts(args: argparse.Namespace, cfg: CfgNode, meter: Meter) -> dict[str, Any]:
     """What the numbers depend on."""
     node, height, width = cfg.MODEL.DISTILLER, *args.size
     return {
@@ -854,7 +849,7 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def print_report(report: Dict[str, Any]) -> None:
+def print_report(report: dict[str, Any]) -> None:
     for name, value in report["facts"].items():
         print(f"{name + ':':<11}{value}")
     rows = [
@@ -876,7 +871,7 @@ def print_report(report: Dict[str, Any]) -> None:
     print("\n" + tabulate(ratios, headers=header, tablefmt="pipe", disable_numparse=True))
 
 
-def spread(values: List[float], digits: int) -> str:
+def spread(values: list[float], digits: int) -> str:
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:.{digits}f} [{low:.{digits}f} {high:.{digits}f}]"
 

@@ -17,28 +17,29 @@ import platform
 import statistics
 import sys
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, Callable
 
-import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import FCOS, build_backbone, build_model
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from distill_d2.projects.fcos.names import to_detectron2
 from tabulate import tabulate
 from torch import nn
 
+import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.model_zoo import get_config_file
-from distill_d2.projects.fcos.names import to_detectron2
 
 OURS, THEIRS = "projects/FCOS", "detectron2"
 THRESHOLD = 0.05
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program."""
     args = make_parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -84,7 +85,7 @@ def config(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def build_pair(args: argparse.Namespace) -> Tuple[nn.Module, nn.Module]:
+def build_pair(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     """Ours and detectron2's, with the same weights, which make many candidates."""
     cfg = config(args)
     ours, backbone = build_model(cfg), build_backbone(cfg)
@@ -111,7 +112,7 @@ def build_pair(args: argparse.Namespace) -> Tuple[nn.Module, nn.Module]:
     return ours, theirs
 
 
-def generated_batch(args: argparse.Namespace, num_classes: int) -> List[Dict[str, Any]]:
+def generated_batch(args: argparse.Namespace, num_classes: int) -> list[dict[str, Any]]:
     sides = torch.tensor([args.width, args.height])
     batch = []
     for _ in range(args.batch):
@@ -127,7 +128,7 @@ def generated_batch(args: argparse.Namespace, num_classes: int) -> List[Dict[str
     return batch
 
 
-def training_step(model: nn.Module, batch: List[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+def training_step(model: nn.Module, batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     model.train()
     for parameter in model.parameters():
         parameter.grad = None
@@ -138,15 +139,15 @@ def training_step(model: nn.Module, batch: List[Dict[str, Any]]) -> Dict[str, to
 
 
 @torch.no_grad()
-def inference(model: nn.Module, batch: List[Dict[str, Any]]) -> List[Instances]:
+def inference(model: nn.Module, batch: list[dict[str, Any]]) -> list[Instances]:
     return [output["instances"] for output in model.eval()(batch)]
 
 
 def measure(
-    run: Callable, models: Dict[str, nn.Module], batch: List[Dict[str, Any]], args: argparse.Namespace
-) -> Dict[str, List[float]]:
+    run: Callable, models: dict[str, nn.Module], batch: list[dict[str, Any]], args: argparse.Namespace
+) -> dict[str, list[float]]:
     """Seconds of each model in each round but the first."""
-    times: Dict[str, List[float]] = {name: [] for name in models}
+    times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(args.rounds + 1):
         for name in sorted(models, reverse=turn % 2 == 0):
             start = now(args.device)
@@ -162,7 +163,7 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def print_phase(phase: str, times: Dict[str, List[float]]) -> None:
+def print_phase(phase: str, times: dict[str, list[float]]) -> None:
     ratios = [ours / theirs for ours, theirs in zip(times[OURS], times[THEIRS])]
     rows = [
         [name, *(f"{1000 * value:.1f}" for value in (statistics.median(s), min(s), max(s)))]
@@ -176,7 +177,7 @@ def print_phase(phase: str, times: Dict[str, List[float]]) -> None:
 
 
 def print_setting(
-    args: argparse.Namespace, models: Dict[str, nn.Module], batch: List[Dict[str, Any]]
+    args: argparse.Namespace, models: dict[str, nn.Module], batch: list[dict[str, Any]]
 ) -> None:
     counts = {name: [len(image) for image in inference(m, batch)] for name, m in models.items()}
     where = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine()

@@ -14,7 +14,6 @@ import argparse
 import sys
 import zipfile
 import zlib
-from typing import Dict, List, Optional
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from tabulate import tabulate
 PASS, FAIL, UNREADABLE = 0, 1, 2
 
 
-def main(arguments: Optional[List[str]] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -52,7 +51,7 @@ _READ_ERRORS = (
 )
 
 
-def read_arrays(path: str) -> Dict[str, np.ndarray]:
+def read_arrays(path: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz file; pickled objects are not read.
 
     Raises:
@@ -67,7 +66,7 @@ def read_arrays(path: str) -> Dict[str, np.ndarray]:
         raise FixtureError(f"cannot be read as an .npz file of arrays: {error}") from error
 
 
-def kinds_of(arrays: Dict[str, np.ndarray]) -> List[GoldenKind]:
+def kinds_of(arrays: dict[str, np.ndarray]) -> list[GoldenKind]:
     """The kinds that a file is of.
 
     Raises:
@@ -84,7 +83,7 @@ def kinds_of(arrays: Dict[str, np.ndarray]) -> List[GoldenKind]:
     return fitting
 
 
-def check_kinds(path: str, kinds: List[GoldenKind], arrays: Dict[str, np.ndarray]) -> int:
+def check_kinds(path: str, kinds: list[GoldenKind], arrays: dict[str, np.ndarray]) -> int:
     """Check a file as each of the kinds that it is of, and print a table of each; PASS or FAIL.
 
     Raises:
@@ -127,7 +126,7 @@ def print_table(fixture: Fixture) -> None:
     print(tabulate(rows, headers=header, tablefmt="pipe", disable_numparse=True))
 
 
-def listing_of(names: List[str], most: int = 20) -> str:
+def listing_of(names: list[str], most: int = 20) -> str:
     more = f", and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
 
 from tabulate import tabulate
 
-Metrics = Dict[str, float]  # of one dataset and task, by name: "AP50-dog", "AP"
+Metrics = dict[str, float]  # of one dataset and task, by name: "AP50-dog", "AP"
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; exits with a message if there is nothing to compare."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -42,7 +42,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
         print(f"{task}\n" + tabulate(rows, headers=header, tablefmt="pipe", floatfmt=".2f") + "\n")
 
 
-def last_evaluation(run: Path) -> Dict[str, Metrics]:
+def last_evaluation(run: Path) -> dict[str, Metrics]:
     """Metrics by dataset and task ("bbox", or "voc_2007_test/bbox" where there are several datasets).
 
     Raises:
@@ -51,7 +51,7 @@ def last_evaluation(run: Path) -> Dict[str, Metrics]:
     path = run / "metrics.json"
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' does not exist; expected the OUTPUT_DIR of a training")
-    found: Dict[str, Metrics] = {}
+    found: dict[str, Metrics] = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         found = evaluation_of(read_line(path, number, line)) or found
     if not found:
@@ -59,23 +59,23 @@ def last_evaluation(run: Path) -> Dict[str, Metrics]:
     return found
 
 
-def read_line(path: Path, number: int, line: str) -> Dict[str, float]:
+def read_line(path: Path, number: int, line: str) -> dict[str, float]:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"'{path}', line {number}, is no JSON: {error}") from error
 
 
-def evaluation_of(scalars: Dict[str, float]) -> Dict[str, Metrics]:
+def evaluation_of(scalars: dict[str, float]) -> dict[str, Metrics]:
     """The evaluation among the scalars of an iteration; {} if there is none."""
-    found: Dict[str, Metrics] = {}
+    found: dict[str, Metrics] = {}
     for key, value in scalars.items():
         task, _, metric = key.rpartition("/")
         found.setdefault(task, {})[metric] = value
     return {task: metrics for task, metrics in found.items() if "AP" in metrics}
 
 
-def rows_of(results: Sequence[Metrics]) -> List[List[object]]:
+def rows_of(results: Sequence[Metrics]) -> list[list[object]]:
     """Classes first, then the other metrics: name, each run's value, differences to the first run's."""
     common = [name for name in results[0] if all(name in result for result in results)]
     classes = [name for name in common if "-" in name]
@@ -87,7 +87,7 @@ def rows_of(results: Sequence[Metrics]) -> List[List[object]]:
     return rows
 
 
-def names_of(runs: Sequence[str]) -> List[str]:
+def names_of(runs: Sequence[str]) -> list[str]:
     """Short names: the last folders where these differ, otherwise the whole paths."""
     short = [Path(run).name for run in runs]
     return short if len(set(short)) == len(runs) else list(runs)

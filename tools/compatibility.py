@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -25,15 +25,16 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from distill_d2 import DISTILL_LOSS_REGISTRY, Distiller, DistillLoss, add_distill_config  # noqa: E402
-from distill_d2.teacher import Teacher  # noqa: E402
-from families import Family, families  # noqa: E402
+from families import Family, families
+
+from distill_d2 import DISTILL_LOSS_REGISTRY, Distiller, DistillLoss, add_distill_config
+from distill_d2.teacher import Teacher
 
 README = ROOT / "README.md"
 MARKERS = ("<!-- compatibility -->\n", "<!-- /compatibility -->\n")
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,12 +52,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
             print(f"{loss}, {detector}: {reason}\n")
 
 
-def losses() -> List[str]:
+def losses() -> list[str]:
     """The registered losses."""
     return sorted(name for name, _ in DISTILL_LOSS_REGISTRY)
 
 
-def all_refusals() -> Dict[Tuple[str, str], str]:
+def all_refusals() -> dict[tuple[str, str], str]:
     """``refusal`` of each loss and detector."""
     kinds = families().items()
     return {(loss, name): refusal(loss, family) for loss in losses() for name, family in kinds}
@@ -102,13 +103,13 @@ def _small_icd(node: CfgNode) -> None:
     node.BYPASS_DISTILL = 0  # the student is reached from the first iteration on
 
 
-def terms_of(model: torch.nn.Module, family: Family) -> Dict[str, torch.Tensor]:
+def terms_of(model: torch.nn.Module, family: Family) -> dict[str, torch.Tensor]:
     """What a training step computes."""
     with EventStorage(0):
         return model.train()(family.batch())
 
 
-def table(refusals: Dict[Tuple[str, str], str]) -> str:
+def table(refusals: dict[tuple[str, str], str]) -> str:
     """In markdown, a row per loss and a column per detector."""
     names = list(dict.fromkeys(detector for _, detector in refusals))
     works = {cell: "no" if reason else "yes" for cell, reason in refusals.items()}

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any, Dict, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-Weights = Dict[str, torch.Tensor]
+Weights = dict[str, torch.Tensor]
 
 MOST_NAMES = 20  # in one line of a message
 # Of checkpoints that hold a number of numpy beside the weights, such as the best score.
-NUMPY_SCALARS = (
-    *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
-)
+NUMPY_SCALARS = (*("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),)
 
 
 class ConversionError(Exception):
@@ -36,7 +35,7 @@ def check_paths(parser: argparse.ArgumentParser, source: str, target: str) -> No
         parser.error(f"OUTPUT '{target}' is a folder; expected the name of a file")
 
 
-def state_dict_of(entries: Dict[str, Any]) -> Weights:
+def state_dict_of(entries: dict[str, Any]) -> Weights:
     """The weights of a checkpoint, under its entry "model" or bare; without DataParallel's prefix.
 
     Raises:
@@ -59,9 +58,7 @@ def state_dict_of(entries: Dict[str, Any]) -> Weights:
     return {name[len(prefix) :]: tensor.detach() for name, tensor in weights.items()}
 
 
-def check_agreement(
-    weights: Weights, cfg: CfgNode, config_file: str, *, partial: bool = False
-) -> None:
+def check_agreement(weights: Weights, cfg: CfgNode, config_file: str, *, partial: bool = False) -> None:
     """Compare with the model of the config, name by name.
 
     Args:

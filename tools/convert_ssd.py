@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import List, Optional, Sequence
+from collections.abc import Sequence
 
-import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from conversion import (
     ConversionError,
     Weights,
@@ -29,16 +28,17 @@ from conversion import (
     state_dict_of,
     write,
 )
+from distill_d2.projects.ssd.names import DROPPED, from_public
 
+import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2.checkpoint import read_checkpoint
 from distill_d2.config import student_config
 from distill_d2.engine.setup import load_config
-from distill_d2.projects.ssd.names import DROPPED, from_public
 
 AUTHOR = "converted from a public SSD by distill_d2"
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; exits with a message if nothing was written."""
     parser = make_parser()
     args = parser.parse_intermixed_args(arguments)
@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def convert(state_dict: Weights, backbone: bool) -> "tuple[Weights, List[str]]":
+def convert(state_dict: Weights, backbone: bool) -> tuple[Weights, list[str]]:
     """The weights by their names here, and the names that were dropped.
 
     Raises:

@@ -23,9 +23,9 @@ import functools
 import re
 import shlex
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, Callable, NamedTuple
 
-import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 import torch
 from conversion import (
     NUMPY_SCALARS,
@@ -40,6 +40,7 @@ from conversion import (
 from detectron2.config import CfgNode
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
+import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2.checkpoint import read_checkpoint
 from distill_d2.config import student_config
 from distill_d2.engine.setup import load_config
@@ -67,7 +68,7 @@ _MASKS, _KEYPOINTS = "roi_heads.mask_head.predictor", "roi_heads.keypoint_head.s
 # Of a norm or convolution; detectron2 has the same.
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # Modules of torchvision, and from their groups those of detectron2.
-_RULES: Tuple[Tuple[str, Callable[..., str]], ...] = (
+_RULES: tuple[tuple[str, Callable[..., str]], ...] = (
     (rf"{_BODY}\.conv1", lambda: f"{_BOTTOM_UP}.stem.conv1"),
     (rf"{_BODY}\.bn1", lambda: f"{_BOTTOM_UP}.stem.conv1.norm"),
     (rf"{_BODY}\.layer([1-4])\.(\d+)\.conv(\d)", lambda k, b, i: f"{_stage(k)}.{b}.conv{i}"),
@@ -122,12 +123,12 @@ class Converted(NamedTuple):
     """
 
     weights: Weights
-    keys: Dict[str, Any]
-    dropped: Dict[str, List[str]]
-    notes: List[str]
+    keys: dict[str, Any]
+    dropped: dict[str, list[str]]
+    notes: list[str]
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; exits with a message if nothing was written."""
     parser = make_parser()
     args = parser.parse_intermixed_args(arguments)
@@ -197,7 +198,7 @@ def convert(state_dict: Weights, frozen_bn_eps: float, *, coco: bool) -> Convert
     return Converted(weights, infer_keys(weights), dropped, [*notes, note])
 
 
-def rename(state_dict: Weights) -> Tuple[Weights, Dict[str, List[str]]]:
+def rename(state_dict: Weights) -> tuple[Weights, dict[str, list[str]]]:
     """The weights by detectron2's names, and the names that have none, by reason.
 
     Raises:
@@ -205,8 +206,8 @@ def rename(state_dict: Weights) -> Tuple[Weights, Dict[str, List[str]]]:
     """
     refuse_second_version(state_dict)
     weights: Weights = {}
-    sources: Dict[str, str] = {}
-    dropped: Dict[str, List[str]] = {}
+    sources: dict[str, str] = {}
+    dropped: dict[str, list[str]] = {}
     unknown = []
     for name, tensor in state_dict.items():
         target, reason = detectron2_name(name), reason_to_drop(name)
@@ -237,7 +238,7 @@ def refuse_second_version(state_dict: Weights) -> None:
         )
 
 
-def detectron2_name(name: str) -> Optional[str]:
+def detectron2_name(name: str) -> str | None:
     """The name in detectron2 of a key of torchvision; None: unknown."""
     module, _, leaf = name.rpartition(".")
     for pattern, target in _RULES:
@@ -251,7 +252,7 @@ def _stage(layer: str) -> str:
     return f"{_BOTTOM_UP}.res{int(layer) + 1}"
 
 
-def reason_to_drop(name: str) -> Optional[str]:
+def reason_to_drop(name: str) -> str | None:
     return next((reason for pattern, reason in _DROPPED if re.fullmatch(pattern, name)), None)
 
 
@@ -291,7 +292,7 @@ def last_background(weights: Weights, *, coco: bool) -> str:
     return f"classes: {kind}, background last; rows of {', '.join(changes.values())}"
 
 
-def match_eps(weights: Weights, frozen_bn_eps: float) -> Tuple[List[str], str]:
+def match_eps(weights: Weights, frozen_bn_eps: float) -> tuple[list[str], str]:
     """Make frozen batch norms of detectron2, with its eps, equal those of the input, in place.
 
     Norms with a counter are ordinary ones, whose eps is detectron2's already; outside the bottleneck
@@ -320,7 +321,7 @@ def match_eps(weights: Weights, frozen_bn_eps: float) -> Tuple[List[str], str]:
     return counters, f"{note}; {ordinary} ordinary ones stay as they are"
 
 
-def infer_keys(weights: Weights) -> Dict[str, Any]:
+def infer_keys(weights: Weights) -> dict[str, Any]:
     """The config keys that follow from the weights, by detectron2's names and in its class order.
 
     Raises:
@@ -355,7 +356,7 @@ def infer_depth(weights: Weights) -> int:
     return DEPTHS[(*blocks, three)]
 
 
-def infer_bottleneck(weights: Weights) -> Dict[str, Any]:
+def infer_bottleneck(weights: Weights) -> dict[str, Any]:
     layers = ("encoder.0", "encoder.2", "encoder.5", "encoder.7", "decoder.2", "decoder.4")
     names = [f"{_BOTTLENECK}.{layer}.weight" for layer in layers]
     missing = [name for name in names if name not in weights]
@@ -370,7 +371,7 @@ def infer_bottleneck(weights: Weights) -> Dict[str, Any]:
     }
 
 
-def packaged_config(keys: Dict[str, Any]) -> str:
+def packaged_config(keys: dict[str, Any]) -> str:
     return _config_name(kind_of(keys), student=is_student(keys))
 
 
@@ -379,19 +380,19 @@ def _config_name(kind: str, *, student: bool) -> str:
     return f"Distillation-GHND/{detector}_ghnd.yaml" if student else f"Teachers/{detector}.yaml"
 
 
-def kind_of(keys: Dict[str, Any]) -> str:
+def kind_of(keys: dict[str, Any]) -> str:
     if keys["MODEL.KEYPOINT_ON"]:
         return "keypoint"
     return "mask" if keys["MODEL.MASK_ON"] else "faster"
 
 
-def is_student(keys: Dict[str, Any]) -> bool:
+def is_student(keys: dict[str, Any]) -> bool:
     return "MODEL.BOTTLENECK.CHANNELS" in keys
 
 
 def complete_config(
-    config_file: str, opts: List[str], keys: Dict[str, Any]
-) -> Tuple[CfgNode, List[str]]:
+    config_file: str, opts: list[str], keys: dict[str, Any]
+) -> tuple[CfgNode, list[str]]:
     """The config of the detector, and the KEY VALUE pairs that make it of ``config_file``.
 
     Args:
@@ -424,7 +425,7 @@ def print_summary(converted: Converted) -> None:
         print(f"  {note}")
 
 
-def print_command(path: str, config_file: str, opts: List[str], keys: Dict[str, Any]) -> None:
+def print_command(path: str, config_file: str, opts: list[str], keys: dict[str, Any]) -> None:
     command = ["python", "train_baseline.py", "--eval-only", "--config-file", config_file]
     command += ["MODEL.WEIGHTS", path, *opts]
     print(f"Wrote {path}. To evaluate it:\n  {shlex.join(command)}")

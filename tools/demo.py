@@ -21,19 +21,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List
 
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _off(*weights: str) -> List[str]:
+def _off(*weights: str) -> list[str]:
     """Options that switch terms of losses off, by the keys of their weights."""
     return [word for key in weights for word in (f"MODEL.DISTILLER.{key}", "0.0")]
 
 
-def _gid_without(*terms: str) -> List[str]:
+def _gid_without(*terms: str) -> list[str]:
     return _off(*(f"GID.{term}_WEIGHT" for term in terms))
 
 
@@ -115,7 +114,7 @@ def start(name: str, args: argparse.Namespace) -> subprocess.Popen:
     return process
 
 
-def wait_for(processes: List[subprocess.Popen]) -> None:
+def wait_for(processes: list[subprocess.Popen]) -> None:
     """Wait for all; on a failure, or Ctrl-C, stop the others and leave."""
     shown = time.time()
     try:
@@ -144,7 +143,7 @@ def progress(process: subprocess.Popen) -> str:
     return f"{Path(process.log_file).stem}: {where}"
 
 
-def print_comparison(output: Path, methods: List[str], seconds: float) -> None:
+def print_comparison(output: Path, methods: list[str], seconds: float) -> None:
     found = {name: last_results(output / name) for name in ("teacher", "student", *methods)}
     task = "segm" if "segm/AP" in found["student"] else "bbox"
     scores = [f"{task}/{score}" for score in ("AP", "AP50", "AP75")]
@@ -156,7 +155,7 @@ def print_comparison(output: Path, methods: List[str], seconds: float) -> None:
     print(f"{gains}; {seconds / 60:.1f} minutes in all")
 
 
-def last_results(run: Path) -> Dict[str, float]:
+def last_results(run: Path) -> dict[str, float]:
     """The last evaluation in a run's metrics.json."""
     lines = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
     return [line for line in lines if "bbox/AP" in line][-1]

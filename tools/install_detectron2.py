@@ -26,9 +26,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence
 
 SOURCE_NAME = "LabGym"
 SOURCE_VERSION = "3.1.2"
@@ -137,7 +137,7 @@ class InstallError(Exception):
     """The installation cannot go on; the message says what was found, expected and what to do."""
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; return its exit status."""
     options = parse_arguments(arguments)
     try:
@@ -154,7 +154,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Install detectron2 (Python part) into the running environment. "
         "A detectron2 that is already importable is left alone."
@@ -174,7 +174,7 @@ def parse_arguments(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def install(wheel: Optional[Path] = None, target: Optional[Path] = None) -> None:
+def install(wheel: Path | None = None, target: Path | None = None) -> None:
     """Install detectron2, unless it is there already.
 
     Args:
@@ -212,7 +212,7 @@ def install(wheel: Optional[Path] = None, target: Optional[Path] = None) -> None
         )
 
 
-def find_existing(target: Optional[Path]) -> Optional[Dict[str, str]]:
+def find_existing(target: Path | None) -> dict[str, str] | None:
     """Return the path and version of the detectron2 that is there; None if there is none."""
     if target is None:
         report = probe(None, ("detectron2",))
@@ -236,11 +236,11 @@ def find_existing(target: Optional[Path]) -> Optional[Dict[str, str]]:
     return report
 
 
-def probe(target: Optional[Path], modules: Sequence[str]) -> Dict[str, str]:
+def probe(target: Path | None, modules: Sequence[str]) -> dict[str, str]:
     """Import modules of detectron2 in a fresh interpreter; report path, version, error and what is missing."""
     first_paths = [] if target is None else [str(target)]
     command = [sys.executable, "-c", PROBE, json.dumps([first_paths, list(modules)])]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(command, capture_output=True, text=True)
     try:
         # Imports may print; the report is the last line.
         return json.loads(result.stdout.strip().splitlines()[-1])
@@ -270,16 +270,22 @@ def download_source(folder: Path) -> Path:
     return wheels[0]
 
 
-def run_pip(arguments: List[str], failure: str, advice: str) -> None:
+def run_pip(arguments: list[str], failure: str, advice: str) -> None:
     """Run pip in this environment; raise InstallError("failure: pip's reason; advice") if it fails."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     # "replace": pip's output may quote a path that is no valid text.
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     if result.returncode == 0:
         return
     if "No module named pip" in result.stdout:
-        raise InstallError(f"{failure}: {sys.executable} has no pip; install it (`python -m ensurepip`) first")
-    reasons = [line[len("ERROR:") :].strip() for line in result.stdout.splitlines() if line.startswith("ERROR:")]
+        raise InstallError(
+            f"{failure}: {sys.executable} has no pip; install it (`python -m ensurepip`) first"
+        )
+    reasons = [
+        line[len("ERROR:") :].strip() for line in result.stdout.splitlines() if line.startswith("ERROR:")
+    ]
     raise InstallError(f"{failure}: {' '.join(reasons) or last_line(result.stdout)}; {advice}")
 
 
@@ -302,20 +308,24 @@ def check_sha256(wheel: Path) -> None:
         )
 
 
-def read_package(wheel: Path) -> Dict[str, bytes]:
+def read_package(wheel: Path) -> dict[str, bytes]:
     """Read detectron2 out of the wheel: {"detectron2/...": content}."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.startswith(SOURCE_FOLDER) and not name.endswith("/")]
+        names = [
+            name
+            for name in archive.namelist()
+            if name.startswith(SOURCE_FOLDER) and not name.endswith("/")
+        ]
         return {"detectron2/" + name[len(SOURCE_FOLDER) :]: archive.read(name) for name in names}
 
 
-def rename_package(files: Dict[str, bytes]) -> Dict[str, bytes]:
+def rename_package(files: dict[str, bytes]) -> dict[str, bytes]:
     """Give the package its own name back, in import statements and in strings alike."""
     old, new = SOURCE_PACKAGE.encode(), b"detectron2"
     return {name: content.replace(old, new) for name, content in files.items()}
 
 
-def check_files(files: Dict[str, bytes]) -> None:
+def check_files(files: dict[str, bytes]) -> None:
     """Refuse anything but a complete, completely renamed detectron2 of the expected version."""
     missing = [name for name in REQUIRED_FILES if name not in files]
     if missing:
@@ -326,17 +336,21 @@ def check_files(files: Dict[str, bytes]) -> None:
         raise InstallError(
             f"the wheel holds {len(files)} files of detectron2, expected {EXPECTED_FILE_COUNT}; nothing was installed"
         )
-    leftover = [name for name, content in files.items() if SOURCE_NAME.lower().encode() in content.lower()]
+    leftover = [
+        name for name, content in files.items() if SOURCE_NAME.lower().encode() in content.lower()
+    ]
     if leftover:
         raise InstallError(
             f"renaming {SOURCE_PACKAGE} to detectron2 left {SOURCE_NAME} in {', '.join(leftover)}; "
             "nothing was installed"
         )
     if f'__version__ = "{DETECTRON2_VERSION}"'.encode() not in files[PACKAGE_INIT]:
-        raise InstallError(f"{PACKAGE_INIT} in the wheel is not of version {DETECTRON2_VERSION}; nothing was installed")
+        raise InstallError(
+            f"{PACKAGE_INIT} in the wheel is not of version {DETECTRON2_VERSION}; nothing was installed"
+        )
 
 
-def build_wheel(files: Dict[str, bytes], folder: Path) -> Path:
+def build_wheel(files: dict[str, bytes], folder: Path) -> Path:
     """Write a wheel that holds the files and their metadata; return its path."""
     contents = {name: content for name, content in sorted(files.items()) if name != PACKAGE_INIT}
     contents.update(distribution_metadata())
@@ -352,7 +366,7 @@ def build_wheel(files: Dict[str, bytes], folder: Path) -> Path:
     return path
 
 
-def distribution_metadata() -> Dict[str, bytes]:
+def distribution_metadata() -> dict[str, bytes]:
     """Return the files of the .dist-info folder, RECORD excepted."""
     requirements = "".join(f"Requires-Dist: {requirement}\n" for requirement in REQUIREMENTS)
     texts = {
@@ -368,7 +382,7 @@ def distribution_metadata() -> Dict[str, bytes]:
     return metadata
 
 
-def record_of(contents: Dict[str, bytes]) -> bytes:
+def record_of(contents: dict[str, bytes]) -> bytes:
     """Return the wheel's RECORD: one line "path,sha256=digest,size" per file, and RECORD itself."""
     lines = []
     for name, content in contents.items():
@@ -381,7 +395,9 @@ def record_of(contents: Dict[str, bytes]) -> bytes:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ignore Ctrl-C and SIGTERM, for us and for pip: a child inherits which signals are ignored."""
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -389,7 +405,7 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def place(wheel: Path, target: Optional[Path]) -> None:
+def place(wheel: Path, target: Path | None) -> None:
     """Let pip install the wheel into the environment or, at one stroke, into the target folder."""
     if target is None:
         pip_install(wheel, ["--force-reinstall"])
@@ -409,7 +425,7 @@ def place(wheel: Path, target: Optional[Path]) -> None:
         ) from None
 
 
-def pip_install(wheel: Path, options: List[str]) -> None:
+def pip_install(wheel: Path, options: list[str]) -> None:
     # Byte-compiling takes seconds in which a kill would leave files that pip does not know of.
     run_pip(
         ["install", "--no-deps", "--no-index", "--no-compile", *options, str(wheel)],
@@ -424,7 +440,7 @@ def remove_from_target(target: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def verify(target: Optional[Path]) -> Dict[str, str]:
+def verify(target: Path | None) -> dict[str, str]:
     """Import what was installed; take it away again if it does not work.
 
     A package of others that is missing is no fault of the installation; the report names it.
@@ -436,7 +452,11 @@ def verify(target: Optional[Path]) -> Dict[str, str]:
         return report
 
     if target is None:
-        run_pip(["uninstall", "--yes", "detectron2"], "pip could not remove detectron2 again", "remove it by hand")
+        run_pip(
+            ["uninstall", "--yes", "detectron2"],
+            "pip could not remove detectron2 again",
+            "remove it by hand",
+        )
     else:
         remove_from_target(target)
     reason = report.get("error", "it is not found")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, Callable, NamedTuple
 
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
@@ -13,7 +14,7 @@ from distill_d2 import DistillLoss
 from distill_d2.views import Batch, DetectorView, Predictions
 from distill_d2.views.predictions import by_position, decoder_of
 
-Compute = Callable[[DetectorView, DetectorView, Batch], Dict[str, torch.Tensor]]
+Compute = Callable[[DetectorView, DetectorView, Batch], dict[str, torch.Tensor]]
 
 
 class Part(NamedTuple):
@@ -26,7 +27,7 @@ class Part(NamedTuple):
 
 def icd_parts(
     loss: DistillLoss, _student: DetectorView, teacher: DetectorView, batch: Batch
-) -> Dict[str, Part]:
+) -> dict[str, Part]:
     """ICD's two halves, each with its backward; what the decoder gave is there for the second."""
     with torch.no_grad():
         maps, queries, geometry = loss.read(teacher, batch)
@@ -47,7 +48,7 @@ def icd_parts(
 
 def gid_parts(
     loss: DistillLoss, student: DetectorView, teacher: DetectorView, batch: Batch
-) -> Dict[str, Part]:
+) -> dict[str, Part]:
     """GID's selection, and its terms at the instances that were selected, each with its backward."""
     heads = loss.predictions(student, teacher) if loss.compares_heads else None
     instances = loss.instances(heads, batch)
@@ -74,7 +75,7 @@ def gid_parts(
 
 def defeat_parts(
     loss: DistillLoss, student: DetectorView, teacher: DetectorView, batch: Batch
-) -> Dict[str, Part]:
+) -> dict[str, Part]:
     """DeFeat's terms on neck, backbone and classes; and, of what the first costs, adapters and masks."""
 
     def masks(student, teacher, batch):
@@ -105,7 +106,7 @@ SIDES = {"5k": 20, "20k": 40, "80k": 80}
 ANCHORS_PER_POSITION = 9
 
 
-def selections_that_grow(select: Callable[..., Any], like: Predictions) -> Dict[str, Part]:
+def selections_that_grow(select: Callable[..., Any], like: Predictions) -> dict[str, Part]:
     """GID's selection from generated predictions of more and more rows, each compared to the one before;
     classes, background and device are those of ``like``."""
     parts, before = {}, ""
@@ -129,7 +130,7 @@ def generate_predictions(side: int, like: Predictions, seed: int) -> Predictions
     device, classes = like.anchors.device, like.logit_levels[0].shape[-1]
     sides = [math.ceil(side / 2**level) for level in range(5)]
 
-    def levels(length: int) -> List[torch.Tensor]:
+    def levels(length: int) -> list[torch.Tensor]:
         shapes = [(2, ANCHORS_PER_POSITION * length, s, s) for s in sides]
         outputs = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
         return [by_position(output, length) for output in outputs]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
 
-Tensors = List[torch.Tensor]
+Tensors = list[torch.Tensor]
 
 # What the formula below can do, where the loss can do more.
 MODES = {
@@ -26,7 +26,7 @@ MODES = {
 }
 
 
-def plain_defeat(loss: Any) -> Tuple[Callable, Tensors]:
+def plain_defeat(loss: Any) -> tuple[Callable, Tensors]:
     """The terms of a DeFeat ``loss`` as a function of (student, teacher, batch), and the parameters,
     shared with the loss, that it trains.
 
@@ -46,7 +46,7 @@ def plain_defeat(loss: Any) -> Tuple[Callable, Tensors]:
             "MODEL.DISTILLER.DEFEAT.HINT_BB_W and HINT_BB_BACK_W to 0.0"
         )
 
-    def compute(student, teacher, batch) -> Dict[str, torch.Tensor]:
+    def compute(student, teacher, batch) -> dict[str, torch.Tensor]:
         terms = {}
         if loss.neck is not None:
             boxes = [item["instances"].gt_boxes.tensor for item in batch.inputs]
@@ -58,7 +58,7 @@ def plain_defeat(loss: Any) -> Tuple[Callable, Tensors]:
     return compute, list(loss.parameters())
 
 
-def neck_term(loss: Any, pairs: Dict[str, Tuple[torch.Tensor, ...]], boxes: Tensors) -> torch.Tensor:
+def neck_term(loss: Any, pairs: dict[str, tuple[torch.Tensor, ...]], boxes: Tensors) -> torch.Tensor:
     s, strides = loss.settings, loss.neck.strides
     total = 0.0
     for index, (name, (ours, theirs)) in enumerate(sorted(pairs.items(), key=lambda p: strides[p[0]])):

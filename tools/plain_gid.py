@@ -7,7 +7,8 @@ for each term that uses them, as in its authors' code.
 from __future__ import annotations
 
 import sys
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from fvcore.nn import smooth_l1_loss
 
 from distill_d2.taps import map_tensors
 
-Tensors = List[torch.Tensor]
+Tensors = list[torch.Tensor]
 
 # What the formula below can do, where the loss can do more.
 MODES = {
@@ -34,7 +35,7 @@ MODES = {
 WEIGHTS = ("feature_weight", "relation_weight", "response_cls_weight", "response_reg_weight")
 
 
-def plain_gid(loss: Any) -> Tuple[Callable, Tensors]:
+def plain_gid(loss: Any) -> tuple[Callable, Tensors]:
     """The terms of a GID ``loss`` as a function of (student, teacher, batch), and the parameters, shared
     with the loss, that it trains.
 
@@ -45,7 +46,7 @@ def plain_gid(loss: Any) -> Tuple[Callable, Tensors]:
     s = loss.settings
     laid_out: list = []  # once: a plain teacher's outputs have this memory layout from the start
 
-    def compute(student, teacher, batch) -> Dict[str, torch.Tensor]:
+    def compute(student, teacher, batch) -> dict[str, torch.Tensor]:
         if not laid_out:
             outputs = loss.pairs.of_teacher(teacher), teacher.taps.output("head")
             laid_out.extend(map_tensors(torch.Tensor.contiguous, outputs))
@@ -55,8 +56,7 @@ def plain_gid(loss: Any) -> Tuple[Callable, Tensors]:
         t_logits, t_deltas, t_boxes = read_head(teacher, their_outputs)
         s_logits, s_deltas, s_boxes = read_head(student, student.tap("head"))
         boxes = [
-            select(*image, s)
-            for image in zip(t_logits, s_logits, t_boxes, s_boxes, batch.image_sizes)
+            select(*image, s) for image in zip(t_logits, s_logits, t_boxes, s_boxes, batch.image_sizes)
         ]
         strides = loss.pairs.strides
         pooled = [pool(maps, strides, boxes, s) for maps in (their_maps, our_maps, their_maps, our_maps)]
@@ -93,13 +93,13 @@ def check_modes(loss: Any) -> None:
     )
 
 
-def anchors_of(view: Any) -> List[Boxes]:
+def anchors_of(view: Any) -> list[Boxes]:
     """Per level."""
     levels = [view.level(name, contiguous=False) for name in view.model.head_in_features]
     return view.model.anchor_generator(levels)
 
 
-def read_head(view: Any, outputs: Sequence[Tensors]) -> Tuple[torch.Tensor, torch.Tensor, Tensors]:
+def read_head(view: Any, outputs: Sequence[Tensors]) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
     """Logits (N, R, K), deltas (N, R, 4), and each image's decoded boxes (R, 4)."""
     logits, deltas = (
         torch.cat([permute_to_N_HWA_K(level, length) for level in levels], dim=1)
@@ -115,7 +115,7 @@ def select(
     student: torch.Tensor,
     teacher_boxes: torch.Tensor,
     student_boxes: torch.Tensor,
-    image_size: Tuple[int, int],
+    image_size: tuple[int, int],
     s: Any,
 ) -> Boxes:
     """One image's instances, from logits (R, K) and boxes (R, 4)."""
@@ -132,7 +132,7 @@ def select(
 
 
 def pool(
-    maps: Dict[str, torch.Tensor], strides: Dict[str, int], boxes: List[Boxes], s: Any
+    maps: dict[str, torch.Tensor], strides: dict[str, int], boxes: list[Boxes], s: Any
 ) -> torch.Tensor:
     """(M, C, side, side) at the M boxes of all images."""
     names = sorted(maps, key=strides.get)
@@ -172,7 +172,7 @@ def relative_distances(pooled: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def response_mask(matcher: Any, boxes: List[Boxes], anchors: List[Boxes]) -> torch.Tensor:
+def response_mask(matcher: Any, boxes: list[Boxes], anchors: list[Boxes]) -> torch.Tensor:
     """Which rows (N, R) belong to instances."""
     all_anchors = Boxes.cat(anchors)
     labels = [matcher(pairwise_iou(image, all_anchors))[1] for image in boxes]
@@ -181,9 +181,7 @@ def response_mask(matcher: Any, boxes: List[Boxes], anchors: List[Boxes]) -> tor
 
 def cls_loss(teacher: torch.Tensor, student: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Of logits (N, R, K)."""
-    loss = F.binary_cross_entropy_with_logits(
-        student[mask], teacher[mask].sigmoid(), reduction="sum"
-    )
+    loss = F.binary_cross_entropy_with_logits(student[mask], teacher[mask].sigmoid(), reduction="sum")
     return loss / mask.sum().clamp(min=1)
 
 

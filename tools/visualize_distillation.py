@@ -28,10 +28,9 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import cv2
-import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -42,6 +41,7 @@ from detectron2.utils.logger import setup_logger
 from visualize import Method, Picture, Row, load_methods
 from visualize.sheet import compose
 
+import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2 import Distiller
 from distill_d2.checkpoint import SafeCheckpointer
 from distill_d2.data import NamedReadErrors, build_mapper, check_datasets
@@ -52,7 +52,7 @@ logger = logging.getLogger("distill_d2.visualize")
 _WRONG_INPUT = (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
-def main(arguments: Optional[List[str]] = None) -> List[str]:
+def main(arguments: list[str] | None = None) -> list[str]:
     """Run the program; returns the files that it wrote.
 
     Raises:
@@ -68,7 +68,7 @@ def main(arguments: Optional[List[str]] = None) -> List[str]:
     return [draw_file(job, item, name, args.output) for name, item in job.items.items()]
 
 
-def parse_arguments(arguments: Optional[List[str]]) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,10 +95,10 @@ class Job:
 
     method: Method
     distiller: Distiller
-    items: Dict[str, Dict[str, Any]]
+    items: dict[str, dict[str, Any]]
     input_format: str
-    classes: List[str]
-    detectors: List[str]
+    classes: list[str]
+    detectors: list[str]
 
 
 def prepare(args: argparse.Namespace) -> Job:
@@ -125,7 +125,7 @@ def prepare(args: argparse.Namespace) -> Job:
     )
 
 
-def read_config(config_file: str, opts: List[str], method: Method) -> CfgNode:
+def read_config(config_file: str, opts: list[str], method: Method) -> CfgNode:
     """The config of a Distiller with this one loss, of which nothing is to be trained."""
     if config_file.endswith(".py"):
         raise ValueError(f"--config-file {config_file}: a LazyConfig; only yaml configs can be drawn")
@@ -146,7 +146,7 @@ def read_config(config_file: str, opts: List[str], method: Method) -> CfgNode:
 # Images.
 
 
-def load_items(cfg: CfgNode, count: int) -> Dict[str, Dict[str, Any]]:
+def load_items(cfg: CfgNode, count: int) -> dict[str, dict[str, Any]]:
     """``count`` annotated images, spread evenly over DATASETS.TEST, by names that differ.
 
     Raises:
@@ -167,7 +167,7 @@ def load_items(cfg: CfgNode, count: int) -> Dict[str, Dict[str, Any]]:
     return {name: read(record) for name, record in zip(file_stems(records), records)}
 
 
-def file_stems(records: List[Dict[str, Any]]) -> List[str]:
+def file_stems(records: list[dict[str, Any]]) -> list[str]:
     """The names of the images' files; with a number where several are called the same."""
     stems, seen = [Path(record["file_name"]).stem for record in records], Counter()
     for index, stem in enumerate(stems):
@@ -205,7 +205,7 @@ def load_weights(distiller: Distiller, method: Method, path: str) -> bool:
     Raises:
         OSError, ValueError: it cannot be read, does not fill the student, or does not fit the loss.
     """
-    rest: Dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     if path:
         rest = load_student(distiller, path)
     else:
@@ -229,7 +229,7 @@ def load_weights(distiller: Distiller, method: Method, path: str) -> bool:
     return True
 
 
-def load_student(distiller: Distiller, path: str) -> Dict[str, Any]:
+def load_student(distiller: Distiller, path: str) -> dict[str, Any]:
     """Load the student's weights; returns the checkpoint's other entries."""
     checkpointer = SafeCheckpointer(distiller.student)
     rest = checkpointer.load(path)
@@ -244,7 +244,7 @@ def load_student(distiller: Distiller, path: str) -> Dict[str, Any]:
     return rest
 
 
-def load_loss(loss: torch.nn.Module, state: Dict[str, torch.Tensor], source: str) -> None:
+def load_loss(loss: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
     try:
         loss.load_state_dict(state)
     except RuntimeError as error:
@@ -254,7 +254,7 @@ def load_loss(loss: torch.nn.Module, state: Dict[str, torch.Tensor], source: str
     logger.info(f"Loaded {len(state)} tensors of {source}")
 
 
-def describe_detectors(cfg: CfgNode, config_file: str, random_loss: bool) -> List[str]:
+def describe_detectors(cfg: CfgNode, config_file: str, random_loss: bool) -> list[str]:
     node = cfg.MODEL.DISTILLER
     teacher = node.TEACHER_WEIGHTS or "the weights of its config"
     student = _short(cfg.MODEL.WEIGHTS) or "untrained"
@@ -272,7 +272,7 @@ def _short(path: str) -> str:
 # Pictures.
 
 
-def draw_file(job: Job, item: Dict[str, Any], name: str, folder: str) -> str:
+def draw_file(job: Job, item: dict[str, Any], name: str, folder: str) -> str:
     """Draw one image; the path of the file."""
     header = [f"{Path(item['file_name']).name}: {job.method.loss}", *job.detectors]
     sheet = compose(draw(job, item), header)
@@ -284,7 +284,7 @@ def draw_file(job: Job, item: Dict[str, Any], name: str, folder: str) -> str:
 
 
 @torch.no_grad()
-def draw(job: Job, item: Dict[str, Any]) -> List[Row]:
+def draw(job: Job, item: dict[str, Any]) -> list[Row]:
     """The rows of one image, drawn in the moment in which the loss is given both views."""
     loss, picture, rows = job.distiller.losses[job.method.loss], picture_of(job, item), []
     hook = loss.register_forward_pre_hook(
@@ -299,7 +299,7 @@ def draw(job: Job, item: Dict[str, Any]) -> List[Row]:
     return rows
 
 
-def picture_of(job: Job, item: Dict[str, Any]) -> Picture:
+def picture_of(job: Job, item: dict[str, Any]) -> Picture:
     pixels = item["image"].permute(1, 2, 0).cpu().numpy()
     pixels = pixels[..., ::-1] if job.input_format == "BGR" else pixels
     return Picture(np.ascontiguousarray(pixels), item["instances"], job.classes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, Callable
 
 import cv2
 import numpy as np
@@ -31,7 +32,7 @@ class PhotometricDistortion(T.Augmentation):
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """For an image (H, W, 3), uint8."""
-        steps: List[Callable[[np.ndarray], np.ndarray]] = []
+        steps: list[Callable[[np.ndarray], np.ndarray]] = []
         if _coin():
             brightness = np.random.uniform(-32, 32)
             steps.append(lambda x: x + np.float32(brightness))
@@ -51,7 +52,9 @@ class PhotometricDistortion(T.Augmentation):
     def _change_hsv(self, image: np.ndarray, saturation: float, hue: float) -> np.ndarray:
         if saturation == 1.0 and hue == 0.0:
             return image
-        hsv = cv2.cvtColor(image.clip(0, 255), self.to_hsv)  # of float32: hue in degrees, saturation 0 to 1
+        hsv = cv2.cvtColor(
+            image.clip(0, 255), self.to_hsv
+        )  # of float32: hue in degrees, saturation 0 to 1
         hsv[..., 0] = (hsv[..., 0] + hue) % 360
         hsv[..., 1] = (hsv[..., 1] * saturation).clip(0, 1)
         return cv2.cvtColor(hsv, self.from_hsv)
@@ -146,7 +149,7 @@ class RandomCropByIoU(T.Augmentation):
 
     def __init__(self, min_ious: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9)):
         super().__init__()
-        self.choices: List[Optional[float]] = [None, 0.0, *min_ious]
+        self.choices: list[float | None] = [None, 0.0, *min_ious]
 
     def get_transform(self, image: np.ndarray, boxes: np.ndarray) -> Transform:
         """For an image (H, W, C) and its objects' boxes (M, 4), absolute XYXY."""
@@ -162,7 +165,7 @@ class RandomCropByIoU(T.Augmentation):
                     return CropToCentres(x1, y1, x2 - x1, y2 - y1, width, height)
 
 
-def _random_patch(height: int, width: int) -> Optional[Tuple[int, int, int, int]]:
+def _random_patch(height: int, width: int) -> tuple[int, int, int, int] | None:
     w, h = np.random.uniform(0.3, 1) * width, np.random.uniform(0.3, 1) * height
     if not 0.5 <= h / w <= 2 or min(w, h) < 1:
         return None
@@ -170,7 +173,7 @@ def _random_patch(height: int, width: int) -> Optional[Tuple[int, int, int, int]
     return int(left), int(top), int(left + w), int(top + h)
 
 
-def _fits(patch: Tuple[int, int, int, int], boxes: np.ndarray, limit: float) -> bool:
+def _fits(patch: tuple[int, int, int, int], boxes: np.ndarray, limit: float) -> bool:
     if min(patch[2] - patch[0], patch[3] - patch[1]) < 1:
         return False
     return _iou(patch, boxes).max() >= limit and _centres_inside(boxes, patch).any()
@@ -192,7 +195,7 @@ def _centres_inside(boxes: np.ndarray, patch: Sequence[float]) -> np.ndarray:
 class BoxAwareMapper(DatasetMapper):
     """detectron2's mapper, whose augmentations may also look at the objects' boxes."""
 
-    def __call__(self, dataset_dict: Dict[str, Any]) -> Dict[str, Any]:
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         boxes = [
             BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS)
             for item in dataset_dict.get("annotations", ())
@@ -260,7 +263,7 @@ def _with_adet_keys(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _ssd_augmentations(cfg: CfgNode) -> List[T.Augmentation]:
+def _ssd_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     node = cfg.INPUT.SSD
     return [
         PhotometricDistortion(cfg.INPUT.FORMAT),

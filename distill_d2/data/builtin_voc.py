@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import List
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin, register_pascal_voc
@@ -31,7 +30,7 @@ def register_builtin_voc() -> None:
             _point_to(name, folder)
 
 
-def builtin_voc_places(name: str) -> List[str]:
+def builtin_voc_places(name: str) -> list[str]:
     """The folders in which a VOC dataset of detectron2's may lie, first the one that detectron2
     expects; none for another dataset, and for one that the user has registered under its name."""
     if name not in _NAMES or not _is_builtin(name):

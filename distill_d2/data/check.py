@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import random
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -61,7 +62,7 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
 
 def check_dataset(
     name: str,
-    classes: Optional[Tuple[str, int]] = None,
+    classes: tuple[str, int] | None = None,
     check_images: int = 0,
     need_annotations: bool = True,
 ) -> None:
@@ -98,7 +99,7 @@ def check_dataset(
         list(pool.map(check_image, sample))
 
 
-def check_image(record: Dict[str, Any]) -> None:
+def check_image(record: dict[str, Any]) -> None:
     """Decode the image of a dataset dict as detectron2 does.
 
     Raises:
@@ -114,10 +115,10 @@ def check_image(record: Dict[str, Any]) -> None:
 class NamedReadErrors:
     """A dataset mapper whose errors name the image they are about."""
 
-    def __init__(self, mapper: Callable[[Dict[str, Any]], Any]):
+    def __init__(self, mapper: Callable[[dict[str, Any]], Any]):
         self.mapper = mapper
 
-    def __call__(self, record: Dict[str, Any]) -> Any:
+    def __call__(self, record: dict[str, Any]) -> Any:
         """As the mapper. Raises RuntimeError, with the mapper's own error as its cause."""
         try:
             return self.mapper(record)
@@ -130,7 +131,9 @@ class NamedReadErrors:
 
 def _need_annotations(cfg: CfgNode) -> bool:
     """Whether images without any are of no use: there is no distillation, or they are filtered out."""
-    distils_alone = cfg.MODEL.META_ARCHITECTURE == "Distiller" and not cfg.MODEL.DISTILLER.TASK_LOSS_WEIGHT
+    distils_alone = (
+        cfg.MODEL.META_ARCHITECTURE == "Distiller" and not cfg.MODEL.DISTILLER.TASK_LOSS_WEIGHT
+    )
     return not distils_alone or cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
 
 
@@ -146,7 +149,7 @@ def _check_registered(name: str, key: str) -> None:
     )
 
 
-def _load(name: str) -> List[Dict[str, Any]]:
+def _load(name: str) -> list[dict[str, Any]]:
     try:
         return DatasetCatalog.get(name)
     except FileNotFoundError as error:
@@ -160,7 +163,7 @@ def _load(name: str) -> List[Dict[str, Any]]:
         ) from error
 
 
-def _check_classes(name: str, classes: Optional[Tuple[str, int]]) -> None:
+def _check_classes(name: str, classes: tuple[str, int] | None) -> None:
     things = MetadataCatalog.get(name).get("thing_classes")
     if classes is None or things is None or len(things) == classes[1]:
         return
@@ -186,14 +189,14 @@ def _student(cfg: CfgNode) -> str:
     return cfg.MODEL.DISTILLER.STUDENT_META_ARCH if architecture == "Distiller" else architecture
 
 
-def _classes_key(cfg: CfgNode) -> Optional[Tuple[str, int]]:
+def _classes_key(cfg: CfgNode) -> tuple[str, int] | None:
     node = _CLASSES.get(_student(cfg))
     return node and (f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES)
 
 
 def _check_files_exist(name: str, files: Sequence[str]) -> None:
-    listings: Dict[str, set] = {}
-    missing: List[str] = []
+    listings: dict[str, set] = {}
+    missing: list[str] = []
     for file in files:
         folder, base = os.path.split(file)
         if folder not in listings:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -32,7 +33,7 @@ def datasets_root() -> str:
     return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
 
-def register_custom_datasets(entries: Sequence[Dict[str, Any]]) -> None:
+def register_custom_datasets(entries: Sequence[dict[str, Any]]) -> None:
     """Register the datasets of DATASETS.CUSTOM; twice the same is once.
 
     Paths and keys are checked here, annotations when they are loaded (``check_datasets``).
@@ -88,7 +89,7 @@ def _check_entry(entry: Any) -> None:
     _check_values(entry)
 
 
-def _check_values(entry: Dict[str, Any]) -> None:
+def _check_values(entry: dict[str, Any]) -> None:
     for key in _TEXTS:
         if key in entry and not (isinstance(entry[key], str) and entry[key]):
             raise ValueError(f"DATASETS.CUSTOM: {key} is {entry[key]!r} in {entry}; expected a text")
@@ -106,7 +107,7 @@ def _check_values(entry: Dict[str, Any]) -> None:
         )
 
 
-def _with_paths(entry: Dict[str, Any]) -> Dict[str, Any]:
+def _with_paths(entry: dict[str, Any]) -> dict[str, Any]:
     """The entry with complete paths, so that equal entries mean equal files."""
     entry = dict(entry)
     for key in ("ROOT", "JSON", "IMAGES"):
@@ -131,7 +132,7 @@ def _require(path: str, name: str, is_there=os.path.isdir) -> str:
     )
 
 
-def _register_voc(name: str, entry: Dict[str, Any]) -> None:
+def _register_voc(name: str, entry: dict[str, Any]) -> None:
     root, split, classes = entry["ROOT"], entry["SPLIT"], list(entry["CLASSES"])
     _require(os.path.join(root, "ImageSets", "Main", f"{split}.txt"), name, os.path.isfile)
     _require(os.path.join(root, "Annotations"), name)
@@ -146,14 +147,14 @@ def _register_voc(name: str, entry: Dict[str, Any]) -> None:
     )
 
 
-def _register_coco(name: str, entry: Dict[str, Any]) -> None:
+def _register_coco(name: str, entry: dict[str, Any]) -> None:
     json_file = _require(entry["JSON"], name, os.path.isfile)
     images, classes = _require(entry["IMAGES"], name), entry.get("CLASSES")
     DatasetCatalog.register(name, lambda: load_coco(name, json_file, images, classes))
     MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
 
 
-def _register_images(name: str, entry: Dict[str, Any]) -> None:
+def _register_images(name: str, entry: dict[str, Any]) -> None:
     folder = _require(entry["IMAGES"], name)
     DatasetCatalog.register(name, lambda: load_images(name, folder))
 
@@ -162,8 +163,8 @@ _REGISTER = {"voc": _register_voc, "coco": _register_coco, "images": _register_i
 
 
 def load_coco(
-    name: str, json_file: str, images: str, classes: Optional[Sequence[str]] = None
-) -> List[Dict[str, Any]]:
+    name: str, json_file: str, images: str, classes: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """detectron2's dicts of a COCO json; sets the dataset's ``thing_classes`` as a side effect.
 
     Boxes without area are dropped here; COCO's evaluation still counts them as missed.
@@ -194,7 +195,7 @@ def load_coco(
     return dicts
 
 
-def _drop_without_area(record: Dict[str, Any]) -> int:
+def _drop_without_area(record: dict[str, Any]) -> int:
     """Drop the boxes (XYWH) that have no area from a record; returns how many."""
     before = record["annotations"]
     assert all(item["bbox_mode"] == BoxMode.XYWH_ABS for item in before)

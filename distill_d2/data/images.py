@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 from PIL import Image
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _READERS = 8  # threads
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values with height and width exchanged
+_ORIENTATION, _TURNED = (
+    0x0112,
+    (5, 6, 7, 8),
+)  # the EXIF tag, and its values with height and width exchanged
 
 
-def load_images(name: str, folder: str) -> List[Dict[str, Any]]:
+def load_images(name: str, folder: str) -> list[dict[str, Any]]:
     """detectron2's dicts, without objects, of all images in a folder and the folders inside it.
 
     Args:
@@ -45,7 +48,7 @@ def load_images(name: str, folder: str) -> List[Dict[str, Any]]:
     ]
 
 
-def _size(path: str) -> Tuple[int, int]:
+def _size(path: str) -> tuple[int, int]:
     """Height and width as detectron2 reads the image."""
     try:
         with Image.open(path) as image:

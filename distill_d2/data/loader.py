@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import weakref
-from typing import Any, Callable, Dict, Iterator, List
+from collections.abc import Iterator
+from typing import Any, Callable
 
 import torch
 from detectron2.data import DatasetFromList, MapDataset
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from .sampler import ResumableTrainingSampler
 
-_iterators: "weakref.WeakSet" = weakref.WeakSet()
+_iterators: weakref.WeakSet = weakref.WeakSet()
 
 
 class ShieldedLoader:
@@ -53,8 +54,8 @@ def end_workers() -> None:
 
 
 def build_train_loader(
-    dataset: List[Dict[str, Any]],
-    mapper: Callable[[Dict[str, Any]], Any],
+    dataset: list[dict[str, Any]],
+    mapper: Callable[[dict[str, Any]], Any],
     sampler: ResumableTrainingSampler,
     num_workers: int,
 ) -> ShieldedLoader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Iterator, List, Optional, Sequence
+from collections.abc import Iterator, Sequence
 
 from detectron2.data.samplers import TrainingSampler
 
@@ -25,9 +25,9 @@ class ResumableTrainingSampler(TrainingSampler):
         size: int,
         *,
         batch_size: int,
-        wide: Optional[Sequence[bool]] = None,
+        wide: Sequence[bool] | None = None,
         shuffle: bool = True,
-        seed: Optional[int] = None,
+        seed: int | None = None,
     ):
         """
         Args:
@@ -66,7 +66,7 @@ class ResumableTrainingSampler(TrainingSampler):
         return itertools.islice(indices, self.skipped_batches * self.batch_size, None)
 
     def _grouped(self, indices: Iterator[int]) -> Iterator[int]:
-        groups: List[List[int]] = [[], []]
+        groups: list[list[int]] = [[], []]
         for index in indices:
             group = groups[self.wide[index]]
             group.append(index)

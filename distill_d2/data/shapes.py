@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -59,7 +59,7 @@ def register_shapes() -> None:
         )
 
 
-def _load(root: str, split: str) -> List[Dict[str, Any]]:
+def _load(root: str, split: str) -> list[dict[str, Any]]:
     try:
         generate_shapes(root, split, *SPLITS[split])
     except OSError as error:
@@ -72,7 +72,7 @@ def _load(root: str, split: str) -> List[Dict[str, Any]]:
 
 def generate_shapes(
     root: str, split: str, num_images: int, seed: int, image_size: int = 96
-) -> Tuple[str, str]:
+) -> tuple[str, str]:
     """Make ``num_images`` images and their annotations, unless they exist.
 
     The result depends on the arguments alone, except for ``root`` and ``split``. Several processes
@@ -109,12 +109,12 @@ def generate_shapes(
     return json_file, images
 
 
-def _paths(root: str, split: str) -> Tuple[str, str]:
+def _paths(root: str, split: str) -> tuple[str, str]:
     folder = os.path.join(root, split)
     return os.path.join(folder, "annotations.json"), os.path.join(folder, "images")
 
 
-def _info(json_file: str) -> Optional[Dict[str, int]]:
+def _info(json_file: str) -> dict[str, int] | None:
     try:
         with open(json_file) as file:
             return json.load(file)["info"]
@@ -133,7 +133,7 @@ def _remove_unfinished(root: Path, split: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _generate(root: Path, split: str, info: Dict[str, int]) -> None:
+def _generate(root: Path, split: str, info: dict[str, int]) -> None:
     unfinished = Path(tempfile.mkdtemp(prefix=_unfinished(split), dir=root))
     try:
         (unfinished / "images").mkdir()
@@ -145,7 +145,7 @@ def _generate(root: Path, split: str, info: Dict[str, int]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_images(folder: Path, info: Dict[str, int]) -> Dict[str, Any]:
+def _write_images(folder: Path, info: dict[str, int]) -> dict[str, Any]:
     size = info["image_size"]
     images, annotations = [], []
     for index in range(info["num_images"]):
@@ -162,7 +162,7 @@ def _write_images(folder: Path, info: Dict[str, int]) -> Dict[str, Any]:
 
 def draw_image(
     random: np.random.RandomState, size: int
-) -> Tuple[np.ndarray, List[Tuple[int, np.ndarray]]]:
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """One image (size, size, 3), uint8, with one to four shapes that do not touch.
 
     Returns:
@@ -202,7 +202,7 @@ def _background(random: np.random.RandomState, size: int) -> np.ndarray:
 
 def _free_place(
     random: np.random.RandomState, label: int, taken: np.ndarray, attempts: int = 20
-) -> Optional[np.ndarray]:
+) -> np.ndarray | None:
     """Corners (P, 2) of a whole shape that touches no other; None if there is no room."""
     size = len(taken)
     for _ in range(attempts):
@@ -245,7 +245,7 @@ def _cover(corners: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(large, (size, size), interpolation=cv2.INTER_AREA) / np.float32(255)
 
 
-def _annotation(number: int, image: int, label: int, corners: np.ndarray) -> Dict[str, Any]:
+def _annotation(number: int, image: int, label: int, corners: np.ndarray) -> dict[str, Any]:
     (x1, y1), (x2, y2) = corners.min(axis=0), corners.max(axis=0)
     area = cv2.contourArea(corners.astype(np.float32))
     return {

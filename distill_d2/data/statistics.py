@@ -11,8 +11,9 @@ import logging
 import os
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -98,7 +99,7 @@ def _table(name: str) -> np.ndarray:
 # Annotations
 
 
-def _measure(name: str, dicts: List[Dict[str, Any]]) -> np.ndarray:
+def _measure(name: str, dicts: list[dict[str, Any]]) -> np.ndarray:
     classes = len(_class_names(name) or ())
     try:
         return _sum_up(dicts, classes)
@@ -108,7 +109,7 @@ def _measure(name: str, dicts: List[Dict[str, Any]]) -> np.ndarray:
         ) from error
 
 
-def _sum_up(dicts: List[Dict[str, Any]], classes: int) -> np.ndarray:
+def _sum_up(dicts: list[dict[str, Any]], classes: int) -> np.ndarray:
     """The table of a dataset of at least so many classes."""
     images = [record for record in dicts if record.get("annotations")]
     parts = _gather(images)
@@ -123,9 +124,9 @@ def _sum_up(dicts: List[Dict[str, Any]], classes: int) -> np.ndarray:
     return np.stack([np.bincount(labels, column, classes) for column in columns], axis=1)
 
 
-def _gather(images: List[Dict[str, Any]]) -> List[Tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _gather(images: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Corners (n, 4), classes (n,) and indices of images (n,) of all but crowds, for each box mode."""
-    by_mode: Dict[int, list] = {}
+    by_mode: dict[int, list] = {}
     for index, record in enumerate(images):
         for item in record["annotations"]:
             if not item.get("iscrowd", 0):
@@ -139,7 +140,7 @@ def _gather(images: List[Dict[str, Any]]) -> List[Tuple[np.ndarray, np.ndarray, 
     return parts
 
 
-def _class_names(name: str) -> Optional[List[str]]:
+def _class_names(name: str) -> list[str] | None:
     """None: not known, at least not before the dataset is loaded."""
     names = MetadataCatalog.get(name).get("thing_classes")
     return None if names is None else [str(item) for item in names]
@@ -152,10 +153,10 @@ class _Cache(NamedTuple):
     """Its path, and what tells the annotations that it is of from others."""
 
     path: str
-    fingerprint: Dict[str, Any]
+    fingerprint: dict[str, Any]
 
 
-def _find_cache(name: str) -> Optional[_Cache]:
+def _find_cache(name: str) -> _Cache | None:
     """None: the dataset has no file of annotations that is known and exists."""
     metadata = MetadataCatalog.get(name)
     json_file, folder, split = (metadata.get(key) for key in ("json_file", "dirname", "split"))
@@ -175,12 +176,12 @@ def _find_cache(name: str) -> Optional[_Cache]:
     return _Cache(path, {"version": _VERSION, "dataset": name, "files": files})
 
 
-def _stamp(file: str) -> List[int]:
+def _stamp(file: str) -> list[int]:
     status = os.stat(file)
     return [status.st_size, status.st_mtime_ns]
 
 
-def _stamp_folder(folder: str) -> List[int]:
+def _stamp_folder(folder: str) -> list[int]:
     """Also of the files in it: a folder's own time does not tell that one was edited."""
     with os.scandir(folder) as entries:
         files = [entry.stat() for entry in entries]
@@ -188,7 +189,7 @@ def _stamp_folder(folder: str) -> List[int]:
     return [len(files), size, time, os.stat(folder).st_mtime_ns]
 
 
-def _read(cache: _Cache, classes: Optional[List[str]]) -> Optional[np.ndarray]:
+def _read(cache: _Cache, classes: list[str] | None) -> np.ndarray | None:
     """The table; None if there is none of these annotations and classes."""
     try:
         with open(cache.path, encoding="utf-8") as file:
@@ -212,7 +213,7 @@ def _is_plausible(table: np.ndarray) -> bool:
     return bool(in_order.all() and (count == np.floor(count)).all())
 
 
-def _write(cache: _Cache, classes: Optional[List[str]], table: np.ndarray) -> None:
+def _write(cache: _Cache, classes: list[str] | None, table: np.ndarray) -> None:
     """It appears complete or not at all, whoever else writes it; that it cannot be is only logged."""
     content = {
         "fingerprint": cache.fingerprint,

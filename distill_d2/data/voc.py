@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any
 
 from detectron2.structures import BoxMode
 
@@ -22,7 +23,7 @@ class VocObject:
     "difficult", that is, counts neither as found nor as missed."""
 
     label: str
-    corners: Tuple[float, float, float, float]
+    corners: tuple[float, float, float, float]
     difficult: bool = False
 
 
@@ -32,11 +33,11 @@ class VocImage:
 
     width: int
     height: int
-    objects: List[VocObject]
+    objects: list[VocObject]
     without_area: int
 
 
-def read_split(file: str) -> List[str]:
+def read_split(file: str) -> list[str]:
     """The image ids of an ImageSets/Main/<split>.txt, each once; further columns are ignored."""
     with open(file, encoding="utf-8") as lines:
         return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
@@ -77,7 +78,7 @@ def _text(element: Any, path: str) -> str:
     return text
 
 
-def load_voc(name: str, root: str, split: str, classes: Sequence[str]) -> List[Dict[str, Any]]:
+def load_voc(name: str, root: str, split: str, classes: Sequence[str]) -> list[dict[str, Any]]:
     """detectron2's dicts of a VOC folder: Annotations/, ImageSets/Main/<split>.txt, JPEGImages/.
 
     As detectron2's ``load_voc_instances``, which cannot read a split of one image and knows neither
@@ -112,7 +113,7 @@ def load_voc(name: str, root: str, split: str, classes: Sequence[str]) -> List[D
     ]
 
 
-def _image_files(folder: str) -> Dict[str, str]:
+def _image_files(folder: str) -> dict[str, str]:
     """{image id: file name}; none where there is no folder: what misses is checked elsewhere."""
     files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     named = [(os.path.splitext(file), file) for file in files]
@@ -138,7 +139,7 @@ def _check_classes(
         logger.warning(f"Dataset '{name}': no box of {absent}")
 
 
-def _instance(item: VocObject, classes: Sequence[str]) -> Dict[str, Any]:
+def _instance(item: VocObject, classes: Sequence[str]) -> dict[str, Any]:
     x1, y1, x2, y2 = item.corners
     # Pixels count from 1, and the last one belongs to the box.
     box = [x1 - 1.0, y1 - 1.0, x2, y2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Dict
+from typing import Any
 
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 def evaluate(
     cfg: Any, trainer: type, resume: bool = False, *, with_teacher: bool = False
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Evaluate the student of MODEL.WEIGHTS, or with ``resume`` of OUTPUT_DIR's last checkpoint.
 
     Args:
@@ -44,7 +44,7 @@ def evaluate(
     return results if of_teacher is None else {**results, "teacher": of_teacher}
 
 
-def evaluate_teacher(cfg: Any, trainer: type, teacher: Teacher, student: nn.Module) -> Dict[str, Any]:
+def evaluate_teacher(cfg: Any, trainer: type, teacher: Teacher, student: nn.Module) -> dict[str, Any]:
     """Evaluate a teacher on the images that ``student`` is evaluated on, before it is; its detections
     are written to OUTPUT_DIR/teacher.
 

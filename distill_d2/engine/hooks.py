@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from typing import Iterable
+from collections.abc import Iterable
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm

@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from typing import Callable, Iterator, Optional
+from collections.abc import Iterator
+from typing import Callable
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -23,7 +24,7 @@ class StopRequest:
     """The signal that asked this process to stop; None so far."""
 
     def __init__(self) -> None:
-        self.signal: Optional[int] = None
+        self.signal: int | None = None
 
     def __bool__(self) -> bool:
         return self.signal is not None

@@ -14,7 +14,7 @@ import argparse
 import copy
 import os
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
@@ -112,7 +112,7 @@ class LazyDistillTrainer(DistillTrainer):
         return instantiate(cfg.dataloader.train)
 
     @classmethod
-    def test(cls, cfg: DictConfig, model: nn.Module, evaluators=None) -> Dict[str, Any]:
+    def test(cls, cfg: DictConfig, model: nn.Module, evaluators=None) -> dict[str, Any]:
         if "evaluator" not in cfg.dataloader:
             return OrderedDict()
         loader = instantiate(cfg.dataloader.test)
@@ -123,7 +123,7 @@ class LazyDistillTrainer(DistillTrainer):
         return results
 
     @classmethod
-    def teacher_to_evaluate(cls, cfg: DictConfig) -> Optional[Teacher]:
+    def teacher_to_evaluate(cls, cfg: DictConfig) -> Teacher | None:
         node = _distiller_node(OmegaConf.to_container(cfg[_NOT_USED], resolve=True))
         return teacher_of(node, cfg.train.device) if node.EVAL_TEACHER else None
 
@@ -138,7 +138,7 @@ class LazyDistillTrainer(DistillTrainer):
         cfg.train.output_dir = os.path.join(cfg.train.output_dir, folder)
         return cfg
 
-    def build_writers(self) -> List[Any]:
+    def build_writers(self) -> list[Any]:
         return default_writers(self.cfg.train.output_dir, self.max_iter)
 
     @staticmethod
@@ -154,7 +154,7 @@ class LazyDistillTrainer(DistillTrainer):
         return None
 
     @staticmethod
-    def _periods(cfg: DictConfig) -> Dict[str, int]:
+    def _periods(cfg: DictConfig) -> dict[str, int]:
         train = cfg.train
         return {
             "checkpoint": train.checkpointer.period,
@@ -175,23 +175,23 @@ class LazyDistillTrainer(DistillTrainer):
         return cfg.train.output_dir
 
     @staticmethod
-    def _ddp_options(cfg: DictConfig) -> Dict[str, Any]:
+    def _ddp_options(cfg: DictConfig) -> dict[str, Any]:
         return dict(cfg.train.get("ddp", {}))
 
     @staticmethod
-    def _autocast_dtype(cfg: DictConfig) -> Optional[torch.dtype]:
+    def _autocast_dtype(cfg: DictConfig) -> torch.dtype | None:
         if not cfg.train.amp.enabled:
             return None
         return autocast_dtype(cfg.train.device, "train.amp.enabled")
 
-    def _precise_bn(self, cfg: DictConfig) -> List[HookBase]:
+    def _precise_bn(self, cfg: DictConfig) -> list[HookBase]:
         return []
 
     def _run(self) -> None:
         TrainerBase.train(self, self.start_iter, self.max_iter)
 
 
-def _check_overrides(cfg: DictConfig, overrides: List[str]) -> None:
+def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
     # A key of MODEL.DISTILLER that the file leaves at its default is known, too.
     known = config_keys(_distiller_node({}), "distiller.") if "distiller" in cfg else []
     for override in overrides:
@@ -211,13 +211,13 @@ def _locate_teacher(cfg: DictConfig, folder: str) -> None:
         node.MODEL_DISTILLER_CONFIG = file_in([folder], node.MODEL_DISTILLER_CONFIG)
 
 
-def _train_datasets(cfg: DictConfig) -> List[str]:
+def _train_datasets(cfg: DictConfig) -> list[str]:
     """Names of the training datasets, where the config has them in detectron2's usual place."""
     names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
     return [names] if isinstance(names, str) else list(names)
 
 
-def _distiller_node(values: Dict[str, Any]) -> CfgNode:
+def _distiller_node(values: dict[str, Any]) -> CfgNode:
     cfg = get_cfg()
     add_distill_config(cfg)
     node = cfg.MODEL.DISTILLER

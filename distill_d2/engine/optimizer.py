@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any, Callable, Dict, List, Type
+from typing import Any, Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -35,9 +35,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     return create_optimizer(cfg.SOLVER, params, "SOLVER")
 
 
-def create_optimizer(
-    solver: CfgNode, params: List[Dict[str, Any]], key: str
-) -> torch.optim.Optimizer:
+def create_optimizer(solver: CfgNode, params: list[dict[str, Any]], key: str) -> torch.optim.Optimizer:
     """The optimizer of a SOLVER node for these parameter groups, with its gradient clipping.
 
     Args:
@@ -68,7 +66,7 @@ def create_optimizer(
     return optimizer
 
 
-def _optimizer_type(name: str, key: str) -> Type[torch.optim.Optimizer]:
+def _optimizer_type(name: str, key: str) -> type[torch.optim.Optimizer]:
     """The class of torch.optim of this name, in capitals or not; one that takes a weight decay, which
     leaves out those for sparse gradients and those that run the model themselves."""
     kinds = {
@@ -128,16 +126,16 @@ def _add_clipping(optimizer: torch.optim.Optimizer, node: CfgNode, key: str) -> 
     optimizer.register_step_pre_hook(clip)
 
 
-def _clip_each(parameters: List[nn.Parameter], limit: float, norm_type: float) -> None:
+def _clip_each(parameters: list[nn.Parameter], limit: float, norm_type: float) -> None:
     for parameter in parameters:
         nn.utils.clip_grad_norm_(parameter, limit, norm_type)
 
 
-def _clip_values(parameters: List[nn.Parameter], limit: float, _norm_type: float) -> None:
+def _clip_values(parameters: list[nn.Parameter], limit: float, _norm_type: float) -> None:
     nn.utils.clip_grad_value_(parameters, limit)
 
 
-_CLIPPERS: Dict[str, Callable] = {
+_CLIPPERS: dict[str, Callable] = {
     "full_model": nn.utils.clip_grad_norm_,
     "norm": _clip_each,
     "value": _clip_values,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 import torch
 
 
-def random_state() -> Dict[str, Any]:
+def random_state() -> dict[str, Any]:
     """The state of python's, numpy's and torch's (CPU, and current GPU) generators."""
     version, python_values, python_gauss = random.getstate()
     name, keys, position, has_gauss, gauss = np.random.get_state()
@@ -23,7 +23,7 @@ def random_state() -> Dict[str, Any]:
     return state
 
 
-def set_random_state(state: Dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
     """Restore what ``random_state`` gave."""
     version, python_values, python_gauss = state["python"]
     random.setstate((version, tuple(python_values), python_gauss))

@@ -6,7 +6,8 @@ import ast
 import difflib
 import functools
 import os
-from typing import Any, Iterable, List, Optional
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import yaml
@@ -55,7 +56,7 @@ def setup(args: Any, distill: bool) -> CfgNode:
     return cfg
 
 
-def load_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
+def load_config(config_file: str, opts: list[str] | None = None) -> CfgNode:
     """The config of a file (a path, or the name of a packaged config) and KEY VALUE pairs; its
     datasets are registered.
 
@@ -90,7 +91,7 @@ def _with_distiller(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _merge_opts(cfg: CfgNode, opts: List[str]) -> None:
+def _merge_opts(cfg: CfgNode, opts: list[str]) -> None:
     if len(opts) % 2:
         raise ValueError(f"the command line's KEY VALUE pairs are incomplete: {opts}")
     known = set(config_keys(cfg))
@@ -125,7 +126,7 @@ def _literal(text: str) -> Any:
         return yaml.safe_load(text)
 
 
-def config_keys(node: CfgNode, prefix: str = "") -> List[str]:
+def config_keys(node: CfgNode, prefix: str = "") -> list[str]:
     """The dotted names of all keys of a node, each after ``prefix``."""
     keys = []
     for name, value in node.items():
@@ -135,7 +136,7 @@ def config_keys(node: CfgNode, prefix: str = "") -> List[str]:
     return keys
 
 
-def _locate_teacher(cfg: CfgNode, config_files: List[str]) -> None:
+def _locate_teacher(cfg: CfgNode, config_files: list[str]) -> None:
     """Make a teacher file that one of the configs names absolute: later code does not know them."""
     node = cfg.MODEL.DISTILLER
     if node.MODEL_LOAD_OFFICIAL or not node.MODEL_DISTILLER_CONFIG:
@@ -150,7 +151,7 @@ def file_in(folders: Iterable[str], name: str) -> str:
     return next((path for path in paths if os.path.isfile(path)), name)
 
 
-def _config_folders(config_file: str) -> List[str]:
+def _config_folders(config_file: str) -> list[str]:
     """The folders of a config file and, through _BASE_, of those it inherits from."""
     folders = []
     while config_file and os.path.isfile(config_file):

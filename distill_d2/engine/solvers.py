@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Optional, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.solver import build_lr_scheduler
@@ -26,7 +27,7 @@ class LossSolver:
         optimizer: of all trainable parameters of the loss, with one rate and one weight decay.
     """
 
-    def __init__(self, loss: DistillLoss, max_iter: int, steps: Optional[Sequence[int]]):
+    def __init__(self, loss: DistillLoss, max_iter: int, steps: Sequence[int] | None):
         """
         Args:
             loss: with ``solver``, whose missing keys get their defaults.
@@ -54,14 +55,14 @@ class LossSolver:
         if self._loss.solver_advances(iteration):
             self._scheduler.step()
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "kind": kind_of(self.optimizer),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
         }
 
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError if the state is of another optimizer, or of other parameters."""
         kind = kind_of(self.optimizer)
         if state["kind"] != kind:
@@ -74,9 +75,7 @@ class LossSolver:
         self._scheduler.load_state_dict(state["scheduler"])
 
 
-def build_solvers(
-    model: nn.Module, max_iter: int, steps: Optional[Sequence[int]]
-) -> Dict[str, LossSolver]:
+def build_solvers(model: nn.Module, max_iter: int, steps: Sequence[int] | None) -> dict[str, LossSolver]:
     """A LossSolver for each loss of a Distiller that asks for one, by the loss's name.
 
     Raises:

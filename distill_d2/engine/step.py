@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Optional
 
 import torch
 from detectron2.engine import SimpleTrainer
@@ -14,7 +15,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 
 # Iteration, names of the losses and of the extra values, all values and "stop", their arrival.
-_Pending = Tuple[int, List[str], List[str], torch.Tensor, Optional[torch.cuda.Event]]
+_Pending = tuple[int, list[str], list[str], torch.Tensor, Optional[torch.cuda.Event]]
 
 
 class LossReport:
@@ -27,11 +28,11 @@ class LossReport:
 
     def __init__(self) -> None:
         self.stop = False
-        self._pending: Optional[_Pending] = None
+        self._pending: _Pending | None = None
 
     def push(
         self,
-        losses: Dict[str, torch.Tensor],
+        losses: dict[str, torch.Tensor],
         iteration: int,
         stop: bool,
         extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
@@ -93,7 +94,7 @@ class TrainStep(SimpleTrainer):
         data_loader,
         optimizer,
         *,
-        autocast_dtype: Optional[torch.dtype],
+        autocast_dtype: torch.dtype | None,
         own_optimizers: Mapping[str, torch.optim.Optimizer] = MappingProxyType({}),
         frozen_parameters: Callable[[], Sequence[nn.Parameter]] = tuple,
     ):
@@ -130,7 +131,7 @@ class TrainStep(SimpleTrainer):
         self.report.push(losses, self.iter, self.stop_requested, self._gradient_norms())
         self._update(optimizers)
 
-    def _update(self, optimizers: List[torch.optim.Optimizer]) -> None:
+    def _update(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """GradScaler takes no optimizer without gradients; a plain step of it changes nothing."""
         active = [optimizer for optimizer in optimizers if _gradients(optimizer)]
         for optimizer in optimizers:
@@ -141,7 +142,7 @@ class TrainStep(SimpleTrainer):
         if active:
             self.grad_scaler.update()
 
-    def _gradient_norms(self) -> Dict[str, torch.Tensor]:
+    def _gradient_norms(self) -> dict[str, torch.Tensor]:
         """Before clipping. Of optimizers that have gradients in this step."""
         if not self.own_optimizers:
             return {}
@@ -170,6 +171,6 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.load_state_dict(state_dict.get("grad_scaler", {}))
 
 
-def _gradients(optimizer: torch.optim.Optimizer) -> List[torch.Tensor]:
+def _gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [p.grad for p in parameters if p.grad is not None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any, Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -98,7 +99,7 @@ class DistillTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self._build_checkpointer(model)
         self.stop = StopRequest()
-        self._random_states: Optional[List[Dict[str, Any]]] = None
+        self._random_states: list[dict[str, Any]] | None = None
         self.register_hooks(self.build_hooks())
 
     # Parts, each from the config; LazyDistillTrainer builds them its own way.
@@ -139,7 +140,7 @@ class DistillTrainer(DefaultTrainer):
         return build_evaluator(dataset_name, cfg.OUTPUT_DIR)
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> Dict[str, Any]:
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
         """DefaultTrainer's, with the evaluators that modules of the model bring along."""
         if evaluators is None:
             evaluators = [
@@ -149,7 +150,7 @@ class DistillTrainer(DefaultTrainer):
         return super().test(cfg, model, evaluators)
 
     @classmethod
-    def teacher_to_evaluate(cls, cfg: CfgNode) -> Optional[Teacher]:
+    def teacher_to_evaluate(cls, cfg: CfgNode) -> Teacher | None:
         """The teacher, built and loaded, if MODEL.DISTILLER.EVAL_TEACHER says so."""
         return teacher_of(cfg.MODEL.DISTILLER, cfg.MODEL.DEVICE) if cls._eval_teacher(cfg) else None
 
@@ -166,7 +167,7 @@ class DistillTrainer(DefaultTrainer):
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, folder)
         return cfg
 
-    def build_hooks(self) -> List[HookBase]:
+    def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
         periods = self._periods(self.cfg)
         ret = [hooks.IterationTimer(), LRScheduler(), SolverSchedules()]
@@ -185,11 +186,11 @@ class DistillTrainer(DefaultTrainer):
         return cfg.SOLVER.MAX_ITER
 
     @staticmethod
-    def _steps(cfg: CfgNode) -> Optional[Sequence[int]]:
+    def _steps(cfg: CfgNode) -> Sequence[int] | None:
         return cfg.SOLVER.STEPS
 
     @staticmethod
-    def _periods(cfg: CfgNode) -> Dict[str, int]:
+    def _periods(cfg: CfgNode) -> dict[str, int]:
         return {"checkpoint": cfg.SOLVER.CHECKPOINT_PERIOD, "eval": cfg.TEST.EVAL_PERIOD, "log": 20}
 
     @staticmethod
@@ -205,24 +206,22 @@ class DistillTrainer(DefaultTrainer):
         return cfg.OUTPUT_DIR
 
     @staticmethod
-    def _ddp_options(cfg: CfgNode) -> Dict[str, Any]:
+    def _ddp_options(cfg: CfgNode) -> dict[str, Any]:
         """Of ``distributed``."""
         return {}
 
     @staticmethod
-    def _autocast_dtype(cfg: CfgNode) -> Optional[torch.dtype]:
+    def _autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
         return autocast_dtype(cfg.MODEL.DEVICE) if cfg.SOLVER.AMP.ENABLED else None
 
-    def _precise_bn(self, cfg: CfgNode) -> List[Optional[HookBase]]:
+    def _precise_bn(self, cfg: CfgNode) -> list[HookBase | None]:
         if not cfg.TEST.PRECISE_BN.ENABLED:
             return []
         cfg = cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         loader = self.build_train_loader(cfg)
-        return [
-            PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
-        ]
+        return [PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)]
 
     # Training.
 
@@ -268,7 +267,7 @@ class DistillTrainer(DefaultTrainer):
         evaluate_teacher(self.cfg, type(self), model.teacher, model.student)
         set_random_state(state)
 
-    def train(self) -> Optional[Dict[str, Any]]:
+    def train(self) -> dict[str, Any] | None:
         """Run to the last iteration; on SIGINT or SIGTERM save, say how to go on, and return.
 
         Returns:
@@ -310,7 +309,7 @@ class DistillTrainer(DefaultTrainer):
         self._random_states = comm.all_gather(random_state())
         self.checkpointer.save(name)
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["random"] = self._random_states
         state["pretrain_iters"] = self.pretrain_iters
@@ -323,7 +322,7 @@ class DistillTrainer(DefaultTrainer):
             state[_MOVING_AVERAGE] = float(getattr(student, _MOVING_AVERAGE))
         return state
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._check_optimizers(state_dict)
         super().load_state_dict(state_dict)
         for name, solver in self.solvers.items():
@@ -336,7 +335,7 @@ class DistillTrainer(DefaultTrainer):
         if _MOVING_AVERAGE in state_dict:
             setattr(self._student(), _MOVING_AVERAGE, state_dict[_MOVING_AVERAGE])
 
-    def _check_optimizers(self, state_dict: Dict[str, Any]) -> None:
+    def _check_optimizers(self, state_dict: dict[str, Any]) -> None:
         """Before anything is loaded: with other solvers the student's optimizer differs, too."""
         found, expected = sorted(state_dict.get("solvers", {})), sorted(self.solvers)
         if found != expected:
@@ -381,7 +380,7 @@ class DistillTrainer(DefaultTrainer):
             )
         return found[0]
 
-    def _evaluate(self) -> Dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         state = random_state()  # evaluation must not change what training draws afterwards
         handle = self.model.register_forward_pre_hook(lambda *_: self._leave_evaluation())
         self._last_eval_results = self.test(self.cfg, self.model)
@@ -433,7 +432,7 @@ def _frozen_parameters(model: nn.Module) -> Callable[[], Sequence[nn.Parameter]]
     return lambda: model.frozen_parameters(model.iteration)
 
 
-def _find_sampler(loader: Any) -> Optional[ResumableTrainingSampler]:
+def _find_sampler(loader: Any) -> ResumableTrainingSampler | None:
     while loader is not None:
         sampler = getattr(loader, "sampler", None)
         if isinstance(sampler, ResumableTrainingSampler):

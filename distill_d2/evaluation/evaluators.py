@@ -7,7 +7,7 @@ import os
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import OrderedDict
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -46,7 +46,7 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
     of which the split holds no object.
     """
 
-    def evaluate(self) -> Dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
         """{"bbox": {"AP", "AP50", "AP75", "AP50_11point", "AP50_area", "AP50-<class>", ...}} in
         percent on the main process, {} on others; nan for a class without objects.
 
@@ -68,7 +68,7 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
         parse_rec.cache_clear()  # it would keep every evaluation's annotations for ever
         return OrderedDict(bbox=_summary(precisions, self._class_names, self._is_2007))
 
-    def _classes_present(self, images: Dict[str, VocImage]) -> Set[str]:
+    def _classes_present(self, images: dict[str, VocImage]) -> set[str]:
         items = [item for image in images.values() for item in image.objects]
         present = {item.label for item in items if not item.difficult} & set(self._class_names)
         if not present:
@@ -80,7 +80,7 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
             logger.warning(f"{self._dataset_name} has no object of {absent}; AP leaves them out")
         return present
 
-    def _gather_predictions(self) -> Dict[int, List[str]]:
+    def _gather_predictions(self) -> dict[int, list[str]]:
         """{class index: its detections as lines of text} of all processes, on the main one."""
         gathered = comm.gather(dict(self._predictions), dst=0)
         return {
@@ -89,8 +89,8 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
         }
 
     def _class_precisions(
-        self, lines: List[str], name: str, template: str, image_set: str
-    ) -> List[List[float]]:
+        self, lines: list[str], name: str, template: str, image_set: str
+    ) -> list[list[float]]:
         """Average precision of one class, in percent, by each of _RULES at each of _THRESHOLDS."""
         with tempfile.NamedTemporaryFile("w", suffix=".txt", dir=os.path.dirname(image_set)) as file:
             file.write("\n".join(lines))
@@ -102,7 +102,7 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
         return [[100.0 * voc_ap(*curve, is_2007) for curve in curves] for is_2007 in _RULES.values()]
 
 
-def _summary(precisions: np.ndarray, names: List[str], is_2007: bool) -> Dict[str, float]:
+def _summary(precisions: np.ndarray, names: list[str], is_2007: bool) -> dict[str, float]:
     """Metrics from average precisions (classes, rules, thresholds), by the rule of the year."""
     own = list(_RULES.values()).index(is_2007)
     by_rule = np.nanmean(precisions, axis=0)
@@ -115,7 +115,7 @@ def _summary(precisions: np.ndarray, names: List[str], is_2007: bool) -> Dict[st
     return OrderedDict((name, float(value)) for name, value in metrics.items())
 
 
-def _write_annotations(images: Dict[str, VocImage], folder: str) -> Tuple[str, str]:
+def _write_annotations(images: dict[str, VocImage], folder: str) -> tuple[str, str]:
     """Write annotations with all that detectron2's reader insists on: pose, truncated and difficult
     of each object, whole-numbered corners, and image ids alone on their lines.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Optional, Tuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Callable
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -47,7 +48,7 @@ class DistillLoss(nn.Module):
     #: The SOLVER node (keys of MODEL.DISTILLER.SOLVER; those left out have its defaults) of an
     #: optimizer of its own for this loss's parameters; None: they are trained by the student's.
     #: DistillTrainer's affair: under another trainer one optimizer trains all parameters.
-    solver: Optional[CN] = None
+    solver: CN | None = None
 
     def __init__(
         self,
@@ -88,13 +89,13 @@ class DistillLoss(nn.Module):
         for pairs in self.feature_pairs():
             pairs.bind(student, teacher)
 
-    def feature_pairs(self) -> List[FeaturePairs]:
+    def feature_pairs(self) -> list[FeaturePairs]:
         """The level pairings of this loss, for binding and for the table at start-up."""
         return [module for module in self.modules() if isinstance(module, FeaturePairs)]
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """The unweighted terms, scalars in float32 by name; differentiable w.r.t. the student."""
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
@@ -110,25 +111,25 @@ class DistillLoss(nn.Module):
         """Whether the student feels this loss at this iteration, where it is on."""
         return True
 
-    def task_weights(self) -> Dict[str, float]:
+    def task_weights(self) -> dict[str, float]:
         """Factors of the student's own losses, by name, while this loss is on."""
         return {}
 
-    def idle(self) -> Dict[str, torch.Tensor]:
+    def idle(self) -> dict[str, torch.Tensor]:
         """A zero that reaches every parameter of this loss, so that DDP sees all of them each step."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             return {}
         return {f"loss_{self.NODE.lower()}": sum(p.sum() for p in parameters) * 0.0}
 
-    def use_statistics(self, statistics: Callable[[], "BoxStatistics"]) -> None:
+    def use_statistics(self, statistics: Callable[[], BoxStatistics]) -> None:
         """Take the training data's frequencies and sizes of boxes; called before ``bind``.
 
         Args:
             statistics: computes or reads them, which may take a while: called only where needed.
         """
 
-    def starting_state(self, state: Dict[str, torch.Tensor], part: str) -> Dict[str, torch.Tensor]:
+    def starting_state(self, state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
         """Of this loss's parameters in an earlier run's checkpoint those to start from.
 
         Args:
@@ -136,7 +137,7 @@ class DistillLoss(nn.Module):
         """
         return state
 
-    def from_reference(self, state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    def from_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This loss's parameters from those, under their names, of its authors' implementation (the
         entry "teacher" of ICD's checkpoints); {} where there are none."""
         return {}
@@ -145,11 +146,11 @@ class DistillLoss(nn.Module):
         """Whether the learning rate schedule of ``solver`` goes on after this iteration."""
         return True
 
-    def frozen_parameters(self, iteration: int) -> List[nn.Parameter]:
+    def frozen_parameters(self, iteration: int) -> list[nn.Parameter]:
         """Parameters that stay as they are in this step: DistillTrainer drops their gradients."""
         return []
 
-    def pretrain(self, teacher: DetectorView, batch: Batch) -> Dict[str, torch.Tensor]:
+    def pretrain(self, teacher: DetectorView, batch: Batch) -> dict[str, torch.Tensor]:
         """Terms that train this loss's own parameters before the student is trained, in the steps
         of MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS (``batch.iteration`` < 0); they are summed as they are.
 
@@ -164,7 +165,7 @@ class DistillLoss(nn.Module):
         distiller[cls.NODE] = CN({key.upper(): value for key, value in keyword_defaults(cls).items()})
 
     @classmethod
-    def from_config(cls, distiller: CN) -> "DistillLoss":
+    def from_config(cls, distiller: CN) -> DistillLoss:
         """Build this loss from its node in MODEL.DISTILLER."""
         return cls(**{key.lower(): value for key, value in distiller[cls.NODE].items()})
 
@@ -183,7 +184,7 @@ def check_setting(node: str, name: str, value: Any, holds: bool, expected: str) 
     raise ValueError(f"MODEL.DISTILLER.{node}.{name.upper()} is {value!r}; expected {expected}")
 
 
-def check_choices(node: str, **choices: Tuple[Any, Iterable[Any]]) -> None:
+def check_choices(node: str, **choices: tuple[Any, Iterable[Any]]) -> None:
     """Check arguments of the loss of this node, by name, that are one of some values: (value, values).
 
     Raises:
@@ -213,7 +214,7 @@ def check_odd(node: str, **values: int) -> None:
         check_setting(node, name, value, value > 0 and value % 2 == 1, "an odd number above 0")
 
 
-def build_losses(distiller: CN) -> Dict[str, DistillLoss]:
+def build_losses(distiller: CN) -> dict[str, DistillLoss]:
     """The losses that MODEL.DISTILLER.TYPES names, by registered name.
 
     Raises:
@@ -229,9 +230,9 @@ def build_losses(distiller: CN) -> Dict[str, DistillLoss]:
     return {name: DISTILL_LOSS_REGISTRY.get(name).from_config(distiller) for name in names}
 
 
-def keyword_defaults(cls: type) -> Dict[str, Any]:
+def keyword_defaults(cls: type) -> dict[str, Any]:
     """The keyword arguments of ``cls`` and its base losses with their defaults, base first."""
-    defaults: Dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for ancestor in reversed(cls.__mro__):
         if not issubclass(ancestor, DistillLoss):
             continue

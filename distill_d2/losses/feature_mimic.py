@@ -11,7 +11,7 @@ each channel over (N, H, W) (as PKD does), "level" the whole map with one mean a
 
 from __future__ import annotations
 
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -50,16 +50,14 @@ class FeatureMimic(DistillLoss):
             ValueError: unknown loss_form or normalize.
         """
         super().__init__(**schedule)
-        check_choices(
-            self.NODE, loss_form=(loss_form, _DISTANCES), normalize=(normalize, _NORM_DIMS)
-        )
+        check_choices(self.NODE, loss_form=(loss_form, _DISTANCES), normalize=(normalize, _NORM_DIMS))
         self.pairs = FeaturePairs(in_features)
         self.distance = _DISTANCES[loss_form]
         self.norm_dims = _NORM_DIMS[normalize]
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """{"loss_feature_mimic": scalar}; student and teacher maps are (N, C, H, W) per level."""
         losses = [self._level(s, t) for s, t in self.pairs(student, teacher).values()]
         return {"loss_feature_mimic": torch.stack(losses).mean()}

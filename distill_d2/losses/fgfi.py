@@ -15,7 +15,7 @@ signs. The authors' code leaves the loss out in the first 400 iterations (START_
 from __future__ import annotations
 
 import math
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -91,7 +91,7 @@ class FGFI(DistillLoss):
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """{"loss_fgfi": scalar}."""
         pairs = self.pairs(student, teacher)
         masks = self.masks.of_pairs(student, batch, pairs, self.pairs.strides)

@@ -14,7 +14,7 @@ first stage is a bottleneck (projects/GHND), and nothing else is trained.
 from __future__ import annotations
 
 import math
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class GHND(DistillLoss):
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """{"loss_ghnd_<stage>": scalar} per stage; maps are (N, C, H, W), float32."""
         pairs = self.pairs(student, teacher)
         weights = self.stage_weights or [1.0] * len(pairs)

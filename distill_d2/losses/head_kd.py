@@ -12,7 +12,6 @@ Background is a class. Unlike GID's response, all proposals count, not only thos
 from __future__ import annotations
 
 import math
-from typing import Dict
 
 import torch
 
@@ -61,9 +60,7 @@ class HeadKD(DistillLoss):
             ValueError: a value that cannot be; the message names the key.
         """
         super().__init__(**schedule)
-        check_choices(
-            self.NODE, proposals=(proposals, PROPOSALS), reg_mode=(reg_mode, _REG_MODES)
-        )
+        check_choices(self.NODE, proposals=(proposals, PROPOSALS), reg_mode=(reg_mode, _REG_MODES))
         check_not_negative(
             self.NODE,
             cls_weight=cls_weight,
@@ -92,7 +89,7 @@ class HeadKD(DistillLoss):
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """The terms whose weights are not 0, weighted: "loss_head_kd_cls", "loss_head_kd_reg"."""
         ours, theirs = common_predictions(student, teacher, "box_head", batch, self.proposals)
         terms = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
-
 import torch
 
 from ..views import Batch, DetectorView, Predictions, require_same_boxes, require_same_classes
@@ -53,9 +51,9 @@ def common_predictions(
     student: DetectorView,
     teacher: DetectorView,
     capability: str,
-    batch: Optional[Batch] = None,
+    batch: Batch | None = None,
     proposals: str = "student",
-) -> Tuple[Predictions, Predictions]:
+) -> tuple[Predictions, Predictions]:
     """Both heads' predictions for the same rows; the student's carry gradients and, of a box head, the
     classes of the rows.
 
@@ -70,7 +68,7 @@ def common_predictions(
     return student.box_head(boxes, classes), teacher.box_head(boxes)
 
 
-def object_rows(student: Predictions, batch: Batch) -> Tuple[torch.Tensor, torch.Tensor]:
+def object_rows(student: Predictions, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Which rows (N, R) are objects, and which are background; ignored ones are neither.
 
     By the classes of the rows where these are known, as of proposals, otherwise by the student's own

@@ -8,7 +8,7 @@ so that nothing waits for the device.
 from __future__ import annotations
 
 import math
-from typing import Iterable, Mapping, Tuple
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..views import Batch, DetectorView
 from .pairing import Maps, Pairs
 
-Size = Tuple[int, int]
+Size = tuple[int, int]
 
 MASKS = ("gt", "roi", "gaussian", "one")
 LEVEL_ASSIGNS = ("single", "all")
@@ -38,7 +38,7 @@ def level_of_boxes(boxes: torch.Tensor, levels: int, finest_scale: float = 56.0)
     return torch.log2(scale / finest_scale + 1e-6).floor().clamp(0, levels - 1).long()
 
 
-def cells_of_boxes(boxes: torch.Tensor, size: Size, stride: int) -> Tuple[torch.Tensor, ...]:
+def cells_of_boxes(boxes: torch.Tensor, size: Size, stride: int) -> tuple[torch.Tensor, ...]:
     """The cells of a level (H, W) that each box covers: first column, first row, and the column and row
     after the last ones.
 
@@ -66,9 +66,7 @@ def box_mask(boxes: torch.Tensor, drawn: torch.Tensor, size: Size, stride: int) 
     return (rows.float().transpose(1, 2) @ columns.float()).clamp(max=1)
 
 
-def gaussian_mask(
-    boxes: torch.Tensor, drawn: torch.Tensor, size: Size, stride: int
-) -> torch.Tensor:
+def gaussian_mask(boxes: torch.Tensor, drawn: torch.Tensor, size: Size, stride: int) -> torch.Tensor:
     """In the cells of the drawn boxes a Gaussian around the box's centre, the largest of several.
 
     Its deviation is half a side of the box, at least half a cell. After the adaptive Gaussian mask of
@@ -118,7 +116,7 @@ def resized(mask: torch.Tensor, size: Size) -> torch.Tensor:
     return mask if mask.shape[-2:] == size else F.interpolate(mask[:, None], size)[:, 0]
 
 
-def _covered(boxes: torch.Tensor, size: Size, stride: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def _covered(boxes: torch.Tensor, size: Size, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Which rows (N, M, H) and which columns (N, M, W) of a level each box covers."""
     x1, y1, x2, y2 = (cells[..., None] for cells in cells_of_boxes(boxes, size, stride))
     rows, columns = (torch.arange(length, device=boxes.device) for length in size)

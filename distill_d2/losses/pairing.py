@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,9 @@ from torch import nn
 
 from ..views import DetectorView
 
-Shapes = Dict[str, Tuple[int, ...]]
-Maps = Dict[str, torch.Tensor]
-Pairs = Dict[str, Tuple[torch.Tensor, torch.Tensor]]
+Shapes = dict[str, tuple[int, ...]]
+Maps = dict[str, torch.Tensor]
+Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 _SHARED = "shared"
 
@@ -29,7 +29,7 @@ class FeaturePairs(nn.Module):
         self,
         in_features: Sequence[str] = (),
         *,
-        channels: Optional[int] = None,
+        channels: int | None = None,
         contiguous: bool = True,
         kernel_size: int = 1,
         shared: bool = False,
@@ -65,7 +65,7 @@ class FeaturePairs(nn.Module):
         self.key = key
         self.adapters = nn.ModuleDict()
         self.teacher_adapters = nn.ModuleDict()
-        self.strides: Dict[str, int] = {}
+        self.strides: dict[str, int] = {}
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         """Find the levels in both detectors and create the adapters.
@@ -103,7 +103,7 @@ class FeaturePairs(nn.Module):
         self.adapters.update(self._convolutions(ours_to, self.always))
         self.teacher_adapters.update(self._convolutions(theirs_to, False))
 
-    def _convolutions(self, channels: Dict[str, Tuple[int, int]], always: bool) -> nn.ModuleDict:
+    def _convolutions(self, channels: dict[str, tuple[int, int]], always: bool) -> nn.ModuleDict:
         """By level, or under one name for all, those needed for its (input, output) channels."""
         needed = {name: pair for name, pair in channels.items() if always or pair[0] != pair[1]}
         if not needed or not self.shared:
@@ -122,11 +122,11 @@ class FeaturePairs(nn.Module):
                 convolution.weight.normal_().fmod_(2).mul_(self.init_std)
         return nn.Sequential(convolution, nn.ReLU()) if self.relu else convolution
 
-    def _adapter(self, adapters: nn.ModuleDict, name: str) -> Optional[nn.Module]:
+    def _adapter(self, adapters: nn.ModuleDict, name: str) -> nn.Module | None:
         key = _SHARED if self.shared else name
         return adapters[key] if key in adapters else None
 
-    def describe(self, student: Shapes, teacher: Shapes) -> List[List[str]]:
+    def describe(self, student: Shapes, teacher: Shapes) -> list[list[str]]:
         """One row per level for the table at start-up: name, stride, both shapes, and what is adapted.
 
         Args:
@@ -154,7 +154,7 @@ class FeaturePairs(nn.Module):
         return {name: self._level(teacher, name, self.teacher_adapters) for name in self.in_features}
 
     def of_student(
-        self, student: DetectorView, sizes: Sequence[Tuple[int, int]], *, detach: bool = False
+        self, student: DetectorView, sizes: Sequence[tuple[int, int]], *, detach: bool = False
     ) -> Maps:
         """The student's map (N, C, H, W) by level name.
 
@@ -179,7 +179,7 @@ class FeaturePairs(nn.Module):
         return level if adapter is None else adapter(level)
 
 
-def _common_levels(student: DetectorView, teacher: DetectorView) -> List[str]:
+def _common_levels(student: DetectorView, teacher: DetectorView) -> list[str]:
     theirs = teacher.strides
     names = [name for name, stride in student.strides.items() if theirs.get(name) == stride]
     if not names:

@@ -13,7 +13,7 @@ are those of the process's own batch and include the padding, as in the authors'
 
 from __future__ import annotations
 
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -90,7 +90,7 @@ class PKD(DistillLoss):
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """{"loss_pkd": scalar}, the sum over levels; maps are (N, C, H, W) per level."""
         pairs = self.pairs(student, teacher).values()
         return {"loss_pkd": torch.stack([pearson_distance(s, t) for s, t in pairs]).sum()}

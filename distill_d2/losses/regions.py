@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Tuple
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -51,7 +49,7 @@ def distance_map(
 
 def region_means(
     distances: torch.Tensor, mask: torch.Tensor, channels: int
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Half the mean distance of all elements in the mask, and of all outside it (DeFeat).
 
     sum(M d) / max(1, 2 C sum(M)), of all cells of the process's batch; 0 where a region is empty.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ def box_mean(
     student: Predictions,
     teacher: Predictions,
     mask: torch.Tensor,
-    classes: Optional[torch.Tensor],
+    classes: torch.Tensor | None,
     *others: torch.Tensor,
 ) -> torch.Tensor:
     """The mean of a loss on the box deltas over the rows of the mask (N, R); 0 without rows.

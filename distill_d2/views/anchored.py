@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable
 
 import torch
 from detectron2.structures import Boxes
@@ -34,8 +35,8 @@ class AnchoredHead:
     classes: int
     anchor_generator: Any
     transform: Any
-    match: Callable[[torch.Tensor, torch.Tensor, List[Boxes]], torch.Tensor]
-    assign: Optional[Match] = None
+    match: Callable[[torch.Tensor, torch.Tensor, list[Boxes]], torch.Tensor]
+    assign: Match | None = None
     background: bool = False
 
     def predictions(self, view: DetectorView) -> Predictions:
@@ -59,7 +60,7 @@ class AnchoredHead:
             assign=self.assign or (lambda boxes, valid: assign_by_iou(boxes, valid, rows)),
         )
 
-    def grids(self, view: DetectorView) -> Dict[str, torch.Tensor]:
+    def grids(self, view: DetectorView) -> dict[str, torch.Tensor]:
         """The anchors of each level by name, (H, W, A, 4)."""
         levels = [view.level(name, contiguous=False) for name in self.in_features]
         return {
@@ -67,7 +68,7 @@ class AnchoredHead:
             for name, level, boxes in zip(self.in_features, levels, self.anchor_generator(levels))
         }
 
-    def sample(self) -> Tuple[torch.Tensor, torch.Tensor]:
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Anchors of a 2x2 grid on every level, (R, 4), and what fixed deltas make of them, (R, 4):
         equal for heads whose predictions can be compared row by row."""
         device = next(self.anchor_generator.buffers()).device

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type
+from collections.abc import Iterator, Sequence
+from typing import (
+    Any,
+    Callable,
+)
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -15,20 +19,20 @@ from ..transfer import contiguous
 from .batch import Batch
 from .predictions import Predictions
 
-_VIEWS: Dict[type, Type["DetectorView"]] = {}
+_VIEWS: dict[type, type[DetectorView]] = {}
 
 
 def register_view(detector: type) -> Callable:
     """Class decorator: the view to use for this meta-architecture and its subclasses."""
 
-    def register(view: Type["DetectorView"]) -> Type["DetectorView"]:
+    def register(view: type[DetectorView]) -> type[DetectorView]:
         _VIEWS[detector] = view
         return view
 
     return register
 
 
-def build_view(model: nn.Module, role: str) -> "DetectorView":
+def build_view(model: nn.Module, role: str) -> DetectorView:
     """The view registered for the nearest base class of ``model``; the plain one if there is none."""
     for ancestor in type(model).__mro__:
         if ancestor in _VIEWS:
@@ -36,7 +40,7 @@ def build_view(model: nn.Module, role: str) -> "DetectorView":
     return DetectorView(model, role)
 
 
-def require_same_classes(student: "DetectorView", teacher: "DetectorView", loss: str) -> None:
+def require_same_classes(student: DetectorView, teacher: DetectorView, loss: str) -> None:
     """Check, for a loss that compares class logits, that both detectors have the same classes.
 
     Raises:
@@ -51,9 +55,7 @@ def require_same_classes(student: "DetectorView", teacher: "DetectorView", loss:
     )
 
 
-def require_same_boxes(
-    student: "DetectorView", teacher: "DetectorView", capability: str, loss: str
-) -> None:
+def require_same_boxes(student: DetectorView, teacher: DetectorView, capability: str, loss: str) -> None:
     """Check, for a loss that compares predictions row by row, that both detectors have the same
     anchors and box parametrisation.
 
@@ -101,7 +103,7 @@ class DetectorView:
     """
 
     #: What this kind of detector offers beyond features and taps: names of methods, "dense" for one.
-    offers: Tuple[str, ...] = ()
+    offers: tuple[str, ...] = ()
 
     #: Whether its dense predictions have a centerness; whether they have a background class.
     has_centerness = False
@@ -120,46 +122,46 @@ class DetectorView:
             raise TypeError(f"the {role}, a {type(model).__name__}, has no module 'backbone'")
         self.model = model
         self.role = role
-        self.required: Set[str] = set()
-        self._levels_read: Set[str] = set()
-        self._taps_read: Set[str] = set()
+        self.required: set[str] = set()
+        self._levels_read: set[str] = set()
+        self._taps_read: set[str] = set()
         #: How often a ``require_*`` method was called.
         self.statements = 0
         self.taps = Taps(model)
         self.taps.add("backbone")
         #: Wraps whatever part of the detector the view runs by itself (the teacher's heads).
-        self.context: Callable[[], ContextManager] = contextlib.nullcontext
-        self._of_step: Dict[Any, Any] = {}
+        self.context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+        self._of_step: dict[Any, Any] = {}
 
     # What the detector has, known when it is built.
 
     @property
-    def num_classes(self) -> Optional[int]:
+    def num_classes(self) -> int | None:
         """Number of foreground classes; None where the kind of detector is unknown."""
         return None
 
     @property
-    def probe_size(self) -> Tuple[int, int]:
+    def probe_size(self) -> tuple[int, int]:
         """(H, W) in pixels of a small image that this detector's backbone takes."""
         return (2 * max(self.model.backbone.size_divisibility, 32),) * 2
 
     @property
-    def fixed_size(self) -> Optional[int]:
+    def fixed_size(self) -> int | None:
         """Height and width in pixels of all its images, where it takes no others."""
         return None
 
     @property
-    def strides(self) -> Dict[str, int]:
+    def strides(self) -> dict[str, int]:
         """The stride in pixels of each neck level, by name."""
         return {name: shape.stride for name, shape in self.neck_shapes.items()}
 
     @property
-    def neck_shapes(self) -> Dict[str, ShapeSpec]:
+    def neck_shapes(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each output of the backbone (of its FPN), by name."""
         return self.model.backbone.output_shape()
 
     @property
-    def stage_shapes(self) -> Dict[str, ShapeSpec]:
+    def stage_shapes(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each stage of the bottom-up network, by name."""
         bottom_up = self._bottom_up()
         channels = getattr(bottom_up, "_out_feature_channels", None)
@@ -211,18 +213,18 @@ class DetectorView:
         self.statements += 1
 
     @property
-    def backbone_reads(self) -> List[str]:
+    def backbone_reads(self) -> list[str]:
         """Names of the modules whose outputs losses have stated to read, if all are the backbone or inside
         it and no more is required; otherwise, or if nothing was stated, none."""
         paths = self._taps_read.union(map(self._level_path, self._levels_read))
         inside = all(path.split(".")[0] == "backbone" for path in paths)
         return sorted(paths) if inside and not self.required else []
 
-    def until_read(self) -> ContextManager:
+    def until_read(self) -> contextlib.AbstractContextManager:
         """While recording, a forward of the detector inside ends with the last of ``backbone_reads``."""
         return self.taps.stopping_after(self.backbone_reads, last="backbone")
 
-    def probe(self, height: int, width: int) -> Dict[str, Tuple[int, ...]]:
+    def probe(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Run the backbone once on a black image; the shape (C, H, W) of every level by name."""
         with evaluating(self.model.backbone), self.recording():
             self.model.backbone(self._black_image(height, width))
@@ -231,11 +233,11 @@ class DetectorView:
             ]
             return {name: tuple(self.level(name).shape[1:]) for name in names}
 
-    def reached_parameters(self) -> Set[nn.Parameter]:
+    def reached_parameters(self) -> set[nn.Parameter]:
         """Parameters that the levels and taps which losses read depend on; runs the backbone once."""
         backbone = self.model.backbone
         parameters = [p for p in backbone.parameters() if p.requires_grad]
-        sums: List[torch.Tensor] = []
+        sums: list[torch.Tensor] = []
         with evaluating(backbone), torch.enable_grad(), self.recording():
             with self.until_read():
                 backbone(self._black_image(*self.probe_size))
@@ -262,17 +264,15 @@ class DetectorView:
             self._of_step.clear()
 
     @property
-    def features(self) -> Dict[str, torch.Tensor]:
+    def features(self) -> dict[str, torch.Tensor]:
         """The neck's outputs by name, each (N, C, H/stride, W/stride)."""
         return {name: self.level(name) for name in self.neck_shapes}
 
     @property
-    def bottom_up(self) -> Dict[str, torch.Tensor]:
+    def bottom_up(self) -> dict[str, torch.Tensor]:
         """The required stages of the bottom-up network by name, each (N, C, H/stride, W/stride)."""
         return {
-            name: self.level(name)
-            for name in self.stage_shapes
-            if self.taps.has(self._stage_path(name))
+            name: self.level(name) for name in self.stage_shapes if self.taps.has(self._stage_path(name))
         }
 
     def level(self, name: str, *, contiguous: bool = True) -> torch.Tensor:
@@ -313,32 +313,32 @@ class DetectorView:
         """Names of the levels that ``anchors`` has."""
         raise TypeError(f"{type(self.model).__name__} has no anchors")
 
-    def anchors(self) -> Dict[str, torch.Tensor]:
+    def anchors(self) -> dict[str, torch.Tensor]:
         """The anchors (H, W, A, 4) of each level of a head on the neck, absolute XYXY."""
         raise TypeError(f"{type(self.model).__name__} has no anchors")
 
     def box_head(
         self,
-        proposals: Optional[List[Boxes]] = None,
-        classes: Optional[List[torch.Tensor]] = None,
+        proposals: list[Boxes] | None = None,
+        classes: list[torch.Tensor] | None = None,
     ) -> Predictions:
         """A box head's predictions for N images' proposals, of these classes if they are known; None:
         for ``sampled_proposals``, as the student has scored them."""
         raise TypeError(f"{type(self.model).__name__} has no box head")
 
-    def sampled_proposals(self) -> List[Boxes]:
+    def sampled_proposals(self) -> list[Boxes]:
         """N images' proposals that the student sampled for its own loss in this step."""
         raise TypeError(f"{type(self.model).__name__} has no proposals")
 
-    def own_proposals(self, batch: Batch) -> Tuple[List[Boxes], List[torch.Tensor]]:
+    def own_proposals(self, batch: Batch) -> tuple[list[Boxes], list[torch.Tensor]]:
         """N images' proposals of a frozen detector, sampled as for its own loss, and their classes."""
         raise TypeError(f"{type(self.model).__name__} has no proposals")
 
-    def score_boxes(self, boxes: List[Boxes]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+    def score_boxes(self, boxes: list[Boxes]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """A two-stage head's class logits and deltas on given boxes."""
         raise TypeError(f"{type(self.model).__name__} cannot score boxes")
 
-    def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
+    def sample_boxes(self, capability: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Some anchors (R, 4) of this detector, and the boxes (R, 4) that fixed deltas make of them."""
         raise TypeError(f"{type(self.model).__name__} has no {capability}()")
 

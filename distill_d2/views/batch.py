@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 from detectron2.structures import Instances
@@ -23,18 +23,18 @@ class Batch:
         max_iter: the number of steps of the whole run.
     """
 
-    inputs: List[Dict[str, Any]]
-    padded_size: Tuple[int, int]
+    inputs: list[dict[str, Any]]
+    padded_size: tuple[int, int]
     iteration: int
     max_iter: int
 
     @property
-    def image_sizes(self) -> List[Tuple[int, int]]:
+    def image_sizes(self) -> list[tuple[int, int]]:
         """N (height, width) of the augmented images before padding, in pixels."""
         return [tuple(item["image"].shape[-2:]) for item in self.inputs]
 
     @property
-    def instances(self) -> List[Instances]:
+    def instances(self) -> list[Instances]:
         """N ground truths: gt_boxes (absolute XYXY on the augmented image), gt_classes, ...
 
         Raises:
@@ -43,7 +43,7 @@ class Batch:
         device = self.inputs[0]["image"].device
         return [item["instances"].to(device) for item in self.inputs]
 
-    def padded_boxes(self) -> Tuple[torch.Tensor, torch.Tensor]:
+    def padded_boxes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The ground-truth boxes (N, G, 4), float32, absolute XYXY on the augmented image, filled up to
         the longest image's, at least one; and which are there, (N, G) bool.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict, List
-
 import torch
 from detectron2.modeling import FCOS
 from detectron2.structures import Boxes
@@ -18,13 +16,11 @@ ANCHOR_STRIDES = 8
 class FCOSView(RetinaNetView):
     has_centerness = True
 
-    def anchors(self) -> Dict[str, torch.Tensor]:
+    def anchors(self) -> dict[str, torch.Tensor]:
         """It has none: squares of 8 strides around its points, as ATSS has (arXiv 1912.02424)."""
         return {name: _enlarge(boxes, ANCHOR_STRIDES) for name, boxes in super().anchors().items()}
 
-    def _match(
-        self, boxes: torch.Tensor, valid: torch.Tensor, anchors: List[Boxes]
-    ) -> torch.Tensor:
+    def _match(self, boxes: torch.Tensor, valid: torch.Tensor, anchors: list[Boxes]) -> torch.Tensor:
         """FCOS' own rule: near the centre of a box, and of the level that its size belongs to."""
         quality = [self.model._match_anchors(Boxes(per_image), anchors) for per_image in boxes]
         matched = (torch.stack(quality) > 0) & valid[..., None]

@@ -57,9 +57,7 @@ def match_by_iou(
     return torch.where(low_quality, 1, labels)
 
 
-def assign_by_iou(
-    boxes: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor
-) -> torch.Tensor:
+def assign_by_iou(boxes: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """The valid box that each row overlaps most, (N, R) int64. Args: as of ``match_by_iou``."""
     iou = batched_iou(boxes, rows.expand(len(boxes), *rows.shape[-2:]))
     return torch.where(valid[..., None], iou, -1.0).argmax(dim=1)

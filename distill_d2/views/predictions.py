@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Callable, List, Optional, Sequence
+from typing import Callable
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -47,10 +48,10 @@ class Predictions:
     match: Match
     centerness_levels: Sequence[torch.Tensor] = ()
     background: bool = False
-    valid: Optional[torch.Tensor] = None
-    classes: Optional[torch.Tensor] = None
-    encode: Optional[Decode] = None
-    assign: Optional[Match] = None
+    valid: torch.Tensor | None = None
+    classes: torch.Tensor | None = None
+    encode: Decode | None = None
+    assign: Match | None = None
 
     @property
     def num_classes(self) -> int:
@@ -58,7 +59,7 @@ class Predictions:
         return self.logit_levels[0].shape[-1] - self.background
 
     @property
-    def level_sizes(self) -> List[int]:
+    def level_sizes(self) -> list[int]:
         """Number of rows of each level; they add up to R."""
         return [level.shape[1] * level.shape[2] for level in self.logit_levels]
 
@@ -82,7 +83,7 @@ class Predictions:
         logits = self.logits
         return (logits[..., :-1] if self.background else logits).argmax(dim=-1)
 
-    def deltas_of(self, classes: Optional[torch.Tensor]) -> torch.Tensor:
+    def deltas_of(self, classes: torch.Tensor | None) -> torch.Tensor:
         """(N, R, 4): the deltas for the given (N, R) class of each row; not read unless
         ``class_specific``."""
         deltas = self.deltas

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
@@ -26,9 +26,9 @@ _PREDICTOR = "roi_heads.box_predictor"
 @register_view(GeneralizedRCNN)
 class RCNNView(DetectorView):
     @property
-    def offers(self) -> Tuple[str, ...]:
+    def offers(self) -> tuple[str, ...]:
         heads, generator = self.model.roi_heads, self.model.proposal_generator
-        offers: Tuple[str, ...] = ()
+        offers: tuple[str, ...] = ()
         if isinstance(generator, RPN) and isinstance(generator.box2box_transform, Box2BoxTransform):
             offers += ("rpn", "anchors")  # not a rotated one
         if isinstance(heads, StandardROIHeads) and not isinstance(heads, CascadeROIHeads):
@@ -55,13 +55,13 @@ class RCNNView(DetectorView):
     def anchor_levels(self) -> Sequence[str]:
         return self.model.proposal_generator.in_features
 
-    def anchors(self) -> Dict[str, torch.Tensor]:
+    def anchors(self) -> dict[str, torch.Tensor]:
         return self._rpn().grids(self)
 
     def box_head(
         self,
-        proposals: Optional[List[Boxes]] = None,
-        classes: Optional[List[torch.Tensor]] = None,
+        proposals: list[Boxes] | None = None,
+        classes: list[torch.Tensor] | None = None,
     ) -> Predictions:
         if proposals is None:
             proposals = self.sampled_proposals()
@@ -87,17 +87,17 @@ class RCNNView(DetectorView):
             assign=lambda others, kept: assign_by_iou(others, kept, boxes),
         )
 
-    def sampled_proposals(self) -> List[Boxes]:
+    def sampled_proposals(self) -> list[Boxes]:
         return self.once("sampled", lambda: [each.proposal_boxes for each in self._sampled()])
 
-    def own_proposals(self, batch: Batch) -> Tuple[List[Boxes], List[torch.Tensor]]:
+    def own_proposals(self, batch: Batch) -> tuple[list[Boxes], list[torch.Tensor]]:
         """Those of its RPN in evaluation, with the ground truth and sampled as its box head's loss does.
 
         Both are detectron2's own and wait for the device.
         """
         return self.once("own proposals", lambda: self._own_proposals(batch))
 
-    def score_boxes(self, boxes: List[Boxes]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+    def score_boxes(self, boxes: list[Boxes]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Run the box head on N images' boxes (absolute XYXY pixels on the augmented image).
 
         Returns:
@@ -111,17 +111,17 @@ class RCNNView(DetectorView):
         counts = [len(per_image) for per_image in boxes]
         return list(logits.float().split(counts)), list(deltas.float().split(counts))
 
-    def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
+    def sample_boxes(self, capability: str) -> tuple[torch.Tensor, torch.Tensor]:
         if capability == "rpn":
             return self._rpn().sample()
         boxes = torch.tensor([[8.0, 8.0, 40.0, 24.0]])  # any: the proposals are shared
         return boxes, decode_sample(self.model.roi_heads.box_predictor.box2box_transform, boxes)
 
-    def _sampled(self) -> List[Instances]:
+    def _sampled(self) -> list[Instances]:
         sampled, _ = self.taps.output("roi_heads")
         return sampled
 
-    def _own_proposals(self, batch: Batch) -> Tuple[List[Boxes], List[torch.Tensor]]:
+    def _own_proposals(self, batch: Batch) -> tuple[list[Boxes], list[torch.Tensor]]:
         targets = [_boxes_and_classes(per_image) for per_image in batch.instances]
         images = ImageList(torch.empty(0), batch.image_sizes)  # only the sizes are read
         with self.context(), EventStorage():  # what the heads log is no news of the student
@@ -157,8 +157,8 @@ class RCNNView(DetectorView):
 
 
 def _padded(
-    boxes: List[torch.Tensor], logits: List[torch.Tensor], deltas: List[torch.Tensor]
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    boxes: list[torch.Tensor], logits: list[torch.Tensor], deltas: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """N images' rows, filled up with zeros to the longest, at least one, and which are there."""
     counts = [len(per_image) for per_image in boxes]
     full = torch.ones(len(boxes), max(1, *counts), dtype=torch.bool, device=boxes[0].device)
@@ -168,7 +168,7 @@ def _padded(
     return (*(pad_sequence(part, batch_first=True)[:-1] for part in one_more), full)
 
 
-def _padded_classes(classes: List[torch.Tensor], background: int, length: int) -> torch.Tensor:
+def _padded_classes(classes: list[torch.Tensor], background: int, length: int) -> torch.Tensor:
     """N images' classes, filled up with background: (N, length)."""
     filled = [*classes, classes[0].new_zeros(length)]
     return pad_sequence(filled, batch_first=True, padding_value=background)[:-1]

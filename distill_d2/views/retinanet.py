@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 from detectron2.modeling import RetinaNet
@@ -34,10 +34,10 @@ class RetinaNetView(DetectorView):
     def anchor_levels(self) -> Sequence[str]:
         return self.model.head_in_features
 
-    def anchors(self) -> Dict[str, torch.Tensor]:
+    def anchors(self) -> dict[str, torch.Tensor]:
         return self._head().grids(self)
 
-    def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
+    def sample_boxes(self, capability: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self._head().sample()
 
     def _head(self) -> AnchoredHead:
@@ -50,7 +50,5 @@ class RetinaNetView(DetectorView):
             match=self._match,
         )
 
-    def _match(
-        self, boxes: torch.Tensor, valid: torch.Tensor, anchors: List[Boxes]
-    ) -> torch.Tensor:
+    def _match(self, boxes: torch.Tensor, valid: torch.Tensor, anchors: list[Boxes]) -> torch.Tensor:
         return match_by_iou(self.model.anchor_matcher, boxes, valid, Boxes.cat(anchors).tensor)

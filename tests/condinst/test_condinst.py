@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from condinst_case import condinst, condinst_config
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks
+from distill_d2.projects.fcos import OneStageDetectorView
 from fcos_case import fcos, without_objects
 from tiny import tiny_batch
 
@@ -18,7 +19,6 @@ from distill_d2.losses.fgfi import FGFI
 from distill_d2.losses.gid import GID
 from distill_d2.losses.icd.loss import InstanceConditionalDistillation
 from distill_d2.losses.pkd import PKD
-from distill_d2.projects.fcos import OneStageDetectorView
 from distill_d2.teacher import Teacher, load_teacher_weights
 from distill_d2.views import build_view
 

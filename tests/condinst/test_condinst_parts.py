@@ -11,14 +11,14 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks, ROIMasks
 from detectron2.structures.masks import polygons_to_bitmask
-
-from distill_d2 import add_distill_config
-from distill_d2.config import load_yaml
-from distill_d2.model_zoo import get_config_file
 from distill_d2.projects.condinst.mask_branch import MaskBranch, aligned_bilinear
 from distill_d2.projects.condinst.mask_head import DynamicMaskHead, dice_losses
 from distill_d2.projects.condinst.selection import best_of_each_object, random_subset
 from distill_d2.projects.condinst.truth import mask_truth, semantic_loss
+
+from distill_d2 import add_distill_config
+from distill_d2.config import load_yaml
+from distill_d2.model_zoo import get_config_file
 
 # Names and shapes of the published models
 

@@ -298,16 +298,21 @@ def record(tmp_path):
         x1, y1, x2, y2 = map(float, box)  # whole numbers detectron2 would round
         annotations.append(
             {
-                **{"bbox": [x1, y1, x2 - x1, y2 - y1], "bbox_mode": BoxMode.XYWH_ABS},
-                **{"category_id": index, "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]]},
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": index,
+                "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
             }
         )
     crowd = {"bbox": [0, 0, 120, 80], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 9, "iscrowd": 1}
     path = str(tmp_path / "image.png")
     cv2.imwrite(path, image)
     return {
-        **{"file_name": path, "height": 80, "width": 120, "image_id": 1},
-        **{"annotations": [*annotations, {**crowd, "segmentation": [[0, 0, 9, 0, 9, 9]]}]},
+        "file_name": path,
+        "height": 80,
+        "width": 120,
+        "image_id": 1,
+        "annotations": [*annotations, {**crowd, "segmentation": [[0, 0, 9, 0, 9, 9]]}],
     }
 
 
@@ -371,8 +376,11 @@ def _plain(mapper):
 
 def test_ssd_augmentations_of_the_config():
     cfg = config(
-        **{"AUGMENTATIONS": "ssd", "FIXED_SIZE": [50, 90], "FORMAT": "RGB"},
-        **{"SSD__EXPAND_MAX_RATIO": 2.0, "SSD__CROP_MIN_IOUS": [0.2]},
+        AUGMENTATIONS="ssd",
+        FIXED_SIZE=[50, 90],
+        FORMAT="RGB",
+        SSD__EXPAND_MAX_RATIO=2.0,
+        SSD__CROP_MIN_IOUS=[0.2],
     )
     cfg.MODEL.PIXEL_MEAN = [1.0, 2.0, 3.0]
     mapper = build_mapper(cfg, True)

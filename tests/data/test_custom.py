@@ -43,7 +43,14 @@ def write_coco(folder, **changes):
         "images": [{"id": 1, "file_name": "1.png", "height": 40, "width": 60}],
         "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
         "annotations": [
-            {"id": 1, "image_id": 1, "category_id": 7, "bbox": [5, 5, 10, 10], "area": 100, "iscrowd": 0},
+            {
+                "id": 1,
+                "image_id": 1,
+                "category_id": 7,
+                "bbox": [5, 5, 10, 10],
+                "area": 100,
+                "iscrowd": 0,
+            },
         ],
     }
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -104,7 +111,9 @@ def test_bccd_is_what_detectron2_reads(shared):
 
 def test_nuclei_by_a_relative_path(shared, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shared / "data"))
-    dicts = load(coco_entry(JSON="nuclei/annotations/val.json", IMAGES="nuclei/images", CLASSES=["nucleus"]))
+    dicts = load(
+        coco_entry(JSON="nuclei/annotations/val.json", IMAGES="nuclei/images", CLASSES=["nucleus"])
+    )
     assert len(dicts) == 45 and sum(len(record["annotations"]) for record in dicts) == 1466
     assert all("segmentation" in item for record in dicts for item in record["annotations"])
     assert all(Path(record["file_name"]).is_file() for record in dicts)
@@ -190,7 +199,9 @@ def test_registering_twice_is_registering_once(voc, coco):
 def test_name_of_another_entry(voc):
     entry = voc_entry()
     register_custom_datasets([entry])
-    assert_fails({**entry, "CLASSES": ["dog", "cat"]}, entry["NAME"], "another dataset", "choose another")
+    assert_fails(
+        {**entry, "CLASSES": ["dog", "cat"]}, entry["NAME"], "another dataset", "choose another"
+    )
 
 
 def test_same_entry_below_another_root_is_another_dataset(voc, tmp_path, monkeypatch):
@@ -240,7 +251,10 @@ def test_missing_key(voc):
 @pytest.mark.parametrize(
     "entry, texts",
     [
-        (voc_entry(ROOT="cats"), ["the file", "cats/ImageSets/Main/train.txt", "['pets']", "DETECTRON2"]),
+        (
+            voc_entry(ROOT="cats"),
+            ["the file", "cats/ImageSets/Main/train.txt", "['pets']", "DETECTRON2"],
+        ),
         (voc_entry(SPLIT="test"), ["Main/test.txt", "['train.txt']"]),
         (coco_entry(JSON="pets/val.json"), ["pets/val.json", "'train.json'"]),
         (coco_entry(IMAGES="pets/pngs"), ["the folder", "pets/pngs", "'images'"]),
@@ -263,7 +277,11 @@ def test_missing_voc_folder(voc, folder):
 
 def test_voc_class_that_is_not_in_classes(voc):
     assert_fails(
-        voc_entry(CLASSES=["cat", "bird"]), "['dog']", "'1.xml'", "['cat', 'bird']", "found: ['cat', 'dog']"
+        voc_entry(CLASSES=["cat", "bird"]),
+        "['dog']",
+        "'1.xml'",
+        "['cat', 'bird']",
+        "found: ['cat', 'dog']",
     )
 
 

@@ -14,7 +14,8 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[2] / "datasets"
 
 pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, ("bash", "curl", "unzip", "tar"))), reason="needs bash, curl, unzip and tar"
+    not all(map(shutil.which, ("bash", "curl", "unzip", "tar"))),
+    reason="needs bash, curl, unzip and tar",
 )
 
 

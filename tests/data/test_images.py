@@ -32,8 +32,11 @@ def test_what_detectron2_wants_of_each(tmp_path):
     path = write(tmp_path / "a.png")
     (record,) = load_images("unlabeled", str(tmp_path))
     assert record == {
-        **{"file_name": str(path), "image_id": "a.png"},
-        **{"height": 40, "width": 60, "annotations": []},
+        "file_name": str(path),
+        "image_id": "a.png",
+        "height": 40,
+        "width": 60,
+        "annotations": [],
     }
 
 

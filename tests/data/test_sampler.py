@@ -102,7 +102,9 @@ def test_grouped_batches_pass_through_detectron2s_grouping():
     wide = _wide()
     ours = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=wide, seed=SEED)
     images = ({"index": i, "width": 2 if wide[i] else 1, "height": 1 if wide[i] else 2} for i in ours)
-    passed = [[image["index"] for image in b] for b in _take(AspectRatioGroupedDataset(images, BATCH), 40)]
+    passed = [
+        [image["index"] for image in b] for b in _take(AspectRatioGroupedDataset(images, BATCH), 40)
+    ]
     assert passed == _batches(ours, 40)
 
 

@@ -74,7 +74,9 @@ def test_boxes_enclose_their_polygons_within_the_image(small):
     for annotation in json.loads(Path(small[0]).read_text())["annotations"]:
         corners = np.array(annotation["segmentation"][0]).reshape(-1, 2)
         x, y, width, height = annotation["bbox"]
-        assert np.allclose([*corners.min(axis=0), *np.ptp(corners, axis=0)], [x, y, width, height], atol=0.02)
+        assert np.allclose(
+            [*corners.min(axis=0), *np.ptp(corners, axis=0)], [x, y, width, height], atol=0.02
+        )
         assert corners.min() >= 0 and corners.max() <= 96
         # radius 10 to 25 % of 96 pixels; a square of radius r is at least 1.4 r wide
         assert 12 < max(width, height) <= 48.1
@@ -161,7 +163,9 @@ def test_image_that_cannot_be_written_stops_the_generation(monkeypatch, tmp_path
 
 def test_folder_with_other_content_is_not_taken_for_the_dataset(tmp_path):
     generate_shapes(str(tmp_path), "train", 2, seed=1)
-    with pytest.raises(ValueError, match="'num_images': 2.*expected.*'num_images': 3.*remove that folder"):
+    with pytest.raises(
+        ValueError, match="'num_images': 2.*expected.*'num_images': 3.*remove that folder"
+    ):
         generate_shapes(str(tmp_path), "train", 3, seed=1)
     (tmp_path / "val").mkdir()
     with pytest.raises(ValueError, match="holds no shapes dataset"):
@@ -182,7 +186,9 @@ def _generate(root, barrier, queue):
     shapes._generate = lambda *arguments: (made.append(1), original(*arguments))
     barrier.wait()
     json_file, images = generate_shapes(root, "train", 30, seed=1)
-    queue.put((len(made), len(json.loads(Path(json_file).read_text())["images"]), len(os.listdir(images))))
+    queue.put(
+        (len(made), len(json.loads(Path(json_file).read_text())["images"]), len(os.listdir(images)))
+    )
 
 
 def test_processes_that_start_together_generate_once(tmp_path):

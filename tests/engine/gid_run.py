@@ -9,10 +9,10 @@ from detectron2.utils import comm
 from icd_run import start, step
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny import tiny_batch  # noqa: E402
+from tiny import tiny_batch
 
-from distill_d2.engine import DistillTrainer, argument_parser, launch, setup  # noqa: E402
-from distill_d2.engine.trainer import distributed  # noqa: E402
+from distill_d2.engine import DistillTrainer, argument_parser, launch, setup
+from distill_d2.engine.trainer import distributed
 
 # Of a run with START_ITER 1 and GI_MIN_SIDE 40: the iteration, and the side in pixels and the number of
 # objects of each process's image. No instance fits into one of 32 pixels.

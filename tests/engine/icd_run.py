@@ -11,10 +11,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny import tiny_batch  # noqa: E402
+from tiny import tiny_batch
 
-from distill_d2.engine import argument_parser, launch, main, setup  # noqa: E402
-from distill_d2.engine.trainer import distributed  # noqa: E402
+from distill_d2.engine import argument_parser, launch, main, setup
+from distill_d2.engine.trainer import distributed
 
 # Of a run with PRETRAIN_TEACHER_ITERS 2, BYPASS_DISTILL 1, STOP_JOINT 3: the student's iteration, and
 # the numbers of objects in the images of the processes. The last only has to go through.

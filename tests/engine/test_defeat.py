@@ -151,7 +151,7 @@ def test_resumed_run_equals_uninterrupted(tmp_path, family, types, keys):
     resumes_exactly(defeat_job(tmp_path, family, types, **keys))
 
 
-def test_lazy_config(config_file):  # noqa: F811
+def test_lazy_config(config_file):
     keys = 'DEFEAT=dict(HEAD_CLS_W=1.0, HEAD_CLS_BACK_W=1.0, DECAY="linear")'
     text = config_file.read_text().replace('TYPES=["PKD"]', f'TYPES=["DeFeat", "FGFI"], {keys}')
     config_file.write_text(text)

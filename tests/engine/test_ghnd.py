@@ -444,7 +444,7 @@ def test_two_processes(tmp_path):
 # LazyConfigs.
 
 
-def test_lazy_config(config_file):  # noqa: F811
+def test_lazy_config(config_file):
     """FREEZE, PRELOAD_NAMES, TASK_LOSS_WEIGHT 0 and EVAL_TEACHER, as in a yaml file."""
     folder = config_file.parent
     student = tiny_config(width=16)
@@ -484,7 +484,7 @@ def save_teacher_of_other_classes(folder):
     return save_teacher(cfg, folder / "other")
 
 
-def test_wrong_names_in_a_lazy_config(config_file):  # noqa: F811
+def test_wrong_names_in_a_lazy_config(config_file):
     with pytest.raises(ValueError, match="MODEL.DISTILLER.FREEZE: 'res7' is found in no name"):
         run_lazy(config_file, "distiller.FREEZE=[res7]")
 

@@ -31,7 +31,6 @@ from test_training import checkpoint
 from test_wrong_input import fails
 from tiny import save_teacher, tiny_batch, tiny_config, tiny_detector
 
-
 NODE = "MODEL.DISTILLER.GID."
 TERMS = {f"loss_gid_{name}" for name in ("feature", "relation", "response_cls", "response_reg")}
 ADAPTER = {f"GID.pairs.adapters.shared.{kind}" for kind in ("weight", "bias")}
@@ -238,7 +237,7 @@ train = dict(init_checkpoint="{{weights}}")
 
 
 @pytest.fixture
-def fcos_file(config_file):  # noqa: F811
+def fcos_file(config_file):
     """A LazyConfig with an FCOS student and an FCOS teacher of more channels, itself a LazyConfig."""
     folder = config_file.parent
     model = tiny_detector("fcos", 16)
@@ -418,7 +417,12 @@ def test_all_weights_are_zero(job):
     [
         ("retinanet", "faster", "auto", ["teacher is a GeneralizedRCNN", "no dense()"]),
         ("faster", "retinanet", "auto", ["teacher is a RetinaNet", "no box_head()"]),
-        ("faster", "faster", "dense", ["student is a GeneralizedRCNN", "rpn, anchors, score_boxes, box_head, own_proposals"]),
+        (
+            "faster",
+            "faster",
+            "dense",
+            ["student is a GeneralizedRCNN", "rpn, anchors, score_boxes, box_head, own_proposals"],
+        ),
     ],
 )
 def test_predictions_that_a_detector_has_not(tmp_path, family, teacher, predictions, messages):

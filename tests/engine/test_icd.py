@@ -131,7 +131,9 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("family, way", [("retinanet", "no weight"), ("mask", "bypassed"), ("faster", "over")])
+@pytest.mark.parametrize(
+    "family, way", [("retinanet", "no weight"), ("mask", "bypassed"), ("faster", "over")]
+)
 def test_student_alone_equals_the_baseline(tmp_path, family, way):
     """Law 1, while the decoder is trained by its own optimizer, with fakes and dropout."""
     job = icd_job(tmp_path, family)
@@ -163,9 +165,7 @@ def test_distillation_reaches_the_student(job):
 
 def test_decoder_stops_and_the_projection_goes_on(job):
     job.run(opts=[NODE + "STOP_JOINT", 1, "SOLVER.CHECKPOINT_PERIOD", 1])
-    early, late = (
-        checkpoint(job.config.OUTPUT_DIR, name) for name in ("model_0000001", "model_final")
-    )
+    early, late = (checkpoint(job.config.OUTPUT_DIR, name) for name in ("model_0000001", "model_final"))
     moved = changed(early["distiller"], late["distiller"])
     assert moved == {f"{ICD}.student.0.values.{kind}" for kind in ("weight", "bias")}
     rates = [line[f"{ICD}/lr"] for line in metrics(job.config.OUTPUT_DIR) if f"{ICD}/lr" in line]
@@ -297,7 +297,9 @@ def reference_checkpoint(path, prefix="module.", **sizes):
     sizes = {"hidden_dim": 16, "heads": 4, "layers": 1, "classes": 3, **sizes}
     weights = random_weights(torch.Generator().manual_seed(3), **sizes)
     state = {prefix + name: value for name, value in weights.items()}
-    state.update({f"{prefix}pixel_mean": torch.zeros(3, 1, 1), f"{prefix}pixel_std": torch.ones(3, 1, 1)})
+    state.update(
+        {f"{prefix}pixel_mean": torch.zeros(3, 1, 1), f"{prefix}pixel_std": torch.ones(3, 1, 1)}
+    )
     torch.save({"model": {}, "teacher": state, "iteration": 89999}, path)
     return weights
 
@@ -329,7 +331,8 @@ def test_preloading_is_for_a_fresh_run(job, earlier):
     other = ["OUTPUT_DIR", job.folder / "other"]  # --resume, with nothing to resume
     fresh = loss_state(trainer_of(job, "--resume", opts=[*preload_keys(earlier, "all"), *other]))
     assert_equal(
-        {f"{ICD}.{name}": value for name, value in fresh.items()}, checkpoint(earlier.parent)["distiller"]
+        {f"{ICD}.{name}": value for name, value in fresh.items()},
+        checkpoint(earlier.parent)["distiller"],
     )
 
 
@@ -457,7 +460,9 @@ def test_yaml_of_the_reference(job):
     node = cfg.MODEL.DISTILLER
     parts = {name: (written[name], node[name]) for name in ("SOLVER", "INS", "INS_ATT_MIMIC")}
     for ours, theirs in ((written, node), *parts.values()):
-        values = {key: value for key, value in ours.items() if not isinstance(value, dict) and key != "STEPS"}
+        values = {
+            key: value for key, value in ours.items() if not isinstance(value, dict) and key != "STEPS"
+        }
         assert {key: theirs[key] for key in values} == values
     assert cfg.SOLVER.CLIP_GRADIENTS.ENABLED and cfg.SOLVER.MAX_ITER == 90000
 

@@ -70,7 +70,9 @@ def test_rate_and_decay_of_each_group(name):
     }
     settings = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
     assert settings == {
-        **{"0.weight": (0.3, 0.1), "2.weight": (0.3, 0.1), "1.weight": (0.3, 0.2)},
+        "0.weight": (0.3, 0.1),
+        "2.weight": (0.3, 0.1),
+        "1.weight": (0.3, 0.2),
         **{f"{index}.bias": (0.6, 0.05) for index in range(3)},
     }
 

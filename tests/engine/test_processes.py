@@ -66,9 +66,7 @@ def test_two_processes_train_with_adapters_and_resume(job):
 
 def test_two_machines_meet_at_the_users_address(job):
     address = ["--num-machines", 2, "--dist-url", f"file://{job.folder}/meeting"]
-    machines = [
-        command(job, "train_distill.py", *address, "--machine-rank", rank) for rank in (0, 1)
-    ]
+    machines = [command(job, "train_distill.py", *address, "--machine-rank", rank) for rank in (0, 1)]
     outputs = run(*machines)
     assert "World size: 2" in outputs[0]
     assert (Path(job.config.OUTPUT_DIR) / "model_final.pth").is_file()
@@ -208,7 +206,12 @@ def test_command_lines_of_the_reference_on_coco(coco):
 )
 def test_icds_command_lines_of_the_reference_on_coco(coco, student, teacher):
     config = f"configs/Distillation-ICD/{student}_R_50_R101_icd_FPN_1x.yaml"
-    weights = ["MODEL.WEIGHTS", "", "MODEL.DISTILLER.TEACHER_WEIGHTS", write_weights(teacher, coco / "t.pth")]
+    weights = [
+        "MODEL.WEIGHTS",
+        "",
+        "MODEL.DISTILLER.TEACHER_WEIGHTS",
+        write_weights(teacher, coco / "t.pth"),
+    ]
     run(reference_line(coco, "train_distill.py", config, "--resume", *weights))
     saved = torch.load(coco / "output" / "model_final.pth", weights_only=True)
     assert saved["distiller"] and saved["trainer"]["iteration"] == 1

@@ -416,7 +416,7 @@ def test_default_trainer_refuses_phases(probe, key):
         DefaultTrainer(cfg).train()
 
 
-def test_lazy_config(config_file):  # noqa: F811
+def test_lazy_config(config_file):
     text = config_file.read_text().replace('TYPES=["PKD"]', 'TYPES=["ProbeLoss"]')
     config_file.write_text(text + LAZY_PROBE)
     run_lazy(config_file, "train.checkpointer.period=1")
@@ -434,7 +434,7 @@ def test_lazy_config(config_file):  # noqa: F811
     assert checkpoint(folder)["trainer"]["solvers"]["ProbeLoss"]["scheduler"]["last_epoch"] == 3
 
 
-def test_lazy_optimizer_sees_the_students_names(config_file):  # noqa: F811
+def test_lazy_optimizer_sees_the_students_names(config_file):
     """Rates by name, as of a vision transformer's layers, are those of the student alone."""
     from distill_d2.engine.optimizer import trained_with_student
 

@@ -15,7 +15,7 @@ from test_wrong_input import fails
 from tiny import CLASSES, distiller_config, save_teacher, use_dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ssd"))
-from ssd_case import config as ssd_config  # noqa: E402
+from ssd_case import config as ssd_config
 
 ONE_STAGE = {f"loss_ssd_kd_{name}" for name in ("soft", "bounded", "hint")}
 TERMS = {

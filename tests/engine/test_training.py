@@ -61,9 +61,7 @@ def test_distilled_checkpoint_is_a_plain_student(job):
 def test_eval_only_builds_no_teacher(job, monkeypatch):
     job.run()
     monkeypatch.setattr(teacher_module, "load_teacher", lambda *_, **__: pytest.fail("a teacher"))
-    results = job.run(
-        "--eval-only", opts=["MODEL.WEIGHTS", f"{job.config.OUTPUT_DIR}/model_final.pth"]
-    )
+    results = job.run("--eval-only", opts=["MODEL.WEIGHTS", f"{job.config.OUTPUT_DIR}/model_final.pth"])
     assert "AP" in results["bbox"]
     assert job.run("--eval-only", "--resume")["bbox"].keys() == results["bbox"].keys()
 
@@ -146,9 +144,7 @@ def test_signal_saves_and_resumes_exactly(job, monkeypatch, number):
     saved = (Path(job.config.OUTPUT_DIR) / "last_checkpoint").read_text()
     assert saved in ("model_0000001.pth", "model_0000002.pth")
     job.run("--resume")
-    assert_equal(
-        checkpoint(job.folder / "whole")["model"], checkpoint(job.config.OUTPUT_DIR)["model"]
-    )
+    assert_equal(checkpoint(job.folder / "whole")["model"], checkpoint(job.config.OUTPUT_DIR)["model"])
 
 
 @pytest.mark.parametrize("period, last", [(2, "model_0000001.pth"), (0, "model_final.pth")])

@@ -81,7 +81,9 @@ def test_bccd_ground_truth_is_100(shared, tmp_path, year):
 
 def test_nuclei_ground_truth_is_100(shared, tmp_path):
     folder = shared / "data" / "nuclei"
-    entry = dict(FORMAT="coco", JSON=str(folder / "annotations" / "val.json"), IMAGES=str(folder / "images"))
+    entry = dict(
+        FORMAT="coco", JSON=str(folder / "annotations" / "val.json"), IMAGES=str(folder / "images")
+    )
     name = register({"NAME": "evaluate_nuclei", **entry})
     results = evaluate(name, tmp_path)
     assert results["bbox"]["AP"] == pytest.approx(100) and results["segm"]["AP"] == pytest.approx(100)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -46,7 +46,7 @@ def spread(model: nn.Module) -> None:
     nn.init.constant_(head.cls_logits.bias, -2.0)
 
 
-def objects(boxes: List[List[float]], classes: List[int], size=(64, 64)) -> Instances:
+def objects(boxes: list[list[float]], classes: list[int], size=(64, 64)) -> Instances:
     return Instances(
         size,
         gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)),
@@ -54,7 +54,7 @@ def objects(boxes: List[List[float]], classes: List[int], size=(64, 64)) -> Inst
     )
 
 
-def maps(model: nn.Module, height: int = 64, width: int = 64, count: int = 1) -> List[torch.Tensor]:
+def maps(model: nn.Module, height: int = 64, width: int = 64, count: int = 1) -> list[torch.Tensor]:
     """Empty levels of an image: all that locations depend on."""
     return [
         torch.zeros(count, 1, -(-height // stride[0]), -(-width // stride[1]))

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 
 
-def locations(height: int, width: int, stride: int) -> List[Tuple[float, float]]:
+def locations(height: int, width: int, stride: int) -> list[tuple[float, float]]:
     start = stride // 2
     return [(j * stride + start, i * stride + start) for i in range(height) for j in range(width)]
 
 
-def distances(x: float, y: float, box: Sequence[float]) -> Tuple[float, ...]:
+def distances(x: float, y: float, box: Sequence[float]) -> tuple[float, ...]:
     return (x - box[0], y - box[1], box[2] - x, box[3] - y)
 
 
-def assign(points, boxes, bounds, radius, centers=None) -> List[Optional[int]]:
+def assign(points, boxes, bounds, radius, centers=None) -> list[int | None]:
     """Of points (x, y, stride, level) the index of the box, or None."""
     found = []
     for x, y, stride, level in points:
@@ -44,7 +44,7 @@ def assign(points, boxes, bounds, radius, centers=None) -> List[Optional[int]]:
     return found
 
 
-def ious(a: Sequence[float], b: Sequence[float]) -> Tuple[float, float]:
+def ious(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """IoU, smoothed, and GIoU of two boxes around one location, by the distances to their sides."""
     area = [(x[0] + x[2]) * (x[1] + x[3]) for x in (a, b)]
     low, high = [min(p, q) for p, q in zip(a, b)], [max(p, q) for p, q in zip(a, b)]

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
+from distill_d2.projects.fcos import DLA34
+from distill_d2.projects.fcos.bifpn import BiFPN, TopLevels
+from distill_d2.projects.fcos.deformable import DeformConv2d, DFConv2d, offset_and_mask
+from distill_d2.projects.fcos.names import to_detectron2
 from torch import nn
 
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.model_zoo import get_config_file
 from distill_d2.prepare import fold_norms
-from distill_d2.projects.fcos import DLA34
-from distill_d2.projects.fcos.bifpn import BiFPN, TopLevels
-from distill_d2.projects.fcos.deformable import DeformConv2d, DFConv2d, offset_and_mask
-from distill_d2.projects.fcos.names import to_detectron2
 from distill_d2.views import build_view
 
 RESNET = "build_fcos_resnet_fpn_backbone"
@@ -140,9 +140,7 @@ def test_bifpn_by_hand():
         return F.conv2d(mixed * mixed.sigmoid(), output.weight, output.bias, padding=1)
 
     def up(value, like):
-        rows, columns = (
-            (torch.arange(n) * m) // n for n, m in zip(like.shape[2:], value.shape[2:])
-        )
+        rows, columns = ((torch.arange(n) * m) // n for n, m in zip(like.shape[2:], value.shape[2:]))
         return value[:, :, rows][:, :, :, columns]
 
     def down(value):

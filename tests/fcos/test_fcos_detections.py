@@ -6,10 +6,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from distill_d2.projects.fcos.inference import Selection
 from fcos_case import CLASSES, fcos, fcos_config, without_objects
 from tiny import tiny_batch
-
-from distill_d2.projects.fcos.inference import Selection
 
 SHAPES, STRIDES = [(6, 8), (3, 4), (2, 2)], (8, 16, 32)
 GENERATOR = DefaultAnchorGenerator(
@@ -86,7 +85,7 @@ def test_what_belongs_to_a_location_stays_with_it():
 
 def test_no_candidates():
     parts = outputs(top=2)
-    (found,) = Selection(threshold=1.0).detect([levels for levels in parts], anchors(), [(48, 64)])
+    (found,) = Selection(threshold=1.0).detect(list(parts), anchors(), [(48, 64)])
     assert len(found) == 0 and found.pred_boxes.tensor.shape == (0, 4) and found.top_feat.shape == (0, 2)
     assert found.locations.shape == (0, 2) and found.pred_classes.dtype == torch.int64
 

@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fcos_case import fcos
-from torch import nn
-
 from distill_d2.projects.fcos.deformable import DeformConv2d, DFConv2d
 from distill_d2.projects.fcos.head import FCOSHead, LevelNorms
+from fcos_case import fcos
+from torch import nn
 
 SHAPES = [(8, 8), (4, 4), (2, 2)]
 
@@ -148,8 +147,7 @@ def test_the_last_convolution_of_each_tower_is_deformable():
 def test_centerness_of_old_checkpoints():
     model, other = fcos(), fcos()
     state = {
-        name.replace("ctrness", "centerness"): tensor + 1
-        for name, tensor in model.state_dict().items()
+        name.replace("ctrness", "centerness"): tensor + 1 for name, tensor in model.state_dict().items()
     }
     other.load_state_dict(dict(state))  # strict
     found = other.proposal_generator.fcos_head.ctrness.weight

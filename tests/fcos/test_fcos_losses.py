@@ -5,11 +5,10 @@ import itertools
 import naive_fcos as naive
 import pytest
 import torch
-from no_synchronisation import no_synchronisation
-
 from distill_d2.projects.fcos import losses as module
 from distill_d2.projects.fcos.losses import FCOSLoss
 from distill_d2.projects.fcos.targets import Targets
+from no_synchronisation import no_synchronisation
 
 IMAGES, ROWS, CLASSES = 2, 9, 3
 

@@ -4,10 +4,9 @@ import naive_fcos as naive
 import numpy as np
 import pytest
 import torch
+from distill_d2.projects.fcos.targets import FCOSAssigner
 from fcos_case import fcos, maps, objects
 from no_synchronisation import no_synchronisation
-
-from distill_d2.projects.fcos.targets import FCOSAssigner
 
 BOUNDS = [(-1, 16), (16, 32), (32, 1e8)]
 STRIDES = (4, 8, 16)
@@ -130,7 +129,9 @@ def test_objects_in_any_order():
 def test_a_shift_by_strides_shifts_the_targets(across, down):
     """By multiples of the coarsest stride, on a canvas that has room for it."""
     gt = random_objects(8, 3)
-    moved = objects((gt.gt_boxes.tensor + 16 * torch.tensor([across, down] * 2)).tolist(), gt.gt_classes.tolist())
+    moved = objects(
+        (gt.gt_boxes.tensor + 16 * torch.tensor([across, down] * 2)).tolist(), gt.gt_classes.tolist()
+    )
     first, second = (targets_of(fcos(), [x], 96, 96) for x in (gt, moved))
     assert first.positive.sum() > 20
     start = 0

@@ -1,6 +1,5 @@
 """FCOS by the two scripts: training and evaluation of small images."""
 
-
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -8,7 +7,6 @@ from detectron2.utils.file_io import PathManager
 from fcos_case import CLASSES, fcos_config
 from scripts import run_script
 from tiny import distiller_config, save_teacher, use_dataset, write_dataset
-
 
 
 @pytest.mark.parametrize("distill", [False, True])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from distill_d2.projects.fcos import OneStageDetectorView
 from fcos_case import fcos, fcos_config, without_objects
 from no_synchronisation import no_synchronisation
 from recorded import detector
@@ -21,7 +22,6 @@ from distill_d2.losses.gid import GID
 from distill_d2.losses.head_kd import HeadKD
 from distill_d2.losses.icd.loss import InstanceConditionalDistillation
 from distill_d2.losses.pkd import PKD
-from distill_d2.projects.fcos import OneStageDetectorView
 from distill_d2.teacher import Teacher
 from distill_d2.views import Batch, build_view, require_same_boxes
 

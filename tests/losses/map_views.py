@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict, Optional
-
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
@@ -13,7 +11,7 @@ from distill_d2.views import DetectorView
 
 
 class _Maps(Backbone):
-    def __init__(self, maps: Dict[str, torch.Tensor], strides: Dict[str, int]):
+    def __init__(self, maps: dict[str, torch.Tensor], strides: dict[str, int]):
         super().__init__()
         self.maps, self.strides = maps, strides
 
@@ -34,7 +32,7 @@ class MapDetector(nn.Module):
 
 
 def view_of(
-    maps: Dict[str, torch.Tensor], role: str, strides: Optional[Dict[str, int]] = None
+    maps: dict[str, torch.Tensor], role: str, strides: dict[str, int] | None = None
 ) -> DetectorView:
     """A view, recording, of a detector that computed these (N, C, H, W); "p3" has stride 8."""
     strides = strides or {name: 2 ** int(name[1:]) for name in maps}
@@ -44,7 +42,7 @@ def view_of(
     return view
 
 
-def compare(loss, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]):
+def compare(loss, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]):
     """The terms of a loss, bound to and run on detectors with these maps."""
     student, teacher = view_of(student, "student"), view_of(teacher, "teacher")
     loss.bind(student, teacher)

@@ -9,8 +9,9 @@ length.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Optional
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Slots:
     jitter: np.ndarray  # (k, 2) in [0, 1)
 
 
-def slot_count(n: int, ins: Dict) -> int:
+def slot_count(n: int, ins: dict) -> int:
     """Slots of an image with n instances."""
     if ins["SAMPLE_RULE"] == "fixed":
         return max(ins["NUM_LABELS"], n)
@@ -76,14 +77,14 @@ def fake_boxes(slots: Slots, mean_std: np.ndarray) -> Tensor:
     return torch.from_numpy(np.clip(boxes, 0, 1)).float()
 
 
-def jittered(boxes: Tensor, jitter: np.ndarray, sample_range: float) -> Tuple[Tensor, Tensor]:
+def jittered(boxes: Tensor, jitter: np.ndarray, sample_range: float) -> tuple[Tensor, Tensor]:
     """A point inside each box (k, 2) and its distances to the left, top, right and bottom (k, 4)."""
     centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     points = centre + (2 * torch.from_numpy(jitter).float() - 1) * sample_range * size
     return points, torch.cat([points - boxes[:, :2], boxes[:, 2:] - points], dim=1)
 
 
-def image_queries(slots, gt_boxes, gt_classes, image_size, mean_std, sample_range) -> Tuple[Tensor, ...]:
+def image_queries(slots, gt_boxes, gt_classes, image_size, mean_std, sample_range) -> tuple[Tensor, ...]:
     """classes, boxes, points, ltrb, is_real of one image: drawn slots, the first n made real."""
     height, width = image_size
     n = len(gt_classes)
@@ -108,7 +109,7 @@ def queries_from_slots(
     slots: Sequence[Slots],
     gt_boxes: Sequence[Tensor],
     gt_classes: Sequence[Tensor],
-    image_sizes: Sequence[Tuple[int, int]],
+    image_sizes: Sequence[tuple[int, int]],
     *,
     mean_std: np.ndarray,
     sample_range: float,
@@ -128,9 +129,9 @@ def draw_queries(
     rng: np.random.RandomState,
     gt_boxes: Sequence[Tensor],
     gt_classes: Sequence[Tensor],
-    image_sizes: Sequence[Tuple[int, int]],
-    ins: Dict,
-    mimic: Dict,
+    image_sizes: Sequence[tuple[int, int]],
+    ins: dict,
+    mimic: dict,
     *,
     mean_std: Optional[np.ndarray] = None,
     class_prob: Optional[np.ndarray] = None,
@@ -170,7 +171,7 @@ def scale_one_hot(pixels: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- geometry
 
 
-def padding_masks(shapes: Dict[str, Tuple], image_sizes, padded_size, device) -> Dict[str, Tensor]:
+def padding_masks(shapes: dict[str, tuple], image_sizes, padded_size, device) -> dict[str, Tensor]:
     """True on padding, (N, 1, H, W) per level."""
     masks = {}
     for name, (height, width) in shapes.items():
@@ -199,7 +200,7 @@ def position_embedding(mask: Tensor, channels: int, dtype: torch.dtype) -> Tenso
     return torch.cat([sines(y, channels // 2), sines(x, channels // 2)], dim=-1).permute(0, 3, 1, 2)
 
 
-def sequence(levels: Dict[str, Tensor]) -> Tensor:
+def sequence(levels: dict[str, Tensor]) -> Tensor:
     """Maps (N, C, H, W) of all levels -> (S, N, C)."""
     return torch.cat([level.flatten(2).permute(2, 0, 1) for level in levels.values()])
 
@@ -234,7 +235,7 @@ def value_loss(form: str, student: Tensor, teacher: Tensor, mask: Tensor) -> Ten
 class NaiveICD:
     """ICD's training loss with weights of the original's names."""
 
-    def __init__(self, weights: Dict[str, Tensor], ins: Dict, mimic: Dict, reference_bugs: bool = False):
+    def __init__(self, weights: dict[str, Tensor], ins: dict, mimic: dict, reference_bugs: bool = False):
         """`ins`, `mimic`: the settings INS and INS_ATT_MIMIC. `reference_bugs`: with B3 and B8."""
         self.weights = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
         self.ins, self.mimic, self.reference_bugs = ins, mimic, reference_bugs
@@ -256,7 +257,7 @@ class NaiveICD:
         x = F.relu(self._linear(x, name + "layers.1"))
         return self._linear(x, name + "layers.2")
 
-    def _names(self, side: str, layer: int) -> Tuple[str, str]:
+    def _names(self, side: str, layer: int) -> tuple[str, str]:
         """Where a layer's attention and its other weights are; without layers there is no index."""
         if self.ins["ATT_LAYERS"] == 0 and f"{side}matt.in_proj_weight" in self.weights:
             return f"{side}matt.", side
@@ -265,14 +266,14 @@ class NaiveICD:
     # -- queries
 
     @torch.no_grad()
-    def descriptor(self, queries: NaiveQueries, image_sizes: Sequence[Tuple[int, int]]) -> Tensor:
+    def descriptor(self, queries: NaiveQueries, image_sizes: Sequence[tuple[int, int]]) -> Tensor:
         """(N, K, D): one-hot class, codes of x' and y', one-hot sizes."""
         if self.reference_bugs:  # B3
             image_sizes = [image_sizes[-1]] * len(image_sizes)
         images = [self._image_descriptor(queries, i, size) for i, size in enumerate(image_sizes)]
         return torch.stack(images)
 
-    def _image_descriptor(self, queries: NaiveQueries, i: int, image_size: Tuple[int, int]) -> Tensor:
+    def _image_descriptor(self, queries: NaiveQueries, i: int, image_size: tuple[int, int]) -> Tensor:
         """(K, D) of image i; a padded slot is of class 0, at the origin and of no size."""
         height, width = image_size
         boxes, filled = queries.boxes[i], ~queries.is_padding[i, :, None]
@@ -285,7 +286,7 @@ class NaiveICD:
 
     # -- decoder
 
-    def _keys_and_values(self, memory: Tensor, position: Tensor, name: str) -> Tuple[Tensor, Tensor]:
+    def _keys_and_values(self, memory: Tensor, position: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """What keys and values are projected from, (S, N, C) each."""
         if not self.ins["USE_POS_EMBEDDING"]:
             return memory, memory
@@ -294,7 +295,7 @@ class NaiveICD:
         placed = memory + position
         return placed, placed if self.ins["DECODER_POSEMB_ON_V"] else memory
 
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor, name: str) -> Tuple[Tensor, ...]:
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor, name: str) -> tuple[Tensor, ...]:
         """Scaled q (K, N, C), k and v (S, N, C)."""
         weight, bias = self.weights[name + "in_proj_weight"], self.weights[name + "in_proj_bias"]
         c = self.channels
@@ -311,7 +312,7 @@ class NaiveICD:
         x = x.contiguous().view(length, images * self.heads, channels // self.heads)
         return x.transpose(0, 1)
 
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tuple[Tensor, ...]:
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> tuple[Tensor, ...]:
         """Attention before its output projection (K, N, C), logits and softmax (N, h, K, S)."""
         slots, images, channels = q.shape
         logits = torch.bmm(self._by_head(q), self._by_head(k).transpose(1, 2))
@@ -328,7 +329,7 @@ class NaiveICD:
         hidden = F.relu(self._linear(x, name + "linear_in"))
         return self._norm(x + self._linear(hidden, name + "linear_out"), name + "norm2")
 
-    def _teacher_layer(self, l: int, query, memory, position, padding) -> Tuple[Tensor, ...]:
+    def _teacher_layer(self, l: int, query, memory, position, padding) -> tuple[Tensor, ...]:
         """Decoded queries (K, N, C), logits and attention (N, h, K, S), values (S, N, h, d)."""
         attention_name, name = self._names(TEACHER, l)
         key, value = self._keys_and_values(memory, position, name)
@@ -339,7 +340,7 @@ class NaiveICD:
             out = self._rest_of_layer(query + out, name)
         return out, logits, attention, v.unflatten(-1, (self.heads, -1))
 
-    def _student_layer(self, l: int, query, memory, position) -> Tuple[Tensor, Tensor]:
+    def _student_layer(self, l: int, query, memory, position) -> tuple[Tensor, Tensor]:
         """A query nobody reads (K, N, C), values (S, N, h, d): a layer without its attention (B14)."""
         attention_name, name = self._names(STUDENT, l)
         key, value = self._keys_and_values(memory, position, name)
@@ -350,7 +351,7 @@ class NaiveICD:
 
     # -- losses
 
-    def _auxiliary(self, prediction: Tensor, queries: NaiveQueries) -> Tuple[Tensor, Tensor]:
+    def _auxiliary(self, prediction: Tensor, queries: NaiveQueries) -> tuple[Tensor, Tensor]:
         """Existence and localisation losses of predictions (K, N, 5)."""
         prediction = prediction.transpose(0, 1)
         is_real = queries.is_real.to(prediction.dtype)
@@ -386,7 +387,7 @@ class NaiveICD:
             return values
         return F.layer_norm(values, values.shape[-1:], eps=1e-5)
 
-    def _geometry(self, feats: Dict[str, Tensor], image_sizes, padded_size) -> Dict[str, Tensor]:
+    def _geometry(self, feats: dict[str, Tensor], image_sizes, padded_size) -> dict[str, Tensor]:
         """Padding masks per level and of all cells (N, S), position embedding (S, N, C)."""
         some = next(iter(feats.values()))
         shapes = {name: tuple(level.shape[-2:]) for name, level in feats.items()}
@@ -399,7 +400,7 @@ class NaiveICD:
 
     # -- the step
 
-    def _encode(self, queries: NaiveQueries, image_sizes, descriptor, like: Tensor) -> Dict[str, Tensor]:
+    def _encode(self, queries: NaiveQueries, image_sizes, descriptor, like: Tensor) -> dict[str, Tensor]:
         """Queries' arrays, their descriptor (K, N, D) and features (K, N, C)."""
         if descriptor is None:
             descriptor = self.descriptor(queries, image_sizes)
@@ -415,7 +416,7 @@ class NaiveICD:
             "enc/ins_feat": self._mlp(descriptor, ENCODER),
         }
 
-    def _teacher_side(self, out: Dict, memory: Tensor, queries: NaiveQueries) -> Dict[str, Tensor]:
+    def _teacher_side(self, out: dict, memory: Tensor, queries: NaiveQueries) -> dict[str, Tensor]:
         """Decodes the queries, layer after layer; puts the arrays into `out`, returns the losses."""
         losses, reconstruction = {}, []
         query = out["enc/ins_feat"]
@@ -434,7 +435,7 @@ class NaiveICD:
             losses["loss_reconst"] = torch.stack(reconstruction).mean()
         return losses
 
-    def _student_side(self, out: Dict, memory, position, queries: NaiveQueries, temperature) -> Tensor:
+    def _student_side(self, out: dict, memory, position, queries: NaiveQueries, temperature) -> Tensor:
         """Distillation loss from the layers' arrays in `out`; puts the student's beside them."""
         losses = []
         query = out["enc/ins_feat"]
@@ -450,17 +451,17 @@ class NaiveICD:
 
     def forward(
         self,
-        tea_feats: Dict[str, Tensor],
-        stu_feats: Dict[str, Tensor],
+        tea_feats: dict[str, Tensor],
+        stu_feats: dict[str, Tensor],
         queries: NaiveQueries,
-        image_sizes: List[Tuple[int, int]],
-        padded_size: Tuple[int, int],
+        image_sizes: list[tuple[int, int]],
+        padded_size: tuple[int, int],
         *,
         iteration: int,
         max_iter: int,
         distil: bool = True,
         descriptor: Optional[Tensor] = None,
-    ) -> Dict:
+    ) -> dict:
         """Losses of one step, and what they were computed from.
 
         tea_feats, stu_feats: (N, C, H, W) by level, finest first; image_sizes, padded_size: (h, w).
@@ -490,25 +491,25 @@ class NaiveICD:
 # ------------------------------------------------------------------------------------------ weights
 
 
-def linear_shapes(name: str, outputs: int, inputs: int) -> Dict[str, Tuple[int, ...]]:
+def linear_shapes(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
     return {name + ".weight": (outputs, inputs), name + ".bias": (outputs,)}
 
 
-def mlp_shapes(name: str, inputs: int, hidden: int, outputs: int) -> Dict[str, Tuple[int, ...]]:
+def mlp_shapes(name: str, inputs: int, hidden: int, outputs: int) -> dict[str, tuple[int, ...]]:
     shapes = linear_shapes(name + "layers.0", hidden, inputs)
     shapes.update(linear_shapes(name + "layers.1", hidden, hidden))
     shapes.update(linear_shapes(name + "layers.2", outputs, hidden))
     return shapes
 
 
-def attention_shapes(attention_name: str, name: str, c: int) -> Dict[str, Tuple[int, ...]]:
+def attention_shapes(attention_name: str, name: str, c: int) -> dict[str, tuple[int, ...]]:
     shapes = {attention_name + "in_proj_weight": (3 * c, c), attention_name + "in_proj_bias": (3 * c,)}
     shapes.update(linear_shapes(attention_name + "out_proj", c, c))
     shapes.update(linear_shapes(name + "pos_projector", c, c))
     return shapes
 
 
-def layer_shapes(name: str, c: int) -> Dict[str, Tuple[int, ...]]:
+def layer_shapes(name: str, c: int) -> dict[str, tuple[int, ...]]:
     shapes = attention_shapes(name + "matt.", name, c)
     shapes.update(linear_shapes(name + "linear_in", 4 * c, c))
     shapes.update(linear_shapes(name + "linear_out", c, 4 * c))
@@ -517,7 +518,7 @@ def layer_shapes(name: str, c: int) -> Dict[str, Tuple[int, ...]]:
     return shapes
 
 
-def weight_shapes(hidden_dim: int, layers: int, classes: int, add_scale: bool, reconst: bool) -> Dict:
+def weight_shapes(hidden_dim: int, layers: int, classes: int, add_scale: bool, reconst: bool) -> dict:
     inputs = classes + 2 * POSITION_CHANNELS + (2 * SCALE_BINS if add_scale else 0)
     shapes = mlp_shapes(ENCODER, inputs, hidden_dim, hidden_dim)
     shapes.update(mlp_shapes(PREDICTOR, hidden_dim, hidden_dim, 5))
@@ -541,7 +542,7 @@ def random_weights(
     classes: int,
     add_scale: bool = True,
     reconst: bool = False,
-) -> Dict[str, Tensor]:
+) -> dict[str, Tensor]:
     """Weights of all names, none of them trivial, for an attention that is not uniform.
 
     `heads` only has to divide `hidden_dim`. `reconst`: VALUE_RECONST's as well.

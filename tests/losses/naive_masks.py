@@ -6,16 +6,17 @@ A box is [x1, y1, x2, y2]; images are lists of N images' boxes; masks are float6
 from __future__ import annotations
 
 import math
-from typing import Callable, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Callable
 
 import torch
 
 Box = Sequence[float]
-Size = Tuple[int, int]
-Marks = Dict[Tuple[int, int], float]  # by (row, column)
+Size = tuple[int, int]
+Marks = dict[tuple[int, int], float]  # by (row, column)
 
 
-def numbers(images: Sequence[torch.Tensor]) -> List[List[Box]]:
+def numbers(images: Sequence[torch.Tensor]) -> list[list[Box]]:
     return [boxes.tolist() for boxes in images]
 
 
@@ -26,7 +27,7 @@ def level_of(box: Box, levels: int, finest_scale: float = 56.0) -> int:
     return min(max(level, 0), levels - 1)
 
 
-def cells_of(box: Box, size: Size, stride: int) -> List[Tuple[int, int]]:
+def cells_of(box: Box, size: Size, stride: int) -> list[tuple[int, int]]:
     """(row, column) of the cells that a box covers."""
     height, width = size
     x1, y1, x2, y2 = (int(side / stride) for side in box)
@@ -37,7 +38,7 @@ def cells_of(box: Box, size: Size, stride: int) -> List[Tuple[int, int]]:
 
 
 def box_marks(box: Box, size: Size, stride: int) -> Marks:
-    return {cell: 1.0 for cell in cells_of(box, size, stride)}
+    return dict.fromkeys(cells_of(box, size, stride), 1.0)
 
 
 def gaussian_marks(box: Box, size: Size, stride: int) -> Marks:
@@ -83,14 +84,14 @@ def draw(images: Sequence[Sequence[Box]], size: Size, marks: Callable[[Box], Mar
 def object_masks(
     kind: str,
     images: Sequence[Sequence[Box]],
-    sizes: Dict[str, Size],
-    strides: Dict[str, int],
-    anchors: Dict[str, torch.Tensor],
+    sizes: dict[str, Size],
+    strides: dict[str, int],
+    anchors: dict[str, torch.Tensor],
     *,
     level_assign: str = "single",
     finest_scale: float = 56.0,
     threshold: float = 0.5,
-) -> Dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """By level name, masks of kind "gt", "roi", "gaussian" or "one"."""
     masks = {}
     for index, name in enumerate(sorted(sizes, key=lambda name: strides[name])):
@@ -131,8 +132,8 @@ def picked(mask: torch.Tensor, size: Size) -> torch.Tensor:
 
 
 def square_anchors(
-    sizes: Dict[str, Size], strides: Dict[str, int], ratios: Sequence[float] = (0.5, 1.0, 2.0)
-) -> Dict[str, torch.Tensor]:
+    sizes: dict[str, Size], strides: dict[str, int], ratios: Sequence[float] = (0.5, 1.0, 2.0)
+) -> dict[str, torch.Tensor]:
     """(H, W, A, 4) by level: anchors of 8 strides and these ratios, around cells' first corners."""
     anchors = {}
     for name, (height, width) in sizes.items():

@@ -114,8 +114,14 @@ def test_adapter_maps_the_students_channels():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"loss_form": "L3"}, r"FEATURE_MIMIC.LOSS_FORM is 'L3'; expected one of \['L2', 'L1', 'smoothL1'\]"),
-        ({"normalize": "batch"}, r"NORMALIZE is 'batch'; expected one of \['none', 'channel', 'level'\]"),
+        (
+            {"loss_form": "L3"},
+            r"FEATURE_MIMIC.LOSS_FORM is 'L3'; expected one of \['L2', 'L1', 'smoothL1'\]",
+        ),
+        (
+            {"normalize": "batch"},
+            r"NORMALIZE is 'batch'; expected one of \['none', 'channel', 'level'\]",
+        ),
     ],
 )
 def test_unknown_option(options, message):

@@ -163,7 +163,10 @@ def test_by_hand():
         head.box_head = lambda *_, logits=logits, deltas=deltas: Predictions(
             logit_levels=[torch.tensor(logits, requires_grad=True)[None, :, None]],
             delta_levels=[torch.tensor(deltas, requires_grad=True)[None, :, None]],
-            **{"anchors": None, "decode": None, "match": None, "background": True},
+            anchors=None,
+            decode=None,
+            match=None,
+            background=True,
             valid=torch.ones(1, 2, dtype=torch.bool),
             classes=torch.tensor([[0, 1]]),
         )
@@ -355,8 +358,9 @@ def test_other_classes():
 
 def test_other_coding_of_boxes():
     """Of no concern where boxes are not compared."""
-    student, teacher = detector("faster"), configured(
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", [20.0, 20.0, 10.0, 10.0]
+    student, teacher = (
+        detector("faster"),
+        configured("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", [20.0, 20.0, 10.0, 10.0]),
     )
     message = r"HEAD_KD compares the box_head .* their box parametrisations differ.*BBOX_REG_WEIGHTS"
     with pytest.raises(ValueError, match=message):

@@ -379,7 +379,8 @@ def test_levels_are_ordered_by_stride_not_by_name_or_place():
 def test_one_is_one_without_boxes_too():
     masks = found_masks([[], []], (40, 64), kind="one")
     assert {name: mask.shape for name, mask in masks.items()} == {
-        **{"p3": (2, 5, 8), "p4": (2, 3, 4)},
+        "p3": (2, 5, 8),
+        "p4": (2, 3, 4),
         "p5": (2, 2, 2),
     }
     assert all(torch.equal(mask, torch.ones_like(mask)) for mask in masks.values())

@@ -29,7 +29,7 @@ class Golden:
     """The recorded arrays and how to run the plain version on their inputs."""
 
     def __init__(self, path):
-        self.arrays = {name: array for name, array in np.load(path).items()}
+        self.arrays = dict(np.load(path).items())
         self.meta = json.loads(str(self.arrays.pop("meta_json")))
         self.image_sizes = [tuple(size) for size in self.arrays["in/image_sizes_hw"].tolist()]
         self.padded_size = tuple(self.arrays["in/padded_hw"].tolist())

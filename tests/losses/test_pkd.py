@@ -115,8 +115,12 @@ def test_blind_to_each_channels_scale_and_offset():
     scale = torch.tensor([0.1, 1.0, 20.0]).view(3, 1, 1)
     offset = torch.tensor([-3.0, 0.0, 5.0]).view(3, 1, 1)
     value = pearson_distance(student, teacher)
-    torch.testing.assert_close(pearson_distance(student * scale + offset, teacher), value, rtol=1e-4, atol=0)
-    torch.testing.assert_close(pearson_distance(student, teacher * scale + offset), value, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        pearson_distance(student * scale + offset, teacher), value, rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(
+        pearson_distance(student, teacher * scale + offset), value, rtol=1e-4, atol=0
+    )
 
 
 def test_anti_correlated():
@@ -149,7 +153,9 @@ def test_constant_teacher_has_no_say_in_the_gradient(level):
 
 @pytest.mark.parametrize("std", [1e-12, 1e-18, 1e-22])
 def test_vanishing_student_is_finite(std):
-    _, gradient = value_and_gradient(pearson_distance, torch.randn(2, 4, 8, 8) * std, torch.randn(2, 4, 8, 8))
+    _, gradient = value_and_gradient(
+        pearson_distance, torch.randn(2, 4, 8, 8) * std, torch.randn(2, 4, 8, 8)
+    )
     assert gradient.isfinite().all()
 
 

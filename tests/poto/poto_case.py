@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from distill_d2.projects.poto import POTO
 from tiny import CLASSES, tiny_config
 from torch import nn
-
-from distill_d2.projects.poto import POTO
 
 VARIANTS = {
     "plain": {},
@@ -50,7 +49,7 @@ def objects(boxes: Sequence[Sequence[float]], classes: Sequence[int], size: int 
 
 
 @torch.no_grad()
-def computed(model: POTO, inputs: List[dict]):
+def computed(model: POTO, inputs: list[dict]):
     """``Rows`` of a batch."""
     features = model.backbone(model.preprocess_image(inputs).tensor)
     levels = [features[name] for name in model.head_in_features]

@@ -8,14 +8,14 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils import comm
+from distill_d2.projects.poto import poto as implementation
+from distill_d2.projects.poto.poto import product_logits
 from no_synchronisation import no_synchronisation
 from poto_case import VARIANTS, computed, config, objects, poto
 from tiny import CLASSES, tiny_batch
 
 from distill_d2.config import add_distill_config, load_yaml
 from distill_d2.model_zoo import get_config_file
-from distill_d2.projects.poto import poto as implementation
-from distill_d2.projects.poto.poto import product_logits
 
 ALL = sorted(VARIANTS)
 

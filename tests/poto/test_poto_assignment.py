@@ -8,8 +8,6 @@ import naive_poto as naive
 import numpy as np
 import pytest
 import torch
-from no_synchronisation import no_synchronisation
-
 from distill_d2.projects.poto.assignment import (
     best_assignment,
     inside,
@@ -18,6 +16,7 @@ from distill_d2.projects.poto.assignment import (
     one_to_many,
     one_to_one,
 )
+from no_synchronisation import no_synchronisation
 
 
 def squares(*rows):
@@ -61,9 +60,7 @@ def test_regions_by_hand():
     assert near_centre(box, points, 1.5).tolist() == [
         [True, True, False, True, False, True, False, True, False]
     ]
-    assert inside(box, points).tolist() == [
-        [True, True, True, True, False, True, False, True, False]
-    ]
+    assert inside(box, points).tolist() == [[True, True, True, True, False, True, False, True, False]]
 
 
 def test_a_border_is_outside():

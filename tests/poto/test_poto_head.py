@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from distill_d2.projects.poto import MaxFiltering, POTOHead
 from poto_case import VARIANTS, poto
 from torch import nn
-
-from distill_d2.projects.poto import MaxFiltering, POTOHead
 
 SIZES = [(6, 9), (3, 5), (2, 2), (1, 1)]
 

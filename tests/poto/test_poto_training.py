@@ -1,13 +1,11 @@
 """The two scripts' jobs on a POTO."""
 
-
 import pytest
 import torch
 from detectron2.modeling import build_model
 from poto_case import config
 from scripts import run_script
 from tiny import distiller_config, save_teacher, use_dataset, write_dataset
-
 
 
 @pytest.mark.parametrize("distill", [False, True])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
+from distill_d2.projects.poto import POTOView
 from no_synchronisation import no_synchronisation
 from poto_case import computed, poto
 from tiny import tiny_batch, tiny_detector
@@ -18,7 +19,6 @@ from distill_d2.losses.fgfi import FGFI
 from distill_d2.losses.gid import GID
 from distill_d2.losses.icd import InstanceConditionalDistillation as ICD
 from distill_d2.losses.pkd import PKD
-from distill_d2.projects.poto import POTOView
 from distill_d2.teacher import Teacher
 from distill_d2.views import Batch, build_view
 
@@ -80,7 +80,9 @@ def test_anchors():
     view, _ = observed("plain", tiny_batch(1))
     anchors = view.anchors()
     assert {name: tuple(level.shape) for name, level in anchors.items()} == {
-        "p2": (16, 16, 1, 4), "p3": (8, 8, 1, 4), "p4": (4, 4, 1, 4)
+        "p2": (16, 16, 1, 4),
+        "p3": (8, 8, 1, 4),
+        "p4": (4, 4, 1, 4),
     }
     assert anchors["p3"][2, 5, 0].tolist() == [44 - 32, 20 - 32, 44 + 32, 20 + 32]
 

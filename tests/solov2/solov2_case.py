@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
-from tiny import CLASSES, tiny_config
-
 from distill_d2.projects.solov2 import SOLOv2
+from tiny import CLASSES, tiny_config
 
 GRIDS = [10, 8, 6, 4, 3]
 RANGES = [[1, 24], [12, 48], [24, 96], [48, 192], [96, 512]]
@@ -49,8 +48,8 @@ def solov2(seed: int = 0, lively: bool = True, **keys) -> SOLOv2:
 
 
 def random_objects(
-    random: np.random.Generator, count: int, size: Tuple[int, int]
-) -> Tuple[np.ndarray, np.ndarray]:
+    random: np.random.Generator, count: int, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (G, 4) of 4 pixels to the whole image, and an ellipse in each as a mask (G, H, W)."""
     height, width = size
     sides = 4 + random.uniform(0, 1, (count, 2)) ** 2 * (np.array([width, height]) - 4)
@@ -58,9 +57,7 @@ def random_objects(
     boxes = np.concatenate([corner, corner + sides], axis=1).astype(np.float32)
     y, x = np.mgrid[:height, :width] + 0.5
     centre, half = corner + sides / 2, sides / 2
-    masks = [
-        ((x - cx) / w) ** 2 + ((y - cy) / h) ** 2 <= 1 for (cx, cy), (w, h) in zip(centre, half)
-    ]
+    masks = [((x - cx) / w) ** 2 + ((y - cy) / h) ** 2 <= 1 for (cx, cy), (w, h) in zip(centre, half)]
     return boxes, np.array(masks, dtype=bool).reshape(count, height, width)
 
 
@@ -72,7 +69,7 @@ def instances(boxes, classes, masks, size) -> Instances:
     return found
 
 
-def batch(*objects: int, size: int = 96, polygons: bool = False, seed: int = 0) -> List[dict]:
+def batch(*objects: int, size: int = 96, polygons: bool = False, seed: int = 0) -> list[dict]:
     """Random images, each 8 pixels lower than the one before, with so many objects each."""
     random = np.random.default_rng(seed)
     inputs = []

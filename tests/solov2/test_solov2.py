@@ -8,10 +8,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks
+from distill_d2.projects.solov2 import losses, targets
 from no_synchronisation import no_synchronisation
 from solov2_case import GRIDS, RANGES, batch, config, solov2, with_objects
-
-from distill_d2.projects.solov2 import losses, targets
 
 TERMS = ["loss_ins", "loss_cate"]
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from distill_d2.projects.solov2 import SOLOv2InstanceHead, SOLOv2MaskHead
+from distill_d2.projects.solov2.head import coordinates_of
 from solov2_case import GRIDS, batch, config, solov2
 
 from distill_d2 import add_distill_config, model_zoo
 from distill_d2.config import load_yaml
-from distill_d2.projects.solov2 import SOLOv2InstanceHead, SOLOv2MaskHead
-from distill_d2.projects.solov2.head import coordinates_of
 
 STRIDES = [4, 8, 16, 32, 64]
 
@@ -57,8 +57,14 @@ def levels_of(height, width, channels=16, seed=0):
 def instance_head(**settings):
     torch.manual_seed(0)
     arguments = dict(
-        **{"in_channels": 16, "channels": 32, "num_convs": 2, "num_classes": 3, "num_kernels": 32},
-        **{"num_grids": GRIDS, "in_strides": STRIDES, "strides": [8, 8, 16, 32, 32]},
+        in_channels=16,
+        channels=32,
+        num_convs=2,
+        num_classes=3,
+        num_kernels=32,
+        num_grids=GRIDS,
+        in_strides=STRIDES,
+        strides=[8, 8, 16, 32, 32],
     )
     head = SOLOv2InstanceHead(**{**arguments, **settings})
     for parameter in head.parameters():

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import BitMasks, Boxes, Instances
-from solov2_case import CELLS, GRIDS, batch, solov2
-
 from distill_d2.projects.solov2 import InstanceSelection, chunks, inference
 from distill_d2.projects.solov2.inference import boxes_of
+from solov2_case import CELLS, GRIDS, batch, solov2
 
 SIZES = ((48, 64), (44, 50), (66, 75))
 STANDARD = dataclasses.asdict(InstanceSelection())
@@ -234,8 +233,11 @@ def test_keys_of_the_config_reach_it():
     model = solov2(NMS_PRE=30, MAX_PER_IMG=4, SCORE_THR=0.2, NMS_TYPE="mask", MASK_THR=0.6)
     assert dataclasses.asdict(model.selection) == {
         **STANDARD,
-        **{"pre_nms": 30, "max_instances": 4, "score_threshold": 0.2},
-        **{"nms_type": "mask", "mask_threshold": 0.6},
+        "pre_nms": 30,
+        "max_instances": 4,
+        "score_threshold": 0.2,
+        "nms_type": "mask",
+        "mask_threshold": 0.6,
     }
     other = solov2(NMS_KERNEL="linear", NMS_SIGMA=3, UPDATE_THR=0.1).selection
     assert (other.nms_kernel, other.nms_sigma, other.update_threshold) == ("linear", 3, 0.1)

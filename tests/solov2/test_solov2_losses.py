@@ -4,7 +4,6 @@ import naive_solov2 as naive
 import numpy as np
 import pytest
 import torch
-
 from distill_d2.projects.solov2.losses import class_loss, dice_loss, mask_loss, predict_masks
 from distill_d2.projects.solov2.targets import ImageTargets
 
@@ -98,9 +97,7 @@ def test_gradients_of_the_mask_loss():
 def test_class_loss_by_loops(alpha, gamma):
     logits = 2 * torch.randn(2, CELLS, 3)
     classes = torch.randint(0, 5, (2, CELLS)).clamp(max=3)
-    expected = naive.focal(
-        logits.flatten(0, 1).tolist(), classes.flatten().tolist(), alpha, gamma
-    )
+    expected = naive.focal(logits.flatten(0, 1).tolist(), classes.flatten().tolist(), alpha, gamma)
     assert class_loss(logits, classes, alpha, gamma).item() == pytest.approx(expected, rel=1e-4)
 
 

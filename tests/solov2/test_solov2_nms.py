@@ -6,7 +6,6 @@ import naive_solov2 as naive
 import numpy as np
 import pytest
 import torch
-
 from distill_d2.projects.solov2.nms import mask_ious, mask_nms, matrix_nms, point_nms
 
 

@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import PolygonMasks
-from solov2_case import CELLS, GRIDS, RANGES, batch, instances, random_objects, with_objects
-
 from distill_d2.projects.solov2 import chunks
 from distill_d2.projects.solov2.targets import (
     GridTargets,
@@ -16,6 +14,7 @@ from distill_d2.projects.solov2.targets import (
     downscale,
     draw_slots,
 )
+from solov2_case import CELLS, GRIDS, RANGES, batch, instances, random_objects, with_objects
 
 CPU = torch.device("cpu")
 PADDED = (96, 96)

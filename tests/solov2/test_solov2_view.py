@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from distill_d2.projects.solov2 import SOLOv2View
 from recorded import detector
 from solov2_case import batch, config, solov2
 from tiny import distiller_config, save_teacher
@@ -19,7 +20,6 @@ from distill_d2.losses.head_kd import HeadKD
 from distill_d2.losses.icd import InstanceConditionalDistillation
 from distill_d2.losses.pkd import PKD
 from distill_d2.preload import preload
-from distill_d2.projects.solov2 import SOLOv2View
 from distill_d2.teacher import Teacher
 from distill_d2.views import build_view
 

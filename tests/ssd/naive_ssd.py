@@ -49,6 +49,7 @@ def match(overlaps, threshold):
 
 def encode(box, prior):
     """Deltas of XYXY boxes."""
+
     def split(b):
         return (b[0] + b[2]) / 2, (b[1] + b[3]) / 2, b[2] - b[0], b[3] - b[1]
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from distill_d2.projects.ssd import SSD
 
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
-from distill_d2.projects.ssd import SSD
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # By short names: the original, the teacher, the student.
@@ -56,7 +56,8 @@ def batch(*objects: int, size: int = 300, classes: int = 20, seed: int = 0):
             {
                 "image": torch.from_numpy(random.integers(0, 256, (3, size, size), dtype=np.uint8)),
                 "instances": instances(boxes, random.integers(0, classes, count), size),
-                **{"height": size, "width": size},
+                "height": size,
+                "width": size,
             }
         )
     return inputs

@@ -4,9 +4,9 @@ import naive_ssd as naive
 import numpy as np
 import pytest
 import torch
+from distill_d2.projects.ssd.multibox import Targets, match_priors, multibox_losses
 from no_synchronisation import no_synchronisation
 
-from distill_d2.projects.ssd.multibox import Targets, match_priors, multibox_losses
 from distill_d2.views.matching import hard_negatives
 
 K = 3  # foreground classes

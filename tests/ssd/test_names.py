@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 from detectron2.modeling import build_model
-from ssd_case import config
-
 from distill_d2.projects.ssd.names import from_public, name_of
+from ssd_case import config
 
 CHECKPOINTS = {
     "ssd300_vgg16_original": "A",
@@ -105,8 +104,10 @@ def test_background_goes_from_the_first_to_the_last_place(loc, conf):
     rows = torch.tensor([0.0, 1, 2, 10, 11, 12])
     boxes = torch.arange(8.0)
     public = {
-        **{f"{conf}.bias": rows, f"{conf}.weight": rows.view(6, 1, 1, 1).expand(6, 4, 3, 3)},
-        **{f"{loc}.bias": boxes, f"{loc}.weight": boxes.view(8, 1, 1, 1)},
+        f"{conf}.bias": rows,
+        f"{conf}.weight": rows.view(6, 1, 1, 1).expand(6, 4, 3, 3),
+        f"{loc}.bias": boxes,
+        f"{loc}.weight": boxes.view(8, 1, 1, 1),
     }
     weights, _, _ = from_public(public)
     level, expected = conf[-1], torch.tensor([1.0, 2, 0, 11, 12, 10])
@@ -121,7 +122,9 @@ def test_only_the_last_convolution_of_a_head_has_classes():
     numbers = torch.arange(12.0)
     depthwise, head = numbers.view(12, 1, 1, 1), "classification_headers.0"
     public = {
-        **{f"{head}.0.weight": depthwise, f"{head}.1.bias": numbers, f"{head}.3.bias": numbers},
+        f"{head}.0.weight": depthwise,
+        f"{head}.1.bias": numbers,
+        f"{head}.3.bias": numbers,
         "regression_headers.0.3.bias": torch.zeros(16),
     }
     weights, _, _ = from_public(public)

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_backbone, build_model
+from distill_d2.projects.ssd import SSDVGG16, SSDMobileNetV2
+from distill_d2.projects.ssd.vgg import L2Norm
 from golden_tool import compared, write
 from ssd_case import NARROW, NETWORKS, WIDTHS, config, levels, ssd
 from torch import nn
-
-from distill_d2.projects.ssd import SSDMobileNetV2, SSDVGG16
-from distill_d2.projects.ssd.vgg import L2Norm
 
 LEVELS = {
     "A": dict(s8=512, s16=1024, s32=512, s64=256, s100=256, s300=256),

@@ -6,9 +6,8 @@ import naive_ssd as naive
 import numpy as np
 import pytest
 import torch
-from ssd_case import NETWORKS, WIDTHS, config, golden, maps
-
 from distill_d2.projects.ssd.priors import SSDPriors
+from ssd_case import NETWORKS, WIDTHS, config, golden, maps
 
 KEYS = ("STRIDES", "MIN_SIZES", "MAX_SIZES", "ASPECT_RATIOS")
 

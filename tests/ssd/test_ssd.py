@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from distill_d2.projects.ssd.multibox import multibox_losses
 from ssd_case import NETWORKS, WIDTHS, batch, config, golden, instances, levels, maps, ssd
 
-from distill_d2.projects.ssd.multibox import multibox_losses
 from distill_d2.views.matching import hard_negatives
 
 # Recorded

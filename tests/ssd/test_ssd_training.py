@@ -1,13 +1,11 @@
 """The two scripts' jobs on an SSD."""
 
-
 import pytest
 import torch
 from detectron2.modeling import build_model
-from ssd_case import config
 from scripts import run_script
+from ssd_case import config
 from tiny import CLASSES, distiller_config, save_teacher, use_dataset, write_dataset
-
 
 
 @pytest.mark.parametrize("distill", [False, True])

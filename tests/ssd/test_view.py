@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
+from distill_d2.projects.ssd import SSDView
 from no_synchronisation import no_synchronisation
 from recorded import detector
 from ssd_case import NETWORKS, WIDTHS, batch, ssd
@@ -20,7 +21,6 @@ from distill_d2.losses.fgfi import FGFI
 from distill_d2.losses.gid import GID
 from distill_d2.losses.head_kd import HeadKD
 from distill_d2.losses.pkd import PKD
-from distill_d2.projects.ssd import SSDView
 from distill_d2.teacher import Teacher
 from distill_d2.views import Batch, DetectorView, build_view
 
@@ -293,7 +293,9 @@ def test_teacher_that_takes_no_small_images():
 
 def test_student_whose_images_the_teacher_would_pad():
     assert detector("retinanet").backbone.size_divisibility == 16
-    with pytest.raises(ValueError, match="300x300 pixels only, but .*RetinaNet, would .* 304x304; .* as 304"):
+    with pytest.raises(
+        ValueError, match="300x300 pixels only, but .*RetinaNet, would .* 304x304; .* as 304"
+    ):
         Distiller(student=ssd(), teacher=Teacher(detector("retinanet")), losses=[_Swapped()])
 
 

@@ -286,7 +286,7 @@ def test_median_and_spread(tool):
     assert tool.spread([3.0, 1.0, 2.0], 1) == "2.0 [1.0 3.0]"
     samples = [tool.Sample(wall=w, process=w / 2) for w in (4.0, 8.0)]
     names = [tool.STUDENT, tool.PART, tool.DISTILLED, tool.PREPARED, tool.WHOLE]
-    rounds = {name: samples for name in names}
+    rounds = dict.fromkeys(names, samples)
     report = tool.summarise(rounds, dict.fromkeys(names, 1.0), "wall")
     assert report["ratios"][HEADLINE] == [0.5, 0.5]
     assert report["rows"][tool.STUDENT]["process_ms"] == [2000.0, 4000.0]
@@ -635,7 +635,9 @@ def test_features_alone_run_no_head_of_the_teacher(tool, make_config):
     subjects, tasks = build_gid(
         tool,
         make_config(["GID"]),
-        **{"GI_MODE": "gt", "RESPONSE_CLS_WEIGHT": "0.0", "RESPONSE_REG_WEIGHT": "0.0"},
+        GI_MODE="gt",
+        RESPONSE_CLS_WEIGHT="0.0",
+        RESPONSE_REG_WEIGHT="0.0",
     )
     subjects.plain.model.head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
     tasks["teacher part, plain"]()

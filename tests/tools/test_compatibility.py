@@ -12,8 +12,8 @@ from distill_d2 import DISTILL_LOSS_REGISTRY, DistillLoss
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import compatibility  # noqa: E402
-from families import FAMILIES, Family, families  # noqa: E402
+import compatibility
+from families import FAMILIES, Family, families
 
 CELLS = [(loss, name) for loss in compatibility.losses() for name in families()]
 # Losses on features work with every detector; of the others those that have what they read.

@@ -189,9 +189,7 @@ def test_to_detectron2(tool, tmp_path, capsys, scale):
         found, expected = model(tiny_batch(1))[0]["instances"], source(tiny_batch(1))[0]["instances"]
     assert len(found) == len(expected) > 20
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-3
-    )
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("scales", [False, True])
@@ -210,9 +208,7 @@ def test_from_detectron2(tool, tmp_path, scales):
         found, expected = model(tiny_batch(1))[0]["instances"], source(tiny_batch(1))[0]["instances"]
     assert len(found) == len(expected) > 20
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-3
-    )
+    torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
 
 
 def test_there_and_back(tool, tmp_path):

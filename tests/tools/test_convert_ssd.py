@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+from distill_d2.projects.ssd.names import name_of
 
 from distill_d2.checkpoint import SafeCheckpointer
 from distill_d2.engine import load_config
-from distill_d2.projects.ssd.names import name_of
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SMALL = ["MODEL.SSD.WIDTH", "0.125", "MODEL.DEVICE", "cpu"]
@@ -114,9 +114,15 @@ def test_vgg16_with_reduced_layers(tool, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda w: w.update(surprise=torch.zeros(1)), "1 of INPUT's 72 keys are those of no known SSD: surp"),
+        (
+            lambda w: w.update(surprise=torch.zeros(1)),
+            "1 of INPUT's 72 keys are those of no known SSD: surp",
+        ),
         (lambda w: w.pop("vgg.0.weight"), "1 missing: backbone.features.0.weight"),
-        (lambda w: w.update({"vgg.0.bias": torch.zeros(3)}), "of another shape: backbone.features.0.bias"),
+        (
+            lambda w: w.update({"vgg.0.bias": torch.zeros(3)}),
+            "of another shape: backbone.features.0.bias",
+        ),
     ],
 )
 def test_what_does_not_fit_is_listed(tool, tmp_path, change, message):
@@ -135,4 +141,6 @@ def test_another_network_is_refused(tool, tmp_path):
 
 def test_no_such_file(tool, tmp_path):
     with pytest.raises(SystemExit, match="nothing was written: checkpoint '.*' does not exist"):
-        tool.main([str(tmp_path / "no.pth"), str(tmp_path / "o.pth"), "--config-file", CONFIGS["ssd300"]])
+        tool.main(
+            [str(tmp_path / "no.pth"), str(tmp_path / "o.pth"), "--config-file", CONFIGS["ssd300"]]
+        )

@@ -142,7 +142,10 @@ def test_missing_wheel(make_wheel, tmp_path, capsys):
         ({"LabGym/detectron2/layers.py": None}, ["detectron2/layers.py missing"]),
         ({"LabGym/detectron2/more.py": ""}, ["5 files", "expected 4"]),
         ({"LabGym/detectron2/layers.py": "import LabGym\n"}, ["left LabGym in detectron2/layers.py"]),
-        ({"LabGym/detectron2/configs/Base.yaml": "A: labgym\n"}, ["left LabGym in detectron2/configs/Base.yaml"]),
+        (
+            {"LabGym/detectron2/configs/Base.yaml": "A: labgym\n"},
+            ["left LabGym in detectron2/configs/Base.yaml"],
+        ),
         ({"LabGym/detectron2/__init__.py": '__version__ = "0.7"\n'}, ["not of version 0.6"]),
     ],
 )
@@ -177,7 +180,9 @@ def test_target_that_is_no_folder(make_wheel, tmp_path, capsys):
     target = tmp_path / "file"
     target.write_text("")
 
-    assert_refused(run(tool, capsys, make(), target), target, "cannot write to the target folder", str(target))
+    assert_refused(
+        run(tool, capsys, make(), target), target, "cannot write to the target folder", str(target)
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,7 +221,9 @@ def test_download_failure(make_wheel, tmp_path, capsys, monkeypatch):
     status = tool.main(["--target", str(target)])
 
     captured = capsys.readouterr()
-    assert_refused((status, captured.out, captured.err), target, "could not download LabGym==3.1.2", "--wheel FILE")
+    assert_refused(
+        (status, captured.out, captured.err), target, "could not download LabGym==3.1.2", "--wheel FILE"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +238,9 @@ def bare_environment(tmp_path_factory):
 
 def call(python, *arguments, **options):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([str(python), *arguments], capture_output=True, text=True, env=environment, **options)
+    return subprocess.run(
+        [str(python), *arguments], capture_output=True, text=True, env=environment, **options
+    )
 
 
 def test_install_and_uninstall_with_pip(bare_environment, tmp_path):
@@ -259,7 +268,9 @@ def test_install_and_uninstall_with_pip(bare_environment, tmp_path):
     assert second.returncode == 0, second.stderr
     assert "left alone" in second.stdout
 
-    removed = call(bare_environment, "-m", "pip", "uninstall", "--yes", "detectron2", cwd=tmp_path.parent)
+    removed = call(
+        bare_environment, "-m", "pip", "uninstall", "--yes", "detectron2", cwd=tmp_path.parent
+    )
     assert removed.returncode == 0, removed.stderr
     packages = bare_environment.parent.parent.glob("lib/python*/site-packages/detectron2*")
     assert list(packages) == []

@@ -406,9 +406,7 @@ def test_instances_have_their_scores(parts, monkeypatch):
     seen = []
     picture = make_picture(parts)
     image = picture.boxes([])
-    monkeypatch.setattr(
-        parts.picture.Picture, "boxes", lambda _, marks: seen.append(marks) or image
-    )
+    monkeypatch.setattr(parts.picture.Picture, "boxes", lambda _, marks: seen.append(marks) or image)
     parts.gid.selection_row(SELECTED, SELECTED_KINDS, "all", picture)
     assert [mark.label for mark in seen[-1]] == ["0.83", "0.71", "0.50", "0.25"]
 
@@ -426,7 +424,9 @@ def on_grey(tool, parts, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["retinanet", "faster"])
-def test_ground_truth_as_instances_is_drawn_once(tool, parts, make_job, write_config, monkeypatch, family):
+def test_ground_truth_as_instances_is_drawn_once(
+    tool, parts, make_job, write_config, monkeypatch, family
+):
     options = ["MODEL.DISTILLER.GID.GI_MODE", "gt"]
     job = make_job("gid", *options, config_file=write_config(family))
     item = list(job.items.values())[1]

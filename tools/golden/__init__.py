@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional
 
 import numpy as np
 import torch
@@ -77,9 +78,9 @@ class Fixture:
         comparisons: what ``compare`` was given.
     """
 
-    def __init__(self, arrays: Dict[str, np.ndarray], rtol: float, atol: float):
+    def __init__(self, arrays: dict[str, np.ndarray], rtol: float, atol: float):
         self.arrays = arrays
-        self.comparisons: List[Comparison] = []
+        self.comparisons: list[Comparison] = []
         self._tolerance = (rtol, atol)
         self._read = set()
 
@@ -90,7 +91,7 @@ class Fixture:
         self._read.add(name)
         return self.arrays[name]
 
-    def names(self, pattern: str) -> List[str]:
+    def names(self, pattern: str) -> list[str]:
         """The arrays whose names match ("student/*"), in the order of the file."""
         return [name for name in self.arrays if fnmatchcase(name, pattern)]
 
@@ -100,7 +101,7 @@ class Fixture:
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def compare(
-        self, name: str, actual: Any, rtol: Optional[float] = None, atol: Optional[float] = None
+        self, name: str, actual: Any, rtol: float | None = None, atol: float | None = None
     ) -> None:
         """Compare the array ``name`` with a tensor, array or number that distill_d2 computed.
 
@@ -116,7 +117,7 @@ class Fixture:
         self.comparisons.append(Comparison(name, *values, rtol=rtol, atol=atol))
 
     @property
-    def unused(self) -> List[str]:
+    def unused(self) -> list[str]:
         """Arrays that were neither read nor compared."""
         return sorted(set(self.arrays) - self._read)
 
@@ -131,10 +132,10 @@ class GoldenKind:
     atol: float
     check: Callable[[Fixture], None]
 
-    def fits(self, arrays: Dict[str, np.ndarray]) -> bool:
+    def fits(self, arrays: dict[str, np.ndarray]) -> bool:
         return all(any(fnmatchcase(name, pattern) for name in arrays) for pattern in self.holds)
 
-    def run(self, arrays: Dict[str, np.ndarray]) -> Fixture:
+    def run(self, arrays: dict[str, np.ndarray]) -> Fixture:
         """Check the arrays of one file.
 
         Raises:
@@ -145,7 +146,7 @@ class GoldenKind:
         return fixture
 
 
-GOLDEN_KINDS: Dict[str, GoldenKind] = {}
+GOLDEN_KINDS: dict[str, GoldenKind] = {}
 
 
 def golden_kind(*, holds: Sequence[str], rtol: float, atol: float) -> Callable:
@@ -166,7 +167,7 @@ def golden_kind(*, holds: Sequence[str], rtol: float, atol: float) -> Callable:
     return register
 
 
-def load_kinds() -> Dict[str, GoldenKind]:
+def load_kinds() -> dict[str, GoldenKind]:
     """All kinds by name: those of the files of this folder."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from typing import Any, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from . import Fixture, FixtureError
 RTOL = 1e-4  # of losses and of gradients' norms
 BOXES = 2e-3  # pixels
 
-Shapes = Dict[str, Tuple[int, ...]]
+Shapes = dict[str, tuple[int, ...]]
 
 _CONSTRUCTED = ("num_batches_tracked", "_iter", "sizes_of_interest")
 _SCORES = ("cls_logits.bias", "cate_pred.bias", "cls_score.bias", "mask_branch.logits.bias")
@@ -71,7 +72,7 @@ def filled(cfg: CfgNode, shapes: Shapes) -> nn.Module:
     return model
 
 
-def by_recipe(key: str, shape: Tuple[int, ...]) -> torch.Tensor:
+def by_recipe(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The numbers that the fixtures give to the tensor of this key."""
     random = np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF)
     z = random.standard_normal(shape)
@@ -92,12 +93,12 @@ def by_recipe(key: str, shape: Tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(np.asarray(z)).float()
 
 
-def image_names(fixture: Fixture) -> List[str]:
+def image_names(fixture: Fixture) -> list[str]:
     """The images' numbers, "0", "1" and so on."""
     return [name[len("image") :] for name in fixture.names("image[0-9]*")]
 
 
-def inputs_of(fixture: Fixture, sizes: str = "") -> List[Dict[str, Any]]:
+def inputs_of(fixture: Fixture, sizes: str = "") -> list[dict[str, Any]]:
     """The fixture's images, to be detected at the sizes "<sizes>/img0/image_size", if there is such."""
     inputs = []
     for name in image_names(fixture):
@@ -119,7 +120,7 @@ def objects_of(fixture: Fixture, name: str, empty: bool = False) -> Instances:
 
 
 def compare_training(
-    fixture: Fixture, folder: str, model: nn.Module, inputs: List[Dict[str, Any]]
+    fixture: Fixture, folder: str, model: nn.Module, inputs: list[dict[str, Any]]
 ) -> None:
     """The losses of one step, and norms of gradients of their sum, "<folder>/gradnorm/<parameter>"."""
     model.train()
@@ -155,7 +156,7 @@ def compare_instances(
     fixture.compare(f"{folder}/image_size", np.array(found.image_size))
 
 
-def _order(fixture: Fixture, folder: str, arrays: Dict[str, torch.Tensor]) -> torch.Tensor:
+def _order(fixture: Fixture, folder: str, arrays: dict[str, torch.Tensor]) -> torch.Tensor:
     """Ours in the order of the fixture, by level, class and location; as they are if they are others."""
     names = ("fpn_levels", "pred_classes", "locations")
     ours = [tuple(row) for row in _table([arrays[name].numpy() for name in names]).tolist()]
@@ -170,6 +171,6 @@ def _table(columns: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)
 
 
-def per_level(rows: torch.Tensor, counts: Sequence[int]) -> List[torch.Tensor]:
+def per_level(rows: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
     """(N, R, ...) as levels of N images each: (N P, ...)."""
     return [level.flatten(0, 1) for level in rows.split(list(counts), dim=1)]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.structures.masks import polygons_to_bitmask
-from torch import nn
-
 from distill_d2.projects.condinst.mask_branch import aligned_bilinear
 from distill_d2.projects.condinst.mask_head import DynamicMaskHead, dice_losses
 from distill_d2.projects.condinst.truth import mask_truth
+from torch import nn
 
 from . import Fixture, FixtureError, golden_kind
 from .adet import (
@@ -55,7 +55,7 @@ def adet_condinst(fixture: Fixture) -> None:
     _compare_functions(fixture)
 
 
-def _found(fixture: Fixture, pattern: str, known: Sequence[str]) -> List[str]:
+def _found(fixture: Fixture, pattern: str, known: Sequence[str]) -> list[str]:
     names = [name.split("/")[1] for name in fixture.names(pattern)]
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -92,8 +92,8 @@ def _compare_network(fixture: Fixture) -> None:
 
 
 @torch.no_grad()
-def _observed(model: nn.Module, item: Dict[str, Any]) -> Dict[str, Any]:
-    seen: Dict[str, Any] = {}
+def _observed(model: nn.Module, item: dict[str, Any]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
     parts = {
         "head": model.proposal_generator.fcos_head,
         "branch": model.mask_branch,
@@ -112,7 +112,7 @@ def _observed(model: nn.Module, item: Dict[str, Any]) -> Dict[str, Any]:
     return {**seen, "output": output["instances"], "mask_logits": logits}
 
 
-def _compare_parts(fixture: Fixture, folder: str, seen: Dict[str, Any]) -> None:
+def _compare_parts(fixture: Fixture, folder: str, seen: dict[str, Any]) -> None:
     for part, levels in zip(("logits", "reg", "ctr", "top_feats"), seen["head"]):
         for index, level in enumerate(levels):
             if f"{folder}/head/{part}{index}" in fixture.arrays:
@@ -144,7 +144,7 @@ def _compare_detections(fixture: Fixture, folder: str, found: Instances) -> None
 # Training
 
 
-def _labelled(fixture: Fixture, bitmasks: bool = False) -> List[Dict[str, Any]]:
+def _labelled(fixture: Fixture, bitmasks: bool = False) -> list[dict[str, Any]]:
     inputs = inputs_of(fixture)
     for name, item in zip(image_names(fixture), inputs):
         objects = objects_of(fixture, name)
@@ -193,7 +193,7 @@ def _compare_training(fixture: Fixture, name: str) -> None:
         fixture.compare(f"{folder}/{part}", values)
 
 
-def _sorted(instances: Dict[str, np.ndarray]) -> np.ndarray:
+def _sorted(instances: dict[str, np.ndarray]) -> np.ndarray:
     x, y = instances["locations"].T
     return np.lexsort((x, y, instances["fpn_levels"], instances["gt_inds"]))
 
@@ -216,7 +216,7 @@ def _compare_truth(fixture: Fixture) -> None:
 
 def _compare_targets(fixture: Fixture) -> None:
     model = _model(fixture)
-    seen: Dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     hook = model.proposal_generator.register_forward_hook(lambda *call: seen.update(extras=call[2][0]))
     model.train()(_labelled(fixture))
     hook.remove()

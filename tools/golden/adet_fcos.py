@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from torch import nn
-
 from distill_d2.projects.fcos.losses import centerness_of, smoothed_ious
+from torch import nn
 
 from . import Fixture, FixtureError, golden_kind
 from .adet import (
@@ -69,7 +68,7 @@ def adet_fcos(fixture: Fixture) -> None:
     _compare_functions(fixture)
 
 
-def _variants(fixture: Fixture, pattern: str, known: Dict[str, List[Any]]) -> List[str]:
+def _variants(fixture: Fixture, pattern: str, known: dict[str, list[Any]]) -> list[str]:
     names = [name.split("/")[1] for name in fixture.names(pattern)]
     unknown = sorted(set(names) - set(known))
     if unknown:
@@ -77,14 +76,14 @@ def _variants(fixture: Fixture, pattern: str, known: Dict[str, List[Any]]) -> Li
     return names
 
 
-def _model(fixture: Fixture, options: List[Any]) -> nn.Module:
+def _model(fixture: Fixture, options: list[Any]) -> nn.Module:
     shapes = shapes_of(fixture)
     keys = ["NUM_CLASSES", shapes["proposal_generator.fcos_head.cls_logits.bias"][0], *options]
     keys[::2] = [f"FCOS.{key}" for key in keys[::2]]
     return filled(small_config(_CONFIG, shapes, keys), shapes)
 
 
-def _labelled(fixture: Fixture, empty: Tuple[str, ...] = ()) -> List[Dict[str, Any]]:
+def _labelled(fixture: Fixture, empty: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     return [
         {**item, "instances": objects_of(fixture, name, name in empty)}
         for name, item in zip(image_names(fixture), inputs_of(fixture))
@@ -92,7 +91,7 @@ def _labelled(fixture: Fixture, empty: Tuple[str, ...] = ()) -> List[Dict[str, A
 
 
 def _compare_network(fixture: Fixture, model: nn.Module) -> None:
-    seen: Dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     head = model.proposal_generator.fcos_head
     hooks = [
         model.backbone.register_forward_hook(lambda *call: seen.update(levels=call[2])),

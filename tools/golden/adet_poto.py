@@ -7,24 +7,26 @@ The first image is judged at 1.5 times its size, the others at their own.
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from distill_d2.projects.poto import POTO
+from distill_d2.projects.poto.poto import Rows, Targets
+
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.model_zoo import get_config_file
-from distill_d2.projects.poto import POTO
-from distill_d2.projects.poto.poto import Rows, Targets
 
 from . import Fixture, golden_kind
 from .adet import by_recipe
 
-Shapes = Dict[str, Sequence[int]]
-Inputs = List[Dict[str, Any]]
-Levels = List[torch.Tensor]
+Shapes = dict[str, Sequence[int]]
+Inputs = list[dict[str, Any]]
+Levels = list[torch.Tensor]
 
 # The reference cannot have more candidates than the smallest of the fixtures' levels has locations.
 _AUX_TOPK = 2
@@ -57,7 +59,7 @@ def filled(shapes: Shapes, auxiliary: bool) -> POTO:
     return model
 
 
-def _settings(shapes: Shapes) -> Dict[str, Any]:
+def _settings(shapes: Shapes) -> dict[str, Any]:
     """The config keys that follow from the shapes."""
     wide, grouped = (shapes[f"backbone.bottom_up.res2.0.conv{i}.weight"] for i in (1, 2))
     blocks = [name for name in shapes if ".res4." in name and name.endswith(".conv3.weight")]
@@ -144,7 +146,7 @@ def _compare_targets(
         fixture.compare(f"{network}/train/num_fg_per_gt_aux", count / objects, **_EXACT)
 
 
-def _head(model: POTO, inputs: Inputs) -> Tuple[Levels, Tuple[Levels, ...]]:
+def _head(model: POTO, inputs: Inputs) -> tuple[Levels, tuple[Levels, ...]]:
     """The levels that the head reads, and its outputs."""
     features = model.backbone(model.preprocess_image(inputs).tensor)
     levels = [features[name] for name in model.head_in_features]

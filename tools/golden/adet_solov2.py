@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
-from distill_d2 import add_distill_config
-from distill_d2.config import load_yaml
-from distill_d2.model_zoo import get_config_file
 from distill_d2.projects.solov2 import SOLOv2
 from distill_d2.projects.solov2.losses import dice_loss
 from distill_d2.projects.solov2.nms import mask_ious, mask_nms, matrix_nms, point_nms
 from distill_d2.projects.solov2.targets import centres, downscale
+
+from distill_d2 import add_distill_config
+from distill_d2.config import load_yaml
+from distill_d2.model_zoo import get_config_file
 
 from . import Fixture, FixtureError, golden_kind
 from .adet import by_recipe
@@ -50,7 +52,7 @@ def adet_solov2(fixture: Fixture) -> None:
         _compare_losses(fixture, variant, model, _training_inputs(inputs, variant))
 
 
-def _variants(fixture: Fixture, pattern: str) -> List[str]:
+def _variants(fixture: Fixture, pattern: str) -> list[str]:
     return sorted({name.split("/")[1] for name in fixture.names(pattern)})
 
 
@@ -69,7 +71,7 @@ def filled(fixture: Fixture, **keys: Any) -> SOLOv2:
     return model
 
 
-def _config(fixture: Fixture, shapes: Dict[str, List[int]], keys: Dict[str, Any]) -> CfgNode:
+def _config(fixture: Fixture, shapes: dict[str, list[int]], keys: dict[str, Any]) -> CfgNode:
     cfg = get_cfg()
     add_distill_config(cfg)
     load_yaml(cfg, get_config_file(_CONFIG))
@@ -98,7 +100,7 @@ def _config(fixture: Fixture, shapes: Dict[str, List[int]], keys: Dict[str, Any]
     return cfg
 
 
-def _inputs(fixture: Fixture) -> List[Dict[str, Any]]:
+def _inputs(fixture: Fixture) -> list[dict[str, Any]]:
     inputs = []
     for index in range(len(fixture.names("image[0-9]*"))):
         image = torch.from_numpy(fixture[f"image{index}"])
@@ -115,7 +117,7 @@ def _inputs(fixture: Fixture) -> List[Dict[str, Any]]:
 
 
 @torch.no_grad()
-def _compare_outputs(fixture: Fixture, model: SOLOv2, inputs: List[Dict[str, Any]]) -> None:
+def _compare_outputs(fixture: Fixture, model: SOLOv2, inputs: list[dict[str, Any]]) -> None:
     images = model.preprocess_image(inputs)
     logits, kernels, features = model.predict(model.backbone(images.tensor))
     for level, (ours, weights) in enumerate(zip(logits, kernels)):
@@ -125,7 +127,7 @@ def _compare_outputs(fixture: Fixture, model: SOLOv2, inputs: List[Dict[str, Any
 
 
 @torch.no_grad()
-def _compare_detections(fixture: Fixture, variant: str, inputs: List[Dict[str, Any]]) -> None:
+def _compare_detections(fixture: Fixture, variant: str, inputs: list[dict[str, Any]]) -> None:
     """From the outputs that the fixture has: rounding errors of convolutions may swap two detections."""
     model = filled(fixture, **_settings(variant))
     logits, kernels = (
@@ -153,7 +155,7 @@ def _compare_instances(fixture: Fixture, folder: str, found: Instances) -> None:
         _compare_masks(fixture, f"{folder}/pred_masks_packed", found.pred_masks, _PIXELS)
 
 
-def _settings(variant: str) -> Dict[str, Any]:
+def _settings(variant: str) -> dict[str, Any]:
     """Keys of MODEL.SOLOV2 that a variant's name stands for, such as "mask_nms", "nmspre40_max10"."""
     if variant in ("matrix_gaussian", "matrix_linear"):
         return {"NMS_TYPE": "matrix", "NMS_KERNEL": variant.partition("_")[2]}
@@ -182,7 +184,7 @@ def _unpacked(packed: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 # What it is trained with.
 
 
-def _compare_targets(fixture: Fixture, model: SOLOv2, inputs: List[Dict[str, Any]]) -> None:
+def _compare_targets(fixture: Fixture, model: SOLOv2, inputs: list[dict[str, Any]]) -> None:
     padded = tuple(model.preprocess_image(inputs).tensor.shape[-2:])
     assigner, grids = model.targets, model.ins_head.num_grids
     objects = [assigner.objects(item["instances"], padded, model.device) for item in inputs]
@@ -200,7 +202,7 @@ def _compare_targets(fixture: Fixture, model: SOLOv2, inputs: List[Dict[str, Any
             _compare_masks(fixture, f"{folder}/ins{level}_packed", per_image.masks[index], 0)
 
 
-def _training_inputs(inputs: List[Dict[str, Any]], variant: str) -> List[Dict[str, Any]]:
+def _training_inputs(inputs: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
     """The batch of a variant: "default", "img1_first_gt_only", "empty_img1" or "empty_all"."""
     first = re.fullmatch(r"img(\d+)_first_gt_only", variant)
     empty = re.fullmatch(r"empty_img(\d+)", variant)
@@ -213,9 +215,7 @@ def _training_inputs(inputs: List[Dict[str, Any]], variant: str) -> List[Dict[st
     return [{**item, "instances": item["instances"][:most]} for item, most in zip(inputs, kept)]
 
 
-def _compare_losses(
-    fixture: Fixture, variant: str, model: SOLOv2, inputs: List[Dict[str, Any]]
-) -> None:
+def _compare_losses(fixture: Fixture, variant: str, model: SOLOv2, inputs: list[dict[str, Any]]) -> None:
     model.zero_grad()
     losses = model.train()(inputs)
     sum(losses.values()).backward()

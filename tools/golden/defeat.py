@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, Instances
+
 from distill_d2 import DistillLoss
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.fgfi import FGFI
@@ -27,14 +29,17 @@ _NO_NECK = {"hint_neck_w": 0.0, "hint_neck_back_w": 0.0}
 _NO_BACK = {"hint_neck_w": 3.0, "hint_neck_back_w": 0.0}
 _HEAD = {"head_cls_w": 2.0, "head_cls_back_w": 2.0}
 # By the case's name, the arguments of DeFeat.
-CASES: Dict[str, Dict[str, Any]] = {
+CASES: dict[str, dict[str, Any]] = {
     "A_defeat_neck": {},
     "A2_defeat_neck_noadapt": {"neck_adapt": False},
     "A3_defeat_neck_coco_w": {"neck_adapt": False, "hint_neck_w": 4.0, "hint_neck_back_w": 16.0},
     "B_head_decouple": {**_NO_NECK, **_HEAD},
     "B2_head_decouple_T3": {
-        **{**_NO_NECK, "head_cls_w": 1.5, "head_cls_back_w": 0.5},
-        **{"head_cls_t": 3.0, "head_cls_back_t": 3.0},
+        **_NO_NECK,
+        "head_cls_w": 1.5,
+        "head_cls_back_w": 0.5,
+        "head_cls_t": 3.0,
+        "head_cls_back_t": 3.0,
     },
     "B3_head_all": {**_NO_NECK, **_HEAD, "head_cls_rows": "all"},
     "B4_head_correct": {**_NO_NECK, **_HEAD, "head_cls_rows": "correct"},
@@ -118,7 +123,7 @@ class _Run:
         self.fixture = fixture
         settings = {} if case == _FGFI_CASE else CASES[case]
         necks = [name.rpartition("_")[2] for name in fixture.names("neck_student_q*_P*")]
-        self.leaves: Dict[str, torch.Tensor] = {}
+        self.leaves: dict[str, torch.Tensor] = {}
         self.student = self._maps("neck_student", "neck_") | self._maps("bb_student", "bb_")
         self.teacher = self._maps("neck_teacher") | self._maps("bb_teacher")
         self.strides = {level: _stride(level) for level in necks}
@@ -133,7 +138,7 @@ class _Run:
         if getattr(self.loss, "compares_heads", False):
             self.predictions = [self._predictions("student"), self._predictions("teacher")]
 
-    def _loss(self, case: str, necks: List[str], settings: Dict[str, Any]) -> DistillLoss:
+    def _loss(self, case: str, necks: list[str], settings: dict[str, Any]) -> DistillLoss:
         if case == _FGFI_CASE:
             return FGFI(in_features=necks)
         stages = [_level(name) for name in self.fixture.names("bb_student_q*_C*")]
@@ -164,10 +169,10 @@ class _Run:
         )
 
     @contextlib.contextmanager
-    def views(self) -> Iterator[Tuple[DetectorView, DetectorView]]:
+    def views(self) -> Iterator[tuple[DetectorView, DetectorView]]:
         """The views of student and teacher, to which the loss is bound."""
         strides = {name: _stride(name) for name in self.student}
-        heads: List[Optional[Predictions]] = self.predictions or [None, None]
+        heads: list[Predictions | None] = self.predictions or [None, None]
         anchors = _anchors(self.sizes, self.strides)
         with replayed(self.student, strides, "student", heads[0], anchors) as student:
             with replayed(self.teacher, strides, "teacher", heads[1], anchors) as teacher:
@@ -199,17 +204,17 @@ def _stride(level: str) -> int:
     return 2 ** int(level.lstrip("Pres"))
 
 
-def _padded(sizes: Dict[str, Tuple[int, int]], strides: Dict[str, int]) -> Tuple[int, int]:
+def _padded(sizes: dict[str, tuple[int, int]], strides: dict[str, int]) -> tuple[int, int]:
     finest = min(sizes, key=strides.get)
     return tuple(side * strides[finest] for side in sizes[finest])
 
 
-def _boxes(fixture: Fixture, prefix: str) -> List[torch.Tensor]:
+def _boxes(fixture: Fixture, prefix: str) -> list[torch.Tensor]:
     return [fixture.tensor(f"{prefix}{i}") for i in range(len(fixture.names(f"{prefix}*")))]
 
 
 def _batch(
-    boxes: List[torch.Tensor], padded: Tuple[int, int], iteration: int = 0, max_iter: int = 1
+    boxes: list[torch.Tensor], padded: tuple[int, int], iteration: int = 0, max_iter: int = 1
 ) -> Batch:
     inputs = []
     for per_image in boxes:
@@ -218,7 +223,7 @@ def _batch(
     return Batch(inputs, padded, iteration, max_iter)
 
 
-def _anchors(sizes: Dict[str, Tuple[int, int]], strides: Dict[str, int]) -> Maps:
+def _anchors(sizes: dict[str, tuple[int, int]], strides: dict[str, int]) -> Maps:
     """Three per cell, of 8 strides: the authors' Faster R-CNN has them."""
     generator = DefaultAnchorGenerator(
         sizes=[[8 * strides[name]] for name in sizes],

@@ -8,6 +8,7 @@ beside each loss its gradients "grad/<level>" with respect to the student's maps
 from __future__ import annotations
 
 import numpy as np
+
 from distill_d2 import DistillLoss
 from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.pkd import PKD

@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import re
 import zlib
-from typing import Callable, Dict, Iterator, Set, Tuple
+from collections.abc import Iterator
+from typing import Callable
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
+from distill_d2.projects.ghnd import BottleneckStage
+from distill_d2.projects.ghnd.quantizer import quantize
+from torch import nn
+
 from distill_d2 import Distiller, Teacher, add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.engine.optimizer import build_optimizer
 from distill_d2.losses.base import build_losses
 from distill_d2.losses.ghnd import GHND
 from distill_d2.model_zoo import get_config_file
-from distill_d2.projects.ghnd import BottleneckStage
-from distill_d2.projects.ghnd.quantizer import quantize
 from distill_d2.taps import Taps
-from torch import nn
 
 from . import Comparison, Fixture, FixtureError, golden_kind
 from .replay import feature_loss
 
-Tensors = Dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 _CONFIG = "Distillation-GHND/Base-GHND.yaml"
 _STAGES = ("res2", "res3", "res4", "res5")
@@ -207,7 +209,7 @@ class _Step:
     def stage(self) -> BottleneckStage:
         return self.student.backbone.bottom_up.res2
 
-    def _remember(self, _backbone: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> None:
+    def _remember(self, _backbone: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self.padded = inputs[0]
 
     def run(self) -> Tensors:
@@ -259,7 +261,7 @@ def _fill(network: nn.Module, key_of: Callable[[str], str]) -> Tensors:
     return tensors
 
 
-def _by_recipe(key: str, shape: Tuple[int, ...]) -> np.ndarray:
+def _by_recipe(key: str, shape: tuple[int, ...]) -> np.ndarray:
     random = _random(key)
     if key.endswith("num_batches_tracked"):
         return np.zeros(shape)
@@ -298,14 +300,14 @@ def _part(tensor: torch.Tensor, kind: str) -> torch.Tensor:
     return {"shape": torch.tensor(tensor.shape), "sum": numbers.sum(), "l2": numbers.norm()}[kind]
 
 
-def _compare_names(fixture: Fixture, name: str, stored: Set[str], found: Set[str]) -> None:
+def _compare_names(fixture: Fixture, name: str, stored: set[str], found: set[str]) -> None:
     """As numbers: 1 for each name that is stored, or found, and 0 for one that only the other has."""
     names = sorted(stored | found)
     numbers = (np.array([float(n in group) for n in names]) for group in (stored, found))
     fixture.comparisons.append(Comparison(name, *numbers, **_EXACT))
 
 
-def _of_folder(fixture: Fixture, folder: str, tensors: Tensors) -> Iterator[Tuple[str, torch.Tensor]]:
+def _of_folder(fixture: Fixture, folder: str, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
     """The arrays "folder/<name>", and of the tensors that of this name."""
     for array in fixture.names(f"{folder}/*"):
         name = array[len(folder) + 1 :]

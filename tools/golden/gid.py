@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
+
 from distill_d2.losses.gid import GID, GeneralInstances
 from distill_d2.losses.gid.pooling import level_of
 from distill_d2.views import Batch, Predictions
@@ -61,13 +63,13 @@ class _Run:
         everything = np.arange(len(fixture["image_sizes"]))
         self.images = fixture[name] if name in fixture.arrays else everything
         narrow = adapter and fixture.names("student_narrow_feat_*")
-        self.inputs: Dict[str, torch.Tensor] = {}
+        self.inputs: dict[str, torch.Tensor] = {}
         self.teacher = self._maps("teacher_feat_")
         self.student = self._maps("student_narrow_feat_" if narrow else "student_feat_", "student_feat_")
         self.batch = _batch(fixture, self.images)
         self.loss = GID(**{**_settings(fixture), "adapter": adapter, **settings})
 
-    def _maps(self, prefix: str, name: str = "") -> Dict[str, torch.Tensor]:
+    def _maps(self, prefix: str, name: str = "") -> dict[str, torch.Tensor]:
         levels = [full[len(prefix) :] for full in self.fixture.names(f"{prefix}*")]
         return {level: self._input(f"{prefix}{level}", f"{name}{level}", bool(name)) for level in levels}
 
@@ -78,7 +80,7 @@ class _Run:
         return tensor
 
     @contextlib.contextmanager
-    def views(self) -> Iterator[Tuple[Any, Any]]:
+    def views(self) -> Iterator[tuple[Any, Any]]:
         """The views of student and teacher, to which the loss is bound."""
         strides = dict(zip(self.teacher, self.fixture["strides"].tolist()))
         heads = (self._predictions(role, role == "student") for role in ("student", "teacher"))
@@ -89,11 +91,11 @@ class _Run:
                     _load_adapter(self.fixture, self.loss)
                 yield student, teacher
 
-    def forward(self) -> Dict[str, torch.Tensor]:
+    def forward(self) -> dict[str, torch.Tensor]:
         with self.views() as (student, teacher):
             return self.loss(student, teacher, self.batch)
 
-    def predictions(self) -> Tuple[Predictions, Predictions]:
+    def predictions(self) -> tuple[Predictions, Predictions]:
         with self.views() as (student, teacher):
             return self.loss.predictions(student, teacher)
 
@@ -130,12 +132,12 @@ class _Run:
             actual = torch.zeros_like(tensor) if gradient is None else gradient
             self.fixture.compare(name, actual, **_GRADIENT)
 
-    def _adapter(self) -> Dict[str, torch.Tensor]:
+    def _adapter(self) -> dict[str, torch.Tensor]:
         adapters = list(self.loss.pairs.adapters.values()) if self.loss.pools else []
         return dict(adapters[0].named_parameters()) if adapters else {}
 
 
-def _settings(fixture: Fixture) -> Dict[str, Any]:
+def _settings(fixture: Fixture) -> dict[str, Any]:
     cfg = json.loads(str(fixture["cfg_json"]))
     return {
         "gi_score": "max_first",
@@ -152,7 +154,7 @@ def _settings(fixture: Fixture) -> Dict[str, Any]:
     }
 
 
-def _alone(term: str) -> Dict[str, float]:
+def _alone(term: str) -> dict[str, float]:
     """The weights that leave one term, unweighted."""
     return {weight: float(name == term) for name, (_, weight) in _TERMS.items()}
 
@@ -169,7 +171,7 @@ def _batch(fixture: Fixture, images: np.ndarray) -> Batch:
     return Batch(inputs, tuple(fixture["padded_size"].tolist()), iteration=0, max_iter=1)
 
 
-def _levels(fixture: Fixture, rows: torch.Tensor) -> List[torch.Tensor]:
+def _levels(fixture: Fixture, rows: torch.Tensor) -> list[torch.Tensor]:
     """(N, R, K) to the levels (N, P, A, K)."""
     positions = fixture["level_shapes"].prod(axis=1).tolist()
     parts = rows.split(fixture["anchors_per_level"].tolist(), dim=1)
@@ -222,9 +224,7 @@ def _compare_selection(fixture: Fixture, prefix: str) -> None:
         fixture.compare(f"{prefix}pooled_{role}", features[valid])
 
 
-def _compare_images(
-    fixture: Fixture, prefix: str, images: np.ndarray, valid: torch.Tensor
-) -> None:
+def _compare_images(fixture: Fixture, prefix: str, images: np.ndarray, valid: torch.Tensor) -> None:
     """The image of each instance: its number in the scenario, or in the file."""
     ours = valid.nonzero()[:, 0].numpy()
     theirs = np.repeat(np.arange(len(images)), fixture[f"{prefix}gi_count"])
@@ -266,7 +266,7 @@ def _compare_modes(fixture: Fixture, prefix: str) -> None:
         fixture.compare(name, term)
 
 
-def _parse_mode(text: str) -> Tuple[str, str, Optional[float]]:
+def _parse_mode(text: str) -> tuple[str, str, float | None]:
     """ "feature_L1_b0.5" to ("feature", "L1", 0.5)."""
     part, mode, *rest = text.split("_")
     return part, mode, float(rest[0][1:]) if rest else None
@@ -292,6 +292,6 @@ def _compare_adapter(fixture: Fixture, prefix: str) -> None:
         _compare_alone(fixture, prefix, name, adapter=True)
 
 
-def _tolerance(name: str) -> Dict[str, float]:
+def _tolerance(name: str) -> dict[str, float]:
     """Relations are of the order of 1e-3: an absolute tolerance of 1e-5 says little."""
     return _RELATION if name == "relation" else {}

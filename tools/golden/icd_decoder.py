@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from ast import literal_eval
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, Dict, List, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
+
 from distill_d2.losses.icd import InstanceConditionalDistillation
 from distill_d2.losses.icd.config import argument_names
 from distill_d2.losses.icd.descriptor import describe
@@ -49,7 +51,7 @@ def icd_decoder(fixture: Fixture) -> None:
         _compare_outcome(fixture, run, f"var/{name}/")
 
 
-def _overrides(pairs: Sequence[str]) -> Dict[str, Any]:
+def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
     """The loss's arguments from KEY VALUE pairs."""
     return {key.rpartition(".")[2].lower(): _literal(v) for key, v in zip(pairs[::2], pairs[1::2])}
 
@@ -73,8 +75,8 @@ class _RecordedSampler(SlotSampler):
 class _Run:
     """The loss on the fixture's inputs: one forward and backward, and what led to it."""
 
-    def __init__(self, fixture: Fixture, meta: Dict[str, Any], iteration: int, **settings: Any):
-        self.levels: List[str] = meta["keys"]
+    def __init__(self, fixture: Fixture, meta: dict[str, Any], iteration: int, **settings: Any):
+        self.levels: list[str] = meta["keys"]
         self.loss = _build_loss(fixture, meta, settings)
         teacher = {name: fixture.tensor(f"in/tea_feat/{name}") for name in self.levels}
         self.student = {
@@ -95,7 +97,7 @@ class _Run:
 
 
 def _build_loss(
-    fixture: Fixture, meta: Dict[str, Any], settings: Dict[str, Any]
+    fixture: Fixture, meta: dict[str, Any], settings: dict[str, Any]
 ) -> InstanceConditionalDistillation:
     given = {**meta, **meta["INS"], **meta["INS_ATT_MIMIC"]}
     arguments = {name.lower(): value for name, value in given.items()}
@@ -159,9 +161,7 @@ def _compare_geometry(fixture: Fixture, run: _Run) -> None:
     parts = zip(geometry.rows.split(heights, dim=1), geometry.columns.split(widths, dim=1))
     per_level = split_levels(padding, geometry.level_sizes)
     dense = []
-    for name, part, size, (rows, columns) in zip(
-        run.levels, per_level, geometry.level_sizes, parts
-    ):
+    for name, part, size, (rows, columns) in zip(run.levels, per_level, geometry.level_sizes, parts):
         fixture.compare(f"geo/pad_mask/{name}", part[:, None].unflatten(-1, size))
         grid = torch.broadcast_tensors(rows[:, :, None], columns[:, None])
         dense.append(torch.cat(grid, dim=-1).flatten(1, 2))

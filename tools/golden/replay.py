@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Dict, Iterator, List, Optional, Tuple
+from collections.abc import Iterator
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -15,11 +15,11 @@ from distill_d2.views import Batch, Predictions, build_view, register_view
 
 from . import Fixture
 
-Maps = Dict[str, torch.Tensor]
+Maps = dict[str, torch.Tensor]
 
 
 class _Replay(Backbone):
-    def __init__(self, maps: Maps, strides: Dict[str, int]):
+    def __init__(self, maps: Maps, strides: dict[str, int]):
         super().__init__()
         self.maps = maps
         self.strides = strides
@@ -27,7 +27,7 @@ class _Replay(Backbone):
     def forward(self, _images: torch.Tensor) -> Maps:
         return self.maps
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return {
             name: ShapeSpec(channels=level.shape[1], stride=self.strides[name])
             for name, level in self.maps.items()
@@ -41,14 +41,14 @@ class _Detector(nn.Module):
 
 
 class _DetectorWithHead(_Detector):
-    predictions: Optional[Predictions]
+    predictions: Predictions | None
     anchors: Maps
 
 
 @register_view(_DetectorWithHead)
 class _ViewWithHead(DetectorView):
     @property
-    def offers(self) -> Tuple[str, ...]:
+    def offers(self) -> tuple[str, ...]:
         predictions = self.model.predictions
         if predictions is None:
             return ("anchors",)
@@ -68,13 +68,13 @@ class _ViewWithHead(DetectorView):
         """No need of them: both heads have scored them already."""
 
     @property
-    def anchor_levels(self) -> List[str]:
+    def anchor_levels(self) -> list[str]:
         return list(self.model.anchors)
 
     def anchors(self) -> Maps:
         return self.model.anchors
 
-    def sample_boxes(self, capability: str) -> Tuple[torch.Tensor, torch.Tensor]:
+    def sample_boxes(self, capability: str) -> tuple[torch.Tensor, torch.Tensor]:
         predictions = self.model.predictions
         anchors = predictions.anchors
         return anchors, predictions.decode(torch.full_like(anchors, 0.1), anchors)
@@ -83,10 +83,10 @@ class _ViewWithHead(DetectorView):
 @contextlib.contextmanager
 def replayed(
     maps: Maps,
-    strides: Dict[str, int],
+    strides: dict[str, int],
     role: str,
-    predictions: Optional[Predictions] = None,
-    anchors: Optional[Maps] = None,
+    predictions: Predictions | None = None,
+    anchors: Maps | None = None,
 ) -> Iterator[DetectorView]:
     """The view of a detector whose neck has just returned ``maps``, (N, C, H, W) by level name, and
     whose head, if it has one, ``predictions``; ``anchors`` are (H, W, A, 4) by level name."""
@@ -99,7 +99,7 @@ def replayed(
         yield view
 
 
-def feature_loss(loss: DistillLoss, student: Maps, teacher: Maps) -> Dict[str, torch.Tensor]:
+def feature_loss(loss: DistillLoss, student: Maps, teacher: Maps) -> dict[str, torch.Tensor]:
     """The terms of a loss that reads neck levels only, on given maps."""
     strides = {name: 2**index for index, name in enumerate(student)}  # only compared for equality
     with replayed(student, strides, "student") as ours:

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from typing import Dict, Iterator, List, Sequence, Tuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from distill_d2 import add_distill_config
-from distill_d2.config import load_yaml
-from distill_d2.model_zoo import get_config_file
 from distill_d2.projects.ssd import SSD
 from distill_d2.projects.ssd.names import from_public, name_of
 
+from distill_d2 import add_distill_config
+from distill_d2.config import load_yaml
+from distill_d2.model_zoo import get_config_file
+
 from . import Fixture, FixtureError, golden_kind
 
-Weights = Dict[str, torch.Tensor]
+Weights = dict[str, torch.Tensor]
 
 CONFIGS = {
     "ssd300": "Base-SSD300-VGG16.yaml",
@@ -84,7 +85,7 @@ def filled(config: str) -> SSD:
     return model
 
 
-def public_shapes(model: SSD) -> Iterator[Tuple[str, Sequence[int]]]:
+def public_shapes(model: SSD) -> Iterator[tuple[str, Sequence[int]]]:
     """Name in a public checkpoint, and shape, of each tensor of a network."""
     state = model.state_dict()
     modules = _MOBILENET if any("running_mean" in name for name in state) else _VGG
@@ -129,7 +130,7 @@ def _compare_network(fixture: Fixture, network: str, model: SSD, image: torch.Te
             _compare(fixture, f"{network}_trainmode_{part}_img0_every10", rows[0, ::10])
 
 
-def _rows(model: SSD, features: Weights) -> List[torch.Tensor]:
+def _rows(model: SSD, features: Weights) -> list[torch.Tensor]:
     """Class logits (N, R, K + 1), with the background first, and deltas (N, R, 4)."""
     levels = [features[name] for name in model.head_in_features]
     outputs = []

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, build_model
 from detectron2.structures import Boxes, Instances
+from distill_d2.projects.ssd import SSD
+from torch import nn
+
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.losses.ssd_kd import SSDKD
@@ -28,22 +32,24 @@ from distill_d2.losses.ssd_kd.terms import (
     targets_of,
 )
 from distill_d2.model_zoo import get_config_file
-from distill_d2.projects.ssd import SSD
 from distill_d2.views import Batch, DetectorView, build_view
-from torch import nn
 
 from . import Fixture, FixtureError, golden_kind
 
 # By the case's name, which teacher's boxes, and the arguments of SSDKD; "hard" has no teacher.
-CASES: Dict[str, Tuple[str, Dict[str, Any]]] = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hard": ("", {}),
     "kd_default": ("good", {}),
     "kd_badteacher": ("bad", {}),
     "kd_T2_w3_m1_l2": (
         "bad",
         {
-            **{"mu": 0.25, "background_weight": 3.0, "object_weight": 0.5, "temperature": 2.0},
-            **{"margin": 1000.0, "lmda": 2.0},
+            "mu": 0.25,
+            "background_weight": 3.0,
+            "object_weight": 0.5,
+            "temperature": 2.0,
+            "margin": 1000.0,
+            "lmda": 2.0,
         },
     ),
     "kd_u1": ("good", {"mu": 1.0}),
@@ -84,10 +90,10 @@ class _Levels(Backbone):
         self.shapes = {f"s{stride}": ShapeSpec(channels=1, stride=stride) for stride in strides}
         self.widths = {name: -(-size // shape.stride) for name, shape in self.shapes.items()}
 
-    def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: torch.empty(len(images), 1, w, w) for name, w in self.widths.items()}
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return self.shapes
 
 
@@ -103,10 +109,10 @@ class _Outputs(nn.Module):
         self.widths, self.outputs = widths, outputs
         self.rows = [width * width * count for width, count in zip(widths, priors)]
 
-    def forward(self, _features: List[torch.Tensor]) -> Tuple[List[torch.Tensor], ...]:
+    def forward(self, _features: list[torch.Tensor]) -> tuple[list[torch.Tensor], ...]:
         return tuple(self._maps(rows) for rows in self.outputs)
 
-    def _maps(self, rows: torch.Tensor) -> List[torch.Tensor]:
+    def _maps(self, rows: torch.Tensor) -> list[torch.Tensor]:
         return [
             level.reshape(len(rows), width, width, -1).permute(0, 3, 1, 2)
             for level, width in zip(rows.split(self.rows, dim=1), self.widths)
@@ -134,7 +140,7 @@ class _Network:
         self.view: DetectorView = build_view(self.model, role)
         self.view.require("dense")
 
-    def run(self) -> List[List[torch.Tensor]]:
+    def run(self) -> list[list[torch.Tensor]]:
         """One forward, which the view records; the head's outputs."""
         self.view.taps.recording = True
         self.features = list(self.model.backbone(self.logits).values())
@@ -201,8 +207,8 @@ def _compare_case(fixture: Fixture, case: str) -> None:
 
 
 def _some(
-    fixture: Fixture, prefix: str, gradients: Dict[str, torch.Tensor]
-) -> Iterator[Tuple[str, torch.Tensor]]:
+    fixture: Fixture, prefix: str, gradients: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The gradients that the fixture has: of all rows, or of those that it names."""
     for part, gradient in gradients.items():
         if f"{prefix}{part}" in fixture.arrays:

@@ -43,11 +43,11 @@ class Method:
 
     name: str
     loss: str
-    draw: Callable[..., List[Row]]
+    draw: Callable[..., list[Row]]
     shows_parameters: bool = True
 
 
-METHODS: Dict[str, Method] = {}
+METHODS: dict[str, Method] = {}
 
 
 def method(*, loss: str, shows_parameters: bool = True) -> Callable:
@@ -67,7 +67,7 @@ def method(*, loss: str, shows_parameters: bool = True) -> Callable:
     return register
 
 
-def load_methods() -> Dict[str, Method]:
+def load_methods() -> dict[str, Method]:
     """All methods by name: those of the files of this folder."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -17,7 +17,7 @@ def standardise(feature: torch.Tensor, dims: Sequence[int], unbiased: bool) -> t
     return (feature - mean) / (deviation + 1e-6)
 
 
-def error_row(errors: Dict[str, torch.Tensor], batch: Batch, picture: Picture, label: str) -> Row:
+def error_row(errors: dict[str, torch.Tensor], batch: Batch, picture: Picture, label: str) -> Row:
     """Ground truth beside the errors of each level, on one colour scale.
 
     Args:
@@ -28,7 +28,7 @@ def error_row(errors: Dict[str, torch.Tensor], batch: Batch, picture: Picture, l
     maps = {name: error[0].mean(dim=0) for name, error in errors.items()}
     top = max(float(picture.visible(values, padded).max()) for values in maps.values())
     scale = ColourScale(label, top or 1.0)
-    panels: List[Panel] = [picture.ground_truth()]
+    panels: list[Panel] = [picture.ground_truth()]
     for name, values in maps.items():
         mean = float(picture.visible(values, padded).mean())
         panels.append(Panel(f"{name}: mean {mean:.3g}", picture.heat(values, padded, scale)))

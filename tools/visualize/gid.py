@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict, List
-
 import torch
 
 from distill_d2.losses.gid import GID, GeneralInstances
@@ -23,7 +21,7 @@ _NO_KIND = ("none of them", WHITE)
 @method(loss="GID", shows_parameters=False)
 def gid(
     loss: GID, student: DetectorView, teacher: DetectorView, batch: Batch, picture: Picture
-) -> List[Row]:
+) -> list[Row]:
     """Ground truth beside the selected instances: the colour is the kind, the number the score, and a
     dashed box is the student's, the others are the teacher's."""
     mode = loss.settings.gi_mode
@@ -35,7 +33,7 @@ def gid(
 
 
 def selection_row(
-    instances: GeneralInstances, kinds: Dict[str, torch.Tensor], mode: str, picture: Picture
+    instances: GeneralInstances, kinds: dict[str, torch.Tensor], mode: str, picture: Picture
 ) -> Row:
     """The row of the first image.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict, List
-
 import numpy as np
 import torch
 
@@ -24,7 +22,7 @@ def icd(
     teacher: DetectorView,
     batch: Batch,
     picture: Picture,
-) -> List[Row]:
+) -> list[Row]:
     """A row per instance: its box among the others, and the attention of the decoder's last layer, the
     mean over heads, on each level. It adds up to 1 over all positions of all levels."""
     maps, queries, geometry = loss.read(teacher, batch)
@@ -66,9 +64,9 @@ def _among_others(boxes: torch.Tensor, index: int, name: str, picture: Picture) 
 
 
 def _with_levels(
-    panels: List[Panel],
-    levels: Dict[str, torch.Tensor],
-    box: List[float],
+    panels: list[Panel],
+    levels: dict[str, torch.Tensor],
+    box: list[float],
     batch: Batch,
     picture: Picture,
 ) -> Row:

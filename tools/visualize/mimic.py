@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List
-
 import torch
 
 from distill_d2.losses.feature_mimic import FeatureMimic
@@ -16,7 +14,7 @@ from .error_maps import error_row, standardise
 @method(loss="FeatureMimic")
 def mimic(
     loss: FeatureMimic, student: DetectorView, teacher: DetectorView, batch: Batch, picture: Picture
-) -> List[Row]:
+) -> list[Row]:
     """LOSS_FORM's distance after NORMALIZE, the mean over channels, on each level."""
     pairs = loss.pairs(student, teacher).items()
     errors = {name: _distance(loss, ours, theirs) for name, (ours, theirs) in pairs}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
@@ -54,8 +54,8 @@ class LegendEntry:
 class Row:
     """Panels side by side, all of one size, with one colour scale and one legend."""
 
-    panels: List[Panel]
-    scale: Optional[ColourScale] = None
+    panels: list[Panel]
+    scale: ColourScale | None = None
     legend: Sequence[LegendEntry] = ()
 
 
@@ -85,7 +85,7 @@ class Picture:
     classes: Sequence[str]
 
     @property
-    def size(self) -> Tuple[int, int]:
+    def size(self) -> tuple[int, int]:
         """(height, width) in pixels of the image."""
         return self.image.shape[:2]
 
@@ -112,7 +112,7 @@ class Picture:
     def heat(
         self,
         values: torch.Tensor,
-        padded_size: Tuple[int, int],
+        padded_size: tuple[int, int],
         scale: ColourScale,
         marks: Sequence[Mark] = (),
     ) -> np.ndarray:
@@ -140,7 +140,7 @@ class Picture:
         self._draw(canvas, marks)
         return canvas.output.get_image()
 
-    def visible(self, values: torch.Tensor, padded_size: Tuple[int, int]) -> torch.Tensor:
+    def visible(self, values: torch.Tensor, padded_size: tuple[int, int]) -> torch.Tensor:
         """The part of a level's values (h, w) that ``heat`` shows."""
         rows, columns = (
             -(-side * cells // padded)
@@ -156,7 +156,7 @@ class Picture:
     def _draw(self, canvas: Visualizer, marks: Sequence[Mark]) -> None:
         for mark in reversed(marks):
             _draw_box(canvas, np.asarray(mark.box) * self.zoom, mark)
-        taken: List[np.ndarray] = []
+        taken: list[np.ndarray] = []
         for mark in (mark for mark in marks if mark.label):
             place = _free_place(np.asarray(mark.box) * self.zoom, mark.label, taken, canvas.output)
             taken.append(place)
@@ -178,9 +178,7 @@ def _draw_box(canvas: Visualizer, box: np.ndarray, mark: Mark) -> None:
     line.set_path_effects([withStroke(linewidth=width + 1.4, foreground="black")])
 
 
-def _free_place(
-    box: np.ndarray, label: str, taken: List[np.ndarray], canvas: VisImage
-) -> np.ndarray:
+def _free_place(box: np.ndarray, label: str, taken: list[np.ndarray], canvas: VisImage) -> np.ndarray:
     """Where to put a box's label, XYXY: at a corner, where it covers other labels least."""
     (x1, y1, x2, y2), (letter, height) = box, _LETTER
     width = letter * len(label) + 4

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List
-
 from distill_d2.losses.pkd import PKD
 from distill_d2.views import Batch, DetectorView
 
@@ -16,7 +14,7 @@ _CHANNELWISE = (0, 2, 3)
 @method(loss="PKD")
 def pkd(
     loss: PKD, student: DetectorView, teacher: DetectorView, batch: Batch, picture: Picture
-) -> List[Row]:
+) -> list[Row]:
     """|s^ - t^|^2, the mean over channels, on each level: 0 where both vary alike, 2 on average where
     they do not correlate. Each channel is standardised over this one image."""
     pairs = loss.pairs(student, teacher).items()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List
-
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.fgfi import FGFI
 from distill_d2.losses.masks import ObjectMasks
@@ -18,7 +16,7 @@ from .error_maps import error_row
 @method(loss="DeFeat")
 def defeat(
     loss: DeFeat, student: DetectorView, teacher: DetectorView, batch: Batch, picture: Picture
-) -> List[Row]:
+) -> list[Row]:
     """The neck's masks, and LOSS_FORM's distance, the mean over channels, on each level."""
     if loss.neck is None:
         return [Row([picture.ground_truth("no levels: HINT_NECK_W and HINT_NECK_BACK_W are 0")])]
@@ -28,7 +26,7 @@ def defeat(
 @method(loss="FGFI")
 def fgfi(
     loss: FGFI, student: DetectorView, teacher: DetectorView, batch: Batch, picture: Picture
-) -> List[Row]:
+) -> list[Row]:
     """The masks, and the squared distance, the mean over channels, on each level."""
     return _rows(loss.pairs, loss.masks, "L2", student, teacher, batch, picture)
 
@@ -41,7 +39,7 @@ def _rows(
     teacher: DetectorView,
     batch: Batch,
     picture: Picture,
-) -> List[Row]:
+) -> list[Row]:
     pairs = levels(student, teacher)
     scale = ColourScale("mask", 1.0)
     panels = [picture.ground_truth()]

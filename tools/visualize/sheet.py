@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -78,7 +78,7 @@ class _Sheet:
         self.figure.colorbar(colours_of(row.scale), cax=axes, label=row.scale.label)
 
     def _legend(self, row: Row, top: int) -> None:
-        lines: List[Line2D] = [
+        lines: list[Line2D] = [
             Line2D([], [], color=e.colour, linestyle="--" if e.dashed else "-", linewidth=3)
             for e in row.legend
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Dict
 
 import torch
 
@@ -16,7 +15,7 @@ ROWS = ("decouple", "all", "correct", "cfore")
 
 def class_terms(
     student: Predictions, teacher: Predictions, batch: Batch, s: SimpleNamespace
-) -> Dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """The divergence of the student's classes from the teacher's on common rows, weighted.
 
     Args:

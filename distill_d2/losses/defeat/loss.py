@@ -18,8 +18,8 @@ config has the neck alone; for COCO its author names weights of 4 and 16. Sums a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Dict, Sequence
 
 import torch
 
@@ -143,11 +143,11 @@ class DeFeat(DistillLoss):
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """The terms whose weights are not 0, weighted: "loss_defeat_neck", "loss_defeat_neck_back"; of
         the backbone "..._bb", "..._bb_back"; of the head's classes "..._hcls", "..._hcls_back"; and, on
         the teacher's proposals beside the student's, "..._hcls_teacher", "..._hcls_back_teacher"."""
-        terms: Dict[str, torch.Tensor] = {}
+        terms: dict[str, torch.Tensor] = {}
         if self.neck is not None:
             terms.update(self.neck_terms(student, teacher, batch))
         if self.backbone is not None:
@@ -161,7 +161,7 @@ class DeFeat(DistillLoss):
 
     def neck_terms(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         pairs = self.neck(student, teacher)
         masks = self.masks.of_pairs(student, batch, pairs, self.neck.strides)
         weights = {"neck": self.settings.hint_neck_w, "neck_back": self.settings.hint_neck_back_w}
@@ -169,7 +169,7 @@ class DeFeat(DistillLoss):
 
     def backbone_terms(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         pairs = self.backbone(student, teacher)
         grid = stage_mask(batch)
         masks = {name: resized(grid, theirs.shape[-2:]) for name, (_, theirs) in pairs.items()}
@@ -177,8 +177,8 @@ class DeFeat(DistillLoss):
         return self._decoupled(pairs, masks, weights)
 
     def _decoupled(
-        self, pairs: Pairs, masks: Maps, weights: Dict[str, float]
-    ) -> Dict[str, torch.Tensor]:
+        self, pairs: Pairs, masks: Maps, weights: dict[str, float]
+    ) -> dict[str, torch.Tensor]:
         """The two terms, by name with their weights, of maps and masks by level."""
         form, inverted = self.settings.loss_form, self.settings.reference_bugs
         means = [
@@ -199,7 +199,7 @@ class DeFeat(DistillLoss):
 
     def head_terms(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         terms = {}
         for source in self._sources():
             ours, theirs = common_predictions(student, teacher, self.capability, batch, source)

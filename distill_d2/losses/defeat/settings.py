@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict
+from typing import Any
 
 from ...views import Batch
 from ..base import check_choices, check_not_negative, check_odd, check_setting
@@ -23,7 +23,7 @@ DECAYS = {
 }
 
 
-def check_settings(node: str, s: Dict[str, Any]) -> None:
+def check_settings(node: str, s: dict[str, Any]) -> None:
     """Check DeFeat's arguments, by name.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -28,7 +28,7 @@ def categories(
     student: Predictions,
     batch: Batch,
     thresholds: Sequence[float],
-) -> Dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Which instances are positive, semi-positive or negative; some are none of them.
 
     "pos": the row of the instance belongs to a ground-truth box by the student's own assignment;

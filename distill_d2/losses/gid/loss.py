@@ -14,9 +14,9 @@ defaults are those configs'; the score is the paper's. All means are of the proc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 
@@ -177,12 +177,12 @@ class GID(DistillLoss):
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """The terms whose weights are not 0, weighted: "loss_gid_feature", "loss_gid_relation",
         "loss_gid_response_cls", "loss_gid_response_reg"."""
         heads = self.predictions(student, teacher) if self.compares_heads else None
         instances = self.instances(heads, batch)
-        terms: Dict[str, torch.Tensor] = {}
+        terms: dict[str, torch.Tensor] = {}
         if self.pools:
             terms.update(self.feature_terms(student, teacher, instances))
         if self.responds:
@@ -193,13 +193,11 @@ class GID(DistillLoss):
 
     def predictions(
         self, student: DetectorView, teacher: DetectorView
-    ) -> Tuple[Predictions, Predictions]:
+    ) -> tuple[Predictions, Predictions]:
         """Both heads' predictions for the same rows; the student's carry gradients."""
         return common_predictions(student, teacher, self.capability)
 
-    def instances(
-        self, heads: Optional[Tuple[Predictions, Predictions]], batch: Batch
-    ) -> GeneralInstances:
+    def instances(self, heads: tuple[Predictions, Predictions] | None, batch: Batch) -> GeneralInstances:
         """The instances of a step, from the predictions of student and teacher (None for "gt")."""
         mode = self.settings.gi_mode
         if mode == "gt":
@@ -212,13 +210,13 @@ class GID(DistillLoss):
 
     def categories(
         self, instances: GeneralInstances, student: Predictions, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """Which instances (N, K) are "pos", "semi_pos" and "neg"; see ground_truth.categories."""
         return categories(instances, student, batch, self.settings.iou_thresholds)
 
     def pooled(
         self, student: DetectorView, teacher: DetectorView, instances: GeneralInstances
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both necks' features (N, K, C, side, side) at the instances, the student's adapted."""
         pairs = self.pairs(student, teacher)
         names = sorted(pairs, key=self.pairs.strides.get)
@@ -232,7 +230,7 @@ class GID(DistillLoss):
 
     def response_masks(
         self, student: Predictions, instances: GeneralInstances, batch: Batch
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Which rows (N, R) belong to instances, for the classification and for the box term."""
         boxes, valid = instances.boxes, instances.valid
         if self.settings.response_mask == "inside":
@@ -247,7 +245,7 @@ class GID(DistillLoss):
 
     def feature_terms(
         self, student: DetectorView, teacher: DetectorView, instances: GeneralInstances
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """The feature and the relation term, weighted, where their weights are not 0."""
         s = self.settings
         features = (*self.pooled(student, teacher, instances), instances.valid)
@@ -263,7 +261,7 @@ class GID(DistillLoss):
 
     def response_terms(
         self, student: Predictions, teacher: Predictions, instances: GeneralInstances, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """The two response terms, weighted, where their weights are not 0."""
         s = self.settings
         cls_mask, reg_mask = self.response_masks(student, instances, batch)

@@ -7,7 +7,7 @@ of all levels are rows of one table, and every bin of every box is a weighted su
 from __future__ import annotations
 
 import math
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ def level_of(boxes: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
     return assign_boxes_to_levels([Boxes(boxes)], first, last, _CANONICAL_SIZE, _CANONICAL_LEVEL)
 
 
-def _of_level(levels: Sequence[torch.Tensor], assigned: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+def _of_level(levels: Sequence[torch.Tensor], assigned: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Of each box's level: its first row in the table, height and width; (M,) int64 each."""
     sizes = [level.shape[-2:] for level in levels]
     firsts = [sum(h * w for h, w in sizes[:index]) for index in range(len(sizes))]
@@ -83,7 +83,7 @@ def _pick(values: Sequence[int], index: torch.Tensor, dtype: torch.dtype) -> tor
 
 def _samples(
     start: torch.Tensor, end: torch.Tensor, size: torch.Tensor, resolution: int, ratio: int
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Along one axis, the positions that each bin of each of M boxes reads, and their weights.
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 
 from ...views import Predictions
@@ -63,7 +61,7 @@ def reg_term(
     return box_mean(_giou_loss(student.decode), student, teacher, mask, classes, anchors)
 
 
-def _compared_classes(student: Predictions, teacher: Predictions) -> Optional[torch.Tensor]:
+def _compared_classes(student: Predictions, teacher: Predictions) -> torch.Tensor | None:
     specific = student.class_specific or teacher.class_specific
     return teacher.best_class() if specific else None
 

@@ -7,8 +7,8 @@ wanted for all images at once: nothing waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Sequence, Tuple
 
 import torch
 
@@ -72,7 +72,7 @@ class GeneralInstanceSelection:
 
     @torch.no_grad()
     def __call__(
-        self, teacher: Predictions, student: Predictions, image_sizes: Sequence[Tuple[int, int]]
+        self, teacher: Predictions, student: Predictions, image_sizes: Sequence[tuple[int, int]]
     ) -> GeneralInstances:
         """Select at most K instances of each image.
 
@@ -97,9 +97,7 @@ class GeneralInstanceSelection:
         )
 
     @torch.no_grad()
-    def gaps(
-        self, teacher: Predictions, student: Predictions
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    def gaps(self, teacher: Predictions, student: Predictions) -> tuple[torch.Tensor, torch.Tensor]:
         """The score of every row (N, R), -1 for rows that are not valid, and whether the teacher is
         the more confident there (N, R)."""
         scores, from_teacher = [], []
@@ -114,16 +112,14 @@ class GeneralInstanceSelection:
 
     def _gaps(
         self, teacher: Predictions, student: Predictions, level: int, anchors: slice
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``gaps`` of some of the A anchors of a level, (N, A, P) each."""
         theirs = self._probabilities(teacher, level, anchors)
         ours = self._probabilities(student, level, anchors)
         from_teacher = theirs.amax(dim=2) > ours.amax(dim=2)
         return theirs.sub_(ours).abs_().amax(dim=2), from_teacher
 
-    def _probabilities(
-        self, predictions: Predictions, level: int, anchors: slice
-    ) -> torch.Tensor:
+    def _probabilities(self, predictions: Predictions, level: int, anchors: slice) -> torch.Tensor:
         """(N, A, K, P) of the foreground classes; (N, A, 1, P), the largest, for "max_first"."""
         # Positions last is the memory layout of a convolution's output.
         logits = predictions.logit_levels[level].permute(0, 2, 3, 1)[:, anchors]
@@ -140,9 +136,7 @@ class GeneralInstanceSelection:
             probabilities = probabilities * centerness.sigmoid()
         return probabilities
 
-    def _clip(
-        self, boxes: torch.Tensor, image_sizes: Sequence[Tuple[int, int]]
-    ) -> torch.Tensor:
+    def _clip(self, boxes: torch.Tensor, image_sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
         limits = torch.tensor([(w, h, w, h) for h, w in image_sizes], dtype=boxes.dtype)
         return boxes.clamp(min=0).minimum(upload(limits, boxes.device)[:, None])
 
@@ -154,7 +148,7 @@ class GeneralInstanceSelection:
 
 def first_kept(
     boxes: torch.Tensor, usable: torch.Tensor, threshold: float, count: int
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The first ``count`` boxes of each image that greedy NMS keeps.
 
     Args:
@@ -192,7 +186,7 @@ def _own_deltas(predictions: Predictions) -> torch.Tensor:
     return predictions.deltas_of(predictions.best_class())
 
 
-def _slices(logits: torch.Tensor) -> List[slice]:
+def _slices(logits: torch.Tensor) -> list[slice]:
     """The anchors of a level (N, P, A, K), in slices that keep the temporary tensors small: the system
     takes large ones back at once, and to get them anew costs a CPU more than the work on them."""
     count = logits.shape[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any
 
 from ..base import check_choices, check_not_negative, check_odd, check_setting
 from .response import CLS_MODES, REG_MODES
@@ -15,7 +15,7 @@ _RESPONSE_MASKS = ("matcher", "inside")
 _REG_MASKS = ("gi", "gi_pos")
 
 
-def check_settings(s: Dict[str, Any]) -> None:
+def check_settings(s: dict[str, Any]) -> None:
     """Check GID's arguments, by name.
 
     Raises:
@@ -48,11 +48,11 @@ def check_settings(s: Dict[str, Any]) -> None:
     _require(s, "feature_weight", holds, "at least one of the four terms' weights above 0")
 
 
-def _require(settings: Dict[str, Any], name: str, holds: bool, expected: str) -> None:
+def _require(settings: dict[str, Any], name: str, holds: bool, expected: str) -> None:
     check_setting("GID", name, settings[name], holds, expected)
 
 
-def check_strides(strides: Dict[str, int]) -> None:
+def check_strides(strides: dict[str, int]) -> None:
     """Check the strides of the pooled levels, in pixels by name.
 
     Raises:
@@ -67,7 +67,7 @@ def check_strides(strides: Dict[str, int]) -> None:
     )
 
 
-def check_channels(channels: Dict[str, int]) -> None:
+def check_channels(channels: dict[str, int]) -> None:
     """Check the channels of the teacher's pooled levels, by name.
 
     Raises:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,7 +23,7 @@ class AuxiliaryTask(nn.Module):
         super().__init__()
         self.predictor = MLP(dim, [dim, dim, 5])
 
-    def forward(self, features: torch.Tensor, queries: Queries) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, features: torch.Tensor, queries: Queries) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses of existence and of localisation, scalars.
 
         Existence: binary cross-entropy, mean over the batch's slots. Localisation: L1 distance of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any
 
 from detectron2.config import CfgNode as CN
 
@@ -31,12 +31,12 @@ _CLASSES = {
 _UNREAD = {"IGNORE_DISTILL": [""], "INS.DISTILL_WITH_POS": False, "INS_ATT_MIMIC.TEMP_MASK": 1.0}
 
 
-def argument_names() -> List[str]:
+def argument_names() -> list[str]:
     """The loss's arguments that are keys."""
     return [name for names in _ARGUMENTS.values() for name in names]
 
 
-def add_keys(distiller: CN, defaults: Dict[str, Any]) -> None:
+def add_keys(distiller: CN, defaults: dict[str, Any]) -> None:
     """Add the keys of all nodes to MODEL.DISTILLER.
 
     Args:
@@ -52,7 +52,7 @@ def add_keys(distiller: CN, defaults: Dict[str, Any]) -> None:
         _node(distiller, node)[key] = value
 
 
-def read_arguments(distiller: CN) -> Dict[str, Any]:
+def read_arguments(distiller: CN) -> dict[str, Any]:
     """The loss's arguments from the keys of MODEL.DISTILLER.
 
     Raises:
@@ -73,7 +73,7 @@ def read_arguments(distiller: CN) -> Dict[str, Any]:
     }
 
 
-def check_arguments(values: Dict[str, Any]) -> None:
+def check_arguments(values: dict[str, Any]) -> None:
     """Check the loss's arguments, by name.
 
     Raises:
@@ -100,11 +100,11 @@ def check_arguments(values: Dict[str, Any]) -> None:
     _require(v, "temp_value", holds, f"above 0 ({reason})")
 
 
-def _one_of(values: Dict[str, Any], name: str, allowed) -> None:
+def _one_of(values: dict[str, Any], name: str, allowed) -> None:
     _require(values, name, values[name] in allowed, f"one of {list(allowed)}")
 
 
-def _require(values: Dict[str, Any], name: str, holds: bool, expected: str) -> None:
+def _require(values: dict[str, Any], name: str, holds: bool, expected: str) -> None:
     if holds:
         return
     node = next(node for node, names in _ARGUMENTS.items() if name in names)

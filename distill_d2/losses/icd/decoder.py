@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from .projection import Offsets, project_levels
 
 
 def project_positions(
-    projector: Optional[nn.Linear], geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor
+    projector: nn.Linear | None, geometry: Geometry, weight: torch.Tensor, bias: torch.Tensor
 ) -> Offsets:
     """``weight`` (projected positional embedding) + bias, as a part of the row and one of the column.
 
@@ -50,7 +50,7 @@ class Decoded:
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
-    padding: Optional[torch.Tensor]
+    padding: torch.Tensor | None
 
     def logits(self, image: int, slots: slice, temperature: float = 1.0) -> torch.Tensor:
         """Attention logits (h, slots, S) of one image, over ``temperature``; -inf in padding."""
@@ -117,7 +117,7 @@ class DecoderLayer(nn.Module):
             self.linear_in, self.linear_out = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
             self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def forward(self, queries: torch.Tensor, maps: List[torch.Tensor], geometry: Geometry) -> Decoded:
+    def forward(self, queries: torch.Tensor, maps: list[torch.Tensor], geometry: Geometry) -> Decoded:
         """
         Args:
             queries: (N, K, C).
@@ -163,8 +163,8 @@ class ConditionalDecoder(nn.ModuleList):
         super().__init__(DecoderLayer(dim, heads, bare=bare, **options) for _ in range(max(layers, 1)))
 
     def forward(
-        self, queries: torch.Tensor, maps: List[torch.Tensor], geometry: Geometry
-    ) -> List[Decoded]:
+        self, queries: torch.Tensor, maps: list[torch.Tensor], geometry: Geometry
+    ) -> list[Decoded]:
         """One Decoded per layer; arguments of DecoderLayer."""
         decoded = []
         for layer in self:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
 
 import torch
 
 from ...transfer import upload
 
-Size = Tuple[int, int]
+Size = tuple[int, int]
 
 _TEMPERATURE = 10000.0
 _EPS = 1e-6
@@ -33,17 +33,17 @@ class Geometry:
             nothing attends there.
     """
 
-    level_sizes: Tuple[Size, ...]
-    padding: Optional[torch.Tensor]
+    level_sizes: tuple[Size, ...]
+    padding: torch.Tensor | None
     rows: torch.Tensor
     columns: torch.Tensor
 
 
 @functools.lru_cache(maxsize=4)
 def geometry_of(
-    level_sizes: Tuple[Size, ...],
+    level_sizes: tuple[Size, ...],
     padded_size: Size,
-    image_sizes: Tuple[Size, ...],
+    image_sizes: tuple[Size, ...],
     channels: int,
     device: torch.device,
 ) -> Geometry:
@@ -67,9 +67,7 @@ def geometry_of(
     )
 
 
-def _extents(
-    level: Size, padded: Size, images: Tuple[Size, ...]
-) -> Tuple[torch.Tensor, torch.Tensor]:
+def _extents(level: Size, padded: Size, images: tuple[Size, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """How many rows and columns of a level an image covers, at least in part: two (N, 1)."""
     stride = (padded[0] / level[0] + padded[1] / level[1]) / 2
     covered = torch.ceil(torch.tensor(images, dtype=torch.float64) / stride).long()
@@ -77,7 +75,7 @@ def _extents(
     return rows, columns
 
 
-def _inside(extents: Tuple[torch.Tensor, torch.Tensor], level: Size) -> torch.Tensor:
+def _inside(extents: tuple[torch.Tensor, torch.Tensor], level: Size) -> torch.Tensor:
     rows, columns = (torch.arange(n) < extent for n, extent in zip(level, extents))
     return rows[:, :, None] & columns[:, None, :]
 

@@ -16,8 +16,9 @@ the authors' code and the paper may differ, this is the code. All means are of t
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable
 
 import numpy as np
 import torch
@@ -40,8 +41,8 @@ from .student import StudentValues
 
 logger = logging.getLogger(__name__)
 
-Terms = Dict[str, torch.Tensor]
-Maps = List[torch.Tensor]
+Terms = dict[str, torch.Tensor]
+Maps = list[torch.Tensor]
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -89,7 +90,7 @@ class InstanceConditionalDistillation(DistillLoss):
         distill_off: int = 0,
         distill_on: int = 1,
         reference_bugs: bool = False,
-        solver: Optional[CN] = None,
+        solver: CN | None = None,
     ):
         """
         Args:
@@ -129,7 +130,7 @@ class InstanceConditionalDistillation(DistillLoss):
         self.settings = SimpleNamespace(**settings)
         self.solver = solver
         self.pairs = FeaturePairs(input_feats, channels=hidden_dim, contiguous=False)
-        self.queries: Optional[InstanceQueries] = None  # it needs the number of classes
+        self.queries: InstanceQueries | None = None  # it needs the number of classes
         on_values = use_pos_embedding and decoder_posemb_on_v
         self.decoder = ConditionalDecoder(
             att_layers,
@@ -146,14 +147,14 @@ class InstanceConditionalDistillation(DistillLoss):
         )
         reconstructed = self.decoder if value_reconst > 0 else ()
         self.reconstructors = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim) for _ in reconstructed)
-        self._statistics: Optional[Callable] = None
+        self._statistics: Callable | None = None
 
     @classmethod
     def add_config(cls, distiller: CN) -> None:
         add_keys(distiller, keyword_defaults(cls))
 
     @classmethod
-    def from_config(cls, distiller: CN) -> "InstanceConditionalDistillation":
+    def from_config(cls, distiller: CN) -> InstanceConditionalDistillation:
         return cls(**read_arguments(distiller), solver=distiller.SOLVER)
 
     def use_statistics(self, statistics: Callable) -> None:
@@ -244,9 +245,7 @@ class InstanceConditionalDistillation(DistillLoss):
         geometry = geometry_of(sizes, batch.padded_size, images, channels, device)
         return maps, queries, geometry
 
-    def decode(
-        self, maps: Maps, queries: Queries, geometry: Geometry, iteration: int
-    ) -> List[Decoded]:
+    def decode(self, maps: Maps, queries: Queries, geometry: Geometry, iteration: int) -> list[Decoded]:
         """What the decoder's layers make of the queries and the teacher's levels."""
         encoded = self.queries(queries)
         if self.settings.dropout == 0:
@@ -254,7 +253,7 @@ class InstanceConditionalDistillation(DistillLoss):
         with dropout_seed(_seed(iteration), encoded.device):
             return self.decoder(encoded, maps, geometry)
 
-    def auxiliary_terms(self, decoded: List[Decoded], queries: Queries, maps: Maps) -> Terms:
+    def auxiliary_terms(self, decoded: list[Decoded], queries: Queries, maps: Maps) -> Terms:
         """The terms that train the decoder."""
         terms: Terms = {}
         for index, layer in enumerate(decoded):
@@ -273,7 +272,7 @@ class InstanceConditionalDistillation(DistillLoss):
     def value_term(
         self,
         maps: Maps,
-        decoded: List[Decoded],
+        decoded: list[Decoded],
         queries: Queries,
         geometry: Geometry,
         temperature: float,
@@ -320,7 +319,7 @@ class InstanceConditionalDistillation(DistillLoss):
     def solver_advances(self, iteration: int) -> bool:
         return not self._stopped(iteration)
 
-    def frozen_parameters(self, iteration: int) -> List[nn.Parameter]:
+    def frozen_parameters(self, iteration: int) -> list[nn.Parameter]:
         if iteration < 0:  # pretraining
             return self._of_student()
         return self._of_teacher() if self._stopped(iteration) else []
@@ -328,24 +327,24 @@ class InstanceConditionalDistillation(DistillLoss):
     def _stopped(self, iteration: int) -> bool:
         return iteration > self.settings.stop_joint
 
-    def _of_student(self) -> List[nn.Parameter]:
+    def _of_student(self) -> list[nn.Parameter]:
         """What the distillation trains: the student's side."""
         return [*self.student.parameters(), *self.pairs.adapters.parameters()]
 
-    def _of_teacher(self) -> List[nn.Parameter]:
+    def _of_teacher(self) -> list[nn.Parameter]:
         """What the auxiliary task trains."""
         of_student = set(self._of_student())
         return [p for p in self.parameters() if p not in of_student]
 
     # Parameters of an earlier run.
 
-    def starting_state(self, state: Dict[str, torch.Tensor], part: str) -> Dict[str, torch.Tensor]:
+    def starting_state(self, state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
         """All of it, or for "teacher_only" all but the student's side."""
         if part == "all":
             return state
         return {k: v for k, v in state.items() if not k.startswith(("student.", "pairs.adapters."))}
 
-    def from_reference(self, state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    def from_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ours = self.state_dict()
         # It has projectors of positions even where they are not used.
         converted = from_reference(state).items()

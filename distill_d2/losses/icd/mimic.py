@@ -10,8 +10,6 @@ normalised (layer norm without affine, LN). With M the attention of an image's i
 
 from __future__ import annotations
 
-from typing import List, Optional
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -30,7 +28,7 @@ _GPU_CHUNK = 32768
 
 
 def value_distance(
-    maps: List[torch.Tensor],
+    maps: list[torch.Tensor],
     weight: torch.Tensor,
     bias: torch.Tensor,
     offsets: Offsets,
@@ -116,7 +114,7 @@ class _NormalisedDistance(torch.autograd.Function):
         down = weight.t().expand(batch, -1, -1)
         loss = teacher.new_zeros(())
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        grad_maps: List[Optional[torch.Tensor]] = [
+        grad_maps: list[torch.Tensor | None] = [
             torch.empty_like(feature, memory_format=torch.contiguous_format) if needed else None
             for feature, needed in zip(maps, ctx.needs_input_grad[4:])
         ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Optional
 
 import torch
 from torch.autograd.function import once_differentiable
 
-Offsets = Optional[Tuple[torch.Tensor, torch.Tensor]]
+Offsets = Optional[tuple[torch.Tensor, torch.Tensor]]
 
 
 def positions_of(feature: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,7 @@ def project_levels(
     return _ProjectLevels.apply(weight, bias, rows, columns, *maps)
 
 
-def split_levels(values: torch.Tensor, sizes: Sequence[Tuple[int, int]]) -> List[torch.Tensor]:
+def split_levels(values: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """Views (N, H * W, D) per level of values (N, S, D)."""
     return list(values.split([height * width for height, width in sizes], dim=1))
 

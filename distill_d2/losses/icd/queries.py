@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -49,8 +49,8 @@ class InstanceQueries(nn.Module):
         return self.encoder(describe(queries, self.classes, self.with_scale))
 
     def ground_truth(
-        self, inputs: Sequence[dict], sizes: Sequence[Tuple[int, int]]
-    ) -> List[GroundTruth]:
+        self, inputs: Sequence[dict], sizes: Sequence[tuple[int, int]]
+    ) -> list[GroundTruth]:
         """Boxes and classes of N images, on the host; boxes without area are left out.
 
         Args:

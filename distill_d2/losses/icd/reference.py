@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Dict
 
 import torch
 
-State = Dict[str, torch.Tensor]
+State = dict[str, torch.Tensor]
 
 _OF_TEACHER = "teacher."
 _OF_STUDENT = "distillers.0."
@@ -58,7 +57,7 @@ def _of_teacher(name: str, value: torch.Tensor) -> State:
 def _of_student(name: str, value: torch.Tensor) -> State:
     layer, rest = _of_layer(name)
     if rest.startswith("in_proj_"):  # rows of queries, keys, values
-        return {f"student.{layer}.values.{rest[len('in_proj_'):]}": value.chunk(3)[2]}
+        return {f"student.{layer}.values.{rest[len('in_proj_') :]}": value.chunk(3)[2]}
     if rest.startswith("pos_projector."):
         return {f"student.{layer}.{rest}": value}
     return {}

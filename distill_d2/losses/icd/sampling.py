@@ -6,8 +6,8 @@ given away. All is computed for the whole batch at once, on the host, where the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -34,13 +34,13 @@ class BoxPrior:
     std: np.ndarray
 
     @classmethod
-    def uniform(cls, classes: int) -> "BoxPrior":
+    def uniform(cls, classes: int) -> BoxPrior:
         """All classes alike; sizes 0.2 with deviation 0.2."""
         sizes = np.full((classes, 2), 0.2)
         return cls(np.full(classes, 1.0 / classes), sizes, sizes.copy())
 
     @classmethod
-    def of(cls, statistics, classes: int) -> "BoxPrior":
+    def of(cls, statistics, classes: int) -> BoxPrior:
         """As frequent and as large as in the training data.
 
         Args:
@@ -86,7 +86,7 @@ class GroundTruth:
 
     boxes: np.ndarray
     classes: np.ndarray
-    size: Tuple[int, int]
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class Slots:
     scales: np.ndarray
     is_real: np.ndarray
     is_padding: np.ndarray
-    real: List[int]
-    filled: List[int]
+    real: list[int]
+    filled: list[int]
 
-    def to(self, device: torch.device) -> "Queries":
+    def to(self, device: torch.device) -> Queries:
         """What the networks need of it, in one transfer."""
         columns = [self.classes, self.is_real, self.is_padding]
         packed = np.concatenate(
@@ -140,8 +140,8 @@ class Queries:
     classes: torch.Tensor
     is_real: torch.Tensor
     is_padding: torch.Tensor
-    real: List[int]
-    filled: List[int]
+    real: list[int]
+    filled: list[int]
 
 
 class SlotSampler:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List
-
 import torch
 from torch import nn
 
@@ -33,13 +31,13 @@ class StudentValues(nn.Module):
             return None
         return project_positions(self.pos_projector, geometry, self.values.weight, self.values.bias)
 
-    def forward(self, maps: List[torch.Tensor], geometry: Geometry) -> torch.Tensor:
+    def forward(self, maps: list[torch.Tensor], geometry: Geometry) -> torch.Tensor:
         """(N, S, C) of the levels (N, C, H, W)."""
         return project_levels(maps, self.values.weight, self.values.bias, self.offsets(geometry))
 
     def distance(
         self,
-        maps: List[torch.Tensor],
+        maps: list[torch.Tensor],
         geometry: Geometry,
         teacher: torch.Tensor,
         mass: torch.Tensor,

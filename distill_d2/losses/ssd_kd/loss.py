@@ -23,7 +23,7 @@ whole batch (BOUNDED batch) and a mean squared error of logits as hint (HINT log
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 
@@ -98,8 +98,12 @@ class SSDKD(DistillLoss):
         super().__init__(**schedule)
         check_not_negative(
             self.NODE,
-            **{"background_weight": background_weight, "object_weight": object_weight, "lmda": lmda},
-            **{"nu": nu, "gamma": gamma, "negatives_per_positive": negatives_per_positive},
+            background_weight=background_weight,
+            object_weight=object_weight,
+            lmda=lmda,
+            nu=nu,
+            gamma=gamma,
+            negatives_per_positive=negatives_per_positive,
         )
         choices = {"bounded": (bounded, _BOUNDS), "hint": (hint, _HINTS)}
         check_choices(self.NODE, **choices, hint_form=(hint_form, _HINT_FORMS))
@@ -117,9 +121,9 @@ class SSDKD(DistillLoss):
         self.hint = hint if gamma > 0 else ""
         self.distance = _HINT_FORMS[hint_form]
         self.ratio = negatives_per_positive
-        self.heads: List[str] = []
+        self.heads: list[str] = []
         # Anchors that an RPN samples per image, and how many of them are objects at most.
-        self._samples: Tuple[int, int] = (0, 0)
+        self._samples: tuple[int, int] = (0, 0)
         self.pairs = None
         if self.hint == "feature":
             self.pairs = FeaturePairs(in_features, always=True, key=f"{_KEY}.IN_FEATURES")
@@ -149,15 +153,15 @@ class SSDKD(DistillLoss):
         """Whether the soft or the bounded terms are on."""
         return self.mu < 1 or self.nu > 0
 
-    def task_weights(self) -> Dict[str, float]:
+    def task_weights(self) -> dict[str, float]:
         return {**dict.fromkeys(_HARD, self.mu), **dict.fromkeys(_BOXES, self.lmda)}
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """The weighted terms that are on: "loss_ssd_kd_soft", "..._bounded", "..._hint"; of two-stage
         detectors the first two also with "_rpn"."""
-        terms: Dict[str, torch.Tensor] = {}
+        terms: dict[str, torch.Tensor] = {}
         for head in self.heads if self.compares_rows else ():
             pair = common_predictions(student, teacher, head, batch)
             suffix = "_rpn" if head == "rpn" else ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
-
 import torch
 import torch.nn.functional as F
 
@@ -57,7 +55,7 @@ def per_batch_bound(
     return torch.where(ours + margin > theirs, ours, 0.0)
 
 
-def mean_of_rows(values: torch.Tensor, valid: Optional[torch.Tensor]) -> torch.Tensor:
+def mean_of_rows(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """The mean of (N, R, C), without rows that only fill up; valid: (N, R) bool, None: all are."""
     if valid is None:
         return values.mean()
@@ -67,7 +65,7 @@ def mean_of_rows(values: torch.Tensor, valid: Optional[torch.Tensor]) -> torch.T
 
 def targets_of(
     predictions: Predictions, batch: Batch
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the rows of a head should predict.
 
     Returns:

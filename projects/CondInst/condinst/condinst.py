@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
-from torch import nn
-
 from distill_d2.projects.fcos import FCOS, OneStageDetector
+from torch import nn
 
 from .mask_branch import MaskBranch, aligned_bilinear
 from .mask_head import DynamicMaskHead, dice_losses
@@ -34,7 +34,7 @@ class Positives(NamedTuple):
     levels: torch.Tensor
     locations: torch.Tensor
     params: torch.Tensor
-    counts: List[int]
+    counts: list[int]
 
 
 @META_ARCH_REGISTRY.register()
@@ -82,7 +82,7 @@ class CondInst(OneStageDetector):
         self._check_limits()
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         arguments = super().from_config(cfg)
         node, fcos = cfg.MODEL.CONDINST, cfg.MODEL.FCOS
         if not isinstance(arguments["proposal_generator"], FCOS):
@@ -133,7 +133,7 @@ class CondInst(OneStageDetector):
             "focal_gamma": fcos.LOSS_GAMMA,
         }
 
-    def forward(self, batched_inputs: List[Dict[str, Any]]):
+    def forward(self, batched_inputs: list[dict[str, Any]]):
         """As GeneralizedRCNN's. Detections have "pred_masks" (M, H, W) bool.
 
         Raises:
@@ -157,7 +157,7 @@ class CondInst(OneStageDetector):
             outputs.append({"instances": instances})
         return outputs
 
-    def _preprocess(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
+    def _preprocess(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         images = [self._move_to_current_device(item["image"]) for item in batched_inputs]
         images = [(image - self.pixel_mean) / self.pixel_std for image in images]
         return ImageList.from_tensors(
@@ -171,11 +171,11 @@ class CondInst(OneStageDetector):
     def _losses(
         self,
         images: ImageList,
-        features: Dict[str, torch.Tensor],
+        features: dict[str, torch.Tensor],
         mask_features: torch.Tensor,
-        semantic: Optional[torch.Tensor],
-        gt: List[Instances],
-    ) -> Dict[str, torch.Tensor]:
+        semantic: torch.Tensor | None,
+        gt: list[Instances],
+    ) -> dict[str, torch.Tensor]:
         truths = [self._truth(objects, mask_features.shape[-2:]) for objects in gt]
         for objects, truth in zip(gt, truths):
             if truth is not None:
@@ -188,14 +188,12 @@ class CondInst(OneStageDetector):
         self.mask_head._iter += 1
         return losses
 
-    def _truth(self, objects: Instances, size: Sequence[int]) -> Optional[MaskTruth]:
+    def _truth(self, objects: Instances, size: Sequence[int]) -> MaskTruth | None:
         head = self.mask_head
         padded = [length * head.in_stride for length in size]
         return mask_truth(objects, padded, head.out_stride, head.in_stride, self.num_classes)
 
-    def positives(
-        self, extras: Dict[str, Any], truths: Sequence[Optional[MaskTruth]]
-    ) -> Positives:
+    def positives(self, extras: dict[str, Any], truths: Sequence[MaskTruth | None]) -> Positives:
         """The positive locations that have a mask loss, of what FCOS returns in training; the only part
         of a step that waits for the device, to know how many they are."""
         targets, points = extras["targets"], extras["points"]
@@ -215,7 +213,7 @@ class CondInst(OneStageDetector):
         )
 
     def _chosen(
-        self, images: torch.Tensor, objects: torch.Tensor, rows: torch.Tensor, extras: Dict[str, Any]
+        self, images: torch.Tensor, objects: torch.Tensor, rows: torch.Tensor, extras: dict[str, Any]
     ) -> torch.Tensor:
         if self.topk_proposals_per_image > 0:
             probability = extras["logits"][images, :, rows].float().amax(dim=1).sigmoid()
@@ -228,7 +226,7 @@ class CondInst(OneStageDetector):
         self,
         positives: Positives,
         mask_features: torch.Tensor,
-        truths: Sequence[Optional[MaskTruth]],
+        truths: Sequence[MaskTruth | None],
     ) -> torch.Tensor:
         objects, levels, locations, params, counts = positives
         logits = self.mask_head(mask_features, params, locations, levels, counts)
@@ -257,7 +255,7 @@ class CondInst(OneStageDetector):
     # Evaluation
 
     def _masks(
-        self, found: Instances, mask_features: torch.Tensor, image_size: Tuple[int, int]
+        self, found: Instances, mask_features: torch.Tensor, image_size: tuple[int, int]
     ) -> torch.Tensor:
         """(M, H, W) bool at the size of ``found``, from the image's mask features (C, H', W')."""
         head, masks = self.mask_head, [mask_features.new_zeros(0, *found.image_size, dtype=torch.bool)]

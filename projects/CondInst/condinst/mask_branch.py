@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,9 +49,7 @@ class MaskBranch(nn.Module):
             self.logits = nn.Conv2d(channels, semantic_classes, kernel_size=1)
             nn.init.constant_(self.logits.bias, -math.log((1 - prior_prob) / prior_prob))
 
-    def forward(
-        self, features: Dict[str, torch.Tensor]
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    def forward(self, features: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             features: levels (N, C, H, W) by name.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ class DynamicMaskHead(nn.Module):
             x = torch.baddbmm(bias.unsqueeze(-1), weight, F.relu(x))
         return aligned_bilinear(x.unflatten(-1, size), self.in_stride // self.out_stride)
 
-    def _split(self, params: torch.Tensor) -> "tuple[List[torch.Tensor], List[torch.Tensor]]":
+    def _split(self, params: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         lengths = [out * into for out, into in self.shapes]
         parts = params.split(lengths + [out for out, _ in self.shapes], dim=1)
         weights = [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class MaskTruth(NamedTuple):
 @torch.no_grad()
 def mask_truth(
     objects: Instances, size: Sequence[int], out_stride: int, in_stride: int, num_classes: int
-) -> Optional[MaskTruth]:
+) -> MaskTruth | None:
     """Of one image, or None if its objects have no masks.
 
     Args:
@@ -104,7 +105,7 @@ def _classes(
 
 
 def semantic_loss(
-    logits: torch.Tensor, truths: Sequence[Optional[MaskTruth]], alpha: float, gamma: float
+    logits: torch.Tensor, truths: Sequence[MaskTruth | None], alpha: float, gamma: float
 ) -> torch.Tensor:
     """Focal loss of the semantic segmentation (N, K, H, W), over the number of pixels on an object;
     images whose objects have no masks are left out."""
@@ -113,7 +114,7 @@ def semantic_loss(
         return logits.float().sum() * 0.0
     # No copy where all of them are known, as always but with mixed data.
     logits = (logits if len(known) == len(logits) else torch.stack([logits[i] for i in known])).float()
-    classes: List[torch.Tensor] = [truths[i].classes for i in known]
+    classes: list[torch.Tensor] = [truths[i].classes for i in known]
     kinds = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
     wanted = (torch.stack(classes)[:, None] == kinds).to(logits.dtype)
     loss = sigmoid_focal_loss_jit(logits, wanted, alpha, gamma, reduction="sum")

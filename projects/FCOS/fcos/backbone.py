@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import List, Optional
-
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -67,7 +65,7 @@ def check_adet_keys(cfg: CfgNode) -> None:
             raise ValueError(f"MODEL.{key} is {value}; FCOS' backbones here offer {listing}")
 
 
-def top_block(levels: int, channels: int) -> Optional[nn.Module]:
+def top_block(levels: int, channels: int) -> nn.Module | None:
     """The convolutions that make so many levels (0, 1 or 2) from p5."""
     if levels == 2:
         return LastLevelP6P7(channels, channels, in_feature="p5")
@@ -85,7 +83,7 @@ class LastLevelP6(nn.Module):
         self.p6 = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
         c2_xavier_fill(self.p6)
 
-    def forward(self, p5: torch.Tensor) -> List[torch.Tensor]:
+    def forward(self, p5: torch.Tensor) -> list[torch.Tensor]:
         return [self.p6(p5)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class TopLevels(Backbone):
     def size_divisibility(self) -> int:
         return self._size_divisibility
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """From images (N, 3, H, W) to stages by name, from fine to coarse."""
         found = self.backbone(x)
         stages = {name: found[name] for name in self._out_features if name in found}
@@ -99,13 +99,13 @@ class BiFPN(Backbone):
             channels = [out_channels] * len(strides)
         self._out_feature_strides = {f"p{int(math.log2(s))}": s for s in strides}
         self._out_features = list(self._out_feature_strides)
-        self._out_feature_channels = {name: out_channels for name in self._out_features}
+        self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
 
     @property
     def size_divisibility(self) -> int:
         return self.bottom_up.size_divisibility
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """From images (N, 3, H, W) to levels by name, from fine to coarse."""
         levels = list(self.bottom_up(x).values())
         for layer in self.repeated_bifpn:
@@ -128,12 +128,12 @@ class _Round(nn.Module):
             if count != out_channels:
                 self.add_module(f"lateral_{level}_f{level}", _conv(count, out_channels, 1, norm))
 
-    def forward(self, levels: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         maps = list(levels)
         for level in range(len(levels)):
             lateral = getattr(self, f"lateral_{level}_f{level}", None)
             maps[level] = maps[level] if lateral is None else lateral(maps[level])
-        outputs: Dict[int, torch.Tensor] = {}
+        outputs: dict[int, torch.Tensor] = {}
         for level, nodes in self.plan:
             name = f"f{level}_{'_'.join(map(str, nodes))}"
             weights = F.relu(getattr(self, f"weights_{name}"))
@@ -145,9 +145,9 @@ class _Round(nn.Module):
         return [outputs[level] for level in range(len(levels))]
 
 
-def _plan(count: int) -> List[Tuple[int, Tuple[int, ...]]]:
+def _plan(count: int) -> list[tuple[int, tuple[int, ...]]]:
     """The level of each node, and the nodes that it reads."""
-    nodes: List[Tuple[int, Tuple[int, ...]]] = []
+    nodes: list[tuple[int, tuple[int, ...]]] = []
     newest = list(range(count))
     for level in reversed(range(count - 1)):
         nodes.append((level, (level, newest[level + 1])))

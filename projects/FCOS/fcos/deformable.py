@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
-
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
@@ -28,7 +26,7 @@ class DeformConv2d(Conv2d):
             nn.init.zeros_(self.bias)
 
     def forward(
-        self, x: torch.Tensor, offset: torch.Tensor, mask: Optional[torch.Tensor] = None
+        self, x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
         Args:
@@ -46,7 +44,7 @@ class DeformConv2d(Conv2d):
         return x if self.activation is None else self.activation(x)
 
 
-def offset_and_mask(prediction: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def offset_and_mask(prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of (N, 27 g, H, W), offsets (N, 18 g, H, W) and, after a sigmoid, the mask (N, 9 g, H, W)."""
     third = prediction.shape[1] // 3
     offset, mask = prediction.split([2 * third, third], dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class DLA34(Backbone):
         self._out_feature_channels = {name: channels[name] for name in out_features}
         self._out_feature_strides = {name: 2 ** int(name[-1]) for name in out_features}
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """From images (N, 3, H, W), H and W divisible by 32, to stages by name, from fine to coarse."""
         x = self.level1(self.level0(self.base_layer(x)))
         stages = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -37,7 +38,7 @@ class FCOS(nn.Module):
         assigner: FCOSAssigner,
         loss: FCOSLoss,
         test_selection: Selection,
-        train_selection: Optional[Selection] = None,
+        train_selection: Selection | None = None,
         yield_box_features: bool = False,
     ):
         """
@@ -61,7 +62,7 @@ class FCOS(nn.Module):
         )
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: Dict[str, ShapeSpec]) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         node = cfg.MODEL.FCOS
         shapes = _levels(node, input_shape)
         train, test = (
@@ -109,10 +110,10 @@ class FCOS(nn.Module):
     def forward(
         self,
         images: ImageList,
-        features: Dict[str, torch.Tensor],
-        gt_instances: Optional[Sequence[Instances]] = None,
-        top_module: Optional[nn.Module] = None,
-    ) -> Tuple[Any, Dict[str, torch.Tensor]]:
+        features: dict[str, torch.Tensor],
+        gt_instances: Sequence[Instances] | None = None,
+        top_module: nn.Module | None = None,
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
         """
         Args:
             images: N of them; only the sizes are read.
@@ -151,7 +152,7 @@ class FCOS(nn.Module):
 
     def targets(
         self, anchors: Sequence[Boxes], gt_instances: Sequence[Instances]
-    ) -> Tuple[Points, Targets]:
+    ) -> tuple[Points, Targets]:
         """What the locations of N images should predict; of ``anchor_generator``'s squares per level."""
         points = self.assigner.points(anchors)
         return points, self.assigner.targets(points, gt_instances, self.num_classes)
@@ -161,7 +162,7 @@ class FCOS(nn.Module):
         outputs: Sequence[Sequence[torch.Tensor]],
         anchors: Sequence[Boxes],
         gt_instances: Sequence[Instances],
-    ) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor]]:
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         points, targets = self.targets(anchors, gt_instances)
         logits, ltrb, quality, *top = (
             torch.cat([level.flatten(2) for level in levels], dim=2) for levels in outputs
@@ -172,7 +173,7 @@ class FCOS(nn.Module):
         return {**extras, **({"top": top[0]} if top else {})}, losses
 
 
-def _levels(node: CfgNode, input_shape: Dict[str, ShapeSpec]) -> List[ShapeSpec]:
+def _levels(node: CfgNode, input_shape: dict[str, ShapeSpec]) -> list[ShapeSpec]:
     """The levels that the head reads. Raises ValueError if the keys of MODEL.FCOS do not fit them."""
     names, strides = list(node.IN_FEATURES), list(node.FPN_STRIDES)
     missing = [name for name in names if name not in input_shape]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from .deformable import DeformConv2d, DFConv2d
 NORMS = ("GN", "NaiveGN", "BN", "SyncBN", "none")
 _GROUP_NORMS, _GROUPS = ("GN", "NaiveGN"), 32
 
-Levels = List[torch.Tensor]
+Levels = list[torch.Tensor]
 
 
 class LevelNorms(nn.ModuleList):
@@ -104,7 +104,7 @@ class FCOSHead(nn.Module):
 
     def forward(
         self, features: Sequence[torch.Tensor], box_modules: Sequence[nn.Module] = ()
-    ) -> Tuple[Levels, ...]:
+    ) -> tuple[Levels, ...]:
         """
         Args:
             features: levels (N, C, H, W), from fine to coarse.
@@ -119,7 +119,7 @@ class FCOSHead(nn.Module):
 
     def _level(
         self, x: torch.Tensor, level: int, box_modules: Sequence[nn.Module]
-    ) -> Tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor, ...]:
         x = self.share_tower(x, level)
         logits = self.cls_logits(self.cls_tower(x, level))
         box = self.bbox_tower(x, level)
@@ -138,7 +138,7 @@ class FCOSHead(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _block(channels: int, num_levels: int, norm: str, deformable: bool) -> List[nn.Module]:
+def _block(channels: int, num_levels: int, norm: str, deformable: bool) -> list[nn.Module]:
     conv = DFConv2d(channels, channels) if deformable else nn.Conv2d(channels, channels, 3, padding=1)
     if norm == "none":
         return [conv, nn.ReLU()]

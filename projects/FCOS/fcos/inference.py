@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Sequence, Tuple
 
 import torch
 from detectron2.layers import batched_nms
@@ -35,8 +35,8 @@ class Selection:
         self,
         outputs: Sequence[Sequence[torch.Tensor]],
         anchors: Sequence[Boxes],
-        image_sizes: Sequence[Tuple[int, int]],
-    ) -> List[Instances]:
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[Instances]:
         """N images' detections, by falling score: the square root of probability times quality (arXiv
         2006.09214, eq. 4).
 
@@ -63,7 +63,7 @@ class Selection:
         self,
         levels: Sequence[Sequence[torch.Tensor]],
         anchors: Sequence[Boxes],
-        image_size: Tuple[int, int],
+        image_size: tuple[int, int],
     ) -> Instances:
         candidates = Instances.cat(
             [
@@ -78,7 +78,7 @@ class Selection:
     def _of_level(
         self,
         index: int,
-        image_size: Tuple[int, int],
+        image_size: tuple[int, int],
         squares: torch.Tensor,
         compared: torch.Tensor,
         joint: torch.Tensor,

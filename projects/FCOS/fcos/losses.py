@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict, Tuple
-
 import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
@@ -59,7 +57,7 @@ class FCOSLoss(nn.Module):
 
     def forward(
         self, logits: torch.Tensor, ltrb: torch.Tensor, quality: torch.Tensor, targets: Targets
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """
         Args:
             logits: (N, K, R); ltrb: (N, 4, R) in strides; quality: (N, R) logits.
@@ -103,7 +101,7 @@ class FCOSLoss(nn.Module):
         return locations
 
 
-def smoothed_ious(ltrb: torch.Tensor, wanted: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def smoothed_ious(ltrb: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """IoU with 1 added to intersection and union, and GIoU from it.
 
     The public implementation adds it to areas in squared strides, where it is much; kept, so that
@@ -130,7 +128,7 @@ def centerness_of(ltrb: torch.Tensor) -> torch.Tensor:
     return ratio.prod(dim=1).sqrt()
 
 
-def rank_mean(*values: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+def rank_mean(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The mean over all processes of each scalar, in float32."""
     mean = torch.stack([value.float() for value in values])
     if comm.get_world_size() > 1:
@@ -149,6 +147,6 @@ def _bce(logits: torch.Tensor, wanted: torch.Tensor, positive: torch.Tensor) -> 
     return (losses * positive).sum()
 
 
-def _check(key: str, value: str, choices: Tuple[str, ...]) -> None:
+def _check(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"MODEL.FCOS.{key} is '{value}'; expected one of {list(choices)}")

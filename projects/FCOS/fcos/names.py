@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Callable, Dict, List, Tuple, Union
+from typing import Callable
 
 import torch
 
-Weights = Dict[str, torch.Tensor]
+Weights = dict[str, torch.Tensor]
 
 HEAD = "proposal_generator.fcos_head"
 _BODY = "backbone.bottom_up"
@@ -19,7 +19,7 @@ DROPPED = {
 }
 # Applied one after the other. Up to the head: of the FCOS that preceded detectron2, whose levels of the
 # pyramid count from 1 for stride 4.
-_RULES: Tuple[Tuple[str, Union[str, Callable[[re.Match], str]]], ...] = (
+_RULES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"^backbone\.body\.", f"{_BODY}."),
     (rf"^({re.escape(_BODY)})\.layer(\d)\.", lambda m: f"{m[1]}.res{int(m[2]) + 1}."),
     (rf"^({re.escape(_BODY)}\..*)\bbn(\d)\.", r"\1conv\2.norm."),
@@ -40,7 +40,7 @@ _FROM_DETECTRON2 = {theirs: ours for ours, theirs in _TO_DETECTRON2.items()}
 _SCALES = 1e-6  # differences between them that do not count
 
 
-def from_public(weights: Weights) -> Tuple[Weights, List[str]]:
+def from_public(weights: Weights) -> tuple[Weights, list[str]]:
     """A public checkpoint's tensors by their names here, and the names that were dropped (see DROPPED).
 
     Those of AdelaiDet's FCOS and CondInst have these names already, but for what changed over the years.
@@ -91,7 +91,7 @@ def from_detectron2(weights: Weights, num_scales: int) -> Weights:
     return converted
 
 
-def _check_head(head: Weights, scales: List[float]) -> None:
+def _check_head(head: Weights, scales: list[float]) -> None:
     if max(scales) - min(scales) > _SCALES:
         raise ValueError(
             f"the levels' scales differ, {[round(scale, 4) for scale in scales]}: detectron2's FCOS has "

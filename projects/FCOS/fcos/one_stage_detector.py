@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any
 
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.rcnn import ProposalNetwork
@@ -16,7 +16,7 @@ class OneStageDetector(ProposalNetwork):
     input asks for.
     """
 
-    def forward(self, batched_inputs: List[Dict[str, Any]]):
+    def forward(self, batched_inputs: list[dict[str, Any]]):
         """As GeneralizedRCNN's."""
         outputs = super().forward(batched_inputs)
         if self.training:

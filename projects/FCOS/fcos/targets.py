@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -44,7 +45,7 @@ class FCOSAssigner:
     """Objects belong to locations near their centres, on the level of their size; of several objects the
     smallest (arXiv 2006.09214, section 3.1 and "center sampling")."""
 
-    def __init__(self, sizes_of_interest: Sequence[float], radius: Optional[float]):
+    def __init__(self, sizes_of_interest: Sequence[float], radius: float | None):
         """
         Args:
             sizes_of_interest: the longest distance to a side in pixels that belongs to each level but
@@ -71,9 +72,7 @@ class FCOSAssigner:
         )
 
     @torch.no_grad()
-    def targets(
-        self, points: Points, gt_instances: Sequence[Instances], num_classes: int
-    ) -> Targets:
+    def targets(self, points: Points, gt_instances: Sequence[Instances], num_classes: int) -> Targets:
         """Of N images; objects' centres are "gt_centers" (G, 2), x and y in pixels, where an image has
         them, and otherwise those of their boxes."""
         found = [_image_targets(self, points, image, num_classes) for image in gt_instances]
@@ -83,9 +82,9 @@ class FCOSAssigner:
         self,
         points: Points,
         boxes: torch.Tensor,
-        valid: Optional[torch.Tensor] = None,
-        centers: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        valid: torch.Tensor | None = None,
+        centers: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             boxes: (G, 4) absolute XYXY, G at least 1.
@@ -118,7 +117,7 @@ class FCOSAssigner:
 
 def _image_targets(
     assigner: FCOSAssigner, points: Points, objects: Instances, num_classes: int
-) -> Tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, ...]:
     boxes, classes = objects.gt_boxes.tensor.float(), objects.gt_classes
     count = len(points.strides)
     if not len(boxes):
@@ -131,4 +130,3 @@ def _image_targets(
     ltrb = torch.cat([points.centers - low, high - points.centers], dim=1) / points.strides[:, None]
     background = torch.full_like(index, num_classes)
     return torch.where(positive, classes[index], background), ltrb.t(), index, positive
-

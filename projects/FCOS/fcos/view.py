@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 from detectron2.structures import Boxes
@@ -23,11 +23,11 @@ class OneStageDetectorView(FCOSView):
     """Of any OneStageDetector the features, of FCOS the head too."""
 
     @property
-    def offers(self) -> Tuple[str, ...]:
+    def offers(self) -> tuple[str, ...]:
         return super().offers if isinstance(self.model.proposal_generator, FCOS) else ()
 
     @property
-    def num_classes(self) -> Optional[int]:
+    def num_classes(self) -> int | None:
         return getattr(self.model.proposal_generator, "num_classes", None)
 
     def require(self, capability: str) -> None:
@@ -51,20 +51,20 @@ class OneStageDetectorView(FCOSView):
             assign=lambda boxes, valid: self._assign(boxes, valid, self._squares())[0],
         )
 
-    def _squares(self) -> List[Boxes]:
+    def _squares(self) -> list[Boxes]:
         fcos = self.model.proposal_generator
         return fcos.anchor_generator([self.level(n, contiguous=False) for n in fcos.in_features])
 
     def _assign(
         self, boxes: torch.Tensor, valid: torch.Tensor, anchors: Sequence[Boxes]
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """FCOS' own rule, once per step for the same boxes; they are kept, so that the id is theirs."""
         key = ("assign", id(boxes), id(valid))
         return self.once(key, lambda: (boxes, valid, self._assigned(boxes, valid, anchors)))[2]
 
     def _assigned(
         self, boxes: torch.Tensor, valid: torch.Tensor, anchors: Sequence[Boxes]
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assigner = self.model.proposal_generator.assigner
         points = assigner.points(anchors)
         found = [assigner.assign(points, *image) for image in zip(boxes, valid)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Dict, List
+from typing import TYPE_CHECKING, Any
 
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class TransmittedBytes(DatasetEvaluator):
     """Mean size of what a BottleneckStage sends for one image of a dataset."""
 
-    def __init__(self, stage: "BottleneckStage"):
+    def __init__(self, stage: BottleneckStage):
         self._stage = stage
         self.reset()
 
@@ -23,11 +23,11 @@ class TransmittedBytes(DatasetEvaluator):
         self._images = 0
         self._numbers = 0
 
-    def process(self, inputs: List[Dict[str, Any]], outputs: Any) -> None:
+    def process(self, inputs: list[dict[str, Any]], outputs: Any) -> None:
         self._images += len(inputs)
         self._numbers += self._stage.transmitted.numel()
 
-    def evaluate(self) -> Dict[str, Dict[str, float]]:
+    def evaluate(self) -> dict[str, dict[str, float]]:
         """{"bytes_per_image": {"raw", "16bit", "8bit"}} on the main process, {} on others.
 
         raw is float32. The numbers alone: in 8 bits each image also needs its scale and zero point.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from detectron2.evaluation import DatasetEvaluator
@@ -58,7 +58,7 @@ class BottleneckStage(nn.Module):
         self.quant_bits = quant_bits
         self.reference_bugs = reference_bugs
         #: Shape (N, channels, H + 4, W + 4) of what was sent for the last batch in evaluation.
-        self.transmitted: Optional[torch.Size] = None
+        self.transmitted: torch.Size | None = None
         first, second, third = encoder_widths
         self.encoder = nn.Sequential(
             _convolution(in_channels, first, padding=1),

@@ -5,7 +5,8 @@ The objects are G of one image, the locations all R of its levels.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def one_to_one(qualities: Sequence[torch.Tensor]) -> Pairs:
     return Pairs(*upload(torch.from_numpy(np.concatenate(found, axis=1)), qualities[0].device))
 
 
-def best_assignment(values: np.ndarray, columns: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def best_assignment(values: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Give different columns to rows, such that the sum of their values is the largest.
 
     Args:
@@ -121,7 +122,7 @@ def one_to_many(
     return torch.where(highest >= 0, objects, -1)
 
 
-def _highest(level: torch.Tensor, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def _highest(level: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The highest values of each row of a level (G, P): (G, count), or as many as there are; and where
     they are, (G, P) bool."""
     values, columns = level.topk(min(count, level.shape[1]), dim=1)

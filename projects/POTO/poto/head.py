@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from torch import nn
-
 from distill_d2.projects.fcos.head import Scale
+from torch import nn
 
 
 class MaxFiltering(nn.Module):
@@ -38,7 +38,7 @@ class MaxFiltering(nn.Module):
         self.conv = _conv3x3(channels, channels)
         self.norm = get_norm(norm, channels) or nn.Identity()
 
-    def forward(self, features: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """From levels (N, C, H, W), fine to coarse, to as many of the same shapes."""
         hidden = [self.conv(feature) for feature in features]
         outputs = []
@@ -64,7 +64,7 @@ class POTOHead(RetinaNetHead):
         conv_dims: Sequence[int],
         norm: str = "GN",
         prior_prob: float = 0.01,
-        max_filtering: Optional[MaxFiltering] = None,
+        max_filtering: MaxFiltering | None = None,
     ):
         """
         Args:
@@ -85,7 +85,7 @@ class POTOHead(RetinaNetHead):
         self.filter = None if max_filtering is None else _conv3x3(conv_dims[-1], 1)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: Sequence[ShapeSpec]) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, input_shape: Sequence[ShapeSpec]) -> dict[str, Any]:
         node, channels = cfg.MODEL.POTO, input_shape[0].channels
         window = node.FILTER_KERNEL_SIZE, node.FILTER_TAU, node.FILTER_NORM
         return {
@@ -97,7 +97,7 @@ class POTOHead(RetinaNetHead):
             "max_filtering": MaxFiltering(channels, *window) if node.USE_3DMF else None,
         }
 
-    def forward(self, features: Sequence[torch.Tensor]) -> Tuple[List[torch.Tensor], ...]:
+    def forward(self, features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], ...]:
         """From levels (N, C, H, W) to logits (N, K, H, W) and deltas (N, 4, H, W): distances to the
         left, top, right and bottom side, in strides, where negative ones stand for 0. With a max
         filter also to its logits (N, 1, H, W)."""

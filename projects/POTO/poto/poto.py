@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,15 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
+from distill_d2.projects.fcos.losses import rank_mean
 from fvcore.nn import sigmoid_focal_loss_jit
 
-from distill_d2.projects.fcos.losses import rank_mean
 from distill_d2.views.matching import batched_iou, giou_distance
 
 from .assignment import Pairs, inside, match_quality, near_centre, one_to_many, one_to_one
 from .head import POTOHead
 
-Levels = List[torch.Tensor]
+Levels = list[torch.Tensor]
 
 
 class Rows(NamedTuple):
@@ -39,7 +40,7 @@ class Rows(NamedTuple):
     filtered: torch.Tensor
     deltas: torch.Tensor
     anchors: torch.Tensor
-    sizes: List[int]
+    sizes: list[int]
 
 
 class Targets(NamedTuple):
@@ -54,7 +55,7 @@ class Targets(NamedTuple):
     pairs: Pairs
     boxes: torch.Tensor
     classes: torch.Tensor
-    auxiliary: Optional[torch.Tensor]
+    auxiliary: torch.Tensor | None
 
 
 @META_ARCH_REGISTRY.register()
@@ -122,7 +123,7 @@ class POTO(DenseDetector):
         self.max_detections_per_image = max_detections_per_image
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.POTO
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
@@ -158,8 +159,8 @@ class POTO(DenseDetector):
         _images: ImageList,
         features: Levels,
         predictions: Sequence[Levels],
-        gt_instances: List[Instances],
-    ) -> Dict[str, torch.Tensor]:
+        gt_instances: list[Instances],
+    ) -> dict[str, torch.Tensor]:
         rows = self.rows(features, predictions)
         return self.losses(rows, self.targets(rows, gt_instances))
 
@@ -177,7 +178,7 @@ class POTO(DenseDetector):
         )
 
     @torch.no_grad()
-    def targets(self, rows: Rows, gt_instances: List[Instances]) -> Targets:
+    def targets(self, rows: Rows, gt_instances: list[Instances]) -> Targets:
         """What the head should have computed for N images. The host waits for the device once."""
         qualities, auxiliary = [], []
         for image, gt in enumerate(gt_instances):
@@ -197,7 +198,7 @@ class POTO(DenseDetector):
         classes = torch.cat([gt.gt_classes for gt in gt_instances])[pairs.objects]
         return Targets(pairs, boxes, classes, torch.stack(auxiliary) if auxiliary else None)
 
-    def losses(self, rows: Rows, targets: Targets) -> Dict[str, torch.Tensor]:
+    def losses(self, rows: Rows, targets: Targets) -> dict[str, torch.Tensor]:
         """Focal loss and GIoU loss, divided by the number of objects, and the auxiliary focal loss,
         divided by that of its locations with an object: means over all processes, at least 1.
 
@@ -222,7 +223,7 @@ class POTO(DenseDetector):
 
     def forward_inference(
         self, images: ImageList, features: Levels, predictions: Sequence[Levels]
-    ) -> List[Instances]:
+    ) -> list[Instances]:
         _, filtered, deltas = self._levels(predictions)
         anchors = self.anchor_generator(features)
         return [
@@ -231,7 +232,7 @@ class POTO(DenseDetector):
         ]
 
     def detect(
-        self, scores: Levels, deltas: Levels, anchors: List[Boxes], image_size: Tuple[int, int]
+        self, scores: Levels, deltas: Levels, anchors: list[Boxes], image_size: tuple[int, int]
     ) -> Instances:
         """One image's detections, by falling score.
 
@@ -242,7 +243,7 @@ class POTO(DenseDetector):
         found = self._decode_multi_level_predictions(anchors, scores, deltas, *thresholds, image_size)
         return found[found.scores.topk(min(len(found), self.max_detections_per_image)).indices]
 
-    def _levels(self, predictions: Sequence[Levels]) -> Tuple[Levels, Levels, Levels]:
+    def _levels(self, predictions: Sequence[Levels]) -> tuple[Levels, Levels, Levels]:
         """Logits (N, P, K) of each level, those after the max filter, and deltas (N, P, 4)."""
         lengths = [self.num_classes, 4, 1][: len(predictions)]
         predictions = [[level.float() for level in levels] for levels in predictions]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import List
 
 import torch
 from detectron2.structures import Boxes
@@ -28,9 +27,7 @@ class POTOView(FCOSView):
         logits = [product_logits(*pair) for pair in zip(found.logit_levels, filters)]
         return replace(found, logit_levels=logits, centerness_levels=())
 
-    def _match(
-        self, boxes: torch.Tensor, valid: torch.Tensor, anchors: List[Boxes]
-    ) -> torch.Tensor:
+    def _match(self, boxes: torch.Tensor, valid: torch.Tensor, anchors: list[Boxes]) -> torch.Tensor:
         """Near the centre of a box, on any level: the locations among which POTO chooses one."""
         rows, radius = Boxes.cat(anchors).tensor, self.model.center_sampling_radius
         near = torch.stack([near_centre(per_image, rows, radius) for per_image in boxes])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 from detectron2.config import CfgNode as CN
 from detectron2.layers import ShapeSpec

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-Size = Tuple[int, int]
+Size = tuple[int, int]
 
 NORMS = ("GN", "none")
 GROUPS = 32
@@ -58,9 +58,7 @@ class SOLOv2InstanceHead(nn.Module):
         _initialise(self)
         nn.init.constant_(self.cate_pred.bias, -math.log((1 - prior_prob) / prior_prob))
 
-    def forward(
-        self, features: Sequence[torch.Tensor]
-    ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+    def forward(self, features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """From levels (N, C, H, W) to class logits (N, K, S, S) and kernels (N, D, S, S) per level."""
         logits, kernels = [], []
         for feature, grid in zip(self._resized(features), self.num_grids):
@@ -72,7 +70,7 @@ class SOLOv2InstanceHead(nn.Module):
             kernels.append(self.kernel_pred(self.kernel_tower(cells)))
         return logits, kernels
 
-    def _resized(self, features: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    def _resized(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         # Of the padded image, by the finest level: a pooled level may be half a cell larger than it.
         height, width = (side * self.in_strides[0] for side in features[0].shape[-2:])
         sizes = [(-(-height // stride), -(-width // stride)) for stride in self.strides]
@@ -135,7 +133,7 @@ def resize(maps: torch.Tensor, size: Size) -> torch.Tensor:
 
 
 def _tower(in_channels: int, channels: int, num_convs: int, norm: str) -> nn.Sequential:
-    layers: List[nn.Module] = []
+    layers: list[nn.Module] = []
     for index in range(num_convs):
         layers += _block(channels if index else in_channels, channels, norm)
     return nn.Sequential(*layers)
@@ -155,7 +153,7 @@ def _upsampling(in_channels: int, channels: int, level: int, norm: str) -> nn.Se
     return stages
 
 
-def _block(in_channels: int, channels: int, norm: str, kernel_size: int = 3) -> List[nn.Module]:
+def _block(in_channels: int, channels: int, norm: str, kernel_size: int = 3) -> list[nn.Module]:
     convolution = nn.Conv2d(
         in_channels, channels, kernel_size, padding=kernel_size // 2, bias=norm == "none"
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence, Tuple
 
 import torch
 from detectron2.structures import Boxes, Instances
@@ -13,7 +13,7 @@ from .head import resize
 from .losses import predict_masks
 from .nms import mask_ious, mask_nms, matrix_nms
 
-Size = Tuple[int, int]
+Size = tuple[int, int]
 
 NMS_TYPES = ("matrix", "mask")
 KERNELS = ("gaussian", "linear")
@@ -74,7 +74,7 @@ class InstanceSelection:
         kernels: torch.Tensor,
         smallest: torch.Tensor,
         features: torch.Tensor,
-    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Scores (n,), classes (n,) and kernels (n, D) of cells whose class score and mask are large
         enough; scores are those of the class times those of the mask."""
         cell, classes = (scores > self.score_threshold).nonzero(as_tuple=True)
@@ -86,7 +86,7 @@ class InstanceSelection:
 
     def _measure(
         self, kernels: torch.Tensor, features: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of masks (n, H, W) the area and the mean inside it, each (n,); they are not kept."""
         areas, means = [], []
         for part in kernels.split(masks_at_once(*features.shape[-2:])):
@@ -98,7 +98,7 @@ class InstanceSelection:
 
     def _suppress(
         self, scores: torch.Tensor, classes: torch.Tensor, masks: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The scores (m,), falling, of instances that are left, and which they are."""
         ious = mask_ious(masks, classes)
         if self.nms_type == "mask":

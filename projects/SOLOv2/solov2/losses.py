@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from fvcore.nn import sigmoid_focal_loss_jit
@@ -10,9 +10,7 @@ from fvcore.nn import sigmoid_focal_loss_jit
 from .targets import ImageTargets
 
 
-def class_loss(
-    logits: torch.Tensor, classes: torch.Tensor, alpha: float, gamma: float
-) -> torch.Tensor:
+def class_loss(logits: torch.Tensor, classes: torch.Tensor, alpha: float, gamma: float) -> torch.Tensor:
     """Focal loss of all cells, divided by the number of cells with an object, plus one.
 
     Args:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -70,7 +71,7 @@ class SOLOv2(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.SOLOV2
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
@@ -131,7 +132,7 @@ class SOLOv2(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: List[Dict[str, Any]]):
+    def forward(self, batched_inputs: list[dict[str, Any]]):
         """detectron2's model interface.
 
         Args:
@@ -158,7 +159,7 @@ class SOLOv2(nn.Module):
         found = self.instances(logits, kernels, features, images.image_sizes, outputs)
         return [{"instances": per_image} for per_image in found]
 
-    def preprocess_image(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalised images, padded to one size."""
         images = [move_device_like(item["image"], self.pixel_mean) for item in batched_inputs]
         return ImageList.from_tensors(
@@ -168,19 +169,19 @@ class SOLOv2(nn.Module):
         )
 
     def predict(
-        self, levels: Dict[str, torch.Tensor]
-    ) -> Tuple[List[torch.Tensor], List[torch.Tensor], torch.Tensor]:
+        self, levels: dict[str, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """Class logits (N, K, S, S), kernels (N, D, S, S), per level; mask features (N, D, H, W)."""
         logits, kernels = self.ins_head([levels[name] for name in self.ins_in_features])
         return logits, kernels, self.mask_head([levels[name] for name in self.mask_in_features])
 
     def losses(
         self,
-        logits: List[torch.Tensor],
-        kernels: List[torch.Tensor],
+        logits: list[torch.Tensor],
+        kernels: list[torch.Tensor],
         features: torch.Tensor,
         instances: Sequence[Instances],
-    ) -> Dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """Of what ``predict`` returned for N images with these ground truths; in float32."""
         padded = self._padded_size(features)
         objects = [self.targets.objects(image, padded, self.device) for image in instances]
@@ -195,12 +196,12 @@ class SOLOv2(nn.Module):
 
     def instances(
         self,
-        logits: List[torch.Tensor],
-        kernels: List[torch.Tensor],
+        logits: list[torch.Tensor],
+        kernels: list[torch.Tensor],
         features: torch.Tensor,
-        image_sizes: Sequence[Tuple[int, int]],
-        output_sizes: Sequence[Tuple[int, int]],
-    ) -> List[Instances]:
+        image_sizes: Sequence[tuple[int, int]],
+        output_sizes: Sequence[tuple[int, int]],
+    ) -> list[Instances]:
         """The detections in N images of these (height, width), in those of the outputs."""
         scores = cells_of([point_nms(level.float().sigmoid()) for level in logits])
         weights, padded = cells_of(kernels), self._padded_size(features)
@@ -216,7 +217,7 @@ class SOLOv2(nn.Module):
                 for i, sizes in enumerate(zip(image_sizes, output_sizes))
             ]
 
-    def _padded_size(self, features: torch.Tensor) -> Tuple[int, int]:
+    def _padded_size(self, features: torch.Tensor) -> tuple[int, int]:
         height, width = features.shape[-2:]
         return height * self.mask_stride, width * self.mask_stride
 

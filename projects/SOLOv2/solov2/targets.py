@@ -10,7 +10,8 @@ object's.
 from __future__ import annotations
 
 import math
-from typing import List, NamedTuple, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from distill_d2.transfer import upload
 
 from .chunks import masks_at_once
 
-Size = Tuple[int, int]
+Size = tuple[int, int]
 
 _MOST_CELLS = 3  # of an object on a level, per axis
 
@@ -67,7 +68,7 @@ class GridTargets:
         self,
         num_classes: int,
         num_grids: Sequence[int],
-        scale_ranges: Sequence[Tuple[float, float]],
+        scale_ranges: Sequence[tuple[float, float]],
         sigma: float = 0.2,
         max_entries: int = -1,
     ):
@@ -96,9 +97,7 @@ class GridTargets:
         return Objects(*(upload(part, device) for part in (boxes, classes, masks)), most)
 
     @torch.no_grad()
-    def __call__(
-        self, objects: Sequence[Objects], padded_size: Size, stride: int
-    ) -> List[ImageTargets]:
+    def __call__(self, objects: Sequence[Objects], padded_size: Size, stride: int) -> list[ImageTargets]:
         """The targets of N images that are padded to (H, W), with masks of this stride in pixels."""
         slots = draw_slots([image.most_entries for image in objects], self.max_entries)
         canvas = tuple(side // stride for side in padded_size)
@@ -121,7 +120,7 @@ class GridTargets:
         masks = downscale(objects.masks, stride, canvas)
         return ImageTargets(classes, cell[chosen], index[chosen], valid[chosen], masks)
 
-    def cells(self, objects: Objects, padded_size: Size) -> Tuple[torch.Tensor, torch.Tensor]:
+    def cells(self, objects: Objects, padded_size: Size) -> tuple[torch.Tensor, torch.Tensor]:
         """The 3 x 3 cells around each object's centre, row by row.
 
         Returns:
@@ -170,7 +169,7 @@ class GridTargets:
         return with_none[last]  # -1 is none
 
 
-def draw_slots(slots: Sequence[int], most: int) -> List[int]:
+def draw_slots(slots: Sequence[int], most: int) -> list[int]:
     """Of the slots of N images at most so many (-1: all), drawn by chance: how many each image keeps."""
     if most < 0 or sum(slots) <= most:
         return list(slots)
@@ -198,7 +197,7 @@ def bit_masks(instances: Instances) -> torch.Tensor:
     return masks.tensor
 
 
-def centres(masks: torch.Tensor) -> Tuple[Tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+def centres(masks: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Centres of mass of masks (G, H, W): x and y, each (G,), in pixels from the centre of the first
     one; and (G,) bool, which masks have one."""
     parts = [
@@ -231,7 +230,7 @@ def downscale(masks: torch.Tensor, stride: int, canvas: Size) -> torch.Tensor:
 
 def _cells_of_axis(
     centre: torch.Tensor, length: torch.Tensor, side: int, grid: int
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The three cells around each of G centres along an axis of so many pixels, (G, 3) int64, and which
     of them the region of this length around it touches."""
 

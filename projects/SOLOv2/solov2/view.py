@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 
@@ -24,7 +24,7 @@ class SOLOv2View(DetectorView):
     def anchor_levels(self) -> Sequence[str]:
         return self.model.ins_in_features
 
-    def anchors(self) -> Dict[str, torch.Tensor]:
+    def anchors(self) -> dict[str, torch.Tensor]:
         """It has none: squares of 8 strides around its positions, as ATSS has (arXiv 1912.02424)."""
         levels = {name: self.level(name, contiguous=False) for name in self.anchor_levels}
         return {
@@ -33,7 +33,7 @@ class SOLOv2View(DetectorView):
         }
 
 
-def _squares(size: Tuple[int, int], stride: int, device: torch.device) -> torch.Tensor:
+def _squares(size: tuple[int, int], stride: int, device: torch.device) -> torch.Tensor:
     """(H, W, 1, 4), absolute XYXY."""
     y, x = ((torch.arange(side, device=device) + 0.5) * stride for side in size)
     centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)

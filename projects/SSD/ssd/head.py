@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -12,9 +12,7 @@ from torch import nn
 class SSDHead(nn.Module):
     """Class logits and box deltas for the prior boxes of each level, not shared among levels."""
 
-    def __init__(
-        self, shapes: Sequence[ShapeSpec], priors: Sequence[int], num_classes: int, lite: bool
-    ):
+    def __init__(self, shapes: Sequence[ShapeSpec], priors: Sequence[int], num_classes: int, lite: bool):
         """
         Args:
             shapes: of the levels.
@@ -33,9 +31,7 @@ class SSDHead(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def forward(
-        self, features: Sequence[torch.Tensor]
-    ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+    def forward(self, features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """From levels (N, C, H, W) to logits (N, A (K + 1), H, W) and deltas (N, 4 A, H, W) per level."""
         logits = [layer(feature) for layer, feature in zip(self.logits, features)]
         return logits, [layer(feature) for layer, feature in zip(self.deltas, features)]

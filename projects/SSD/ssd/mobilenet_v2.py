@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict
-
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -50,7 +48,7 @@ class SSDMobileNetV2(Backbone):
     def _expanded(self, block: int) -> int:
         return self.features[block].conv[0][0].out_channels
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """From images (N, 3, H, W) to levels by name, from fine to coarse."""
         maps = []
         for index, block in enumerate(self.features):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, NamedTuple, Tuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class Targets(NamedTuple):
 
 def match_priors(
     iou: torch.Tensor, valid: torch.Tensor, threshold: float
-) -> Tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Give each prior box the object that it overlaps most, and each object the prior box that overlaps it
     most; where several objects want one, the last of them has it.
 
@@ -49,8 +49,12 @@ def match_priors(
 
 
 def multibox_losses(
-    logits: torch.Tensor, deltas: torch.Tensor, targets: Targets, target_deltas: torch.Tensor, ratio: float
-) -> Dict[str, torch.Tensor]:
+    logits: torch.Tensor,
+    deltas: torch.Tensor,
+    targets: Targets,
+    target_deltas: torch.Tensor,
+    ratio: float,
+) -> dict[str, torch.Tensor]:
     """Cross entropy over objects and hard negatives, and smooth L1 over objects, both divided by the number
     of positive prior boxes in the batch.
 

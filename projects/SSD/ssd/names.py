@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Callable
 
 import torch
 
-Weights = Dict[str, torch.Tensor]
+Weights = dict[str, torch.Tensor]
 
 # Of an inverted residual: module of the public one, and here. The first block has no expansion.
 _FULL = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2", "7": "3"}
 _FIRST = {"0": "0.0", "1": "0.1", "3": "1", "4": "2"}
 # Modules of the checkpoints, and from their groups those here.
-_RULES: Tuple[Tuple[str, Callable[..., str]], ...] = (
+_RULES: tuple[tuple[str, Callable[..., str]], ...] = (
     # amdegroot/ssd.pytorch and what is derived from it; bare numbers: its VGG16 with reduced fc layers.
     (r"(?:vgg\.)?(\d+)", lambda i: f"backbone.features.{i}"),
     (r"extras\.(\d+)", lambda i: f"backbone.extras.{i}"),
@@ -33,7 +33,7 @@ _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked
 DROPPED = {"adaptation": "a convolution for hints that its authors compute and do not use"}
 
 
-def name_of(public: str) -> Optional[str]:
+def name_of(public: str) -> str | None:
     """The name here of a public checkpoint's tensor; None: unknown."""
     module, _, leaf = public.rpartition(".")
     for pattern, target in _RULES:
@@ -43,7 +43,7 @@ def name_of(public: str) -> Optional[str]:
     return None
 
 
-def from_public(weights: Weights) -> Tuple[Weights, List[str], List[str]]:
+def from_public(weights: Weights) -> tuple[Weights, list[str], list[str]]:
     """A public checkpoint's tensors by their names here, the background last among the classes.
 
     Args:
@@ -72,9 +72,10 @@ def from_public(weights: Weights) -> Tuple[Weights, List[str], List[str]]:
 
 def _is_classifier(name: str, weights: Weights) -> bool:
     """Whether this is the last convolution of a class head."""
-    return name.startswith("head.logits.") and re.fullmatch(
-        r"head\.logits\.\d(\.3)?\.(weight|bias)", name
-    ) is not None
+    return (
+        name.startswith("head.logits.")
+        and re.fullmatch(r"head\.logits\.\d(\.3)?\.(weight|bias)", name) is not None
+    )
 
 
 def _classes(name: str, weights: Weights) -> int:

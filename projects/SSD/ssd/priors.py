@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 from detectron2.structures import Boxes
@@ -45,14 +45,14 @@ class SSDPriors(nn.Module):
         self.strides = list(strides)
         self.sides = [_sides(*level) for level in zip(min_sizes, max_sizes, aspect_ratios)]
         self.register_buffer("_anywhere", torch.empty(0), persistent=False)  # tells the device
-        self._cache: Dict[Tuple, List[torch.Tensor]] = {}
+        self._cache: dict[tuple, list[torch.Tensor]] = {}
 
     @property
-    def num_priors(self) -> List[int]:
+    def num_priors(self) -> list[int]:
         """Prior boxes per cell of each level."""
         return [len(level) for level in self.sides]
 
-    def forward(self, features: Sequence[torch.Tensor]) -> List[Boxes]:
+    def forward(self, features: Sequence[torch.Tensor]) -> list[Boxes]:
         """The prior boxes (H W A, 4) of each level (N, C, H, W), absolute XYXY."""
         return [Boxes(level * self.size) for level in self._of(features)]
 
@@ -61,7 +61,7 @@ class SSDPriors(nn.Module):
         matched, since of boxes that overlap an object equally the rounding decides."""
         return torch.cat(self._of(features))
 
-    def _of(self, features: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    def _of(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         device = self._anywhere.device
         key = (device, *(feature.shape[-2:] for feature in features))
         if key not in self._cache:
@@ -70,7 +70,7 @@ class SSDPriors(nn.Module):
         return self._cache[key]
 
 
-def _sides(low: float, high: float, ratios: Sequence[float]) -> List[Tuple[float, float]]:
+def _sides(low: float, high: float, ratios: Sequence[float]) -> list[tuple[float, float]]:
     """Width and height in pixels of each prior box of a cell."""
     sides = [(low, low), (math.sqrt(low * high),) * 2]
     for ratio in ratios:
@@ -80,7 +80,7 @@ def _sides(low: float, high: float, ratios: Sequence[float]) -> List[Tuple[float
 
 
 def _level(
-    shape: Tuple[int, int], stride: int, sides: Sequence[Tuple[float, float]], size: int
+    shape: tuple[int, int], stride: int, sides: Sequence[tuple[float, float]], size: int
 ) -> torch.Tensor:
     y, x = ((torch.arange(length, dtype=torch.float64) + 0.5) * stride for length in shape)
     boxes = torch.empty(*shape, len(sides), 4, dtype=torch.float64)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -59,9 +60,7 @@ class SSD(DenseDetector):
             iou_threshold, negatives_per_positive: see ``multibox``.
             test_score_thresh, test_topk_candidates (per class), test_nms_thresh: of inference.
         """
-        super().__init__(
-            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
-        )
+        super().__init__(backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std)
         self.anchor_generator = priors
         self.box2box_transform = Box2BoxTransform(weights=BOX_WEIGHTS)
         self.num_classes = num_classes
@@ -74,7 +73,7 @@ class SSD(DenseDetector):
         self.max_detections_per_image = max_detections_per_image
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.SSD
         backbone = build_backbone(cfg)
         shapes, names = backbone.output_shape(), [f"s{stride}" for stride in node.STRIDES]
@@ -84,9 +83,7 @@ class SSD(DenseDetector):
                 f"MODEL.SSD.STRIDES is {list(node.STRIDES)}, but the backbone has no levels {missing}; it has "
                 f"{list(shapes)}"
             )
-        priors = SSDPriors(
-            node.SIZE, node.STRIDES, node.MIN_SIZES, node.MAX_SIZES, node.ASPECT_RATIOS
-        )
+        priors = SSDPriors(node.SIZE, node.STRIDES, node.MIN_SIZES, node.MAX_SIZES, node.ASPECT_RATIOS)
         levels = [shapes[name] for name in names]
         return {
             "backbone": backbone,
@@ -105,7 +102,7 @@ class SSD(DenseDetector):
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
 
-    def preprocess_image(self, batched_inputs: List[Dict[str, torch.Tensor]]) -> ImageList:
+    def preprocess_image(self, batched_inputs: list[dict[str, torch.Tensor]]) -> ImageList:
         """As DenseDetector's. Raises ValueError if an image has another size than MODEL.SSD.SIZE."""
         size = self.anchor_generator.size
         for item in batched_inputs:
@@ -119,10 +116,10 @@ class SSD(DenseDetector):
     def forward_training(
         self,
         _images: ImageList,
-        features: List[torch.Tensor],
-        predictions: List[List[torch.Tensor]],
-        gt_instances: List[Instances],
-    ) -> Dict[str, torch.Tensor]:
+        features: list[torch.Tensor],
+        predictions: list[list[torch.Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, torch.Tensor]:
         logits, deltas = self._rows(predictions)
         anchors = self._anchors(features)
         targets = self.targets(features, gt_instances)
@@ -131,7 +128,7 @@ class SSD(DenseDetector):
         return multibox_losses(logits, deltas, targets, wanted, self.negatives_per_positive)
 
     @torch.no_grad()
-    def targets(self, features: List[torch.Tensor], gt_instances: List[Instances]) -> Targets:
+    def targets(self, features: list[torch.Tensor], gt_instances: list[Instances]) -> Targets:
         """What the prior boxes of N images should predict."""
         boxes = pad_sequence([x.gt_boxes.tensor for x in gt_instances], batch_first=True)
         classes = pad_sequence([x.gt_classes for x in gt_instances], batch_first=True)
@@ -150,7 +147,7 @@ class SSD(DenseDetector):
 
     def match(
         self, boxes: torch.Tensor, valid: torch.Tensor, features: Sequence[torch.Tensor]
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """``match_priors`` of objects (N, G, 4), absolute XYXY, to the prior boxes of these levels."""
         priors = self.anchor_generator
         iou = batched_iou(boxes / priors.size, priors.relative(features))
@@ -159,9 +156,9 @@ class SSD(DenseDetector):
     def forward_inference(
         self,
         images: ImageList,
-        features: List[torch.Tensor],
-        predictions: List[List[torch.Tensor]],
-    ) -> List[Instances]:
+        features: list[torch.Tensor],
+        predictions: list[list[torch.Tensor]],
+    ) -> list[Instances]:
         logits, deltas = self._rows(predictions)
         anchors = self._anchors(features)
         scores = logits.softmax(dim=-1)[..., :-1]
@@ -174,7 +171,7 @@ class SSD(DenseDetector):
         scores: torch.Tensor,
         deltas: torch.Tensor,
         anchors: torch.Tensor,
-        image_size: Tuple[int, int],
+        image_size: tuple[int, int],
     ) -> Instances:
         """One image's detections, by falling score.
 
@@ -192,7 +189,7 @@ class SSD(DenseDetector):
             image_size, pred_boxes=Boxes(boxes[keep]), scores=best[keep], pred_classes=classes[keep]
         )
 
-    def _rows(self, predictions: List[List[torch.Tensor]]) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self, predictions: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's outputs as (N, R, K + 1) and (N, R, 4)."""
         logits, deltas = predictions
         classes = self.num_classes + 1
@@ -201,5 +198,5 @@ class SSD(DenseDetector):
             rows_of([by_position(level.float(), 4) for level in deltas]),
         )
 
-    def _anchors(self, features: List[torch.Tensor]) -> torch.Tensor:
+    def _anchors(self, features: list[torch.Tensor]) -> torch.Tensor:
         return Boxes.cat(self.anchor_generator(features)).tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence, Union
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class SSDVGG16(Backbone):
         self._out_feature_strides = {name: int(name[1:]) for name in names}
         _initialise(self)
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """From images (N, 3, H, W) to levels by name, from fine to coarse."""
         x = self.features[: _RELU4_3 + 1](x)
         maps = [x if self.l2_norm is None else self.l2_norm(x)]
@@ -79,7 +79,7 @@ def _times(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
-def _trunk(plan: Sequence[Union[str, int]], channels: int) -> nn.Sequential:
+def _trunk(plan: Sequence[str | int], channels: int) -> nn.Sequential:
     """torchvision's convolutions of VGG16; the last pooling keeps the resolution, and fc6 and fc7 follow."""
     layers = make_layers(list(plan))
     layers[_CEIL_POOL].ceil_mode = True  # 75 to 38 cells
@@ -95,7 +95,7 @@ def _trunk(plan: Sequence[Union[str, int]], channels: int) -> nn.Sequential:
     )
 
 
-def _extras(channels: int, outs: Sequence[int], strides: Sequence[int], width: float) -> List[nn.Module]:
+def _extras(channels: int, outs: Sequence[int], strides: Sequence[int], width: float) -> list[nn.Module]:
     """Pairs of a 1x1 convolution that halves the channels and a 3x3 one; of stride 1 without padding."""
     layers = []
     for out, stride in zip(outs, strides):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Tuple
-
 import torch
 
 from distill_d2.views.anchored import AnchoredHead
@@ -22,7 +20,7 @@ class SSDView(RetinaNetView):
         return self.model.anchor_generator.size
 
     @property
-    def probe_size(self) -> Tuple[int, int]:
+    def probe_size(self) -> tuple[int, int]:
         return self.fixed_size, self.fixed_size
 
     def _head(self) -> AnchoredHead:
@@ -37,15 +35,13 @@ class SSDView(RetinaNetView):
             assign=lambda boxes, valid: self._match_once(boxes, valid)[0],
         )
 
-    def _match_once(
-        self, boxes: torch.Tensor, valid: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _match_once(self, boxes: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of ``match`` and ``assign``; the boxes are kept, so that no others have their id in this step."""
         _, found = self.once(("match", id(boxes)), lambda: (boxes, self._match_priors(boxes, valid)))
         return found
 
     def _match_priors(
         self, boxes: torch.Tensor, valid: torch.Tensor
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         levels = [self.level(name, contiguous=False) for name in self.model.head_in_features]
         return self.model.match(boxes, valid, levels)

@@ -58,9 +58,7 @@ def build_small_resnet_backbone(cfg: CN, input_shape: ShapeSpec) -> FPN:
             )
         )
         width = out_width
-    resnet = ResNet(
-        stem, stages, out_features=node.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
-    )
+    resnet = ResNet(stem, stages, out_features=node.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
     return FPN(
         bottom_up=resnet,
         in_features=node.OUT_FEATURES,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Dict, List, Optional, Sequence, Tuple
 
 import naive_defeat as naive
 import naive_masks
@@ -48,18 +48,18 @@ def close(actual, expected, name="", precision=1e-5):
 class _Maps(Backbone):
     """Returns a case's maps of some levels, after its bottom-up network did so with others."""
 
-    def __init__(self, case: "Case", role: str, strides: Dict[str, int], bottom_up=None):
+    def __init__(self, case: Case, role: str, strides: dict[str, int], bottom_up=None):
         super().__init__()
         self.case, self.role, self.strides = case, role, strides
         if bottom_up is not None:
             self.bottom_up = bottom_up
 
-    def forward(self, _image) -> Dict[str, Tensor]:
+    def forward(self, _image) -> dict[str, Tensor]:
         if hasattr(self, "bottom_up"):
             self.bottom_up(None)
         return {name: self.case.maps[self.role][name] for name in self.strides}
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return {
             name: ShapeSpec(channels=self.case.maps[self.role][name].shape[1], stride=stride)
             for name, stride in self.strides.items()
@@ -69,7 +69,7 @@ class _Maps(Backbone):
 class CaseView(DetectorView):
     """A view of a case's maps, anchors and heads."""
 
-    case: "Case"
+    case: Case
     offers = ("anchors", "dense", "box_head", "own_proposals")
 
     @property
@@ -77,19 +77,19 @@ class CaseView(DetectorView):
         return self.case.classes
 
     @property
-    def anchor_levels(self) -> List[str]:
+    def anchor_levels(self) -> list[str]:
         return list(self.case.anchors)
 
-    def anchors(self) -> Dict[str, Tensor]:
+    def anchors(self) -> dict[str, Tensor]:
         return self.case.anchors
 
     def dense(self) -> Predictions:
         return self.case.dense_predictions(self.role)
 
-    def sample_boxes(self, capability: str) -> Tuple[Tensor, Tensor]:
+    def sample_boxes(self, capability: str) -> tuple[Tensor, Tensor]:
         return torch.zeros(2, 4), torch.ones(2, 4)
 
-    def sampled_proposals(self) -> List[Boxes]:
+    def sampled_proposals(self) -> list[Boxes]:
         assert self.role == "student"
         return self.case.proposals["student"]
 
@@ -122,10 +122,10 @@ class Case:
         seed: int = 0,
         *,
         objects: Sequence[int] = (3, 1),
-        padded: Tuple[int, int] = (64, 96),
+        padded: tuple[int, int] = (64, 96),
         strides: Sequence[int] = (4, 8, 16),
-        channels: Tuple[int, int] = (3, 3),
-        stage_channels: Tuple[int, int] = (2, 2),
+        channels: tuple[int, int] = (3, 3),
+        stage_channels: tuple[int, int] = (2, 2),
         enlarged: Sequence[str] = (),
         rows: Sequence[int] = (9, 6, 4),
         classes: int = 4,
@@ -152,8 +152,8 @@ class Case:
         self.images = range(len(objects))
         self.truth = [_boxes(random, count, padded) for count in objects]
         self.rows = [_dense_rows()] * len(objects) if dense else list(rows[: len(objects)])
-        self.maps: Dict[str, Dict[str, Tensor]] = {}
-        self.logits: Dict[str, Dict[str, List[Tensor]]] = {}
+        self.maps: dict[str, dict[str, Tensor]] = {}
+        self.logits: dict[str, dict[str, list[Tensor]]] = {}
         for role, of_level, of_stage in zip(("student", "teacher"), channels, stage_channels):
             larger = enlarged if role == "student" else ()
             self.maps[role] = {}
@@ -191,7 +191,7 @@ class Case:
             for parameter in () if fresh else self.loss.parameters():
                 parameter.copy_(0.3 * _normal(random, *parameter.shape))
 
-    def leaves(self) -> Dict[str, Tensor]:
+    def leaves(self) -> dict[str, Tensor]:
         found = dict(self.maps["student"])
         for source, logits in self.logits["student"].items():
             found.update({f"{source}'s rows {image}": x for image, x in enumerate(logits)})
@@ -212,10 +212,10 @@ class Case:
             inputs.append({"image": torch.empty(3, *self.padded), "instances": instances})
         return Batch(inputs, self.padded, self.iteration, self.max_iter)
 
-    def labels_of(self, source: str) -> List[Tensor]:
+    def labels_of(self, source: str) -> list[Tensor]:
         return [torch.tensor(labels) for labels in self.labels[source]]
 
-    def box_predictions(self, role: str, source: str, classes: Optional[List[Tensor]]) -> Predictions:
+    def box_predictions(self, role: str, source: str, classes: list[Tensor] | None) -> Predictions:
         """Rows that only fill up have numbers that would be seen."""
         padded = torch.nn.utils.rnn.pad_sequence(self.logits[role][source], batch_first=True)
         valid = torch.arange(padded.shape[1]) < torch.tensor(self.rows)[:, None]
@@ -239,14 +239,14 @@ class Case:
             assert torch.equal(found[there], truth)
         return torch.tensor(self.labels["student"], dtype=torch.int8)
 
-    def forward(self) -> Dict[str, Tensor]:
+    def forward(self) -> dict[str, Tensor]:
         with contextlib.ExitStack() as stack:
             for view in self.views:
                 stack.enter_context(view.recording())
                 view.model.backbone(None)
             return self.loss(*self.views, self.batch())
 
-    def run(self) -> Dict[str, Tensor]:
+    def run(self) -> dict[str, Tensor]:
         """Forward and backward from fresh gradients; the terms."""
         for tensor in [*self.leaves().values(), *self.loss.parameters()]:
             tensor.grad = None
@@ -270,7 +270,7 @@ class Case:
 
     # The naive version.
 
-    def naive(self) -> Tuple[Dict[str, Tensor], Dict[str, Tensor]]:
+    def naive(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Terms by name, and gradients by the names of leaves and of parameters."""
         leaves = {name: x.detach().double().requires_grad_() for name, x in self.leaves().items()}
         parameters = {
@@ -299,7 +299,7 @@ class Case:
     def _necks(self) -> Sequence[str]:
         return self.settings.in_features or list(self.strides)
 
-    def _naive_rows(self, leaves: Dict[str, Tensor], source: str) -> List[naive.Row]:
+    def _naive_rows(self, leaves: dict[str, Tensor], source: str) -> list[naive.Row]:
         rows = []
         for image in self.images:
             both = leaves[f"{source}'s rows {image}"], self.logits["teacher"][source][image].double()
@@ -312,7 +312,7 @@ class Case:
                     rows.append(naive.Row(*logits, kind, label))
         return rows
 
-    def compare(self) -> Dict[str, Tensor]:
+    def compare(self) -> dict[str, Tensor]:
         """All terms and gradients with the naive version's; the terms."""
         terms = self.run()
         expected, gradients = self.naive()
@@ -328,7 +328,7 @@ class Case:
         return terms
 
 
-def _boxes(random: np.random.Generator, count: int, padded: Tuple[int, int]) -> Tensor:
+def _boxes(random: np.random.Generator, count: int, padded: tuple[int, int]) -> Tensor:
     """Of sides from a tenth of the image's to all of it; some on the right and bottom borders."""
     corner, sides = random.uniform(0, 0.7, (count, 2)), random.uniform(0.1, 1.0, (count, 2)) ** 2
     boxes = np.hstack([corner, (corner + sides).clip(max=1.0)]) * np.tile(padded[::-1], 2)
@@ -343,7 +343,7 @@ def _dense_rows() -> int:
     return sum(positions * anchors for positions, anchors in DENSE_LEVELS)
 
 
-def _predictions(levels: List[Tensor], match=None, **others) -> Predictions:
+def _predictions(levels: list[Tensor], match=None, **others) -> Predictions:
     shapes = [level.shape[:-1] for level in levels]
     return Predictions(
         logit_levels=levels,
@@ -355,9 +355,9 @@ def _predictions(levels: List[Tensor], match=None, **others) -> Predictions:
     )
 
 
-def _adapters(parameters: Dict[str, Tensor]) -> naive.Adapters:
+def _adapters(parameters: dict[str, Tensor]) -> naive.Adapters:
     """Weight and bias by level, of "neck.adapters.p3.weight" or "backbone.adapters.res3.0.weight"."""
-    found: Dict[str, Dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for name, parameter in parameters.items():
         level = name.split("adapters.")[1].split(".")[0]
         found.setdefault(level, {})[name.rpartition(".")[2]] = parameter

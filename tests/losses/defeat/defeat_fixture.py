@@ -8,8 +8,8 @@ classes and rows; an IoU threshold beside FGFI's.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Dict, Sequence, Tuple
 
 import naive_defeat as naive
 import naive_masks
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Arrays = Dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
 STRIDES = {f"P{level}": 2**level for level in (2, 3, 4, 5)}
 STAGES = {f"C{level}": 2**level for level in (3, 4, 5)}
@@ -39,11 +39,25 @@ ROI_THRESHOLDS = (0.5, 0.7)
 
 # By the case's name, the settings that are not the plain ones.
 PLAIN = {
-    **{"mask": "gt", "level_assign": "single", "finest_scale": 56.0, "roi_phi": 0.5, "loss_form": "L2"},
-    **{"neck_adapt": True, "reference_bugs": False, "decay": "none", "proposals": "student"},
-    **{"hint_neck_w": 0, "hint_neck_back_w": 0, "hint_bb_w": 0, "hint_bb_back_w": 0},
-    **{"head_cls_w": 0, "head_cls_back_w": 0, "head_cls_t": 1, "head_cls_back_t": 1},
-    **{"head_cls_rows": "decouple", "adapter_relu": False},
+    "mask": "gt",
+    "level_assign": "single",
+    "finest_scale": 56.0,
+    "roi_phi": 0.5,
+    "loss_form": "L2",
+    "neck_adapt": True,
+    "reference_bugs": False,
+    "decay": "none",
+    "proposals": "student",
+    "hint_neck_w": 0,
+    "hint_neck_back_w": 0,
+    "hint_bb_w": 0,
+    "hint_bb_back_w": 0,
+    "head_cls_w": 0,
+    "head_cls_back_w": 0,
+    "head_cls_t": 1,
+    "head_cls_back_t": 1,
+    "head_cls_rows": "decouple",
+    "adapter_relu": False,
 }
 NECK, HEAD = {"hint_neck_w": 3, "hint_neck_back_w": 12}, {"head_cls_w": 2, "head_cls_back_w": 2}
 CASES = {
@@ -52,7 +66,10 @@ CASES = {
     "A3_defeat_neck_coco_w": {"hint_neck_w": 4, "hint_neck_back_w": 16, "neck_adapt": False},
     "B_head_decouple": HEAD,
     "B2_head_decouple_T3": {
-        **{"head_cls_w": 1.5, "head_cls_back_w": 0.5, "head_cls_t": 3, "head_cls_back_t": 3}
+        "head_cls_w": 1.5,
+        "head_cls_back_w": 0.5,
+        "head_cls_t": 3,
+        "head_cls_back_t": 3,
     },
     "B3_head_all": {**HEAD, "head_cls_rows": "all"},
     "B4_head_correct": {**HEAD, "head_cls_rows": "correct"},
@@ -78,7 +95,7 @@ def is_input(name: str) -> bool:
     return name.startswith(INPUTS)
 
 
-def _sizes(padded: Tuple[int, int], strides: Dict[str, int]) -> Dict[str, Tuple[int, int]]:
+def _sizes(padded: tuple[int, int], strides: dict[str, int]) -> dict[str, tuple[int, int]]:
     return {name: tuple(math.ceil(side / stride) for side in padded) for name, stride in strides.items()}
 
 
@@ -152,7 +169,7 @@ def _case(arrays: Arrays, s: SimpleNamespace, case: str) -> Arrays:
     return found
 
 
-def _step(arrays: Arrays, leaves: Dict[str, Tensor], s: SimpleNamespace) -> naive.Step:
+def _step(arrays: Arrays, leaves: dict[str, Tensor], s: SimpleNamespace) -> naive.Step:
     sizes = _sizes(PADDED, STRIDES)
     adapters = {name: (leaves[f"adapt_weight_{name}"], leaves[f"adapt_bias_{name}"]) for name in STRIDES}
     both = leaves["cls"], _read(arrays, "cls_teacher_q64"), arrays["cls_labels"].tolist()

@@ -7,15 +7,16 @@ background last. Losses are differentiable in the student's maps and logits, and
 from __future__ import annotations
 
 import math
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import naive_masks as masks
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Maps = Dict[str, Tensor]
-Adapters = Dict[str, Tuple[Tensor, Tensor]]  # weight and bias by level
+Maps = dict[str, Tensor]
+Adapters = dict[str, tuple[Tensor, Tensor]]  # weight and bias by level
 
 
 class Row(NamedTuple):
@@ -29,10 +30,10 @@ class Row(NamedTuple):
     student: Tensor
     teacher: Tensor
     kind: str
-    label: Optional[int] = None
+    label: int | None = None
 
 
-def adapted(level: Tensor, adapter: Optional[Tuple[Tensor, Tensor]], relu: bool, size) -> Tensor:
+def adapted(level: Tensor, adapter: tuple[Tensor, Tensor] | None, relu: bool, size) -> Tensor:
     if adapter is not None:
         weight, bias = adapter
         level = F.conv2d(level, weight, bias, padding=weight.shape[-1] // 2)
@@ -62,7 +63,7 @@ def region_losses(
     relu: bool = False,
     form: str = "L2",
     inverted: bool = False,
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Of objects and of the background, the mean over levels of half the mean distance."""
     totals = [0.0, 0.0]
     for name, mask in level_masks.items():
@@ -100,7 +101,7 @@ def chosen(row: Row, rows: str) -> bool:
     return correct and (rows == "correct" or row.kind == "object")
 
 
-def class_losses(rows: Sequence[Row], background: bool, s) -> Dict[str, Tensor]:
+def class_losses(rows: Sequence[Row], background: bool, s) -> dict[str, Tensor]:
     """The weighted terms of one source of rows, of all images together."""
     parts = {
         "hcls": ([r for r in rows if r.kind == "object"], s.head_cls_w, s.head_cls_t),
@@ -149,13 +150,13 @@ class Step(NamedTuple):
 
     student: Maps
     teacher: Maps
-    strides: Dict[str, int]
+    strides: dict[str, int]
     stages: Sequence[str]
-    anchors: Dict[str, Tensor]
-    truth: List[List[masks.Box]]
+    anchors: dict[str, Tensor]
+    truth: list[list[masks.Box]]
     padded: masks.Size
     adapters: Adapters
-    rows: Dict[str, List[Row]]
+    rows: dict[str, list[Row]]
     background: bool = True
     iteration: int = 0
     max_iter: int = 1
@@ -178,7 +179,7 @@ class Step(NamedTuple):
         return {name: masks.picked(mask, self.teacher[name].shape[-2:]) for name in self.stages}
 
 
-def defeat(step: Step, s) -> Dict[str, Tensor]:
+def defeat(step: Step, s) -> dict[str, Tensor]:
     """All terms that have a weight, of DeFeat's settings."""
     terms = {}
     both = step.student, step.teacher
@@ -201,7 +202,7 @@ def defeat(step: Step, s) -> Dict[str, Tensor]:
     }
 
 
-def fgfi(step: Step, s) -> Dict[str, Tensor]:
+def fgfi(step: Step, s) -> dict[str, Tensor]:
     """FGFI's term, without its weight."""
     level_masks = step.level_masks("roi", s)
     near, _ = region_losses(step.student, step.teacher, level_masks, step.adapters, relu=s.adapter_relu)

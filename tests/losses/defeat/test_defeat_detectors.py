@@ -21,18 +21,18 @@ from test_head_kd import c4_config
 from tiny import tiny_batch, tiny_config, tiny_detector
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "gid"))
-from test_gid_response import as_on_a_gpu  # noqa: E402,F401  a fixture
+from test_gid_response import as_on_a_gpu  # noqa: F401  a fixture
 
-from distill_d2 import add_distill_config  # noqa: E402
-from distill_d2.config import load_yaml  # noqa: E402
-from distill_d2.distiller import Distiller  # noqa: E402
-from distill_d2.losses import head_kd  # noqa: E402
-from distill_d2.losses.defeat import DeFeat  # noqa: E402
-from distill_d2.losses.defeat import loss as defeat_loss  # noqa: E402
-from distill_d2.losses.fgfi import FGFI  # noqa: E402
-from distill_d2.losses.gid import GID  # noqa: E402
-from distill_d2.losses.head_kd import HeadKD  # noqa: E402
-from distill_d2.teacher import Teacher  # noqa: E402
+from distill_d2 import add_distill_config
+from distill_d2.config import load_yaml
+from distill_d2.distiller import Distiller
+from distill_d2.losses import head_kd
+from distill_d2.losses.defeat import DeFeat
+from distill_d2.losses.defeat import loss as defeat_loss
+from distill_d2.losses.fgfi import FGFI
+from distill_d2.losses.gid import GID
+from distill_d2.losses.head_kd import HeadKD
+from distill_d2.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[3]
 RPN, BOX_HEAD, MASK_HEAD = "proposal_generator.rpn_head", "roi_heads.box_head", "roi_heads.mask_head"
@@ -546,7 +546,7 @@ NOT_WAITING = [
 
 
 @pytest.mark.parametrize("name, family", NOT_WAITING)
-def test_a_step_does_not_synchronise(as_on_a_gpu, monkeypatch, name, family):  # noqa: F811
+def test_a_step_does_not_synchronise(as_on_a_gpu, monkeypatch, name, family):
     model = distiller(LOSSES[name][0](), family)
 
     def guarded(forward, student, teacher, batch):

@@ -7,7 +7,6 @@ import pytest
 from defeat_fixture import is_input, make_fixture
 from golden_tool import compared, write
 
-
 fixture = functools.lru_cache(maxsize=None)(make_fixture)
 
 

@@ -88,12 +88,30 @@ def test_every_key_reaches_the_loss():
     for loss in (DeFeat, FGFI):
         assert set(node[loss.NODE]) == {name.upper() for name in keyword_defaults(loss)}
     values = {
-        **{"IN_FEATURES": ["p4"], "HINT_NECK_W": 1.0, "HINT_NECK_BACK_W": 2.0, "MASK": "gaussian"},
-        **{"LEVEL_ASSIGN": "all", "FINEST_SCALE": 5.0, "ROI_PHI": 0.1, "LOSS_FORM": "L1"},
-        **{"NECK_ADAPT": False, "BB_FEATURES": ["res4"], "HINT_BB_W": 3.0, "HINT_BB_BACK_W": 4.0},
-        **{"BB_ADAPT": True, "ADAPT_INIT_STD": 0.5, "HEAD_CLS_W": 5.0, "HEAD_CLS_BACK_W": 6.0},
-        **{"HEAD_CLS_T": 7.0, "HEAD_CLS_BACK_T": 8.0, "HEAD_CLS_ROWS": "all", "PREDICTIONS": "box_head"},
-        **{"PROPOSALS": "both", "DECAY": "cos", "REFERENCE_BUGS": True, "ADAPT_KERNEL_SIZE": 1},
+        "IN_FEATURES": ["p4"],
+        "HINT_NECK_W": 1.0,
+        "HINT_NECK_BACK_W": 2.0,
+        "MASK": "gaussian",
+        "LEVEL_ASSIGN": "all",
+        "FINEST_SCALE": 5.0,
+        "ROI_PHI": 0.1,
+        "LOSS_FORM": "L1",
+        "NECK_ADAPT": False,
+        "BB_FEATURES": ["res4"],
+        "HINT_BB_W": 3.0,
+        "HINT_BB_BACK_W": 4.0,
+        "BB_ADAPT": True,
+        "ADAPT_INIT_STD": 0.5,
+        "HEAD_CLS_W": 5.0,
+        "HEAD_CLS_BACK_W": 6.0,
+        "HEAD_CLS_T": 7.0,
+        "HEAD_CLS_BACK_T": 8.0,
+        "HEAD_CLS_ROWS": "all",
+        "PREDICTIONS": "box_head",
+        "PROPOSALS": "both",
+        "DECAY": "cos",
+        "REFERENCE_BUGS": True,
+        "ADAPT_KERNEL_SIZE": 1,
     }
     schedule = {"WEIGHT": 9.0, "START_ITER": 3, "STOP_ITER": 8, "WARMUP_ITERS": 2}
     node.merge_from_list(

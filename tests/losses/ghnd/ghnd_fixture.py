@@ -5,14 +5,14 @@ Five channels are sent; three images, no two of one size, and maps of odd sizes.
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, Tuple
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from naive_ghnd import Network, ghnd, quantise, random_of
 from torch import Tensor
 
-Arrays = Dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
 CHANNELS = 5
 X = (3, 64, 5, 3)
@@ -87,7 +87,7 @@ def _sent(network: Network, x: Tensor) -> Arrays:
     return {"large/eval.z": _float(sent), **arrays}
 
 
-def _training(network: Network, folder: str, x: Tensor, teacher: Tensor) -> Tuple[Arrays, Tensor]:
+def _training(network: Network, folder: str, x: Tensor, teacher: Tensor) -> tuple[Arrays, Tensor]:
     """The arrays, and what is sent; afterwards there are gradients, if something is trained."""
     sent, out = network.bottleneck(x, CHANNELS, teacher.shape[1], training=True)
     (loss,) = ghnd([out], [teacher])
@@ -161,7 +161,7 @@ def _parts(name: str, tensor: Tensor, stride: int = 97, sums: Iterable[str] = ("
     }
 
 
-def _maps(random: np.random.Generator, shape: Tuple[int, ...]) -> Tensor:
+def _maps(random: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
     return _as_stored(random.standard_normal(shape).clip(min=0))
 
 

@@ -4,7 +4,8 @@ package, nor of detectron2."""
 from __future__ import annotations
 
 import zlib
-from typing import Dict, List, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Union
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ def random_of(key: str) -> np.random.RandomState:
     return np.random.RandomState(zlib.crc32(key.encode("utf-8")) & 0xFFFFFFFF)
 
 
-def recipe(key: str, shape: Tuple[int, ...]) -> np.ndarray:
+def recipe(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """The weight of a name, as float32 has it."""
     random, last = random_of(key), key.split(".")[-1]
     if last == "weight" and len(shape) == 4:
@@ -46,8 +47,8 @@ class Network:
     """
 
     def __init__(self, trained: Sequence[str] = ()):
-        self.weights: Dict[str, Tensor] = {}
-        self.buffers: Dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
         self._trained = tuple(trained)
 
     def weight(self, key: str, *shape: int) -> Tensor:
@@ -56,7 +57,7 @@ class Network:
             self.weights[key] = torch.tensor(recipe(key, shape)).double().requires_grad_(leaf)
         return self.weights[key]
 
-    def backbone(self, x: Tensor, channels: int = 0) -> List[Tensor]:
+    def backbone(self, x: Tensor, channels: int = 0) -> list[Tensor]:
         """The outputs of the four layers; with ``channels``, the first is a bottleneck in training."""
         x = F.relu(self._frozen_norm(self._convolve(x, "conv1", 64, 7, 2), "bn1"))
         x = F.max_pool2d(x, 3, stride=2, padding=1)
@@ -86,7 +87,7 @@ class Network:
 
     def bottleneck(
         self, x: Tensor, channels: int, out_channels: int, *, training: bool
-    ) -> Tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """What is sent, and the output."""
         sent = self._run(x, "layer1.encoder", (*ENCODER, channels), 1, training)
         if training and sent.requires_grad:
@@ -130,12 +131,12 @@ class Network:
         return (x - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None]
 
 
-def ghnd(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> List[Tensor]:
+def ghnd(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
     """A term for each layer."""
     return [(ours - theirs).pow(2).sum() for ours, theirs in zip(student, teacher)]
 
 
-def quantise(numbers: np.ndarray) -> Tuple[np.ndarray, np.floating, int, np.ndarray]:
+def quantise(numbers: np.ndarray) -> tuple[np.ndarray, np.floating, int, np.ndarray]:
     """Levels, scale, zero point and what they mean, with the reference's bugs."""
     scale = (numbers.max() - numbers.min()) / numbers.dtype.type(255)
     zero_point = int(min(max(-numbers.min() / scale, 0), 255))

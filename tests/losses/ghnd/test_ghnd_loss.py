@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from distill_d2.projects.ghnd import BottleneckStage
 from map_views import plane, view_of
 from no_synchronisation import no_synchronisation
 from tiny import tiny_batch, tiny_config
 
 from distill_d2 import Distiller, Teacher
 from distill_d2.losses.ghnd import GHND
-from distill_d2.projects.ghnd import BottleneckStage
 
 S, T = plane([1, 2], [3, 4]), plane([1, 4], [3, 3.5])  # differences 0, -2, 0, 0.5
 STAGES = ("res2", "res3", "res4", "res5")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable
 
 import naive_gid as naive
 import numpy as np
@@ -30,15 +31,18 @@ TERMS = {
 }
 # Terms of one magnitude, and pooling that the naive version does in milliseconds.
 EVEN = {
-    **{"feature_weight": 1.0, "relation_weight": 1.0, "response_cls_weight": 1.0},
-    **{"response_reg_weight": 1.0, "pooler_resolution": 2},
+    "feature_weight": 1.0,
+    "relation_weight": 1.0,
+    "response_cls_weight": 1.0,
+    "response_reg_weight": 1.0,
+    "pooler_resolution": 2,
 }
 OFF = dict.fromkeys(TERMS.values(), 0.0)
 RETINANET_MATCHER = ((0.4, 0.5), (0, -1, 1), True)
 BOX_HEAD_MATCHER = ((0.5,), (0, 1), False)
 
 
-def only(*names: str, **settings) -> Dict[str, float]:
+def only(*names: str, **settings) -> dict[str, float]:
     """Settings that leave the terms of these short names: "feature", "relation", "cls", "reg"."""
     wanted = {weight: 1.0 for weight in OFF if weight.split("_")[-2] in names}
     return {**EVEN, **OFF, **wanted, **settings}
@@ -55,7 +59,7 @@ def close(actual, expected, name="", precision=1e-5, floor=0.01):
     )
 
 
-def random_boxes(random: np.random.Generator, count: int, size: Tuple[int, int], least=0.1) -> Tensor:
+def random_boxes(random: np.random.Generator, count: int, size: tuple[int, int], least=0.1) -> Tensor:
     """(count, 4) boxes inside an image (height, width), of sides from ``least`` to 0.6 of its."""
     corner = random.uniform(0, 0.4, (count, 2))
     boxes = np.hstack([corner, corner + random.uniform(least, 0.6, (count, 2))])
@@ -72,8 +76,8 @@ class Model:
 
     logits: Tensor
     deltas: Tensor
-    maps: Dict[str, Tensor]
-    centerness: Optional[Tensor] = None
+    maps: dict[str, Tensor]
+    centerness: Tensor | None = None
 
 
 @dataclass
@@ -91,25 +95,23 @@ class Rows:
     counts: Sequence[int]
     background: bool
     decode: Callable
-    label: Callable[[List[list], List[list]], List[int]]
+    label: Callable[[list[list], list[list]], list[int]]
 
 
-def labels_by_iou(matcher) -> Callable[[List[list], List[list]], List[int]]:
+def labels_by_iou(matcher) -> Callable[[list[list], list[list]], list[int]]:
     return lambda anchors, boxes: [label for _, label in naive.match(anchors, boxes, *matcher)]
 
 
 def naive_instances(
-    teacher: Model, student: Model, rows: Rows, sizes, truth: List[Tensor], s: SimpleNamespace
-) -> List[List[naive.Instance]]:
+    teacher: Model, student: Model, rows: Rows, sizes, truth: list[Tensor], s: SimpleNamespace
+) -> list[list[naive.Instance]]:
     if s.gi_mode.lower() == "gt":
         return [[naive.Instance(box, 1.0, -1, False) for box in naive.numbers(gt)] for gt in truth]
     names = ("score", "nms_thresh", "pre_nms_topk", "post_nms_topk", "min_side")
     options = {name: getattr(s, f"gi_{name}") for name in names}
     found = []
     for image, size in enumerate(sizes):
-        both = [
-            _image_predictions(model, rows, image, s.gi_centerness) for model in (teacher, student)
-        ]
+        both = [_image_predictions(model, rows, image, s.gi_centerness) for model in (teacher, student)]
         probabilities, boxes = zip(*both)
         instances = naive.select_image(*probabilities, *boxes, size, **options)
         found.append(_of_mode(instances, rows, image, truth[image], s))
@@ -136,7 +138,7 @@ def _of_mode(instances, rows: Rows, image: int, truth: Tensor, s: SimpleNamespac
     return [instance for instance, kind in zip(instances, kinds) if kind == s.gi_mode.lower()]
 
 
-def naive_categories(instances, rows: Rows, image: int, truth: Tensor, thresholds) -> List[str]:
+def naive_categories(instances, rows: Rows, image: int, truth: Tensor, thresholds) -> list[str]:
     boxes = naive.numbers(truth)
     labels = rows.label(naive.numbers(rows.anchors[image, : rows.counts[image]]), boxes)
     return [
@@ -144,7 +146,7 @@ def naive_categories(instances, rows: Rows, image: int, truth: Tensor, threshold
     ]
 
 
-def naive_masks(instances, rows: Rows, truth: List[Tensor], s: SimpleNamespace):
+def naive_masks(instances, rows: Rows, truth: list[Tensor], s: SimpleNamespace):
     """Of each image, for the classification and for the box term."""
     cls_masks, reg_masks = [], []
     for image, boxes in enumerate(naive.boxes_of(instances)):
@@ -165,13 +167,13 @@ def naive_masks(instances, rows: Rows, truth: List[Tensor], s: SimpleNamespace):
 def naive_step(
     teacher: Model,
     student: Model,
-    rows: Optional[Rows],
-    sizes: Sequence[Tuple[int, int]],
-    truth: List[Tensor],
-    strides: Dict[str, int],
-    settings: Dict,
-    adapter: Callable[[Dict[str, Tensor]], Dict[str, Tensor]] = lambda maps: maps,
-) -> Tuple[Dict[str, Tensor], Model]:
+    rows: Rows | None,
+    sizes: Sequence[tuple[int, int]],
+    truth: list[Tensor],
+    strides: dict[str, int],
+    settings: dict,
+    adapter: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda maps: maps,
+) -> tuple[dict[str, Tensor], Model]:
     """The weighted terms, after their backward, and the student's inputs as float64 leaves."""
     s = SimpleNamespace(**{**keyword_defaults(GID), **settings})
     instances = naive_instances(teacher, student, rows, sizes, truth, s)
@@ -191,7 +193,7 @@ def naive_step(
     return terms, leaves
 
 
-def _naive_features(teacher: Model, ours: Dict[str, Tensor], instances, strides, s: SimpleNamespace):
+def _naive_features(teacher: Model, ours: dict[str, Tensor], instances, strides, s: SimpleNamespace):
     names = sorted(strides, key=strides.get)
     theirs, ours = (
         naive.pool(
@@ -231,7 +233,7 @@ def _naive_responses(teacher: Model, student: Model, instances, rows: Rows, trut
     }
 
 
-def _compared_deltas(teacher: Model, student: Model, rows: Rows) -> List[Tensor]:
+def _compared_deltas(teacher: Model, student: Model, rows: Rows) -> list[Tensor]:
     """Of the teacher's highest foreground class."""
     foreground = teacher.logits[..., :-1] if rows.background else teacher.logits
     classes = [[naive.highest_class(row) for row in naive.numbers(image)] for image in foreground]
@@ -265,7 +267,7 @@ class HeadsView(DetectorView):
         assert (proposals is None) == (self.role == "student")
         return self.predictions()
 
-    def sampled_proposals(self) -> List[Boxes]:
+    def sampled_proposals(self) -> list[Boxes]:
         return []
 
     def sample_boxes(self, capability: str):
@@ -274,7 +276,7 @@ class HeadsView(DetectorView):
         return anchors, predictions.decode(torch.full_like(anchors, 0.1), anchors)
 
 
-def heads_view(maps: Dict[str, Tensor], role: str, predictions: Callable[[], Predictions]) -> HeadsView:
+def heads_view(maps: dict[str, Tensor], role: str, predictions: Callable[[], Predictions]) -> HeadsView:
     view = HeadsView(view_of(maps, role).model, role)
     view.predictions = predictions
     view.taps.recording = True
@@ -296,11 +298,11 @@ class Case:
         seed: int = 0,
         *,
         objects: Sequence[int] = (2, 1),
-        sizes: Sequence[Tuple[int, int]] = ((60, 90), (64, 80), (50, 96)),
-        padded: Tuple[int, int] = (64, 96),
+        sizes: Sequence[tuple[int, int]] = ((60, 90), (64, 80), (50, 96)),
+        padded: tuple[int, int] = (64, 96),
         strides: Sequence[int] = (8, 16, 32),
         classes: int = 3,
-        channels: Tuple[int, int] = (4, 4),
+        channels: tuple[int, int] = (4, 4),
         centerness: bool = False,
         ltrb: bool = False,
         proposals: Sequence[int] = (),
@@ -367,7 +369,7 @@ class Case:
         anchors = torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True)
         return Rows(anchors, list(proposals), True, decode, label)
 
-    def leaves(self) -> Dict[str, Tensor]:
+    def leaves(self) -> dict[str, Tensor]:
         return {"logits": self.student.logits, "deltas": self.student.deltas, **self.student.maps}
 
     # The package's version.
@@ -401,14 +403,14 @@ class Case:
             valid=valid,
         )
 
-    def _levels(self, values: Tensor) -> List[Tensor]:
+    def _levels(self, values: Tensor) -> list[Tensor]:
         """(N, R, X) to (N, P, A, X) of each level."""
         if self.rows.background:
             return [values.unsqueeze(2)]
         rows = [2 * height * width for height, width in self.level_positions]
         return [part.unflatten(1, (-1, 2)) for part in values.split(rows, dim=1)]
 
-    def views(self) -> Tuple[HeadsView, HeadsView]:
+    def views(self) -> tuple[HeadsView, HeadsView]:
         views = []
         for role, model in (("student", self.student), ("teacher", self.teacher)):
             views.append(heads_view(model.maps, role, functools.partial(self.predictions, model)))
@@ -416,10 +418,10 @@ class Case:
             view.classes = self.classes
         return views[0], views[1]
 
-    def forward(self) -> Dict[str, Tensor]:
+    def forward(self) -> dict[str, Tensor]:
         return self.loss(*self.views(), self.batch())
 
-    def step(self) -> Dict[str, Tensor]:
+    def step(self) -> dict[str, Tensor]:
         """Forward and backward from fresh gradients; the terms."""
         for tensor in [*self.leaves().values(), *self.loss.parameters()]:
             tensor.grad = None
@@ -434,7 +436,7 @@ class Case:
 
     # The naive version.
 
-    def naive_instances(self) -> List[List[naive.Instance]]:
+    def naive_instances(self) -> list[list[naive.Instance]]:
         s = SimpleNamespace(**{**keyword_defaults(GID), **self.settings})
         return naive_instances(self.teacher, self.student, self.rows, self.sizes, self.truth, s)
 
@@ -443,7 +445,7 @@ class Case:
         inputs = self.teacher, self.student, self.rows, self.sizes, self.truth, self.strides
         return naive_step(*inputs, self.settings, self._adapted)
 
-    def _adapted(self, maps: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def _adapted(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.loss.pairs.adapters:
             return maps
         self.adapters = {
@@ -453,7 +455,7 @@ class Case:
         of_level = [self.adapters.get(name) or self.adapters["shared"] for name in maps]
         return dict(zip(maps, naive.adapt(list(maps.values()), *zip(*of_level))))
 
-    def compare(self) -> Dict[str, Tensor]:
+    def compare(self) -> dict[str, Tensor]:
         """All terms and gradients with the naive version's; the terms."""
         terms = self.step()
         expected, leaves = self.naive()
@@ -471,13 +473,13 @@ class Case:
         return self.loss.pools and bool(self.loss.pairs.adapters)
 
 
-def or_zero(leaf: Tensor, *gradient: Optional[Tensor]) -> Tensor:
+def or_zero(leaf: Tensor, *gradient: Tensor | None) -> Tensor:
     """The gradient of a leaf, or the given one; zeros for None."""
     (found,) = gradient or (leaf.grad,)
     return torch.zeros_like(leaf) if found is None else found
 
 
-def compare_terms(terms: Dict[str, Tensor], expected: Dict[str, Tensor]) -> None:
+def compare_terms(terms: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert terms.keys() == expected.keys()
     for name, term in terms.items():
         assert term.dtype == torch.float32 and term.shape == (), name
@@ -499,17 +501,17 @@ def permuted_images(case: Case, order: Sequence[int]) -> Case:
     return other
 
 
-def _permuted(model: Model, order: List[int]) -> Model:
+def _permuted(model: Model, order: list[int]) -> Model:
     centerness = None if model.centerness is None else model.centerness[order]
     maps = {name: level.detach()[order] for name, level in model.maps.items()}
     return Model(model.logits.detach()[order], model.deltas.detach()[order], maps, centerness)
 
 
-def _grid(padded: Tuple[int, int], stride: int) -> Tuple[int, int]:
+def _grid(padded: tuple[int, int], stride: int) -> tuple[int, int]:
     return -(-padded[0] // stride), -(-padded[1] // stride)
 
 
-def _anchors(padded: Tuple[int, int], stride: int) -> Tensor:
+def _anchors(padded: tuple[int, int], stride: int) -> Tensor:
     """Two per position, (y, x, anchor): a wide and a high one."""
     height, width = _grid(padded, stride)
     boxes = []
@@ -541,7 +543,7 @@ def refuse(*_, **__):
     raise AssertionError("this is not needed")
 
 
-def pad_instances(instances: List[List[naive.Instance]], slots: int):
+def pad_instances(instances: list[list[naive.Instance]], slots: int):
     """Boxes (N, slots, 4) and valid (N, slots) of lists of instances."""
     boxes = torch.zeros(len(instances), slots, 4)
     valid = torch.zeros(len(instances), slots, dtype=torch.bool)
@@ -569,7 +571,7 @@ def fcos_labels(strides: Sequence[int], counts: Sequence[int], radius: float) ->
     """FCOS's own assignment: 1 for points near the middle of a box whose size is of their level."""
     of_row = [level for level, count in enumerate(counts) for _ in range(count)]
 
-    def label(anchors: List[list], boxes: List[list]) -> List[int]:
+    def label(anchors: list[list], boxes: list[list]) -> list[int]:
         labels = []
         for (x0, y0, x1, y1), level in zip(anchors, of_row):
             x, y, stride = (x0 + x1) / 2, (y0 + y1) / 2, strides[level]

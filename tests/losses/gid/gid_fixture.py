@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,19 +38,31 @@ from naive_gid import (
 )
 from torch import Tensor
 
-Arrays = Dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
 SCENARIOS = {"all_": (0, 1, 2), "empty_": (1,), "two_": (2,), "empty_two_": (1, 2)}
 WITHOUT_GRADIENTS = ("two_",)
 CONFIG = {
-    **{"nms": 0.3, "pre": 3000, "post": 10, "res": 10, "sr": 2},
-    **{"wf": 0.0005, "wr": 40.0, "wc": 0.1, "wb": 1.0, "rbeta": 0.1},
+    "nms": 0.3,
+    "pre": 3000,
+    "post": 10,
+    "res": 10,
+    "sr": 2,
+    "wf": 0.0005,
+    "wr": 40.0,
+    "wc": 0.1,
+    "wb": 1.0,
+    "rbeta": 0.1,
 }
 WEIGHT_KEYS = {"feature": "wf", "relation": "wr", "cls_logits": "wc", "reg_deltas": "wb"}
 MODES = {
-    **{"feature_L1_b0": ("L1", 0.0), "feature_L1_b0.5": ("L1", 0.5)},
-    **{"cls_L2": ("L2", 0.0), "cls_L1_b0.3": ("L1", 0.3)},
-    **{"reg_L1_b0.1": ("L1", 0.1), "reg_L2": ("L2", 0.0), "reg_BCE": ("BCE", 0.0)},
+    "feature_L1_b0": ("L1", 0.0),
+    "feature_L1_b0.5": ("L1", 0.5),
+    "cls_L2": ("L2", 0.0),
+    "cls_L1_b0.3": ("L1", 0.3),
+    "reg_L1_b0.1": ("L1", 0.1),
+    "reg_L2": ("L2", 0.0),
+    "reg_BCE": ("BCE", 0.0),
 }
 MIN_SIDE, THRESHOLDS, LABELS = 10.0, (0.4, 0.5), (0, -1, 1)
 LEVELS = (3, 4, 5, 6, 7)
@@ -78,14 +91,14 @@ def make_fixture(seed: int = 1) -> Arrays:
 class _Selected(NamedTuple):
     """What was decided for all images of a fixture."""
 
-    probabilities: Dict[str, List[List[list]]]  # of both models
-    boxes: Dict[str, List[List[list]]]  # decoded, of both models
-    instances: List[List[Instance]]  # by the authors' score
-    paper_instances: List[List[Instance]]
-    masks: List[List[bool]]
+    probabilities: dict[str, list[list[list]]]  # of both models
+    boxes: dict[str, list[list[list]]]  # decoded, of both models
+    instances: list[list[Instance]]  # by the authors' score
+    paper_instances: list[list[Instance]]
+    masks: list[list[bool]]
 
 
-def outputs(arrays: Arrays, scenarios: Dict[str, Sequence[int]], narrow: str) -> Arrays:
+def outputs(arrays: Arrays, scenarios: dict[str, Sequence[int]], narrow: str) -> Arrays:
     """Everything that a fixture records of its inputs. The first scenario is of all images, it gets the
     other modes, the paper's score and the adapter, for the maps called `narrow`."""
     selected = _select(arrays)
@@ -105,7 +118,7 @@ def outputs(arrays: Arrays, scenarios: Dict[str, Sequence[int]], narrow: str) ->
     return result
 
 
-def config_of(arrays: Arrays) -> Dict:
+def config_of(arrays: Arrays) -> dict:
     return json.loads(str(arrays["cfg_json"]))
 
 
@@ -163,14 +176,17 @@ def _scenario(arrays: Arrays, images: Sequence[int], selected: _Selected, gradie
         ),
     }
     found = {
-        **{"images": np.array(images), "gi_count": np.array([len(image) for image in instances])},
-        **{"gi_boxes": _boxes_array(flat), "gi_scores": _scores_array(flat)},
+        "images": np.array(images),
+        "gi_count": np.array([len(image) for image in instances]),
+        "gi_boxes": _boxes_array(flat),
+        "gi_scores": _scores_array(flat),
         "gi_index": np.array([instance.row for instance in flat], np.int64),
         "gi_image": np.array(of_image, np.int64),
         "gi_from_teacher": np.array([instance.from_teacher for instance in flat], np.uint8),
         "gi_level": np.array([level_of(instance.box, strides) for instance in flat], np.int64),
         "response_mask": np.array(masks, np.uint8),
-        **{"pooled_teacher": _array(pooled[0]), "pooled_student": _array(pooled[1])},
+        "pooled_teacher": _array(pooled[0]),
+        "pooled_student": _array(pooled[1]),
         "loss_raw_relation_f64": raw["relation"].detach().numpy(),
     }
     for name, loss in raw.items():
@@ -181,7 +197,7 @@ def _scenario(arrays: Arrays, images: Sequence[int], selected: _Selected, gradie
     return found
 
 
-def _gradients(raw: Dict[str, Tensor], student: Dict[str, Tensor], config: Dict) -> Arrays:
+def _gradients(raw: dict[str, Tensor], student: dict[str, Tensor], config: dict) -> Arrays:
     of_term = {name: _differentiate(loss, student) for name, loss in raw.items()}
     total = {}
     for name, tensor in student.items():
@@ -222,7 +238,8 @@ def _paper(selected: _Selected) -> Arrays:
     return {
         "paper_gi_score_all": np.array(scores, np.float32),
         "paper_gi_count": np.array(counts, np.int64),
-        **{"paper_gi_boxes": _boxes_array(flat), "paper_gi_scores": _scores_array(flat)},
+        "paper_gi_boxes": _boxes_array(flat),
+        "paper_gi_scores": _scores_array(flat),
     }
 
 
@@ -246,13 +263,13 @@ def _adapter(arrays: Arrays, selected: _Selected, teacher: Tensor, narrow: str) 
     return found
 
 
-def _inputs_of(arrays: Arrays, model: str, images: Sequence[int]) -> Dict[str, Tensor]:
+def _inputs_of(arrays: Arrays, model: str, images: Sequence[int]) -> dict[str, Tensor]:
     """Logits, deltas and maps of some images, in float64."""
     names = ["logits", "deltas", *(f"feat_p{level}" for level in LEVELS)]
     return {name: torch.from_numpy(arrays[f"{model}_{name}"][list(images)]).double() for name in names}
 
 
-def _maps(inputs: Dict[str, Tensor]) -> List[Tensor]:
+def _maps(inputs: dict[str, Tensor]) -> list[Tensor]:
     return [inputs[f"feat_p{level}"] for level in LEVELS]
 
 
@@ -261,7 +278,7 @@ def _pool(arrays: Arrays, maps: Sequence[Tensor], instances: Sequence[Sequence[I
     return pool(maps, arrays["strides"].tolist(), boxes_of(instances), config["res"], config["sr"])
 
 
-def _differentiate(loss: Tensor, leaves: Dict[str, Tensor]) -> Dict[str, Tensor]:
+def _differentiate(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients by name; zeros where the loss does not depend on a leaf."""
     if not loss.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -290,7 +307,7 @@ def _gt(arrays: Arrays, image: int):
     return [list(box) for box in arrays["gt_boxes"][mine]], arrays["gt_classes"][mine].tolist()
 
 
-def _gt_labels(arrays: Arrays, image: int) -> List[int]:
+def _gt_labels(arrays: Arrays, image: int) -> list[int]:
     """Each anchor's class, `num_classes` for background, -1 to be ignored."""
     (boxes, classes), background = _gt(arrays, image), int(arrays["num_classes"])
     anchors = numbers(torch.from_numpy(arrays["anchors"]))
@@ -299,7 +316,7 @@ def _gt_labels(arrays: Arrays, image: int) -> List[int]:
     return [meaning[label](index) for index, label in matches]
 
 
-def _counts(arrays: Arrays, selected: _Selected, labels: List[List[int]]) -> Dict[str, int]:
+def _counts(arrays: Arrays, selected: _Selected, labels: list[list[int]]) -> dict[str, int]:
     found = []
     for image, instances in enumerate(selected.instances):
         for instance in instances:
@@ -309,7 +326,7 @@ def _counts(arrays: Arrays, selected: _Selected, labels: List[List[int]]) -> Dic
     return {f"Num_{name}": found.count(name) for name in ("pos", "semi_pos", "neg")}
 
 
-def _margins(arrays: Arrays, selected: _Selected) -> Dict:
+def _margins(arrays: Arrays, selected: _Selected) -> dict:
     """How far each discrete decision is from the other outcome; rounding must not flip one."""
     anchors = numbers(torch.from_numpy(arrays["anchors"]))
     of_iou, gaps, of_level = [], [], []
@@ -328,7 +345,7 @@ def _margins(arrays: Arrays, selected: _Selected) -> Dict:
     return {"margins": {name: _smallest(found) for name, found in whole.items()}, "nms": per_image}
 
 
-def _nms_margins(arrays: Arrays, selected: _Selected, image: int) -> Dict:
+def _nms_margins(arrays: Arrays, selected: _Selected, image: int) -> dict:
     """Of one image: IoUs from the threshold, sides from the limit, scores from those they suppress."""
     config, size = config_of(arrays), tuple(arrays["image_sizes"][image].tolist())
     teacher, student = (selected.probabilities[m][image] for m in ("teacher", "student"))
@@ -353,7 +370,7 @@ def _nms_margins(arrays: Arrays, selected: _Selected, image: int) -> Dict:
     return {"kept": len(kept), **{n: _smallest(map(abs, found)) for n, found in margins.items()}}
 
 
-def _smallest(values) -> Optional[float]:
+def _smallest(values) -> float | None:
     return min(map(float, values), default=None)
 
 
@@ -365,8 +382,11 @@ def _inputs(seed: int) -> Arrays:
     shapes = [tuple(math.ceil(side / stride) for side in PADDED) for stride in STRIDES]
     anchors = _anchors(shapes)
     arrays = {
-        **{"seed": np.array(seed), "num_classes": np.array(CLASSES), "image_sizes": np.array(SIZES)},
-        **{"padded_size": np.array(PADDED), "strides": np.array(STRIDES)},
+        "seed": np.array(seed),
+        "num_classes": np.array(CLASSES),
+        "image_sizes": np.array(SIZES),
+        "padded_size": np.array(PADDED),
+        "strides": np.array(STRIDES),
         "level_shapes": np.array(shapes),
         "anchors_per_level": np.array([h * w * len(RATIOS) * len(OCTAVES) for h, w in shapes]),
         "anchors": anchors,
@@ -390,7 +410,7 @@ def _inputs(seed: int) -> Arrays:
 
 def _anchors(shapes) -> np.ndarray:
     """Around the middles of cells, in the order (level, y, x, octave, ratio)."""
-    boxes: List[Box] = []
+    boxes: list[Box] = []
     for stride, (height, width) in zip(STRIDES, shapes):
         sides = []
         for octave in OCTAVES:
@@ -409,7 +429,8 @@ def _ground_truth() -> Arrays:
     boxes, labels, images = zip(*rows)
     return {
         "gt_boxes": np.array(boxes, np.float32),
-        **{"gt_classes": np.array(labels), "gt_image": np.array(images)},
+        "gt_classes": np.array(labels),
+        "gt_image": np.array(images),
     }
 
 

@@ -12,7 +12,8 @@ A box is four numbers, absolute XYXY pixels; sizes of images are (height, width)
 from __future__ import annotations
 
 import math
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4  # a box of this side is pooled from th
 Box = Sequence[float]
 
 
-def numbers(matrix: Tensor) -> List[list]:
+def numbers(matrix: Tensor) -> list[list]:
     """The rows (R, X) of a tensor as lists of NumPy scalars."""
     return [list(row) for row in matrix.detach().cpu().numpy()]
 
@@ -39,16 +40,16 @@ def sigmoid(x):
     return np.exp(x) / (1 + np.exp(x))
 
 
-def sigmoid_probabilities(logits: Tensor, centerness: Optional[Tensor] = None) -> List[list]:
+def sigmoid_probabilities(logits: Tensor, centerness: Tensor | None = None) -> list[list]:
     """Class probabilities of one image's logits (R, K), times those of its centerness logits (R,)."""
     rows = [[sigmoid(x) for x in row] for row in numbers(logits)]
     if centerness is None:
         return rows
-    factors = [sigmoid(x) for x, in numbers(centerness[:, None])]
+    factors = [sigmoid(x) for (x,) in numbers(centerness[:, None])]
     return [[p * factor for p in row] for row, factor in zip(rows, factors)]
 
 
-def softmax_probabilities(logits: Tensor) -> List[list]:
+def softmax_probabilities(logits: Tensor) -> list[list]:
     """Probabilities (R, K) of the classes of logits (R, K + 1), whose last is the background."""
     rows = []
     for row in numbers(logits):
@@ -96,7 +97,7 @@ def decode_ltrb(anchor: Box, deltas: Sequence) -> list:
     return [x - left * width, y - top * height, x + right * width, y + bottom * height]
 
 
-def decode_rows(anchors: Tensor, deltas: Tensor, decode: Callable = decode_deltas) -> List[list]:
+def decode_rows(anchors: Tensor, deltas: Tensor, decode: Callable = decode_deltas) -> list[list]:
     """Boxes of one image's rows; anchors and deltas (R, 4)."""
     return [decode(anchor, row) for anchor, row in zip(numbers(anchors), numbers(deltas))]
 
@@ -108,7 +109,7 @@ def deltas_of_classes(deltas: Tensor, classes: Sequence[int]) -> Tensor:
     return torch.stack([row[4 * c : 4 * c + 4] for row, c in zip(deltas, classes)])
 
 
-def clip(box: Box, image_size: Tuple[int, int]) -> list:
+def clip(box: Box, image_size: tuple[int, int]) -> list:
     height, width = image_size
     return [min(max(side, 0), limit) for side, limit in zip(box, (width, height, width, height))]
 
@@ -150,9 +151,9 @@ class Instance(NamedTuple):
     from_teacher: bool
 
 
-def nms(candidates: Sequence[Instance], threshold: float, limit: int) -> List[Instance]:
+def nms(candidates: Sequence[Instance], threshold: float, limit: int) -> list[Instance]:
     """The first that are left of candidates, best first, whatever their class or level."""
-    kept: List[Instance] = []
+    kept: list[Instance] = []
     for candidate in candidates:
         if len(kept) < limit and all(iou(candidate.box, better.box) <= threshold for better in kept):
             kept.append(candidate)
@@ -160,18 +161,18 @@ def nms(candidates: Sequence[Instance], threshold: float, limit: int) -> List[In
 
 
 def select_image(
-    teacher: List[list],
-    student: List[list],
-    teacher_boxes: List[list],
-    student_boxes: List[list],
-    image_size: Tuple[int, int],
+    teacher: list[list],
+    student: list[list],
+    teacher_boxes: list[list],
+    student_boxes: list[list],
+    image_size: tuple[int, int],
     *,
     score: str = "classwise",
     nms_thresh: float = 0.3,
     pre_nms_topk: int = 3000,
     post_nms_topk: int = 10,
     min_side: float = 10.0,
-) -> List[Instance]:
+) -> list[Instance]:
     """One image's general instances, best first, from both models' probabilities (R, K) and boxes."""
     candidates = []
     for row, (t, s) in enumerate(zip(teacher, student)):
@@ -190,13 +191,13 @@ def select_image(
 
 def select(
     teacher, student, teacher_boxes, student_boxes, image_sizes, **options
-) -> List[List[Instance]]:
+) -> list[list[Instance]]:
     """`select_image` for each image of a batch."""
     batch = zip(teacher, student, teacher_boxes, student_boxes, image_sizes)
     return [select_image(*image, **options) for image in batch]
 
 
-def boxes_of(instances: Sequence[Sequence[Instance]]) -> List[List[list]]:
+def boxes_of(instances: Sequence[Sequence[Instance]]) -> list[list[list]]:
     return [[instance.box for instance in image] for image in instances]
 
 
@@ -205,7 +206,7 @@ def category(
     label: int,
     gt_boxes: Sequence[Box],
     num_classes: int,
-    thresholds: Tuple[float, float] = (0.4, 0.5),
+    thresholds: tuple[float, float] = (0.4, 0.5),
 ) -> str:
     """pos, semi_pos, neg or none of an instance; `label` is its row's, K or -1 are no object's."""
     if 0 <= label < num_classes:
@@ -219,7 +220,7 @@ def category(
 # -------------------------------------------------------------------------------------------- pooling
 
 
-def adapt(maps: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> List[Tensor]:
+def adapt(maps: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
     """Each level (N, C, H, W) through its convolution (C', C, k, k), k odd."""
     levels = zip(maps, weights, biases)
     return [F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2) for x, weight, bias in levels]
@@ -231,7 +232,7 @@ def level_of(box: Box, strides: Sequence[int]) -> int:
     return int(min(max(level, math.log2(strides[0])), math.log2(strides[-1])))
 
 
-def bilinear(cells: Sequence[Sequence[Tensor]], y, x) -> Optional[Tensor]:
+def bilinear(cells: Sequence[Sequence[Tensor]], y, x) -> Tensor | None:
     """The value at (y, x) of a grid (H, W) of vectors (C,); None, for zeros, off the map."""
     height, width = len(cells), len(cells[0])
     if y < -1 or y > height or x < -1 or x > width:
@@ -313,7 +314,7 @@ def feature_loss(teacher: Tensor, student: Tensor, mode: str = "L2", beta: float
     return total / max(1, len(student) * cells)
 
 
-def relative_distances(instances: Tensor) -> List[Tensor]:
+def relative_distances(instances: Tensor) -> list[Tensor]:
     """Distances of all ordered pairs of different instances (M, ...), in units of their mean."""
     distances = []
     for i, a in enumerate(instances):
@@ -357,7 +358,7 @@ def match(
     thresholds: Sequence[float],
     labels: Sequence[int],
     allow_low_quality: bool,
-) -> List[Tuple[int, int]]:
+) -> list[tuple[int, int]]:
     """For each anchor the box that it overlaps most and the label of that IoU.
 
     A label is of the IoUs from the threshold before it to below the one after it. With
@@ -385,12 +386,12 @@ def matcher_mask(
     thresholds: Sequence[float] = (0.4, 0.5),
     labels: Sequence[int] = (0, -1, 1),
     allow_low_quality: bool = True,
-) -> List[bool]:
+) -> list[bool]:
     """The rows of one image that a matcher finds positive for its general instances."""
     return [label > 0 for _, label in match(anchors, boxes, thresholds, labels, allow_low_quality)]
 
 
-def inside_mask(anchors: Sequence[Box], boxes: Sequence[Box]) -> List[bool]:
+def inside_mask(anchors: Sequence[Box], boxes: Sequence[Box]) -> list[bool]:
     """The rows of one image whose anchor's centre lies inside an instance."""
     mask = []
     for x0, y0, x1, y1 in anchors:

@@ -201,7 +201,9 @@ def test_naive_step_with_centerness():
 
 @pytest.mark.parametrize("family, predictions", [kind for kind in KINDS[:4] if kind[0] != "fcos"])
 def test_centerness_where_there_is_none(family, predictions):
-    with pytest.raises(ValueError, match=r"GID\.GI_CENTERNESS is True, but the student, .* no centerness"):
+    with pytest.raises(
+        ValueError, match=r"GID\.GI_CENTERNESS is True, but the student, .* no centerness"
+    ):
         distiller(family, predictions=predictions, gi_centerness=True)
 
 
@@ -291,7 +293,7 @@ def test_ground_truth_alone_needs_no_head_of_any_kind():
 
 
 @pytest.mark.parametrize("family, predictions", KINDS[:4])
-def test_a_step_does_not_synchronise(as_on_a_gpu, family, predictions):  # noqa: F811
+def test_a_step_does_not_synchronise(as_on_a_gpu, family, predictions):
     model = distiller(family, predictions=predictions, gi_mode="semi_pos")
 
     def guarded(forward, student, teacher, batch):

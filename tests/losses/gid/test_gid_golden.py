@@ -1,11 +1,9 @@
 """tools/check_golden.py on recorded arrays of GID, and on those of another configuration."""
 
-
 import gid_fixture
 import numpy as np
 from golden_tool import compared, write
 from test_naive_gid import fixture  # made once, which takes seconds
-
 
 
 def results(arrays):

@@ -45,8 +45,11 @@ SETTINGS = {
     "classes_inside": {**CLASSES, "response_mask": "inside", "response_reg_mode": "GIoU"},
     "l1": {"feature_mode": "L1", "response_cls_mode": "L1", "response_reg_mode": "L2"},
     "betas": {
-        **{"feature_mode": "L1", "feature_smooth_l1_beta": 0.7, "relation_smooth_l1_beta": 0.01},
-        **{"response_cls_mode": "L1", "response_cls_smooth_l1_beta": 0.3},
+        "feature_mode": "L1",
+        "feature_smooth_l1_beta": 0.7,
+        "relation_smooth_l1_beta": 0.01,
+        "response_cls_mode": "L1",
+        "response_cls_smooth_l1_beta": 0.3,
         "response_reg_smooth_l1_beta": 0.1,
     },
     "norm": {"feature_mode": "norm", "response_cls_mode": "L2", "response_reg_mode": "BCE"},
@@ -271,7 +274,9 @@ EXTRA = {
     "classes": CLASSES,
     "other": {
         **POINTS,
-        **{"feature_mode": "norm", "response_reg_mode": "GIoU", "response_mask": "inside"},
+        "feature_mode": "norm",
+        "response_reg_mode": "GIoU",
+        "response_mask": "inside",
         "channels": (3, 5),
     },
 }
@@ -377,7 +382,7 @@ def test_teachers_proposals_are_the_students():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_step_does_not_synchronise(as_on_a_gpu, mode):  # noqa: F811
+def test_a_step_does_not_synchronise(as_on_a_gpu, mode):
     kinds = ({**POINTS, "gi_centerness": True}, {"channels": (3, 5), "relation_scope": "image"}, CLASSES)
     for kind in kinds:
         for settings in ({}, {"response_mask": "inside", "response_reg_mask": "gi_pos"}):
@@ -391,7 +396,7 @@ def test_a_step_does_not_synchronise(as_on_a_gpu, mode):  # noqa: F811
 
 
 @pytest.mark.parametrize("mode", ["L2", "L1", "BCE", "GIoU"])
-def test_no_mode_synchronises(as_on_a_gpu, mode):  # noqa: F811
+def test_no_mode_synchronises(as_on_a_gpu, mode):
     feature = mode if mode in ("L1", "L2") else "norm"
     modes = {"response_reg_mode": mode, "feature_mode": feature}
     case = Case(response_cls_mode="BCE" if mode == "GIoU" else mode, **modes)

@@ -56,9 +56,7 @@ def compare(maps, strides, boxes, resolution, ratio, precision=1e-5):
     assert found.shape == (images, slots, channels, resolution, resolution)
     close(found.flatten(0, 1), expected, "values", precision)
     weights = torch.randn(expected.shape)
-    gradients = (
-        torch.autograd.grad((x * weights).sum(), maps) for x in (found.flatten(0, 1), expected)
-    )
+    gradients = (torch.autograd.grad((x * weights).sum(), maps) for x in (found.flatten(0, 1), expected))
     for ours, theirs in zip(*gradients):
         close(ours, theirs, "gradient", precision)
 

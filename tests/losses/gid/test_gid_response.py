@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from gid_case import Case, close, naive_masks, or_zero, pad_instances, plain_predictions
 from no_synchronisation import no_synchronisation
 
-from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses import rows
+from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.gid import GID
 from distill_d2.losses.gid.response import cls_term, reg_term
 

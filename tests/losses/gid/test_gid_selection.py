@@ -403,7 +403,7 @@ def test_boxes_without_area_do_not_suppress():
     assert picked[valid].tolist() == [0, 1, 2, 3]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def one_of_each():
     return Case(seed=2, objects=(3, 3), gi_post_nms_topk=30)
 

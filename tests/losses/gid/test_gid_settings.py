@@ -103,7 +103,9 @@ def test_different_anchors(family, predictions):
 def test_different_box_parametrisation(node, family, predictions):
     cfg = tiny_config(family)
     cfg.MODEL[node].BBOX_REG_WEIGHTS = (2.0, 2.0, 3.0, 3.0)
-    with pytest.raises(ValueError, match=f"the {predictions} predictions .* box parametrisations differ"):
+    with pytest.raises(
+        ValueError, match=f"the {predictions} predictions .* box parametrisations differ"
+    ):
         bind(tiny_detector(family), build_model(cfg), predictions=predictions)
 
 

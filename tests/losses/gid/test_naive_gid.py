@@ -25,15 +25,15 @@ def tensor(*rows):
 # -- recorded
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def recorded_and_ours(path):
     """The arrays of a file with one scenario of all images, and what comes of its inputs here."""
-    recorded = {name: array for name, array in np.load(path).items()}
+    recorded = dict(np.load(path).items())
     images = range(len(recorded["image_sizes"]))
     return recorded, gid_fixture.outputs(recorded, {"out_": images}, narrow="student_feat")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fixture():
     return gid_fixture.make_fixture()
 
@@ -143,11 +143,16 @@ def shapes(arrays, prefix):
     pooled = (instances, arrays["teacher_feat_p3"].shape[1], side, side)
     of_instance = ("gi_scores", "gi_index", "gi_image", "gi_from_teacher", "gi_level")
     found = {
-        **{name: (instances,) for name in of_instance},
-        **{"images": (images,), "gi_count": (images,), "gi_boxes": (instances, 4)},
-        **{"response_mask": (images, rows), "pooled_teacher": pooled, "pooled_student": pooled},
+        **dict.fromkeys(of_instance, (instances,)),
+        "images": (images,),
+        "gi_count": (images,),
+        "gi_boxes": (instances, 4),
+        "response_mask": (images, rows),
+        "pooled_teacher": pooled,
+        "pooled_student": pooled,
         **{f"loss_{kind}_{term}": () for kind in ("raw", "weighted") for term in TERMS},
-        **{"loss_raw_relation_f64": (), "grad_cls_logits__student_logits": (images, rows, classes)},
+        "loss_raw_relation_f64": (),
+        "grad_cls_logits__student_logits": (images, rows, classes),
         "grad_reg_deltas__student_deltas": (images, rows, 4),
         "grad_weighted_total__student_logits": (images, rows, classes),
         "grad_weighted_total__student_deltas": (images, rows, 4),

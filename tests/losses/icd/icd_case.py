@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Dict, Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def close(actual, expected, name="", precision=1e-5):
     )
 
 
-def random_maps(seed, channels, images, padded, strides) -> Dict[str, torch.Tensor]:
+def random_maps(seed, channels, images, padded, strides) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {s: (images, channels, -(-padded[0] // s), -(-padded[1] // s)) for s in strides}
     return {
@@ -47,7 +47,7 @@ def random_maps(seed, channels, images, padded, strides) -> Dict[str, torch.Tens
     }
 
 
-def random_instances(random: np.random.Generator, count: int, size: Tuple[int, int], classes: int):
+def random_instances(random: np.random.Generator, count: int, size: tuple[int, int], classes: int):
     corner = random.uniform(0, 0.5, (count, 2))
     boxes = np.hstack([corner, corner + random.uniform(0.05, 0.5, (count, 2))])
     instances = Instances(size)
@@ -70,10 +70,10 @@ class Case:
         seed: int = 0,
         *,
         instances: Sequence[int] = (2, 1),
-        sizes: Sequence[Tuple[int, int]] = ((60, 90), (50, 128), (64, 70)),
-        padded: Tuple[int, int] = (64, 128),
+        sizes: Sequence[tuple[int, int]] = ((60, 90), (50, 128), (64, 70)),
+        padded: tuple[int, int] = (64, 128),
         strides: Sequence[int] = (16, 32),
-        channels: Tuple[int, int] = (0, 0),
+        channels: tuple[int, int] = (0, 0),
         iteration: int = 5,
         max_iter: int = 10,
         statistics=None,

@@ -6,7 +6,6 @@ Three images, of which one has no instances and one so many that it gets no fake
 from __future__ import annotations
 
 import json
-from typing import Dict
 
 import numpy as np
 import torch
@@ -23,16 +22,34 @@ STRIDES = {"p4": 16, "p5": 32, "p6": 64}
 SIZES, PADDED = [(140, 220), (190, 130), (100, 180)], (192, 256)
 INSTANCES = (5, 0, 1)
 INS = {
-    **{"NUM_CLASSES": 7, "HIDDEN_DIM": 32, "ATT_HEADS": 4, "ATT_LAYERS": 2, "DISTILL_NORM": "ln"},
-    **{"PROJECT_POS": True, "USE_POS_EMBEDDING": True, "DECODER_POSEMB_ON_V": False},
+    "NUM_CLASSES": 7,
+    "HIDDEN_DIM": 32,
+    "ATT_HEADS": 4,
+    "ATT_LAYERS": 2,
+    "DISTILL_NORM": "ln",
+    "PROJECT_POS": True,
+    "USE_POS_EMBEDDING": True,
+    "DECODER_POSEMB_ON_V": False,
     "INPUT_FEATS": list(STRIDES),
-    **{"DROPOUT": 0.0, "ADD_SCALE_INDICATOR": True, "SAMPLE_RULE": "relative", "NUM_NEG_POS_RATIO": 2.0},
-    **{"NUM_LABELS": 100, "MAX_LABELS": 4, "CONFIDENCE_LOSS_WEIGHT": 0.5, "VALUE_RECONST": -1.0},
-    **{"UNIFORM_SAMPLE_CLASS": False, "UNIFORM_SAMPLE_BOX": False},
+    "DROPOUT": 0.0,
+    "ADD_SCALE_INDICATOR": True,
+    "SAMPLE_RULE": "relative",
+    "NUM_NEG_POS_RATIO": 2.0,
+    "NUM_LABELS": 100,
+    "MAX_LABELS": 4,
+    "CONFIDENCE_LOSS_WEIGHT": 0.5,
+    "VALUE_RECONST": -1.0,
+    "UNIFORM_SAMPLE_CLASS": False,
+    "UNIFORM_SAMPLE_BOX": False,
 }
 MIMIC = {
-    **{"WEIGHT_VALUE": 3.0, "TEMP_VALUE": 1.0, "TEMP_DECAY": False, "TEMP_DECAY_TO": 1.0},
-    **{"DISTILL_NEGATIVE": False, "LOSS_FORM": "mse", "SAMPLE_RANGE": 0.2},
+    "WEIGHT_VALUE": 3.0,
+    "TEMP_VALUE": 1.0,
+    "TEMP_DECAY": False,
+    "TEMP_DECAY_TO": 1.0,
+    "DISTILL_NEGATIVE": False,
+    "LOSS_FORM": "mse",
+    "SAMPLE_RANGE": 0.2,
 }
 SWITCHES = {"BYPASS_DISTILL": 10, "BYPASS_DISTILL_AFTER": 99999999}
 ITERATION, MAX_ITER = 50, 100
@@ -57,7 +74,7 @@ FIXED = ("enc/descriptor", "enc/ins_feat", "loss/", "grad/stu_feat/", "grad/para
 FIXED_OF_LAYER = ("feat", "attn_logits", "attn_softmax", "pred", "value_mask")
 
 
-def icd_arrays(seed: int = 0) -> Dict[str, np.ndarray]:
+def icd_arrays(seed: int = 0) -> dict[str, np.ndarray]:
     """All arrays by name."""
     arrays = {**_inputs(seed), **_prior(seed)}
     arrays.update(_draws(arrays, seed))
@@ -81,7 +98,7 @@ def _is_fixed(name: str) -> bool:
     return name.startswith(FIXED) or (name.startswith("dec/") and name.endswith(FIXED_OF_LAYER))
 
 
-def _meta() -> Dict:
+def _meta() -> dict:
     groups = {"INS": INS, "INS_ATT_MIMIC": MIMIC, "": SWITCHES}
     variants = {}
     for name, overrides in VARIANTS.items():
@@ -95,7 +112,7 @@ def _meta() -> Dict:
     return {**levels, **run, **SWITCHES, "INS": INS, "INS_ATT_MIMIC": MIMIC}
 
 
-def _inputs(seed: int) -> Dict[str, np.ndarray]:
+def _inputs(seed: int) -> dict[str, np.ndarray]:
     generator, random = torch.Generator().manual_seed(seed), np.random.RandomState(seed)
     arrays = {"in/image_sizes_hw": np.array(SIZES), "in/padded_hw": np.array(PADDED)}
     for index, (count, (height, width)) in enumerate(zip(INSTANCES, SIZES)):
@@ -115,7 +132,7 @@ def _inputs(seed: int) -> Dict[str, np.ndarray]:
     return {**arrays, **{f"w/{name}": weight.numpy() for name, weight in weights.items()}}
 
 
-def _prior(seed: int) -> Dict[str, np.ndarray]:
+def _prior(seed: int) -> dict[str, np.ndarray]:
     random, classes = np.random.RandomState(seed + 1), INS["NUM_CLASSES"]
     means, deviations = random.uniform(0.1, 0.5, (classes, 4)), random.uniform(0.02, 0.2, (classes, 4))
     frequencies = random.uniform(0.1, 1, classes)
@@ -125,7 +142,7 @@ def _prior(seed: int) -> Dict[str, np.ndarray]:
     }
 
 
-def _draws(arrays: Dict[str, np.ndarray], seed: int) -> Dict[str, np.ndarray]:
+def _draws(arrays: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
     random = np.random.RandomState(seed + 2)
     prior = arrays["prior/ref_class_prob"], arrays["prior/ref_mean_std"]
     drawn = {}
@@ -137,7 +154,7 @@ def _draws(arrays: Dict[str, np.ndarray], seed: int) -> Dict[str, np.ndarray]:
     return drawn
 
 
-def _queries(arrays: Dict[str, np.ndarray]):
+def _queries(arrays: dict[str, np.ndarray]):
     images, draws = range(len(SIZES)), ("class_draw", "normal_draw", "rand_xy", "jitter_u")
     return queries_from_slots(
         [Slots(*(arrays[f"rng/{name}/{i}"] for name in draws)) for i in images],
@@ -149,7 +166,7 @@ def _queries(arrays: Dict[str, np.ndarray]):
     )
 
 
-def _run(arrays: Dict[str, np.ndarray], bugs: bool, overrides: Dict) -> Dict[str, np.ndarray]:
+def _run(arrays: dict[str, np.ndarray], bugs: bool, overrides: dict) -> dict[str, np.ndarray]:
     """Losses, gradients and intermediate arrays of one step, computed in float64."""
     ins, mimic, switches = (
         {key: overrides.get(key, value) for key, value in group.items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional
-
 import naive_ssd as ssd
 import naive_ssd_kd as naive
 import torch
@@ -49,7 +47,7 @@ class Head:
     """An SSD's: (N, R, K + 1) logits and (N, R, 4) deltas for anchors (R, 4), which are objects from an
     IoU of 0.3 on."""
 
-    def __init__(self, seed: int = 0, images: int = 2, anchors: Optional[torch.Tensor] = None):
+    def __init__(self, seed: int = 0, images: int = 2, anchors: torch.Tensor | None = None):
         generator = torch.Generator().manual_seed(seed)
         self.anchors = grid() if anchors is None else anchors
         rows = len(self.anchors)
@@ -74,7 +72,7 @@ class Head:
         return (iou.amax(dim=1) >= 0.3).to(torch.int8)
 
 
-def terms_of(student: Head, teacher: Head, objects=OBJECTS, **settings) -> Dict[str, torch.Tensor]:
+def terms_of(student: Head, teacher: Head, objects=OBJECTS, **settings) -> dict[str, torch.Tensor]:
     """Of dense heads, with a hint of logits."""
     loss = SSDKD(**{"hint": "logits", **settings})
     loss.heads = ["dense"]
@@ -83,7 +81,7 @@ def terms_of(student: Head, teacher: Head, objects=OBJECTS, **settings) -> Dict[
 
 def targets(head: Head, objects=OBJECTS):
     """Per image the rows that are objects, by (class, deltas)."""
-    found: List[Dict[int, tuple]] = []
+    found: list[dict[int, tuple]] = []
     for image in objects:
         rows = {}
         for row, anchor in enumerate(head.anchors.tolist()):
@@ -95,12 +93,20 @@ def targets(head: Head, objects=OBJECTS):
     return found
 
 
-def naive_terms(student: Head, teacher: Head, objects=OBJECTS, **settings) -> Dict[str, float]:
+def naive_terms(student: Head, teacher: Head, objects=OBJECTS, **settings) -> dict[str, float]:
     """What ``terms_of`` should be."""
     s = {
-        **{"mu": 0.5, "background_weight": 1.5, "object_weight": 1.0, "temperature": 1.0, "lmda": 1.0},
-        **{"nu": 0.5, "margin": 0.0, "bounded": "box", "gamma": 0.5, "hint_form": "L2"},
-        **{"negatives_per_positive": 3.0},
+        "mu": 0.5,
+        "background_weight": 1.5,
+        "object_weight": 1.0,
+        "temperature": 1.0,
+        "lmda": 1.0,
+        "nu": 0.5,
+        "margin": 0.0,
+        "bounded": "box",
+        "gamma": 0.5,
+        "hint_form": "L2",
+        "negatives_per_positive": 3.0,
         **settings,
     }
     logits, others = student.logits.tolist(), teacher.logits.tolist()

@@ -6,13 +6,12 @@ Three images with two, no and five objects, of four classes; another seed, sizes
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Dict
 
 import naive_ssd as ssd
 import naive_ssd_kd as naive
 import numpy as np
 
-Arrays = Dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 
 CLASSES = 5  # with the background, the first
 NETWORKS = {
@@ -41,7 +40,13 @@ CASES = {
     "kd_default": {"boxes": "good"},
     "kd_badteacher": {"boxes": "bad"},
     "kd_T2_w3_m1_l2": {
-        **{"boxes": "bad", "u": 0.25, "neg_w": 3.0, "pos_w": 0.5, "T": 2.0, "m": 1000.0, "lmda": 2.0}
+        "boxes": "bad",
+        "u": 0.25,
+        "neg_w": 3.0,
+        "pos_w": 0.5,
+        "T": 2.0,
+        "m": 1000.0,
+        "lmda": 2.0,
     },
     "kd_u1": {"boxes": "good", "u": 1.0},
 }

@@ -36,7 +36,7 @@ FAMILIES = list(TERMS)
 ALL = {"margin": 1e6}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _ssds():
     """The narrowest student and teacher, whose norms in evaluation do something."""
     models = []
