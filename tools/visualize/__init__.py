@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable
 
 from .picture import ColourScale, LegendEntry, Mark, Panel, Picture, Row
 
