@@ -69,6 +69,7 @@ from torch import nn
 import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2 import Distiller, DistillLoss, Teacher
 from distill_d2.config import solver_config, student_config
+from distill_d2.distiller.phases import reaches_student
 from distill_d2.engine import build_optimizer
 from distill_d2.engine.optimizer import create_optimizer, has_own_solver
 from distill_d2.engine.setup import choose_device, load_config
@@ -297,8 +298,8 @@ def iteration_with_all(losses: dict[str, DistillLoss]) -> int:
 
 
 def teaches(loss: DistillLoss, iteration: int) -> bool:
-    """Whether the student feels ``loss`` at this iteration."""
-    return loss.factor(iteration) > 0 and loss.distils(iteration)
+    """Whether gradients of ``loss`` reach the student at this iteration."""
+    return reaches_student(loss, iteration)
 
 
 def generate_inputs(cfg: CfgNode, args: argparse.Namespace, classes: int) -> list[dict[str, Any]]:

@@ -190,7 +190,7 @@ def build_distiller(cfg: CfgNode) -> Distiller:
     for module in distiller.student.modules():
         if not any(True for _ in module.children()):
             module.eval()
-    distiller.trainer_has_phases = True  # the phases of training are none of ours
+    distiller.phases.supported_by_trainer = True  # no phase of training applies here
     for loss in distiller.losses.values():  # on, whatever its schedule
         loss.weight, loss.start_iter, loss.stop_iter = 1.0, 0, -1
     return distiller

@@ -29,8 +29,8 @@ from torch import nn
 
 from .. import model_zoo
 from ..config import add_distill_config
-from ..data import box_statistics, register_builtin_voc, register_shapes
-from ..distiller import Distiller, node_arguments
+from ..data import register_builtin_voc, register_shapes
+from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..teacher import Teacher, teacher_of
 from .optimizer import trained_with_student
@@ -83,9 +83,8 @@ class LazyDistillTrainer(DistillTrainer):
     def build_model(cls, cfg: DictConfig) -> nn.Module:
         model = instantiate(cfg.model).to(cfg.train.device)
         datasets = _train_datasets(cfg)
-        if isinstance(model, Distiller) and datasets:
-            for loss in model.losses.values():
-                loss.use_statistics(lambda: box_statistics(datasets))
+        if isinstance(model, Distiller):
+            use_statistics(model.losses.values(), datasets)
         if "distiller" not in cfg:
             return model
         node = _distiller_node(OmegaConf.to_container(cfg.distiller, resolve=True))

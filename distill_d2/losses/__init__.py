@@ -6,8 +6,9 @@ import pkgutil
 
 from .base import DISTILL_LOSS_REGISTRY, DistillLoss, build_losses
 from .pairing import FeaturePairs
+from .trained import TrainedLoss
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["DISTILL_LOSS_REGISTRY", "DistillLoss", "FeaturePairs", "build_losses"]
+__all__ = ["DISTILL_LOSS_REGISTRY", "DistillLoss", "FeaturePairs", "TrainedLoss", "build_losses"]

@@ -114,6 +114,7 @@ class SSDKD(DistillLoss):
         positive = 0 < temperature < math.inf
         check_setting(self.NODE, "temperature", temperature, positive, "a finite number above 0")
         self.mu, self.lmda, self.nu, self.gamma = mu, lmda, nu, gamma
+        self.task_weights = {**dict.fromkeys(_HARD, mu), **dict.fromkeys(_BOXES, lmda)}
         self.class_weights = (object_weight, background_weight)
         self.temperature = temperature
         self.margin = margin
@@ -152,9 +153,6 @@ class SSDKD(DistillLoss):
     def compares_rows(self) -> bool:
         """Whether the soft or the bounded terms are on."""
         return self.mu < 1 or self.nu > 0
-
-    def task_weights(self) -> dict[str, float]:
-        return {**dict.fromkeys(_HARD, self.mu), **dict.fromkeys(_BOXES, self.lmda)}
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
