@@ -22,11 +22,11 @@ from test_lazy import run as run_lazy
 from test_processes import command, run
 from test_training import assert_equal, checkpoint, metrics
 from test_wrong_input import fails
-from tiny import save_teacher, tiny_config, use_dataset, use_ghnd
 
 from distill_d2 import distiller as distiller_module
 from distill_d2.engine import load_config
 from distill_d2.teacher import Teacher, untrained_teacher
+from distill_d2.testing.tiny import save_teacher, tiny_config, use_dataset, use_ghnd
 
 NODE = "MODEL.DISTILLER."
 EVAL_TEACHER = [NODE + "EVAL_TEACHER", True]

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import save_teacher, tiny_config, use_dataset, write_dataset
 
 from distill_d2.data import register_custom_datasets
 from distill_d2.engine import argument_parser, lazy, main, settings, trainer
+from distill_d2.testing.tiny import save_teacher, tiny_config, use_dataset, write_dataset
 
 CONFIG = """
 import torch

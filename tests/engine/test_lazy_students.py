@@ -9,7 +9,6 @@ from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_backbone
 from omegaconf import OmegaConf
-from tiny import save_teacher, tiny_config, write_dataset
 
 from distill_d2 import add_distill_config, model_zoo
 from distill_d2.config import load_yaml
@@ -17,6 +16,7 @@ from distill_d2.data import register_custom_datasets
 from distill_d2.distiller import Distiller
 from distill_d2.engine import argument_parser, main
 from distill_d2.losses.base import build_losses
+from distill_d2.testing.tiny import save_teacher, tiny_config, write_dataset
 
 FCOS = "fcos_R_50_R101_icd_FPN_1x.py"
 LSJ = "mask_rcnn_R_50_FPN_100ep_LSJ_icd.py"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
-from tiny import save_teacher, tiny_config
+
+from distill_d2.testing.tiny import save_teacher, tiny_config
 
 
 def fails(job, error, *messages, **run):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling.box_regression import Box2BoxTransform
-from no_synchronisation import no_synchronisation
 from ssd_kd_case import OBJECTS, Head, K, batch, grid, naive_terms, targets, terms_of
 
 from distill_d2 import add_distill_config
@@ -22,6 +21,7 @@ from distill_d2.losses.ssd_kd.terms import (
     soft_cross_entropy,
     targets_of,
 )
+from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views.matching import assign_by_iou
 from distill_d2.views.predictions import encoder_of
 
@@ -317,7 +317,7 @@ def test_nothing_waits_for_the_device():
     for bounded in ("box", "batch"):
         loss, inputs = SSDKD(bounded=bounded, **settings), batch()
         loss.heads = ["dense"]
-        with no_synchronisation():
+        with no_synchronization():
             loss(student, teacher, inputs)
 
 
