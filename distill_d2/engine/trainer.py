@@ -32,6 +32,7 @@ from ..data import (
 )
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
+from ..views import view_type
 from .evaluate import evaluate_teacher
 from .hooks import (
     Checkpoints,
@@ -51,10 +52,6 @@ from .solvers import build_solvers
 from .step import TrainStep
 
 logger = logging.getLogger(__name__)
-
-# State that detectron2's dense detectors keep in a plain attribute: the moving average of the
-# number of positives, which divides their losses.
-_MOVING_AVERAGE = "loss_normalizer"
 
 
 class DistillTrainer(DefaultTrainer):
@@ -279,8 +276,9 @@ class DistillTrainer(DefaultTrainer):
         if self.sampler is not None:
             state["sampler_seed"] = self.sampler.seed
         student = self._student()
-        if hasattr(student, _MOVING_AVERAGE):
-            state[_MOVING_AVERAGE] = float(getattr(student, _MOVING_AVERAGE))
+        for name in view_type(student).training_state:
+            if hasattr(student, name):
+                state[name] = float(getattr(student, name))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -293,8 +291,10 @@ class DistillTrainer(DefaultTrainer):
             self._random_states = states
         if self.sampler is not None and "sampler_seed" in state_dict:
             self.sampler.seed = state_dict["sampler_seed"]
-        if _MOVING_AVERAGE in state_dict:
-            setattr(self._student(), _MOVING_AVERAGE, state_dict[_MOVING_AVERAGE])
+        student = self._student()
+        for name in view_type(student).training_state:
+            if name in state_dict:
+                setattr(student, name, state_dict[name])
 
     def _check_optimizers(self, state_dict: dict[str, Any]) -> None:
         """Before anything is loaded: with other solvers the student's optimizer differs, too."""
