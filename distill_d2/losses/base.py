@@ -44,7 +44,8 @@ class DistillLoss(nn.Module):
     #: Name of the config node below MODEL.DISTILLER.
     NODE: str = ""
 
-    #: Factors of the student's own losses, by name, while this loss is on; set it in ``__init__``.
+    #: Factors of the student's own losses, by name, while this loss is on; a loss that changes them
+    #: sets it in ``bind``.
     task_weights: Mapping[str, float] = MappingProxyType({})
 
     def __init__(

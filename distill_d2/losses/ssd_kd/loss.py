@@ -50,9 +50,6 @@ _KEY = "MODEL.DISTILLER.SSD_KD"
 _BOUNDS = {"box": per_box_bound, "batch": per_batch_bound}
 _HINTS = ("feature", "logits")
 _HINT_FORMS = {"L2": torch.square, "L1": torch.abs}
-# The student's own losses, by which weight they get.
-_HARD = ("loss_cls", "loss_rpn_cls")
-_BOXES = ("loss_box_reg", "loss_rpn_loc")
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -114,7 +111,6 @@ class SSDKD(DistillLoss):
         positive = 0 < temperature < math.inf
         check_setting(self.NODE, "temperature", temperature, positive, "a finite number above 0")
         self.mu, self.lmda, self.nu, self.gamma = mu, lmda, nu, gamma
-        self.task_weights = {**dict.fromkeys(_HARD, mu), **dict.fromkeys(_BOXES, lmda)}
         self.class_weights = (object_weight, background_weight)
         self.temperature = temperature
         self.margin = margin
@@ -131,6 +127,10 @@ class SSDKD(DistillLoss):
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         super().bind(student, teacher)
+        self.task_weights = {
+            **dict.fromkeys(student.class_losses, self.mu),
+            **dict.fromkeys(student.box_losses, self.lmda),
+        }
         if not self.compares_rows and self.hint != "logits":
             return  # features alone
         self.heads = ["rpn", "box_head"] if "box_head" in student.offers else ["dense"]
