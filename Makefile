@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each does the set-up it needs and re-uses what is there.
+# `make demo`, `make test`, `make lint`: each does the set-up it needs and re-uses what is there.
 # Needs nothing but make and Python 3.9 or later; `make VENV=path PYTHON=python3.12 test` chooses others.
 
 VENV ?= .venv
@@ -20,12 +20,13 @@ RUN = OMP_NUM_THREADS=1 "$(VENV_PYTHON)"
 PYTEST = $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow clean
+.PHONY: help env demo lint test test-slow clean
 
 help:
 	@echo "make demo       set up, then train a teacher, a student alone and a distilled student"
 	@echo "make test       set up, then run the test suite"
 	@echo "make test-slow  set up, then run the slow tests too (minutes of training)"
+	@echo "make lint       set up, then check style (ruff) and types (mypy)"
 	@echo "make env        only set up: environment, detectron2, this package"
 	@echo "make clean      remove caches and build products (not the environment, data or output)"
 	@echo "VENV=path names the environment folder (now: $(VENV); about 6 GB), PYTHON=name its Python"
@@ -34,6 +35,11 @@ env: $(READY)
 
 demo: env
 	@$(RUN) tools/demo.py
+
+lint: env
+	"$(VENV_PYTHON)" -m ruff check .
+	"$(VENV_PYTHON)" -m ruff format --check .
+	"$(VENV_PYTHON)" -m mypy
 
 test: env
 	$(PYTEST) -m "not slow"
@@ -45,7 +51,7 @@ $(READY): requirements.txt setup.py pyproject.toml tools/install_detectron2.py
 	@rm -f "$(READY)"
 	@$(MAKE) --no-print-directory create-venv
 	$(PIP_INSTALL) -r requirements.txt
-	$(PIP_INSTALL) --no-build-isolation -e ".[test]"
+	$(PIP_INSTALL) --no-build-isolation -e ".[dev]"
 	"$(VENV_PYTHON)" tools/install_detectron2.py
 	@echo "$(CURDIR)" > "$(READY)"
 	@echo "the environment $(VENV) is ready"

@@ -202,8 +202,8 @@ def _download(address: str) -> str:
         return PathManager.get_local_path(address)
     except OSError as error:
         raise ValueError(
-            f"the checkpoint '{address}' could not be downloaded: {_reason(error)}. Download it by other means and "
-            "give its path (MODEL.WEIGHTS; of a teacher MODEL.DISTILLER.TEACHER_WEIGHTS)"
+            f"the checkpoint '{address}' could not be downloaded: {_reason(error)}. Download it by other "
+            "means and give its path (MODEL.WEIGHTS; of a teacher MODEL.DISTILLER.TEACHER_WEIGHTS)"
         ) from error
 
 

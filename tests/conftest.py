@@ -1,12 +1,10 @@
 import logging
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # for `import tiny`
 
 from detectron2.engine import defaults
 
@@ -42,3 +40,11 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"needs real data and golden fixtures in {SHARED}, which is not there")
     return SHARED
+
+
+@pytest.fixture
+def tool():
+    """tools/check_golden.py."""
+    import check_golden
+
+    return check_golden

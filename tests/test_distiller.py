@@ -6,9 +6,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from tiny import distiller_config, save_teacher, tiny_batch, tiny_config
 
 from distill_d2.losses import DISTILL_LOSS_REGISTRY, DistillLoss
+from distill_d2.testing.tiny import distiller_config, save_teacher, tiny_batch, tiny_config
 
 
 def build(tmp_path, student="retinanet", teacher="retinanet", types=("PKD",), **teacher_options):

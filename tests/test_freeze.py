@@ -4,7 +4,6 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from tiny import tiny_batch, tiny_config, tiny_detector, use_ghnd
 
 from distill_d2.distiller import Distiller
 from distill_d2.freeze import freeze, freeze_unreached, matching_names, summary
@@ -13,6 +12,7 @@ from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.ghnd import GHND
 from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
+from distill_d2.testing.tiny import tiny_batch, tiny_config, tiny_detector, use_ghnd
 from distill_d2.views import build_view
 
 KEY = "MODEL.DISTILLER.FREEZE"

@@ -82,7 +82,8 @@ def test_all_projects_are_packaged(wheel):
 
 
 def test_whole_package_and_nothing_else(wheel):
-    modules = {f"distill_d2/{path.as_posix()}" for path in files_below(ROOT / "distill_d2", ".py")}
+    sources = files_below(ROOT / "distill_d2", ".py", "py.typed")
+    modules = {f"distill_d2/{path.as_posix()}" for path in sources}
     names = set(wheel.namelist())
 
     assert modules <= names

@@ -4,13 +4,13 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from losses.naive_icd import random_weights
-from tiny import tiny_config, use_ghnd
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.icd.loss import InstanceConditionalDistillation
 from distill_d2.preload import preload, preload_losses
 from distill_d2.teacher import Teacher
+from distill_d2.testing.tiny import tiny_config, use_ghnd
 
 ICD = "InstanceConditionalDistillation"
 

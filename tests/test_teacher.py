@@ -11,7 +11,6 @@ from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from tiny import save_teacher, tiny_batch, tiny_config, tiny_detector
 from torch import nn
 from views.recorded import detector
 
@@ -26,6 +25,7 @@ from distill_d2.teacher import (
     load_teacher_weights,
     untrained_teacher,
 )
+from distill_d2.testing.tiny import save_teacher, tiny_batch, tiny_config, tiny_detector
 
 ZOO_NAME = "COCO-Detection/retinanet_R_50_FPN_1x"
 BIAS = "head.cls_score.bias"  # (9,)
@@ -279,7 +279,7 @@ def test_zoo(zoo_weights, monkeypatch, kind):
 LAZY = """
 from detectron2.config import LazyCall as L
 from detectron2.modeling import build_model
-from tiny import tiny_config
+from distill_d2.testing.tiny import tiny_config
 
 
 def build(family, width, input_format):

@@ -71,9 +71,9 @@ from distill_d2 import Distiller, DistillLoss, Teacher
 from distill_d2.config import solver_config, student_config
 from distill_d2.engine import build_optimizer
 from distill_d2.engine.optimizer import create_optimizer, has_own_solver
+from distill_d2.engine.settings import autocast_dtype
 from distill_d2.engine.setup import choose_device, load_config
 from distill_d2.engine.step import TrainStep
-from distill_d2.engine.trainer import autocast_dtype
 from distill_d2.losses import build_losses
 from distill_d2.taps import Taps, map_tensors
 from distill_d2.teacher import load_teacher_weights, untrained_teacher

@@ -13,7 +13,6 @@ and ends this program.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,15 +21,11 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from families import Family, families
-
 from distill_d2 import DISTILL_LOSS_REGISTRY, Distiller, DistillLoss, add_distill_config
 from distill_d2.teacher import Teacher
+from distill_d2.testing.family import Family, families
 
-README = ROOT / "README.md"
+README = Path(__file__).resolve().parents[1] / "README.md"
 MARKERS = ("<!-- compatibility -->\n", "<!-- /compatibility -->\n")
 
 

@@ -88,7 +88,7 @@ METADATA_HEADER = f"""\
 Metadata-Version: 2.1
 Name: detectron2
 Version: {VERSION}
-Summary: detectron2 {DETECTRON2_VERSION} without its compiled part, taken from the {SOURCE_NAME} {SOURCE_VERSION} wheel
+Summary: detectron2 {DETECTRON2_VERSION} without its compiled part, from the {SOURCE_NAME} {SOURCE_VERSION} wheel
 Home-page: https://github.com/facebookresearch/detectron2
 Author: FAIR
 License: Apache-2.0
@@ -334,7 +334,7 @@ def check_files(files: dict[str, bytes]) -> None:
         )
     if len(files) != EXPECTED_FILE_COUNT:
         raise InstallError(
-            f"the wheel holds {len(files)} files of detectron2, expected {EXPECTED_FILE_COUNT}; nothing was installed"
+            f"the wheel holds {len(files)} files of detectron2, expected {EXPECTED_FILE_COUNT}; nothing installed"
         )
     leftover = [
         name for name, content in files.items() if SOURCE_NAME.lower().encode() in content.lower()

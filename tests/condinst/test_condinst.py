@@ -11,7 +11,6 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks
 from distill_d2.projects.fcos import OneStageDetectorView
 from fcos_case import fcos, without_objects
-from tiny import tiny_batch
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.defeat import DeFeat
@@ -20,6 +19,7 @@ from distill_d2.losses.gid import GID
 from distill_d2.losses.icd.loss import InstanceConditionalDistillation
 from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher, load_teacher_weights
+from distill_d2.testing.tiny import tiny_batch
 from distill_d2.views import build_view
 
 OWN = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr", "loss_mask"}

@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from tiny import CLASSES, distiller_config, tiny_config, use_dataset, write_dataset
 
 from distill_d2.data import NamedReadErrors, check_dataset, check_datasets, register_custom_datasets
+from distill_d2.testing.tiny import CLASSES, distiller_config, tiny_config, use_dataset, write_dataset
 
 _numbers = itertools.count()
 

@@ -9,10 +9,10 @@ from data.test_custom import assert_fails, load
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from PIL import Image
-from tiny import tiny_config
 
 from distill_d2.data import images, register_custom_datasets
 from distill_d2.data.images import load_images
+from distill_d2.testing.tiny import tiny_config
 
 _numbers = itertools.count()
 

@@ -1,18 +1,15 @@
 """Some steps of GID in each of two processes, and then, because starting them takes longer than all they
 do, a training in the same processes; started by test_gid.py."""
 
-import sys
 from pathlib import Path
 
 import torch
 from detectron2.utils import comm
 from icd_run import start, step
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny import tiny_batch
-
 from distill_d2.engine import DistillTrainer, argument_parser, launch, setup
 from distill_d2.engine.trainer import distributed
+from distill_d2.testing.tiny import tiny_batch
 
 # Of a run with START_ITER 1 and GI_MIN_SIDE 40: the iteration, and the side in pixels and the number of
 # objects of each process's image. No instance fits into one of 32 pixels.

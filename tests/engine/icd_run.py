@@ -2,7 +2,6 @@
 them takes longer than all they do, a resumed run in the same processes; started by test_icd.py."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -10,11 +9,9 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny import tiny_batch
-
 from distill_d2.engine import argument_parser, launch, main, setup
 from distill_d2.engine.trainer import distributed
+from distill_d2.testing.tiny import tiny_batch
 
 # Of a run with PRETRAIN_TEACHER_ITERS 2, BYPASS_DISTILL 1, STOP_JOINT 3: the student's iteration, and
 # the numbers of objects in the images of the processes. The last only has to go through.

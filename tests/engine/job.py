@@ -1,8 +1,13 @@
 """A student and its distillation in a folder, and the two scripts' runs of them in this process."""
 
-from tiny import distiller_config, save_teacher, tiny_config, use_dataset, write_dataset
-
 from distill_d2.engine import argument_parser, main
+from distill_d2.testing.tiny import (
+    distiller_config,
+    save_teacher,
+    tiny_config,
+    use_dataset,
+    write_dataset,
+)
 
 
 class Job:

@@ -23,9 +23,9 @@ from test_lazy import run as run_lazy
 from test_processes import command, run
 from test_training import checkpoint
 from test_wrong_input import fails
-from tiny import tiny_batch, tiny_config
 
 from distill_d2.config import student_config
+from distill_d2.testing.tiny import tiny_batch, tiny_config
 
 NODE = "MODEL.DISTILLER."
 ADAPTERS = {

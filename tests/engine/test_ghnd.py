@@ -22,11 +22,11 @@ from test_lazy import run as run_lazy
 from test_processes import command, run
 from test_training import assert_equal, checkpoint, metrics
 from test_wrong_input import fails
-from tiny import save_teacher, tiny_config, use_dataset, use_ghnd
 
 from distill_d2 import distiller as distiller_module
 from distill_d2.engine import load_config
 from distill_d2.teacher import Teacher, untrained_teacher
+from distill_d2.testing.tiny import save_teacher, tiny_config, use_dataset, use_ghnd
 
 NODE = "MODEL.DISTILLER."
 EVAL_TEACHER = [NODE + "EVAL_TEACHER", True]
@@ -348,11 +348,9 @@ def test_teacher_is_evaluated_too(trained, image_format):
 def test_teacher_of_another_channel_order_sees_reversed_images(trained):
     use_detecting_teacher(trained, "RGB")
     trained.run(opts=["SOLVER.MAX_ITER", 1, "DATASETS.TEST", ()])  # registers the dataset
-    trainer, seen = trainer_of(trained), []
+    trainer, seen = trainer_of(trained, opts=EVAL_TEACHER), []
     teacher = trainer.plain_model.teacher
     teacher.model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
-    trainer.cfg.defrost()
-    trainer.cfg.MODEL.DISTILLER.EVAL_TEACHER = True
     trainer.evaluate_teacher()
     assert len(seen) == 6
     for item in seen:

@@ -29,7 +29,8 @@ from test_lazy import run as run_lazy
 from test_processes import ROOT, SMALL, command, run, write_coco, write_weights
 from test_training import checkpoint
 from test_wrong_input import fails
-from tiny import save_teacher, tiny_batch, tiny_config, tiny_detector
+
+from distill_d2.testing.tiny import save_teacher, tiny_batch, tiny_config, tiny_detector
 
 NODE = "MODEL.DISTILLER.GID."
 TERMS = {f"loss_gid_{name}" for name in ("feature", "relation", "response_cls", "response_reg")}
@@ -225,7 +226,7 @@ def found(losses):
 
 
 FCOS_CONFIG = """
-from tiny import tiny_detector
+from distill_d2.testing.tiny import tiny_detector
 model = L(tiny_detector)(family="fcos", width={width}, channels={channels})
 """
 FCOS_KEYS = "distiller['GID'] = dict(RESPONSE_MASK='inside', RESPONSE_REG_MODE='GIoU')\n"

@@ -14,7 +14,6 @@ from losses.naive_icd import random_weights
 from test_processes import command, run
 from test_training import assert_equal, checkpoint, metrics
 from test_wrong_input import fails
-from tiny import save_teacher, tiny_config, write_dataset
 
 from distill_d2 import teacher as teacher_module
 from distill_d2.config import student_config
@@ -23,6 +22,7 @@ from distill_d2.engine import DistillTrainer, setup
 from distill_d2.engine.solvers import LossSolver
 from distill_d2.losses import build_losses
 from distill_d2.losses.icd.queries import InstanceQueries
+from distill_d2.testing.tiny import save_teacher, tiny_config, write_dataset
 
 ICD = "InstanceConditionalDistillation"
 NODE = "MODEL.DISTILLER."
@@ -34,8 +34,7 @@ TERMS = {"loss_icd_conf_0", "loss_icd_reg_0", "loss_icd_value"}
 @pytest.fixture(autouse=True)
 def _own_period(monkeypatch):
     """Write every iteration, not every 20."""
-    periods = DistillTrainer._periods
-    monkeypatch.setattr(DistillTrainer, "_periods", staticmethod(lambda cfg: {**periods(cfg), "log": 1}))
+    monkeypatch.setattr("distill_d2.engine.settings.LOG_PERIOD", 1)
 
 
 def icd_job(folder, family="retinanet"):

@@ -9,7 +9,6 @@ from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_backbone
 from omegaconf import OmegaConf
-from tiny import save_teacher, tiny_config, write_dataset
 
 from distill_d2 import add_distill_config, model_zoo
 from distill_d2.config import load_yaml
@@ -17,6 +16,7 @@ from distill_d2.data import register_custom_datasets
 from distill_d2.distiller import Distiller
 from distill_d2.engine import argument_parser, main
 from distill_d2.losses.base import build_losses
+from distill_d2.testing.tiny import save_teacher, tiny_config, write_dataset
 
 FCOS = "fcos_R_50_R101_icd_FPN_1x.py"
 LSJ = "mask_rcnn_R_50_FPN_100ep_LSJ_icd.py"
@@ -157,7 +157,7 @@ def test_step_of_fcos(tmp_path, step):
 
 def test_step_of_a_new_baseline(tmp_path, step, monkeypatch):
     """From scratch, with SyncBN, large-scale jitter, recomputed boxes, mixed precision."""
-    monkeypatch.setattr("distill_d2.engine.trainer.native_bfloat16", lambda device: True)
+    monkeypatch.setattr("distill_d2.engine.settings.native_bfloat16", lambda device: True)
     augmentations = "dataloader.train.mapper.augmentations"
     resize = [f"{augmentations}.0.target_{side}=64" for side in ("height", "width")]
     crop = f"{augmentations}.1.crop_size=[64,64]"

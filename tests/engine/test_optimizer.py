@@ -12,11 +12,11 @@ from test_icd import rewind, trainer_of
 from test_solvers import solver_of
 from test_training import assert_equal, checkpoint
 from test_wrong_input import fails
-from tiny import tiny_config, use_ghnd
 from torch import nn
 
 from distill_d2.engine import build_optimizer, load_config
 from distill_d2.engine.optimizer import kind_of
+from distill_d2.testing.tiny import tiny_config, use_ghnd
 
 OPTIMIZER, ARGUMENTS = "SOLVER.OPTIMIZER", "SOLVER.OPTIMIZER_ARGS"
 NAMES = ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD"]

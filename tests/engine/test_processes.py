@@ -14,9 +14,9 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.modeling import build_model
-from tiny import write_dataset
 
 from distill_d2 import model_zoo
+from distill_d2.testing.tiny import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -2,18 +2,19 @@
 
 import math
 
-import families
 import pytest
 from job import Job
 from promises import last_losses
 from test_processes import command, run
-from tiny import distiller_config, save_teacher, use_dataset
+
+from distill_d2.testing import family
+from distill_d2.testing.tiny import distiller_config, save_teacher, use_dataset
 
 CONFIGS = {
-    "OneStageDetector": families.one_stage_config,
-    "CondInst": families.condinst_config,
-    "SOLOv2": families.solov2_config,
-    "POTO": families.poto_config,
+    "OneStageDetector": family.one_stage_config,
+    "CondInst": family.condinst_config,
+    "SOLOv2": family.solov2_config,
+    "POTO": family.poto_config,
 }
 
 

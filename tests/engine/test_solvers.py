@@ -13,7 +13,6 @@ from test_lazy import config_file  # noqa: F401  a fixture
 from test_lazy import run as run_lazy
 from test_processes import command, run
 from test_training import assert_equal, checkpoint, metrics
-from tiny import distiller_config, save_teacher, tiny_batch, tiny_config
 from torch import nn
 
 from distill_d2 import DISTILL_LOSS_REGISTRY
@@ -21,6 +20,7 @@ from distill_d2.distiller import Distiller
 from distill_d2.engine import DistillTrainer, build_optimizer, setup
 from distill_d2.engine.solvers import LossSolver
 from distill_d2.engine.step import TrainStep
+from distill_d2.testing.tiny import distiller_config, save_teacher, tiny_batch, tiny_config
 
 SOLVER = "MODEL.DISTILLER.SOLVER."
 PRETRAIN = "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS"
@@ -35,8 +35,7 @@ def _registered(monkeypatch):
 @pytest.fixture(autouse=True)
 def _own_period(monkeypatch):
     """Write every iteration, not every 20."""
-    periods = DistillTrainer._periods
-    monkeypatch.setattr(DistillTrainer, "_periods", staticmethod(lambda cfg: {**periods(cfg), "log": 1}))
+    monkeypatch.setattr("distill_d2.engine.settings.LOG_PERIOD", 1)
 
 
 @pytest.fixture

@@ -1,21 +1,18 @@
 """SSDKD end to end, as a user trains with it: the laws, resume, processes, wrong input."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 from job import Job
 from promises import equals_the_baseline, last_losses, resumes_exactly, trains_and_saves
+from ssd_case import config as ssd_config
 from test_distiller import count_calls
 from test_icd import trainer_of
 from test_processes import command, run
 from test_training import checkpoint
 from test_wrong_input import fails
-from tiny import CLASSES, distiller_config, save_teacher, use_dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ssd"))
-from ssd_case import config as ssd_config
+from distill_d2.testing.tiny import CLASSES, distiller_config, save_teacher, use_dataset
 
 ONE_STAGE = {f"loss_ssd_kd_{name}" for name in ("soft", "bounded", "hint")}
 TERMS = {

@@ -8,8 +8,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from tiny import tiny_config
 from torch import nn
+
+from distill_d2.testing.tiny import tiny_config
 
 CLASSES = 3
 

@@ -218,7 +218,7 @@ def test_dla_by_hand():
     torch.manual_seed(0)
     model = DLA34(["stage2", "stage3", "stage4", "stage5"], "BN").eval()
     state = model.state_dict()
-    for name, tensor in state.items():
+    for tensor in state.values():
         if tensor.dim() == 1:
             nn.init.uniform_(tensor, 0.5, 1.5)
 

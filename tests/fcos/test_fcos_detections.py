@@ -8,7 +8,8 @@ from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from distill_d2.projects.fcos.inference import Selection
 from fcos_case import CLASSES, fcos, fcos_config, without_objects
-from tiny import tiny_batch
+
+from distill_d2.testing.tiny import tiny_batch
 
 SHAPES, STRIDES = [(6, 8), (3, 4), (2, 2)], (8, 16, 32)
 GENERATOR = DefaultAnchorGenerator(

@@ -8,7 +8,8 @@ import torch
 from distill_d2.projects.fcos import losses as module
 from distill_d2.projects.fcos.losses import FCOSLoss
 from distill_d2.projects.fcos.targets import Targets
-from no_synchronisation import no_synchronisation
+
+from distill_d2.testing.synchronization import no_synchronization
 
 IMAGES, ROWS, CLASSES = 2, 9, 3
 
@@ -150,7 +151,7 @@ def test_float32_whatever_comes(dtype):
 def test_does_not_synchronise(kind):
     leaves, targets = case()
     loss = FCOSLoss(normalizer_cls=kind)
-    with no_synchronisation():
+    with no_synchronization():
         loss(*leaves, targets)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from distill_d2.projects.fcos.targets import FCOSAssigner
 from fcos_case import fcos, maps, objects
-from no_synchronisation import no_synchronisation
+
+from distill_d2.testing.synchronization import no_synchronization
 
 BOUNDS = [(-1, 16), (16, 32), (32, 1e8)]
 STRIDES = (4, 8, 16)
@@ -164,5 +165,5 @@ def test_boxes_that_are_not_there_count_nothing():
 
 def test_does_not_synchronise():
     model, gt = fcos(), [random_objects(4, 1), objects([], [])]
-    with no_synchronisation():
+    with no_synchronization():
         targets_of(model, gt)

@@ -10,9 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from distill_d2.projects.fcos import OneStageDetectorView
 from fcos_case import fcos, fcos_config, without_objects
-from no_synchronisation import no_synchronisation
 from recorded import detector
-from tiny import tiny_batch
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.defeat import DeFeat
@@ -23,6 +21,8 @@ from distill_d2.losses.head_kd import HeadKD
 from distill_d2.losses.icd.loss import InstanceConditionalDistillation
 from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
+from distill_d2.testing.synchronization import no_synchronization
+from distill_d2.testing.tiny import tiny_batch
 from distill_d2.views import Batch, build_view, require_same_boxes
 
 STRIDES = (4, 8, 16)
@@ -129,7 +129,7 @@ def test_match_and_assign_are_the_detectors_own():
     view, model = observed([item["image"] for item in inputs])
     boxes, valid = Batch(inputs, (64, 64), 0, 1).padded_boxes()
     predictions = view.dense()
-    with no_synchronisation():
+    with no_synchronization():
         labels, index = predictions.match(boxes, valid), predictions.assign(boxes, valid)
     generator = model.proposal_generator.anchor_generator
     levels = [view.level(name) for name in ("p2", "p3", "p4")]

@@ -107,11 +107,11 @@ def object_masks(
         if kind == "one":
             masks[name] = torch.ones(len(images), *size, dtype=torch.float64)
         elif kind == "roi":
-            masks[name] = draw(mine, size, lambda box: anchor_marks(box, anchors[name], threshold))
+            masks[name] = draw(mine, size, lambda box: anchor_marks(box, anchors[name], threshold))  # noqa: B023
         elif kind == "gaussian":
-            masks[name] = draw(mine, size, lambda box: gaussian_marks(box, size, stride))
+            masks[name] = draw(mine, size, lambda box: gaussian_marks(box, size, stride))  # noqa: B023
         else:
-            masks[name] = draw(mine, size, lambda box: box_marks(box, size, stride))
+            masks[name] = draw(mine, size, lambda box: box_marks(box, size, stride))  # noqa: B023
     return masks
 
 

@@ -7,10 +7,10 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from tiny import distiller_config, save_teacher, tiny_batch, tiny_config
 
 from distill_d2 import DISTILL_LOSS_REGISTRY, DistillLoss, add_distill_config
 from distill_d2.losses import FeaturePairs, build_losses
+from distill_d2.testing.tiny import distiller_config, save_teacher, tiny_batch, tiny_config
 
 
 class Scaled(DistillLoss):

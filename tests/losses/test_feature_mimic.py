@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from map_views import compare, plane
 
 from distill_d2.losses.feature_mimic import FeatureMimic
+from distill_d2.testing.maps import compare, plane
 
 S, T = plane([1, 2], [3, 4]), plane([1, 4], [3, 3.5])  # differences 0, -2, 0, 0.5
 FORMS = {"L2": 1.0625, "L1": 0.625, "smoothL1": 0.40625}

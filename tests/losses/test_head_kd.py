@@ -8,13 +8,13 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from recorded import detector
-from tiny import tiny_config, tiny_detector
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from distill_d2 import add_distill_config
 from distill_d2.losses.base import build_losses
 from distill_d2.losses.head_kd import HeadKD
+from distill_d2.testing.tiny import tiny_config, tiny_detector
 from distill_d2.views import Predictions, build_view
 
 CLASSES = 3

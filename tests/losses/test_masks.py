@@ -7,9 +7,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
-from map_views import view_of
-from no_synchronisation import no_synchronisation
-from tiny import tiny_detector
 
 from distill_d2.losses.masks import (
     ObjectMasks,
@@ -20,6 +17,9 @@ from distill_d2.losses.masks import (
     level_of_boxes,
     stage_mask,
 )
+from distill_d2.testing.maps import view_of
+from distill_d2.testing.synchronization import no_synchronization
+from distill_d2.testing.tiny import tiny_detector
 from distill_d2.views import Batch, DetectorView, build_view
 
 SIZES = [(12, 20), (7, 9), (1, 6), (13, 1)]
@@ -399,7 +399,7 @@ def test_nothing_waits_for_the_device(kind, level_assign):
     sizes = sizes_of((64, 64))
     student, batch = anchor_view(naive.square_anchors(sizes, LEVELS)), batch_of(images, (64, 64))
     masks = ObjectMasks(kind, level_assign=level_assign)
-    with no_synchronisation():
+    with no_synchronization():
         masks(student, batch, sizes, LEVELS)
         stage_mask(batch)
 
@@ -450,7 +450,7 @@ def test_masks_of_a_detectors_anchors_do_not_wait(family):
     student, batch = observed(family), batch_of([[[3, 5, 30, 40]], []], (64, 96))
     sizes = {name: tuple(level.shape[-2:]) for name, level in student.features.items()}
     student.anchors()  # anchors may be made once
-    with no_synchronisation():
+    with no_synchronization():
         ObjectMasks("roi")(student, batch, sizes, student.strides)
 
 

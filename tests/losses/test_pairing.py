@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
-from map_views import view_of
-from tiny import tiny_config
 
 from distill_d2.losses import FeaturePairs
 from distill_d2.teacher import Teacher
+from distill_d2.testing.maps import view_of
+from distill_d2.testing.tiny import tiny_config
 from distill_d2.views import build_view
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from map_views import compare, plane
 
 from distill_d2.losses.pkd import PKD, pearson_distance
+from distill_d2.testing.maps import compare, plane
 
 S, T = plane([1, 2], [3, 4]), plane([1, 2], [4, 3])  # r = 4 / 5
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from map_views import plane
 
 from distill_d2.losses.regions import FORMS, distance_map, region_means
+from distill_d2.testing.maps import plane
 
 S = torch.cat([plane([1, 2], [3, 4]), plane([0, -1], [0.5, 3])], dim=1)
 T = torch.cat([plane([1, 0], [3.5, 4]), plane([1, -1], [0, 0])], dim=1)

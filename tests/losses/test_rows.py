@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from no_synchronisation import no_synchronisation
 
 from distill_d2.losses.rows import box_mean, class_mean, divergence, masked_sum, row_loss
+from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views import Predictions
 
 BOTH = pytest.mark.parametrize("background", [True, False], ids=["softmax", "sigmoid"])
@@ -197,7 +197,7 @@ def test_few_rows_and_many_are_masked_alike(background, mask):
 @BOTH
 def test_many_rows_do_not_wait_for_the_device(background):
     student, teacher = predictions(0), predictions(1)
-    with no_synchronisation():
+    with no_synchronization():
         class_mean(divergence(background, 1.0), student, teacher, MASKS["some"], few=False)
 
 

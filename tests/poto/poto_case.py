@@ -9,8 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from distill_d2.projects.poto import POTO
-from tiny import CLASSES, tiny_config
 from torch import nn
+
+from distill_d2.testing.tiny import CLASSES, tiny_config
 
 VARIANTS = {
     "plain": {},

@@ -10,12 +10,12 @@ from detectron2.structures import Boxes
 from detectron2.utils import comm
 from distill_d2.projects.poto import poto as implementation
 from distill_d2.projects.poto.poto import product_logits
-from no_synchronisation import no_synchronisation
 from poto_case import VARIANTS, computed, config, objects, poto
-from tiny import CLASSES, tiny_batch
 
 from distill_d2.config import add_distill_config, load_yaml
 from distill_d2.model_zoo import get_config_file
+from distill_d2.testing.synchronization import no_synchronization
+from distill_d2.testing.tiny import CLASSES, tiny_batch
 
 ALL = sorted(VARIANTS)
 
@@ -269,7 +269,7 @@ def test_a_step_waits_for_the_device_once(monkeypatch):
     monkeypatch.setattr(implementation, "one_to_one", lambda _qualities: pairs)
     rows = rows._replace(filtered=rows.filtered.requires_grad_(), deltas=rows.deltas.requires_grad_())
     model.losses(rows, model.targets(rows, gt(inputs)))  # compiles what is scripted
-    with no_synchronisation():
+    with no_synchronization():
         sum(model.losses(rows, model.targets(rows, gt(inputs))).values()).backward()
 
 

@@ -16,7 +16,8 @@ from distill_d2.projects.poto.assignment import (
     one_to_many,
     one_to_one,
 )
-from no_synchronisation import no_synchronisation
+
+from distill_d2.testing.synchronization import no_synchronization
 
 
 def squares(*rows):
@@ -171,7 +172,7 @@ def test_numbers_that_leave_the_device():
         copied.append(tensor.numel())
         return to_host(tensor)
 
-    with no_synchronisation(), mock.patch.multiple(torch.Tensor, cpu=cpu, numpy=as_numpy):
+    with no_synchronization(), mock.patch.multiple(torch.Tensor, cpu=cpu, numpy=as_numpy):
         one_to_one(qualities)
     assert copied == [2 * (3 * 3 + 6 * 6)]
 
@@ -236,5 +237,5 @@ def test_one_to_many_by_loops(seed, topk):
     expected = naive.auxiliary(values, allowed, sizes, topk)
     found = one_to_many(torch.tensor(values), torch.tensor(allowed), sizes, topk)
     assert [None if g < 0 else g for g in found.tolist()] == expected and len(set(expected)) > 2
-    with no_synchronisation():
+    with no_synchronization():
         one_to_many(torch.tensor(values), torch.tensor(allowed), sizes, topk)

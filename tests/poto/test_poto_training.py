@@ -5,7 +5,8 @@ import torch
 from detectron2.modeling import build_model
 from poto_case import config
 from scripts import run_script
-from tiny import distiller_config, save_teacher, use_dataset, write_dataset
+
+from distill_d2.testing.tiny import distiller_config, save_teacher, use_dataset, write_dataset
 
 
 @pytest.mark.parametrize("distill", [False, True])

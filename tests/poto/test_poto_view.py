@@ -8,9 +8,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 from distill_d2.projects.poto import POTOView
-from no_synchronisation import no_synchronisation
 from poto_case import computed, poto
-from tiny import tiny_batch, tiny_detector
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.defeat import DeFeat
@@ -20,6 +18,8 @@ from distill_d2.losses.gid import GID
 from distill_d2.losses.icd import InstanceConditionalDistillation as ICD
 from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
+from distill_d2.testing.synchronization import no_synchronization
+from distill_d2.testing.tiny import tiny_batch, tiny_detector
 from distill_d2.views import Batch, build_view
 
 LEVELS = ["p2", "p3", "p4"]
@@ -94,7 +94,7 @@ def test_match():
     view, model = observed("plain", inputs)
     boxes, valid = Batch(inputs, (64, 64), 0, 1).padded_boxes()
     predictions = view.dense()
-    with no_synchronisation():
+    with no_synchronization():
         labels = predictions.match(boxes, valid)
     anchors = predictions.anchors.tolist()
     for item, found in zip(inputs, labels):

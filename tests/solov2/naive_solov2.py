@@ -40,10 +40,10 @@ def targets(boxes, classes, masks, padded, grids, ranges, sigma, num_classes):
 
             def span(centre, length, side):
                 middle, first, last = (
-                    math.floor(position / side * grid)
+                    math.floor(position / side * grid)  # noqa: B023
                     for position in (centre, centre - length / 2, centre + length / 2)
                 )
-                first, last = max(first, 0, middle - 1), min(last, grid - 1, middle + 1)
+                first, last = max(first, 0, middle - 1), min(last, grid - 1, middle + 1)  # noqa: B023
                 return range(first, last + 1)
 
             for row in span(y, sigma * height, padded[0]):

@@ -10,7 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from distill_d2.projects.solov2 import SOLOv2
-from tiny import CLASSES, tiny_config
+
+from distill_d2.testing.tiny import CLASSES, tiny_config
 
 GRIDS = [10, 8, 6, 4, 3]
 RANGES = [[1, 24], [12, 48], [24, 96], [48, 192], [96, 512]]

@@ -9,8 +9,9 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks
 from distill_d2.projects.solov2 import losses, targets
-from no_synchronisation import no_synchronisation
 from solov2_case import GRIDS, RANGES, batch, config, solov2, with_objects
+
+from distill_d2.testing.synchronization import no_synchronization
 
 TERMS = ["loss_ins", "loss_cate"]
 
@@ -168,7 +169,7 @@ def test_a_step_does_not_synchronise(most, monkeypatch):
     monkeypatch.setattr(model.targets, "objects", lambda truth, *_: objects[id(truth)])
     monkeypatch.setattr(targets, "draw_slots", lambda *_: drawn)
     outputs = model.predict(model.backbone(images.tensor))
-    with no_synchronisation():
+    with no_synchronization():
         losses = model.losses(*outputs, truths)
         sum(losses.values()).backward()
 

@@ -12,12 +12,12 @@ from detectron2.structures import BitMasks, Instances
 from distill_d2.projects.solov2.inference import boxes_of
 from scripts import run_script
 from solov2_case import config
-from tiny import distiller_config, save_teacher, use_dataset, write_dataset
 
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.data import register_custom_datasets
 from distill_d2.evaluation import build_evaluator
+from distill_d2.testing.tiny import distiller_config, save_teacher, use_dataset, write_dataset
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -9,7 +9,6 @@ from detectron2.utils.events import EventStorage
 from distill_d2.projects.solov2 import SOLOv2View
 from recorded import detector
 from solov2_case import batch, config, solov2
-from tiny import distiller_config, save_teacher
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.defeat import DeFeat
@@ -21,6 +20,7 @@ from distill_d2.losses.icd import InstanceConditionalDistillation
 from distill_d2.losses.pkd import PKD
 from distill_d2.preload import preload
 from distill_d2.teacher import Teacher
+from distill_d2.testing.tiny import distiller_config, save_teacher
 from distill_d2.views import build_view
 
 NECK = ["p2", "p3", "p4", "p5", "p6"]

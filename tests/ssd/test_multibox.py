@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from distill_d2.projects.ssd.multibox import Targets, match_priors, multibox_losses
-from no_synchronisation import no_synchronisation
 
+from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views.matching import hard_negatives
 
 K = 3  # foreground classes
@@ -180,6 +180,6 @@ def test_one_image_without_objects_adds_nothing():
 def test_nothing_waits_for_the_device():
     arguments = [torch.tensor(x) for x in case()]
     iou, valid = torch.rand(2, 3, 10), torch.ones(2, 3, dtype=torch.bool)
-    with no_synchronisation():
+    with no_synchronization():
         match_priors(iou, valid, 0.5)
         losses_of(*arguments)

@@ -5,7 +5,8 @@ import torch
 from detectron2.modeling import build_model
 from scripts import run_script
 from ssd_case import config
-from tiny import CLASSES, distiller_config, save_teacher, use_dataset, write_dataset
+
+from distill_d2.testing.tiny import CLASSES, distiller_config, save_teacher, use_dataset, write_dataset
 
 
 @pytest.mark.parametrize("distill", [False, True])

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils.events import EventStorage
 from distill_d2.projects.ssd import SSDView
-from no_synchronisation import no_synchronisation
 from recorded import detector
 from ssd_case import NETWORKS, WIDTHS, batch, ssd
 
@@ -22,6 +21,7 @@ from distill_d2.losses.gid import GID
 from distill_d2.losses.head_kd import HeadKD
 from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
+from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views import Batch, DetectorView, build_view
 
 
@@ -136,7 +136,7 @@ def test_match_is_that_of_the_detectors_own_loss():
     view, model = observed("C", [item["image"] for item in inputs])
     objects = Batch(inputs, (300, 300), 0, 1).padded_boxes()
     predictions = view.dense()
-    with no_synchronisation():
+    with no_synchronization():
         labels = predictions.match(*objects)
     features = [view.level(name) for name in model.head_in_features]
     targets = model.targets(features, [item["instances"] for item in inputs])

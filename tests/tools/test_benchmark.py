@@ -18,7 +18,8 @@ from detectron2.model_zoo import get_config
 from detectron2.modeling import build_anchor_generator
 from detectron2.structures import BitMasks, PolygonMasks
 from detectron2.utils.events import EventStorage
-from tiny import distiller_config, save_teacher, tiny_config
+
+from distill_d2.testing.tiny import distiller_config, save_teacher, tiny_config
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 STEPS = [

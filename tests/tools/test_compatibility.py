@@ -1,20 +1,16 @@
 """tools/compatibility.py: every cell of its table, and the table in README.md."""
 
-import sys
 from pathlib import Path
 
+import compatibility
 import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from distill_d2 import DISTILL_LOSS_REGISTRY, DistillLoss
+from distill_d2.testing.family import FAMILIES, Family, families
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import compatibility
-from families import FAMILIES, Family, families
-
 CELLS = [(loss, name) for loss in compatibility.losses() for name in families()]
 # Losses on features work with every detector; of the others those that have what they read.
 NEED = {"HeadKD": ("R-CNN",), "SSDKD": ("R-CNN", "SSD")}

@@ -9,11 +9,11 @@ import torch
 from detectron2.modeling import FCOS, build_backbone, build_model
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.utils.events import EventStorage
-from tiny import tiny_batch
 
 from distill_d2.checkpoint import SafeCheckpointer
 from distill_d2.engine import load_config
 from distill_d2.teacher import load_teacher_weights
+from distill_d2.testing.tiny import tiny_batch
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 CONFIG = "FCOS-Detection/R_50_1x.yaml"

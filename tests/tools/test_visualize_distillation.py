@@ -15,12 +15,18 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
-from tiny import distiller_config, save_teacher, tiny_config, use_dataset, write_dataset
 
 from distill_d2.config import student_config
 from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.gid import GeneralInstances
 from distill_d2.losses.pkd import PKD
+from distill_d2.testing.tiny import (
+    distiller_config,
+    save_teacher,
+    tiny_config,
+    use_dataset,
+    write_dataset,
+)
 from distill_d2.views import Batch
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"

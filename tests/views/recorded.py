@@ -6,8 +6,9 @@ import contextlib
 
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from tiny import tiny_config, tiny_detector
 from torch import nn
+
+from distill_d2.testing.tiny import tiny_config, tiny_detector
 
 
 def detector(family="retinanet"):

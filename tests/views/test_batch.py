@@ -3,8 +3,8 @@
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
-from no_synchronisation import no_synchronisation
 
+from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views import Batch
 
 FIRST, SECOND, THIRD = [1.0, 2, 30, 40], [5.5, 6, 7, 8], [0.0, 0, 64, 64]
@@ -62,5 +62,5 @@ def test_an_image_without_annotations():
 
 def test_nothing_waits_for_the_device():
     batch = batch_of([FIRST], [SECOND, THIRD], [])
-    with no_synchronisation():
+    with no_synchronization():
         batch.padded_boxes()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances, pairwise_ioa, pairwise_iou
-from no_synchronisation import no_synchronisation
 from recorded import detector
 
+from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views import build_view
 from distill_d2.views.matching import (
     batched_ioa,
@@ -270,14 +270,14 @@ def test_fcos_by_hand():
     ids=["item", "bool", "nonzero", "mask", "masked_select", "set by mask", "tolist", "cpu"],
 )
 def test_the_guard_sees_what_waits(waits):
-    with pytest.raises(AssertionError), no_synchronisation():
+    with pytest.raises(AssertionError), no_synchronization():
         waits(torch.tensor([1.0, 2.0]))
 
 
 @pytest.mark.parametrize("settings", MATCHERS.values(), ids=list(MATCHERS))
 def test_matching_does_not_synchronise(settings):
     matcher, (boxes, valid), rows = Matcher(*settings), case(), grid(8, 24)
-    with no_synchronisation():
+    with no_synchronization():
         match_by_iou(matcher, boxes, valid, rows)
         match_by_iou(matcher, boxes, valid, rows.expand(4, -1, -1))
         rows_inside(boxes, valid, rows)
@@ -286,5 +286,5 @@ def test_matching_does_not_synchronise(settings):
 
 def test_matching_of_fcos_does_not_synchronise():
     view, anchors, boxes, valid = fcos_case()
-    with no_synchronisation():
+    with no_synchronization():
         view._match(boxes, valid, anchors)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
-from no_synchronisation import no_synchronisation
 
+from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views import Predictions
 from distill_d2.views.predictions import by_position, decoder_of, rows_of
 
@@ -164,6 +164,6 @@ def test_boxes_of_the_best_class_of_proposals(specific):
 
 def test_nothing_synchronises():
     for predictions in (dense(), scored()):
-        with no_synchronisation():
+        with no_synchronization():
             predictions.boxes()
             predictions.level_sizes  # noqa: B018

@@ -5,8 +5,8 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from recorded import detector, detector_from_p3
-from tiny import tiny_config, tiny_detector
 
+from distill_d2.testing.tiny import tiny_config, tiny_detector
 from distill_d2.views import build_view, require_same_boxes
 
 WEIGHTS = (2.0, 2.0, 1.0, 1.0)

@@ -8,11 +8,11 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
-from no_synchronisation import no_synchronisation
 from recorded import count_calls, detector, trained_on
-from tiny import tiny_batch, tiny_config
 
 from distill_d2.teacher import Teacher
+from distill_d2.testing.synchronization import no_synchronization
+from distill_d2.testing.tiny import tiny_batch, tiny_config
 from distill_d2.views import Batch, build_view
 
 FAMILIES = ["faster", "mask"]
@@ -323,7 +323,7 @@ def test_reading_does_not_synchronise():
         teacher.observe([item["image"].float() for item in batch], (64, 64))
         theirs = teacher.view.box_head(view.sampled_proposals())  # its pooler is detectron2's
         boxes, there = torch.stack([boxes[:1] for boxes in BOXES]), torch.ones(2, 1, dtype=torch.bool)
-        with no_synchronisation():
+        with no_synchronization():
             for predictions in (view.box_head(), view.rpn(), teacher.view.rpn(), theirs):
                 predictions.boxes()
                 predictions.match(boxes, there)

@@ -6,10 +6,10 @@ from detectron2.modeling import FCOS, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from recorded import count_calls, detector, detector_from_p3, trained_on
-from tiny import tiny_batch, tiny_config
 from torch import nn
 
 from distill_d2.teacher import Teacher
+from distill_d2.testing.tiny import tiny_batch, tiny_config
 from distill_d2.views import (
     DetectorView,
     FCOSView,

@@ -3,7 +3,7 @@
 A method is one file of this folder; nothing else needs an edit:
 
     @method(loss="MeanFeature")  # the registered name
-    def mean(loss, student, teacher, batch, picture: Picture) -> List[Row]:
+    def mean(loss, student, teacher, batch, picture: Picture) -> list[Row]:
         pairs = loss.pairs(student, teacher)
         ...
         return [Row([picture.ground_truth(), Panel("p3", picture.heat(...))])]
@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable
 
 from .picture import ColourScale, LegendEntry, Mark, Panel, Picture, Row
 

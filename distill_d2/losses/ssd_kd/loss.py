@@ -50,9 +50,6 @@ _KEY = "MODEL.DISTILLER.SSD_KD"
 _BOUNDS = {"box": per_box_bound, "batch": per_batch_bound}
 _HINTS = ("feature", "logits")
 _HINT_FORMS = {"L2": torch.square, "L1": torch.abs}
-# The student's own losses, by which weight they get.
-_HARD = ("loss_cls", "loss_rpn_cls")
-_BOXES = ("loss_box_reg", "loss_rpn_loc")
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -122,6 +119,7 @@ class SSDKD(DistillLoss):
         self.distance = _HINT_FORMS[hint_form]
         self.ratio = negatives_per_positive
         self.heads: list[str] = []
+        self._task_weights: dict[str, float] = {}
         # Anchors that an RPN samples per image, and how many of them are objects at most.
         self._samples: tuple[int, int] = (0, 0)
         self.pairs = None
@@ -130,6 +128,10 @@ class SSDKD(DistillLoss):
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         super().bind(student, teacher)
+        self._task_weights = {
+            **dict.fromkeys(student.class_losses, self.mu),
+            **dict.fromkeys(student.box_losses, self.lmda),
+        }
         if not self.compares_rows and self.hint != "logits":
             return  # features alone
         self.heads = ["rpn", "box_head"] if "box_head" in student.offers else ["dense"]
@@ -154,7 +156,7 @@ class SSDKD(DistillLoss):
         return self.mu < 1 or self.nu > 0
 
     def task_weights(self) -> dict[str, float]:
-        return {**dict.fromkeys(_HARD, self.mu), **dict.fromkeys(_BOXES, self.lmda)}
+        return self._task_weights
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch

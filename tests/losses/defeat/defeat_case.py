@@ -14,11 +14,11 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, Instances
-from map_views import MapDetector
 from torch import Tensor
 
 from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.defeat import DeFeat
+from distill_d2.testing.maps import MapDetector
 from distill_d2.views import Batch, DetectorView, Predictions
 
 WEIGHTS = [

@@ -4,7 +4,6 @@ computed, what runs, and which detectors they refuse."""
 import contextlib
 import functools
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,10 @@ from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import EventStorage
-from no_synchronisation import no_synchronisation
 from recorded import detector
 from test_distiller import count_calls, step
-from test_head_kd import c4_config
-from tiny import tiny_batch, tiny_config, tiny_detector
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "gid"))
 from test_gid_response import as_on_a_gpu  # noqa: F401  a fixture
+from test_head_kd import c4_config
 
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
@@ -33,6 +28,8 @@ from distill_d2.losses.fgfi import FGFI
 from distill_d2.losses.gid import GID
 from distill_d2.losses.head_kd import HeadKD
 from distill_d2.teacher import Teacher
+from distill_d2.testing.synchronization import no_synchronization
+from distill_d2.testing.tiny import tiny_batch, tiny_config, tiny_detector
 
 ROOT = Path(__file__).resolve().parents[3]
 RPN, BOX_HEAD, MASK_HEAD = "proposal_generator.rpn_head", "roi_heads.box_head", "roi_heads.mask_head"
@@ -556,7 +553,7 @@ def test_a_step_does_not_synchronise(as_on_a_gpu, monkeypatch, name, family):
             once = lambda *args: heads or heads.extend(read(*args)) or heads  # noqa: E731
             monkeypatch.setattr(module, "common_predictions", once)
             forward(student, teacher, batch)
-        with as_on_a_gpu(), no_synchronisation():
+        with as_on_a_gpu(), no_synchronization():
             return forward(student, teacher, batch)
 
     with spied(model, guarded):

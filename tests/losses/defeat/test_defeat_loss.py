@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 from defeat_case import ALL, BACKBONE, HEAD, NECK, OFF, STAGES, WEIGHTS, Case, close
-from map_views import plane
-from no_synchronisation import no_synchronisation
 
 from distill_d2.losses import rows
 from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.fgfi import FGFI
+from distill_d2.testing.maps import plane
+from distill_d2.testing.synchronization import no_synchronization
 
 NAMES = ("neck", "neck_back", "bb", "bb_back", "hcls", "hcls_back")
 TERMS = dict(zip(WEIGHTS, (f"loss_defeat_{name}" for name in NAMES)))
@@ -337,7 +337,7 @@ def test_a_step_does_not_wait_for_the_device(as_on_a_gpu, mask, dense, row_kinds
     case = Case(objects=(2, 0), mask=mask, dense=dense, head_cls_rows=row_kinds, **ALL)
     labels = case.labels_of("student")  # uploaded by the detector
     case._match = lambda boxes, valid: torch.stack(labels).to(torch.int8)
-    with no_synchronisation():
+    with no_synchronization():
         case.forward()
 
 

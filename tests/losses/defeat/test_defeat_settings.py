@@ -7,14 +7,14 @@ import torch
 from defeat_case import ALL, HEAD, NECK, OFF, WEIGHTS
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from map_views import view_of
-from tiny import tiny_config, tiny_detector
 
 from distill_d2 import add_distill_config
 from distill_d2.losses import build_losses
 from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.fgfi import FGFI
+from distill_d2.testing.maps import view_of
+from distill_d2.testing.tiny import tiny_config, tiny_detector
 from distill_d2.views import build_view
 
 NOT_A_SIZE = (-0.1, math.inf, math.nan)

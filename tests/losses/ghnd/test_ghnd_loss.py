@@ -5,12 +5,12 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from distill_d2.projects.ghnd import BottleneckStage
-from map_views import plane, view_of
-from no_synchronisation import no_synchronisation
-from tiny import tiny_batch, tiny_config
 
 from distill_d2 import Distiller, Teacher
 from distill_d2.losses.ghnd import GHND
+from distill_d2.testing.maps import plane, view_of
+from distill_d2.testing.synchronization import no_synchronization
+from distill_d2.testing.tiny import tiny_batch, tiny_config
 
 S, T = plane([1, 2], [3, 4]), plane([1, 4], [3, 3.5])  # differences 0, -2, 0, 0.5
 STAGES = ("res2", "res3", "res4", "res5")
@@ -219,7 +219,7 @@ def test_a_step_does_not_synchronise():
     student = random_maps(0, requires_grad=True)
     loss = GHND(stage_weights=(1, 2, 0.5, 0))
     views = views_of(loss, student, random_maps(1))
-    with no_synchronisation():
+    with no_synchronization():
         sum(loss(*views, None).values()).backward()
 
 
@@ -228,5 +228,5 @@ def test_a_step_does_not_synchronise():
 def test_a_bottleneck_does_not_synchronise(bits, training):
     stage = BottleneckStage(6, 7, quant_bits=bits).train(training)
     x = torch.randn(2, 6, 5, 4)
-    with no_synchronisation():
+    with no_synchronization():
         stage(x).sum().backward()

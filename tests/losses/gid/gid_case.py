@@ -14,11 +14,11 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
-from map_views import view_of
 from torch import Tensor
 
 from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.gid import GID
+from distill_d2.testing.maps import view_of
 from distill_d2.views import Batch, DetectorView, Predictions
 from distill_d2.views.matching import match_by_iou
 from distill_d2.views.predictions import decoder_of

@@ -25,16 +25,16 @@ from gid_case import (
     only,
     or_zero,
 )
-from no_synchronisation import no_synchronisation
 from recorded import detector
 from test_distiller import count_calls, step
 from test_gid_response import as_on_a_gpu  # noqa: F401  a fixture
-from tiny import tiny_batch, tiny_config
 from torch.nn.utils.rnn import pad_sequence
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.gid import GID
 from distill_d2.teacher import Teacher
+from distill_d2.testing.synchronization import no_synchronization
+from distill_d2.testing.tiny import tiny_batch, tiny_config
 
 RPN, PREDICTOR = "proposal_generator.rpn_head", "roi_heads.box_predictor"
 RPN_MATCHER = ((0.3, 0.7), (0, -1, 1), True)
@@ -300,7 +300,7 @@ def test_a_step_does_not_synchronise(as_on_a_gpu, family, predictions):
         if predictions == "box_head":  # detectron2's own pooling of the proposals waits
             heads = model.losses["GID"].predictions(student, teacher)
             model.losses["GID"].predictions = lambda *_: heads
-        with as_on_a_gpu(), no_synchronisation():
+        with as_on_a_gpu(), no_synchronization():
             return forward(student, teacher, batch)
 
     with spied(model, guarded):

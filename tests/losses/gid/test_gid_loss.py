@@ -19,12 +19,12 @@ from gid_case import (
     permuted_images,
     refuse,
 )
-from no_synchronisation import no_synchronisation
 from test_gid_response import as_on_a_gpu  # noqa: F401  a fixture
 
 from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.gid import GID
 from distill_d2.losses.gid import loss as loss_module
+from distill_d2.testing.synchronization import no_synchronization
 
 MODES = ("all", "pos", "semi_pos", "neg", "gt")
 POINTS = {"ltrb": True, "centerness": True}
@@ -389,7 +389,7 @@ def test_a_step_does_not_synchronise(as_on_a_gpu, mode):
             case = Case(gi_mode=mode, **kind, **settings)
             views, batch = case.views(), case.batch()
             expected = case.forward()
-            with as_on_a_gpu(), no_synchronisation():
+            with as_on_a_gpu(), no_synchronization():
                 terms = case.loss(*views, batch)
             for name, term in terms.items():
                 close(term, expected[name], name)
@@ -401,5 +401,5 @@ def test_no_mode_synchronises(as_on_a_gpu, mode):
     modes = {"response_reg_mode": mode, "feature_mode": feature}
     case = Case(response_cls_mode="BCE" if mode == "GIoU" else mode, **modes)
     views, batch = case.views(), case.batch()
-    with as_on_a_gpu(), no_synchronisation():
+    with as_on_a_gpu(), no_synchronization():
         case.loss(*views, batch)

@@ -7,9 +7,9 @@ import torch
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from gid_case import Case, close, random_boxes
-from no_synchronisation import no_synchronisation
 
 from distill_d2.losses.gid.pooling import level_of, pool
+from distill_d2.testing.synchronization import no_synchronization
 
 STRIDES = (8, 16, 32)
 
@@ -144,7 +144,7 @@ def test_boxes_get_no_gradient_and_levels_without_do_without():
 def test_pooling_does_not_synchronise():
     boxes = torch.stack([at_the_border((256, 320))] * 2)
     maps = maps_of((256, 320))
-    with no_synchronisation():
+    with no_synchronization():
         pool(maps, STRIDES, boxes, 4, 2)
 
 

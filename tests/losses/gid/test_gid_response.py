@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gid_case import Case, close, naive_masks, or_zero, pad_instances, plain_predictions
-from no_synchronisation import no_synchronisation
 
 from distill_d2.losses import rows
 from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.gid import GID
 from distill_d2.losses.gid.response import cls_term, reg_term
+from distill_d2.testing.synchronization import no_synchronization
 
 CLS = [("BCE", 0.0), ("L1", 0.0), ("L1", 0.3), ("L2", 0.0)]
 REG = [("L1", 0.0), ("L1", 0.1), ("L2", 0.0), ("BCE", 0.0), ("GIoU", 0.0)]
@@ -126,7 +126,7 @@ def test_both_ways_of_masking_agree(as_on_a_gpu, kind, part, mode, beta):
     for mask in (random_mask(case), torch.zeros(case.rows.anchors.shape[:2], dtype=torch.bool)):
         as_on_a_cpu = terms_of(case, mask, **{part: (mode, beta)})[name]
         gradient = gradient_of(case, name, as_on_a_cpu)
-        with as_on_a_gpu(), no_synchronisation():
+        with as_on_a_gpu(), no_synchronization():
             other = terms_of(case, mask, **{part: (mode, beta)})[name]
         close(other, as_on_a_cpu)
         close(gradient_of(case, name, other), gradient)
@@ -135,9 +135,9 @@ def test_both_ways_of_masking_agree(as_on_a_gpu, kind, part, mode, beta):
 def test_the_other_way_picks_no_rows(as_on_a_gpu):
     """That the test above would notice."""
     case = Case()
-    with pytest.raises(AssertionError, match="index|nonzero"), no_synchronisation():
+    with pytest.raises(AssertionError, match="index|nonzero"), no_synchronization():
         terms_of(case, random_mask(case))
-    with as_on_a_gpu(), no_synchronisation():
+    with as_on_a_gpu(), no_synchronization():
         terms_of(case, random_mask(case))
 
 
@@ -307,5 +307,5 @@ def test_rows_that_fill_up_belong_to_no_instance(mask):
 def test_masks_do_not_synchronise(mask, reg_mask):
     case = Case(objects=(2, 0), response_mask=mask, response_reg_mask=reg_mask)
     instances, student, batch = case.instances(), case.predictions(case.student), case.batch()
-    with no_synchronisation():
+    with no_synchronization():
         case.loss.response_masks(student, instances, batch)

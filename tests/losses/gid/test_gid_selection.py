@@ -10,10 +10,10 @@ import pytest
 import torch
 import torchvision
 from gid_case import Case, close, pad_instances, permuted_images, plain_predictions
-from no_synchronisation import no_synchronisation
 
 from distill_d2.losses.gid import GeneralInstanceSelection
 from distill_d2.losses.gid.selection import first_kept
+from distill_d2.testing.synchronization import no_synchronization
 
 SIZE = [(100, 100)]
 WHOLE = ((64, 96), (64, 96))  # without padding, so that every box of Case has an area
@@ -350,7 +350,7 @@ def test_selection_does_not_synchronise():
     for kind in ("centerness", "classes"):
         case = Case(objects=(2, 0, 1), **KINDS[kind])
         heads = case.predictions(case.teacher), case.predictions(case.student)
-        with no_synchronisation():
+        with no_synchronization():
             case.loss.select(*heads, case.sizes)
 
 

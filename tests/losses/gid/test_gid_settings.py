@@ -3,9 +3,9 @@
 import pytest
 from detectron2.modeling import build_model
 from gid_case import EVEN, OFF, only
-from tiny import tiny_config, tiny_detector
 
 from distill_d2.losses.gid import GID
+from distill_d2.testing.tiny import tiny_config, tiny_detector
 from distill_d2.views import build_view
 
 # Values

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
-from map_views import view_of
 from naive_icd import NaiveICD, NaiveQueries, Slots, queries_from_slots, random_weights
 
 from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.icd import InstanceConditionalDistillation
 from distill_d2.losses.icd.reference import from_reference
+from distill_d2.testing.maps import view_of
 from distill_d2.views import Batch
 
 SMALL = {"num_classes": 7, "hidden_dim": 16, "att_heads": 4, "bypass_distill": 0}

@@ -11,12 +11,12 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from icd_case import Case, close, compare_gradients, compare_losses
-from tiny import tiny_batch, tiny_config
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.icd import InstanceConditionalDistillation
 from distill_d2.losses.icd import loss as loss_module
 from distill_d2.teacher import Teacher
+from distill_d2.testing.tiny import tiny_batch, tiny_config
 
 STATISTICS = SimpleNamespace(
     counts=np.array([5, 1, 0, 9, 2, 2, 40]),

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from detectron2.modeling import build_model
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.utils.events import EventStorage
-from no_synchronisation import no_synchronisation
 from recorded import detector
 from ssd_case import batch as ssd_batch
 from ssd_case import ssd as ssd_model
-from tiny import tiny_batch, tiny_config, tiny_detector
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.ssd_kd import SSDKD
 from distill_d2.losses.ssd_kd import loss as ssd_kd_loss
 from distill_d2.teacher import Teacher
+from distill_d2.testing.synchronization import no_synchronization
+from distill_d2.testing.tiny import tiny_batch, tiny_config, tiny_detector
 from distill_d2.views import Batch, Predictions, build_view
 
 ONE_STAGE = {f"loss_ssd_kd_{name}" for name in ("soft", "bounded", "hint")}
@@ -144,7 +144,7 @@ def test_a_step_does_not_synchronise(monkeypatch, family, hint):
         monkeypatch.setattr(ssd_kd_loss, "common_predictions", once)
         if family != "ssd":
             once(student, teacher, "box_head")
-        with no_synchronisation():
+        with no_synchronization():
             return forward(student, teacher, batch)
 
     spying(model, guarded)
@@ -373,7 +373,24 @@ def test_what_an_rpn_samples_on_average(positive, negative, ignored):
 
 
 def bind(student, teacher, **settings):
-    SSDKD(**settings).bind(build_view(student, "student"), build_view(teacher, "teacher"))
+    loss = SSDKD(**settings)
+    loss.bind(build_view(student, "student"), build_view(teacher, "teacher"))
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("family", "classes", "boxes"),
+    [
+        ("faster", ["loss_cls", "loss_rpn_cls"], ["loss_box_reg", "loss_rpn_loc"]),
+        ("retinanet", ["loss_cls"], ["loss_box_reg"]),
+        ("fcos", ["loss_fcos_cls"], ["loss_fcos_loc"]),
+    ],
+)
+def test_weights_of_the_students_own_losses(family, classes, boxes):
+    features = {} if family == "faster" else {"mu": 1.0, "nu": 0.0}
+    weights = bind(tiny_detector(family), tiny_detector(family), lmda=2.0, **features).task_weights()
+    mu = features.get("mu", 0.5)
+    assert weights == {**dict.fromkeys(classes, mu), **dict.fromkeys(boxes, 2.0)}
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])

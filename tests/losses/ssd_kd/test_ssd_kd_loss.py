@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling.box_regression import Box2BoxTransform
-from no_synchronisation import no_synchronisation
 from ssd_kd_case import OBJECTS, Head, K, batch, grid, naive_terms, targets, terms_of
 
 from distill_d2 import add_distill_config
@@ -22,6 +21,7 @@ from distill_d2.losses.ssd_kd.terms import (
     soft_cross_entropy,
     targets_of,
 )
+from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views.matching import assign_by_iou
 from distill_d2.views.predictions import encoder_of
 
@@ -224,12 +224,6 @@ def test_weights_and_schedule_are_the_distillers_affair():
     assert terms_of(student, teacher, weight=7.0, start_iter=3) == plain
 
 
-def test_task_weights():
-    weights = SSDKD(mu=0.3, lmda=2.0).task_weights()
-    own = {"loss_cls": 0.3, "loss_rpn_cls": 0.3, "loss_box_reg": 2.0, "loss_rpn_loc": 2.0}
-    assert weights == own
-
-
 # Special cases
 
 
@@ -317,7 +311,7 @@ def test_nothing_waits_for_the_device():
     for bounded in ("box", "batch"):
         loss, inputs = SSDKD(bounded=bounded, **settings), batch()
         loss.heads = ["dense"]
-        with no_synchronisation():
+        with no_synchronization():
             loss(student, teacher, inputs)
 
 

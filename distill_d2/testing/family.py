@@ -12,12 +12,13 @@ from typing import Callable
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import BitMasks
-from tiny import CLASSES, tiny_batch, tiny_config, tiny_detector
 from torch import nn
 
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.model_zoo import get_config_file
+
+from .tiny import CLASSES, tiny_batch, tiny_config, tiny_detector
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class _Guard(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def no_synchronisation():
+def no_synchronization():
     """Fails where something would wait for a GPU; on the CPU too."""
     refused = {name: mock.Mock(side_effect=AssertionError(name)) for name in _COPYING}
     with mock.patch.multiple(torch.Tensor, **refused), _Guard():

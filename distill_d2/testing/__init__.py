@@ -1,0 +1,42 @@
+"""Tools for testing losses and detectors, our own and those of a user's package. Nothing else imports this.
+
+- ``tiny_config``, ``tiny_detector``, ``tiny_batch``, ``write_dataset``: detectors, batches and datasets that
+  take milliseconds.
+- ``families``: a small detector of every kind.
+- ``view_of``, ``compare``, ``plane``: views of detectors that computed given feature maps, for losses on
+  literal numbers.
+- ``no_synchronization``: fails where the host would wait for a GPU; works on a CPU.
+"""
+
+from .family import FAMILIES, Family, families
+from .maps import MapDetector, compare, plane, view_of
+from .synchronization import no_synchronization
+from .tiny import (
+    CLASSES,
+    distiller_config,
+    save_teacher,
+    tiny_batch,
+    tiny_config,
+    tiny_detector,
+    use_dataset,
+    write_dataset,
+)
+
+__all__ = [
+    "CLASSES",
+    "FAMILIES",
+    "Family",
+    "MapDetector",
+    "compare",
+    "distiller_config",
+    "families",
+    "no_synchronization",
+    "plane",
+    "save_teacher",
+    "tiny_batch",
+    "tiny_config",
+    "tiny_detector",
+    "use_dataset",
+    "view_of",
+    "write_dataset",
+]

@@ -1,6 +1,0 @@
-import sys
-from pathlib import Path
-
-TESTS = Path(__file__).resolve().parents[2]
-# For `import map_views` and `import no_synchronisation, recorded`.
-sys.path[:0] = [str(TESTS / "losses"), str(TESTS / "views")]
