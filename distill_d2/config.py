@@ -48,6 +48,10 @@ def add_distill_config(cfg: CN) -> None:
     cfg.INPUT.AUGMENTATIONS = "default"
     # [height, width]: images are resized to exactly this, instead of by MIN_SIZE_* and MAX_SIZE_*.
     cfg.INPUT.FIXED_SIZE = []
+    # False: images are not flipped, whatever RANDOM_FLIP says. True for IS_ROTATE is refused: images are
+    # never rotated. (Keys of AdelaiDet.)
+    cfg.INPUT.HFLIP_TRAIN = True
+    cfg.INPUT.IS_ROTATE = False
     cfg.INPUT.SSD = CN()
     # Expansion to at most so many times the sides.
     cfg.INPUT.SSD.EXPAND_MAX_RATIO = 4.0

@@ -44,9 +44,6 @@ from .terms import (
 _KEY = "MODEL.DISTILLER.SSD_KD"
 _BOUNDS = {"box": per_box_bound, "batch": per_batch_bound}
 _HINT_FORMS = {"L2": torch.square, "L1": torch.abs}
-# The student's own losses, by which weight they get.
-_HARD = ("loss_cls", "loss_rpn_cls")
-_BOXES = ("loss_box_reg", "loss_rpn_loc")
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,7 @@ class SSDKD(DistillLoss):
         self.hint = s.hint if s.gamma > 0 else ""
         self.distance = _HINT_FORMS[s.hint_form]
         self.heads: list[str] = []
+        self._task_weights: dict[str, float] = {}
         # Anchors that an RPN samples per image, and how many of them are objects at most.
         self._samples: tuple[int, int] = (0, 0)
         self.pairs: FeaturePairs | None = None
@@ -101,6 +99,10 @@ class SSDKD(DistillLoss):
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         super().bind(student, teacher)
+        self._task_weights = {
+            **dict.fromkeys(student.class_losses, self.settings.mu),
+            **dict.fromkeys(student.box_losses, self.settings.lmda),
+        }
         if not self.compares_rows and self.hint != "logits":
             return  # features alone
         self.heads = ["rpn", "box_head"] if "box_head" in student.offers else ["dense"]
@@ -125,7 +127,7 @@ class SSDKD(DistillLoss):
         return self.settings.mu < 1 or self.settings.nu > 0
 
     def task_weights(self) -> dict[str, float]:
-        return {**dict.fromkeys(_HARD, self.settings.mu), **dict.fromkeys(_BOXES, self.settings.lmda)}
+        return self._task_weights
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch

@@ -225,12 +225,6 @@ def test_weights_and_schedule_are_the_distillers_affair():
     assert terms_of(student, teacher, weight=7.0, start_iter=3) == plain
 
 
-def test_task_weights():
-    weights = SSDKD(mu=0.3, lmda=2.0).task_weights()
-    own = {"loss_cls": 0.3, "loss_rpn_cls": 0.3, "loss_box_reg": 2.0, "loss_rpn_loc": 2.0}
-    assert weights == own
-
-
 # Special cases
 
 
