@@ -16,13 +16,7 @@ import torch
 from detectron2.config import CfgNode
 
 from distill_d2.engine import DistillTrainer, argument_parser, main, setup
-from distill_d2.testing.tiny import (
-    distiller_config,
-    save_teacher,
-    tiny_config,
-    use_dataset,
-    write_dataset,
-)
+from distill_d2.testing import distiller_config, save_teacher, tiny_config, use_dataset, write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 

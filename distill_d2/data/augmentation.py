@@ -221,7 +221,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     Raises:
         ValueError: INPUT.AUGMENTATIONS, FIXED_SIZE, CROP, MASK_FORMAT or IS_ROTATE cannot be.
     """
-    cfg = _with_adet_keys(cfg)
+    cfg = _heed_flip_keys(cfg)
     kind, size = cfg.INPUT.AUGMENTATIONS, list(cfg.INPUT.FIXED_SIZE)
     if kind not in ("default", "ssd"):
         raise ValueError(f"INPUT.AUGMENTATIONS is '{kind}'; expected 'default' or 'ssd'")
@@ -251,8 +251,8 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     return BoxAwareMapper(cfg, is_train, augmentations=[*_ssd_augmentations(cfg), *others, resize])
 
 
-def _with_adet_keys(cfg: CfgNode) -> CfgNode:
-    """A config in which AdelaiDet's keys, HFLIP_TRAIN and IS_ROTATE, need not be read."""
+def _heed_flip_keys(cfg: CfgNode) -> CfgNode:
+    """A config that says in RANDOM_FLIP alone whether images are flipped."""
     if cfg.INPUT.IS_ROTATE:
         raise ValueError("INPUT.IS_ROTATE is True; images are not rotated here, set it to False")
     if cfg.INPUT.HFLIP_TRAIN:

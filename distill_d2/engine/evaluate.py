@@ -11,8 +11,9 @@ from torch import nn
 
 from ..checkpoint import SafeCheckpointer
 from ..data import end_workers
-from ..teacher import Teacher
+from ..teacher import Teacher, teacher_of
 from ..views import build_view
+from .settings import RunSettings, in_subfolder
 
 logger = logging.getLogger(__name__)
 
@@ -31,43 +32,47 @@ def evaluate(
     Raises:
         ValueError: there are no weights, or they do not fill the model; the teacher's classes differ.
     """
+    settings = RunSettings.from_config(cfg)
     model = trainer.build_model(cfg)
-    _load(cfg, trainer, model, resume)
-    teacher = trainer.teacher_to_evaluate(cfg) if with_teacher else None
+    _load(settings, model, resume)
+    teacher_results = None
     try:
-        of_teacher = evaluate_teacher(cfg, trainer, teacher, model) if teacher else None
+        if with_teacher and settings.distiller.EVAL_TEACHER:
+            teacher = teacher_of(settings.distiller, settings.device)
+            teacher_results = evaluate_teacher(cfg, trainer, teacher, model)
         results = trainer.test(cfg, model)
     finally:
         end_workers()
-    if comm.is_main_process() and hasattr(cfg, "TEST"):
+    if comm.is_main_process() and settings.verify_results:
         verify_results(cfg, results)
-    return results if of_teacher is None else {**results, "teacher": of_teacher}
+    return results if teacher_results is None else {**results, "teacher": teacher_results}
 
 
 def evaluate_teacher(cfg: Any, trainer: type, teacher: Teacher, student: nn.Module) -> dict[str, Any]:
-    """Evaluate a teacher on the images that ``student`` is evaluated on, before it is; its detections
-    are written to OUTPUT_DIR/teacher.
+    """Evaluate a teacher on the student's test images; its detections go to OUTPUT_DIR/teacher.
 
     Raises:
         ValueError: its classes are not those of the student.
     """
-    ours, theirs = build_view(student, "student").num_classes, teacher.view.num_classes
-    if None not in (ours, theirs) and ours != theirs:
+    student_classes, teacher_classes = (
+        build_view(student, "student").num_classes,
+        teacher.view.num_classes,
+    )
+    if None not in (student_classes, teacher_classes) and student_classes != teacher_classes:
         raise ValueError(
-            f"MODEL.DISTILLER.EVAL_TEACHER is True, but the teacher has {theirs} classes and the student "
-            f"{ours}; set it to False"
+            f"MODEL.DISTILLER.EVAL_TEACHER is True, but the teacher has {teacher_classes} classes and the "
+            f"student {student_classes}; set it to False"
         )
     logger.info(f"Evaluation of the teacher ({teacher.source}); that of the student follows")
-    model = teacher.predictor(trainer.input_format(cfg, student))
-    return trainer.test(trainer.with_output_dir(cfg, "teacher"), model)
+    model = teacher.predictor(RunSettings.from_config(cfg).channel_order(student))
+    return trainer.test(in_subfolder(cfg, "teacher"), model)
 
 
-def _load(cfg: Any, trainer: type, model: nn.Module, resume: bool) -> None:
-    checkpointer = SafeCheckpointer(model, save_dir=trainer._output_dir(cfg))
-    weights = trainer._weights(cfg)
-    if not weights and not (resume and checkpointer.has_checkpoint()):
+def _load(settings: RunSettings, model: nn.Module, resume: bool) -> None:
+    checkpointer = SafeCheckpointer(model, save_dir=settings.output_dir)
+    if not settings.weights and not (resume and checkpointer.has_checkpoint()):
         raise ValueError("--eval-only needs weights: set MODEL.WEIGHTS, or --resume with OUTPUT_DIR")
-    checkpointer.resume_or_load(weights, resume=resume, with_losses=False)
+    checkpointer.resume_or_load(settings.weights, resume=resume, with_losses=False)
     keys = checkpointer.incompatible
     missing = keys.missing_keys + [name for name, _, _ in keys.incorrect_shapes]
     if missing:

@@ -11,15 +11,13 @@ or its ``model`` is a complete ``L(Distiller)(student=..., teacher=L(load_teache
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 from collections import OrderedDict
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.engine import HookBase, default_setup, default_writers
-from detectron2.engine.train_loop import TrainerBase
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import default_setup
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -28,14 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .. import model_zoo
-from ..config import add_distill_config
 from ..data import box_statistics, register_builtin_voc, register_shapes
 from ..distiller import Distiller, node_arguments
 from ..evaluation import with_model_evaluators
-from ..teacher import Teacher, teacher_of
 from .optimizer import trained_with_student
+from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
 from .setup import check_length, check_output_dir, choose_device, config_keys, file_in
-from .trainer import DistillTrainer, autocast_dtype
+from .trainer import DistillTrainer
 
 
 def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
@@ -54,7 +51,9 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
     if not distill or args.eval_only:
         cfg.model = _student(cfg)
-        cfg[_NOT_USED] = cfg.pop("distiller", {})
+        distiller = cfg.pop("distiller", {})
+        if distill:
+            cfg[UNUSED_DISTILLER] = distiller
     elif "distiller" not in cfg and not _is_distiller(cfg.model):
         raise ValueError(
             f"{args.config_file} has neither 'distiller' (a dict of MODEL.DISTILLER's keys) nor a "
@@ -69,8 +68,6 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
 
 
 _MISSING = object()
-# Where the distiller's node goes when the student alone is wanted.
-_NOT_USED = "distiller_not_used"
 
 
 class LazyDistillTrainer(DistillTrainer):
@@ -88,13 +85,13 @@ class LazyDistillTrainer(DistillTrainer):
                 loss.use_statistics(lambda: box_statistics(datasets))
         if "distiller" not in cfg:
             return model
-        node = _distiller_node(OmegaConf.to_container(cfg.distiller, resolve=True))
+        settings = RunSettings.from_lazy(cfg)
         return Distiller(
             student=model,
-            **node_arguments(node, cfg.train.device, datasets),
-            input_format=cls.input_format(cfg, model),
-            max_iter=cfg.train.max_iter,
-        ).to(cfg.train.device)
+            **node_arguments(settings.distiller, settings.device, datasets),
+            input_format=settings.channel_order(model),
+            max_iter=settings.max_iter,
+        ).to(settings.device)
 
     @classmethod
     def build_optimizer(cls, cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -122,78 +119,14 @@ class LazyDistillTrainer(DistillTrainer):
             print_csv_format(results)
         return results
 
-    @classmethod
-    def teacher_to_evaluate(cls, cfg: DictConfig) -> Teacher | None:
-        node = _distiller_node(OmegaConf.to_container(cfg[_NOT_USED], resolve=True))
-        return teacher_of(node, cfg.train.device) if node.EVAL_TEACHER else None
-
-    @staticmethod
-    def input_format(cfg: DictConfig, student: nn.Module) -> str:
-        image_format = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
-        return image_format or getattr(student, "input_format", None) or "BGR"
-
-    @staticmethod
-    def with_output_dir(cfg: DictConfig, folder: str) -> DictConfig:
-        cfg = copy.deepcopy(cfg)
-        cfg.train.output_dir = os.path.join(cfg.train.output_dir, folder)
-        return cfg
-
-    def build_writers(self) -> list[Any]:
-        return default_writers(self.cfg.train.output_dir, self.max_iter)
-
     @staticmethod
     def auto_scale_workers(cfg: DictConfig, num_workers: int) -> DictConfig:
         return cfg
 
-    @staticmethod
-    def _max_iter(cfg: DictConfig) -> int:
-        return cfg.train.max_iter
-
-    @staticmethod
-    def _steps(cfg: DictConfig) -> None:
-        return None
-
-    @staticmethod
-    def _periods(cfg: DictConfig) -> dict[str, int]:
-        train = cfg.train
-        return {
-            "checkpoint": train.checkpointer.period,
-            "eval": train.eval_period,
-            "log": train.log_period,
-        }
-
-    @staticmethod
-    def _eval_teacher(cfg: DictConfig) -> bool:
-        return bool(OmegaConf.select(cfg, "distiller.EVAL_TEACHER"))
-
-    @staticmethod
-    def _weights(cfg: DictConfig) -> str:
-        return cfg.train.init_checkpoint
-
-    @staticmethod
-    def _output_dir(cfg: DictConfig) -> str:
-        return cfg.train.output_dir
-
-    @staticmethod
-    def _ddp_options(cfg: DictConfig) -> dict[str, Any]:
-        return dict(cfg.train.get("ddp", {}))
-
-    @staticmethod
-    def _autocast_dtype(cfg: DictConfig) -> torch.dtype | None:
-        if not cfg.train.amp.enabled:
-            return None
-        return autocast_dtype(cfg.train.device, "train.amp.enabled")
-
-    def _precise_bn(self, cfg: DictConfig) -> list[HookBase]:
-        return []
-
-    def _run(self) -> None:
-        TrainerBase.train(self, self.start_iter, self.max_iter)
-
 
 def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
     # A key of MODEL.DISTILLER that the file leaves at its default is known, too.
-    known = config_keys(_distiller_node({}), "distiller.") if "distiller" in cfg else []
+    known = config_keys(distiller_node({}), "distiller.") if "distiller" in cfg else []
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
@@ -215,14 +148,6 @@ def _train_datasets(cfg: DictConfig) -> list[str]:
     """Names of the training datasets, where the config has them in detectron2's usual place."""
     names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
     return [names] if isinstance(names, str) else list(names)
-
-
-def _distiller_node(values: dict[str, Any]) -> CfgNode:
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    node = cfg.MODEL.DISTILLER
-    node.merge_from_other_cfg(CfgNode(values))
-    return node
 
 
 def _is_distiller(model: DictConfig) -> bool:

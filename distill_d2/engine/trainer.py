@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import Sequence
 from typing import Any, Callable
@@ -15,9 +14,11 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_writers, hooks
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from ..checkpoint import SafeCheckpointer
@@ -31,8 +32,7 @@ from ..data import (
 )
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
-from ..prepare import native_bfloat16
-from ..teacher import Teacher, teacher_of
+from ..views import view_type
 from .evaluate import evaluate_teacher
 from .hooks import (
     Checkpoints,
@@ -47,14 +47,11 @@ from .hooks import (
 from .interrupt import Interrupted, StopRequest, stop_request
 from .optimizer import build_optimizer, kind_of
 from .random_state import random_state, set_random_state
+from .settings import RunSettings
 from .solvers import build_solvers
 from .step import TrainStep
 
 logger = logging.getLogger(__name__)
-
-# State that detectron2's dense detectors keep in a plain attribute: the moving average of the
-# number of positives, which divides their losses.
-_MOVING_AVERAGE = "loss_normalizer"
 
 
 class DistillTrainer(DefaultTrainer):
@@ -80,19 +77,20 @@ class DistillTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
+        self.settings = RunSettings.from_config(cfg)
         model = self.build_model(cfg)
         self.plain_model = model
         self.pretrain_iters = self._prepare_phases(model)
-        self.start_iter, self.max_iter = 0, self._max_iter(cfg) + self.pretrain_iters
-        self.solvers = build_solvers(model, self._max_iter(cfg), self._steps(cfg))
+        self.start_iter, self.max_iter = 0, self.settings.max_iter + self.pretrain_iters
+        self.solvers = build_solvers(model, self.settings.max_iter, self.settings.steps)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self.sampler = _find_sampler(data_loader)
         self._trainer = TrainStep(
-            distributed(model, **self._ddp_options(cfg)),
+            distributed(model, **self.settings.ddp),
             data_loader,
             optimizer,
-            autocast_dtype=self._autocast_dtype(cfg),
+            autocast_dtype=self.settings.autocast_dtype(),
             own_optimizers={name: solver.optimizer for name, solver in self.solvers.items()},
             frozen_parameters=_frozen_parameters(model),
         )
@@ -102,7 +100,7 @@ class DistillTrainer(DefaultTrainer):
         self._random_states: list[dict[str, Any]] | None = None
         self.register_hooks(self.build_hooks())
 
-    # Parts, each from the config; LazyDistillTrainer builds them its own way.
+    # Parts that LazyDistillTrainer builds in its own way.
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -149,79 +147,30 @@ class DistillTrainer(DefaultTrainer):
             ]
         return super().test(cfg, model, evaluators)
 
-    @classmethod
-    def teacher_to_evaluate(cls, cfg: CfgNode) -> Teacher | None:
-        """The teacher, built and loaded, if MODEL.DISTILLER.EVAL_TEACHER says so."""
-        return teacher_of(cfg.MODEL.DISTILLER, cfg.MODEL.DEVICE) if cls._eval_teacher(cfg) else None
-
-    @staticmethod
-    def input_format(cfg: CfgNode, _student: nn.Module) -> str:
-        """Channel order of the images in the batches."""
-        return cfg.INPUT.FORMAT
-
-    @staticmethod
-    def with_output_dir(cfg: CfgNode, folder: str) -> CfgNode:
-        """A copy of ``cfg`` whose output goes to a folder inside its own."""
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, folder)
-        return cfg
+    def build_writers(self) -> list[EventWriter]:
+        return default_writers(self.settings.output_dir, self.max_iter)
 
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
-        periods = self._periods(self.cfg)
         ret = [hooks.IterationTimer(), LRScheduler(), SolverSchedules()]
-        ret += [hook for hook in self._precise_bn(self.cfg) if hook is not None]
-        ret += [Checkpoints(periods["checkpoint"]), StopOnRequest()]
-        ret.append(EvalHook(periods["eval"], self._evaluate))
+        ret += self._precise_bn()
+        ret += [Checkpoints(self.settings.checkpoint_period), StopOnRequest()]
+        ret.append(EvalHook(self.settings.eval_period, self._evaluate))
         if comm.is_main_process():
             writers = self.build_writers() + ([SolverPrinter(self.solvers)] if self.solvers else [])
-            ret.append(hooks.PeriodicWriter(writers, period=periods["log"]))
+            ret.append(hooks.PeriodicWriter(writers, period=self.settings.log_period))
         if ProgressBar.wanted():
             ret.append(ProgressBar())
         return ret
 
-    @staticmethod
-    def _max_iter(cfg: CfgNode) -> int:
-        return cfg.SOLVER.MAX_ITER
-
-    @staticmethod
-    def _steps(cfg: CfgNode) -> Sequence[int] | None:
-        return cfg.SOLVER.STEPS
-
-    @staticmethod
-    def _periods(cfg: CfgNode) -> dict[str, int]:
-        return {"checkpoint": cfg.SOLVER.CHECKPOINT_PERIOD, "eval": cfg.TEST.EVAL_PERIOD, "log": 20}
-
-    @staticmethod
-    def _eval_teacher(cfg: CfgNode) -> bool:
-        return cfg.MODEL.DISTILLER.EVAL_TEACHER
-
-    @staticmethod
-    def _weights(cfg: CfgNode) -> str:
-        return cfg.MODEL.WEIGHTS
-
-    @staticmethod
-    def _output_dir(cfg: CfgNode) -> str:
-        return cfg.OUTPUT_DIR
-
-    @staticmethod
-    def _ddp_options(cfg: CfgNode) -> dict[str, Any]:
-        """Of ``distributed``."""
-        return {}
-
-    @staticmethod
-    def _autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
-        return autocast_dtype(cfg.MODEL.DEVICE) if cfg.SOLVER.AMP.ENABLED else None
-
-    def _precise_bn(self, cfg: CfgNode) -> list[HookBase | None]:
-        if not cfg.TEST.PRECISE_BN.ENABLED:
+    def _precise_bn(self) -> list[HookBase]:
+        if not self.settings.precise_bn_iters:
             return []
-        cfg = cfg.clone()
+        cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
-        loader = self.build_train_loader(cfg)
-        return [PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)]
+        loader, iterations = self.build_train_loader(cfg), self.settings.precise_bn_iters
+        return [PreciseBN(self.settings.eval_period, self.model, loader, iterations)]
 
     # Training.
 
@@ -245,7 +194,7 @@ class DistillTrainer(DefaultTrainer):
             RuntimeError: only some of the machines see the last checkpoint.
         """
         resume = resume and self._all_have_checkpoint()
-        self.checkpointer.resume_or_load(self._weights(self.cfg), resume=resume)
+        self.checkpointer.resume_or_load(self.settings.weights, resume=resume)
         if not resume:
             if isinstance(self.plain_model, Distiller):
                 self.plain_model.preload_student()
@@ -261,7 +210,9 @@ class DistillTrainer(DefaultTrainer):
             ValueError: its classes are not those of the student.
         """
         model = self.plain_model
-        if self.start_iter or not isinstance(model, Distiller) or not self._eval_teacher(self.cfg):
+        if self.start_iter or not isinstance(model, Distiller):
+            return
+        if not self.settings.distiller.EVAL_TEACHER:
             return
         state = random_state()
         evaluate_teacher(self.cfg, type(self), model.teacher, model.student)
@@ -275,20 +226,27 @@ class DistillTrainer(DefaultTrainer):
         """
         with stop_request(self.stop):
             try:
-                self._run()
-                return getattr(self, "_last_eval_results", None)
+                TrainerBase.train(self, self.start_iter, self.max_iter)
+                return self._verified_results()
             except Interrupted:
                 logger.warning(
                     f"Stopped by signal {self.stop.signal or 'of another process'} after iteration "
-                    f"{self.iter}; saved in {self._output_dir(self.cfg)}. The same command with "
+                    f"{self.iter}; saved in {self.settings.output_dir}. The same command with "
                     "--resume goes on from there."
                 )
                 return None
             finally:
                 end_workers()
 
-    def _run(self) -> None:
-        super().train()
+    def _verified_results(self) -> dict[str, Any] | None:
+        results = getattr(self, "_last_eval_results", None)
+        if self.settings.verify_results and comm.is_main_process():
+            if results is None:
+                raise ValueError(
+                    "TEST.EXPECTED_RESULTS is set, but nothing was evaluated (DATASETS.TEST)"
+                )
+            verify_results(self.cfg, results)
+        return results
 
     def before_train(self) -> None:
         super().before_train()
@@ -318,8 +276,9 @@ class DistillTrainer(DefaultTrainer):
         if self.sampler is not None:
             state["sampler_seed"] = self.sampler.seed
         student = self._student()
-        if hasattr(student, _MOVING_AVERAGE):
-            state[_MOVING_AVERAGE] = float(getattr(student, _MOVING_AVERAGE))
+        for name in view_type(student).training_state:
+            if hasattr(student, name):
+                state[name] = float(getattr(student, name))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -332,8 +291,10 @@ class DistillTrainer(DefaultTrainer):
             self._random_states = states
         if self.sampler is not None and "sampler_seed" in state_dict:
             self.sampler.seed = state_dict["sampler_seed"]
-        if _MOVING_AVERAGE in state_dict:
-            setattr(self._student(), _MOVING_AVERAGE, state_dict[_MOVING_AVERAGE])
+        student = self._student()
+        for name in view_type(student).training_state:
+            if name in state_dict:
+                setattr(student, name, state_dict[name])
 
     def _check_optimizers(self, state_dict: dict[str, Any]) -> None:
         """Before anything is loaded: with other solvers the student's optimizer differs, too."""
@@ -366,7 +327,7 @@ class DistillTrainer(DefaultTrainer):
         extra = {"distiller": model.losses} if isinstance(model, Distiller) else {}
         return SafeCheckpointer(
             self._student(),
-            self._output_dir(self.cfg),
+            self.settings.output_dir,
             trainer=weakref.proxy(self),
             **extra,
         )
@@ -376,7 +337,7 @@ class DistillTrainer(DefaultTrainer):
         if any(found) and not all(found):
             raise RuntimeError(
                 f"--resume: only {sum(found)} of {len(found)} processes see a checkpoint in "
-                f"{self._output_dir(self.cfg)}; OUTPUT_DIR must be shared by all machines"
+                f"{self.settings.output_dir}; OUTPUT_DIR must be shared by all machines"
             )
         return found[0]
 
@@ -408,22 +369,6 @@ def distributed(model: nn.Module, **options: Any) -> nn.Module:
     if not next(model.parameters()).is_cuda:
         options["device_ids"] = None
     return create_ddp_model(model, **options)
-
-
-def autocast_dtype(device: str, key: str = "SOLVER.AMP.ENABLED") -> torch.dtype:
-    """What ``key`` computes in: float16 on a GPU, as detectron2; bfloat16 on a CPU.
-
-    Raises:
-        ValueError: a CPU that only emulates bfloat16.
-    """
-    if torch.device(device).type != "cpu":
-        return torch.float16
-    if not native_bfloat16(torch.device("cpu")):
-        raise ValueError(
-            f"{key} is True, but this processor only emulates bfloat16, slower than float32; set it "
-            "to False"
-        )
-    return torch.bfloat16
 
 
 def _frozen_parameters(model: nn.Module) -> Callable[[], Sequence[nn.Parameter]]:

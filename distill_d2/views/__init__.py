@@ -6,6 +6,7 @@ from .base import (
     register_view,
     require_same_boxes,
     require_same_classes,
+    view_type,
 )
 from .batch import Batch
 from .fcos import FCOSView
@@ -24,4 +25,5 @@ __all__ = [
     "register_view",
     "require_same_boxes",
     "require_same_classes",
+    "view_type",
 ]

@@ -34,10 +34,13 @@ def register_view(detector: type) -> Callable:
 
 def build_view(model: nn.Module, role: str) -> DetectorView:
     """The view registered for the nearest base class of ``model``; the plain one if there is none."""
-    for ancestor in type(model).__mro__:
-        if ancestor in _VIEWS:
-            return _VIEWS[ancestor](model, role)
-    return DetectorView(model, role)
+    return view_type(model)(model, role)
+
+
+def view_type(model: nn.Module) -> type[DetectorView]:
+    """The class of ``build_view(model, ...)``; nothing is attached to the model."""
+    registered = (_VIEWS[ancestor] for ancestor in type(model).__mro__ if ancestor in _VIEWS)
+    return next(registered, DetectorView)
 
 
 def require_same_classes(student: DetectorView, teacher: DetectorView, loss: str) -> None:
@@ -108,6 +111,14 @@ class DetectorView:
     #: Whether its dense predictions have a centerness; whether they have a background class.
     has_centerness = False
     has_background = False
+
+    #: Names of the detector's own loss terms on classes, and of those on boxes.
+    class_losses: tuple[str, ...] = ("loss_cls",)
+    box_losses: tuple[str, ...] = ("loss_box_reg",)
+
+    #: Plain attributes of the detector, floats, that training changes: checkpoints keep them. The default
+    #: is what detectron2's dense detectors have, a moving average of the number of positives.
+    training_state: tuple[str, ...] = ("loss_normalizer",)
 
     def __init__(self, model: nn.Module, role: str):
         """

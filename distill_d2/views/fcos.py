@@ -15,6 +15,8 @@ ANCHOR_STRIDES = 8
 @register_view(FCOS)
 class FCOSView(RetinaNetView):
     has_centerness = True
+    class_losses = ("loss_fcos_cls",)
+    box_losses = ("loss_fcos_loc",)
 
     def anchors(self) -> dict[str, torch.Tensor]:
         """It has none: squares of 8 strides around its points, as ATSS has (arXiv 1912.02424)."""

@@ -25,6 +25,9 @@ _PREDICTOR = "roi_heads.box_predictor"
 
 @register_view(GeneralizedRCNN)
 class RCNNView(DetectorView):
+    class_losses = ("loss_cls", "loss_rpn_cls")
+    box_losses = ("loss_box_reg", "loss_rpn_loc")
+
     @property
     def offers(self) -> tuple[str, ...]:
         heads, generator = self.model.roi_heads, self.model.proposal_generator

@@ -348,11 +348,9 @@ def test_teacher_is_evaluated_too(trained, image_format):
 def test_teacher_of_another_channel_order_sees_reversed_images(trained):
     use_detecting_teacher(trained, "RGB")
     trained.run(opts=["SOLVER.MAX_ITER", 1, "DATASETS.TEST", ()])  # registers the dataset
-    trainer, seen = trainer_of(trained), []
+    trainer, seen = trainer_of(trained, opts=EVAL_TEACHER), []
     teacher = trainer.plain_model.teacher
     teacher.model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
-    trainer.cfg.defrost()
-    trainer.cfg.MODEL.DISTILLER.EVAL_TEACHER = True
     trainer.evaluate_teacher()
     assert len(seen) == 6
     for item in seen:

@@ -34,8 +34,7 @@ TERMS = {"loss_icd_conf_0", "loss_icd_reg_0", "loss_icd_value"}
 @pytest.fixture(autouse=True)
 def _own_period(monkeypatch):
     """Write every iteration, not every 20."""
-    periods = DistillTrainer._periods
-    monkeypatch.setattr(DistillTrainer, "_periods", staticmethod(lambda cfg: {**periods(cfg), "log": 1}))
+    monkeypatch.setattr("distill_d2.engine.settings.LOG_PERIOD", 1)
 
 
 def icd_job(folder, family="retinanet"):

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from distill_d2.data import register_custom_datasets
-from distill_d2.engine import argument_parser, lazy, main, trainer
+from distill_d2.engine import argument_parser, lazy, main, settings, trainer
 from distill_d2.testing.tiny import save_teacher, tiny_config, use_dataset, write_dataset
 
 CONFIG = """
@@ -196,6 +196,6 @@ def test_options_of_several_processes(config_file, monkeypatch):
 
 
 def test_mixed_precision_that_is_only_emulated(config_file, monkeypatch):
-    monkeypatch.setattr(trainer, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(settings, "native_bfloat16", lambda device: False)
     with pytest.raises(ValueError, match="train.amp.enabled is True, but this processor only emulates"):
         run(config_file, "train.amp.enabled=True")

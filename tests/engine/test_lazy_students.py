@@ -157,7 +157,7 @@ def test_step_of_fcos(tmp_path, step):
 
 def test_step_of_a_new_baseline(tmp_path, step, monkeypatch):
     """From scratch, with SyncBN, large-scale jitter, recomputed boxes, mixed precision."""
-    monkeypatch.setattr("distill_d2.engine.trainer.native_bfloat16", lambda device: True)
+    monkeypatch.setattr("distill_d2.engine.settings.native_bfloat16", lambda device: True)
     augmentations = "dataloader.train.mapper.augmentations"
     resize = [f"{augmentations}.0.target_{side}=64" for side in ("height", "width")]
     crop = f"{augmentations}.1.crop_size=[64,64]"

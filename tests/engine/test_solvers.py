@@ -35,8 +35,7 @@ def _registered(monkeypatch):
 @pytest.fixture(autouse=True)
 def _own_period(monkeypatch):
     """Write every iteration, not every 20."""
-    periods = DistillTrainer._periods
-    monkeypatch.setattr(DistillTrainer, "_periods", staticmethod(lambda cfg: {**periods(cfg), "log": 1}))
+    monkeypatch.setattr("distill_d2.engine.settings.LOG_PERIOD", 1)
 
 
 @pytest.fixture

@@ -208,7 +208,7 @@ def _setup(job, opts=()):
 
 
 def test_mixed_precision_on_a_processor_that_has_it(job, monkeypatch):
-    monkeypatch.setattr("distill_d2.engine.trainer.native_bfloat16", lambda device: True)
+    monkeypatch.setattr("distill_d2.engine.settings.native_bfloat16", lambda device: True)
     job.run(opts=["SOLVER.AMP.ENABLED", True])
     tensors = checkpoint(job.config.OUTPUT_DIR)["model"].values()
     assert all(t.dtype is not torch.bfloat16 and torch.isfinite(t).all() for t in tensors)

@@ -88,6 +88,4 @@ def _add_unused(cfg: CN) -> None:
             "LOSS_WEIGHT": 0.3,
         }
     )
-    cfg.INPUT.HFLIP_TRAIN = True
     cfg.INPUT.CROP.CROP_INSTANCE = True
-    cfg.INPUT.IS_ROTATE = False

@@ -17,6 +17,8 @@ from .poto import POTO, product_logits
 @register_view(POTO)
 class POTOView(FCOSView):
     has_centerness = False
+    class_losses = ("loss_cls",)
+    box_losses = ("loss_box_reg",)
 
     def dense(self) -> Predictions:
         """With a max filter its logits are in the class logits: a sigmoid of these is the score."""

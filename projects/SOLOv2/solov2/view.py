@@ -15,6 +15,8 @@ from .solov2 import SOLOv2
 @register_view(SOLOv2)
 class SOLOv2View(DetectorView):
     offers = ("anchors",)
+    class_losses = ("loss_cate",)
+    box_losses = ()
 
     @property
     def num_classes(self) -> int:

@@ -373,7 +373,24 @@ def test_what_an_rpn_samples_on_average(positive, negative, ignored):
 
 
 def bind(student, teacher, **settings):
-    SSDKD(**settings).bind(build_view(student, "student"), build_view(teacher, "teacher"))
+    loss = SSDKD(**settings)
+    loss.bind(build_view(student, "student"), build_view(teacher, "teacher"))
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("family", "classes", "boxes"),
+    [
+        ("faster", ["loss_cls", "loss_rpn_cls"], ["loss_box_reg", "loss_rpn_loc"]),
+        ("retinanet", ["loss_cls"], ["loss_box_reg"]),
+        ("fcos", ["loss_fcos_cls"], ["loss_fcos_loc"]),
+    ],
+)
+def test_weights_of_the_students_own_losses(family, classes, boxes):
+    features = {} if family == "faster" else {"mu": 1.0, "nu": 0.0}
+    weights = bind(tiny_detector(family), tiny_detector(family), lmda=2.0, **features).task_weights()
+    mu = features.get("mu", 0.5)
+    assert weights == {**dict.fromkeys(classes, mu), **dict.fromkeys(boxes, 2.0)}
 
 
 @pytest.mark.parametrize("family", ["retinanet", "fcos"])
