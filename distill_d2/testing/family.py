@@ -1,7 +1,4 @@
-"""A small detector of every kind, and a batch for it: for tests, and for tools/compatibility.py.
-
-A new kind is one more entry of FAMILIES. Those whose meta-architecture is not registered are left out.
-"""
+"""A small detector of every kind, and batches for it."""
 
 from __future__ import annotations
 
@@ -9,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Callable
 
+import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import FCOS, META_ARCH_REGISTRY, build_model
 from detectron2.structures import BitMasks
 from torch import nn
 
@@ -27,23 +25,35 @@ class Family:
 
     Attributes:
         architecture: name of its meta-architecture; "" where detectron2 registers none.
-        build: from the width of its stem to a detector.
-        batch: two images with objects, as it is trained on.
-        stages: of its backbone.
-        levels: those on which it predicts boxes, where these are not all of its neck.
-        pooled: those at which features are pooled, where these are not all.
+        config: from the width of the stem to a config of a detector for images of about 64 pixels;
+            None where the detector has no yacs config.
+        detector: from the width of the stem to a detector; None: it is built from ``config``.
+        batch: ``tiny_batch``, or a function with the same arguments ``count``, ``size`` and ``objects``
+            that adds what this kind of detector is trained on.
+        stages: names of the backbone's stages.
+        levels: the levels on which it predicts boxes, where these are not all of its neck.
+        pooled: the levels at which features are pooled, where these are not all.
     """
 
     architecture: str
-    build: Callable[[int], nn.Module]
-    batch: Callable[[], list[dict]] = tiny_batch
+    config: Callable[[int], CfgNode] | None = None
+    detector: Callable[[int], nn.Module] | None = None
+    batch: Callable[..., list[dict]] = tiny_batch
     stages: Sequence[str] = ("res2", "res3", "res4")
     levels: Sequence[str] = ()
     pooled: Sequence[str] = ()
 
+    def build(self, width: int) -> nn.Module:
+        """A detector whose stem has ``width`` channels. Unlike those of a new detector, its predictions
+        differ from place to place, and its boxes have an area."""
+        if self.detector is not None:
+            return _varied(self.detector(width))
+        assert self.config is not None, "a family has a config or a detector"
+        return _varied(build_model(self.config(width)))
+
 
 def families(known: dict[str, Family] | None = None) -> dict[str, Family]:
-    """Those of FAMILIES, or of others, that there are."""
+    """Those of FAMILIES, or of others, whose meta-architecture is registered."""
     return {
         name: family
         for name, family in (known or FAMILIES).items()
@@ -95,11 +105,15 @@ def solov2_config(width: int) -> CfgNode:
 
 
 def ssd_config(width: int) -> CfgNode:
+    """For images of 96x96 pixels only: 300x300 would take ten times as long."""
     cfg = get_cfg()
     add_distill_config(cfg)
     load_yaml(cfg, get_config_file("Base-SSD.yaml"))
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.SSD.WIDTH, cfg.MODEL.SSD.NUM_CLASSES = width / 64, CLASSES
+    cfg.INPUT.FIXED_SIZE = [96, 96]
+    node = cfg.MODEL.SSD
+    node.WIDTH, node.NUM_CLASSES, node.SIZE, node.STRIDES = width / 64, CLASSES, 96, [16, 32]
+    node.MIN_SIZES, node.MAX_SIZES, node.ASPECT_RATIOS = [20.0, 40.0], [40.0, 60.0], [[2.0]] * 2
     return cfg
 
 
@@ -110,33 +124,48 @@ def _dense(width: int, architecture: str) -> CfgNode:
     return cfg
 
 
-def _polygons() -> list[dict]:
-    return tiny_batch(masks=True)
+def fcos_detector(width: int) -> nn.Module:
+    """detectron2's FCOS, whose losses do not take half precision."""
+    model = tiny_detector("fcos", width)
+    model.__class__ = _FloatFCOS
+    return model
 
 
-def _bitmasks() -> list[dict]:
-    batch = _polygons()
+class _FloatFCOS(FCOS):
+    def losses(self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness):
+        predictions = [
+            [level.float() for level in each]
+            for each in (pred_logits, pred_anchor_deltas, pred_centerness)
+        ]
+        logits, deltas, centerness = predictions
+        with torch.autocast(logits[0].device.type, enabled=False):
+            return super().losses(anchors, logits, gt_labels, deltas, gt_boxes, centerness)
+
+
+def polygons(count: int = 2, size: int = 64, objects: int = 2) -> list[dict]:
+    """``tiny_batch`` with polygon masks."""
+    return tiny_batch(count, size, objects, masks=True)
+
+
+def bitmasks(count: int = 2, size: int = 64, objects: int = 2) -> list[dict]:
+    """``tiny_batch`` with bit masks."""
+    batch = polygons(count, size, objects)
     for item in batch:
-        objects = item["instances"]
-        objects.gt_masks = BitMasks.from_polygon_masks(objects.gt_masks, *objects.image_size)
+        instances = item["instances"]
+        instances.gt_masks = BitMasks.from_polygon_masks(instances.gt_masks, *instances.image_size)
     return batch
 
 
-def _squares() -> list[dict]:
-    """Images of one size, 300 x 300 pixels."""
-    return tiny_batch(count=1, size=300) * 2
+def squares(count: int = 2, size: int = 64, objects: int = 2) -> list[dict]:
+    """Images of one size, 96x96 pixels, whatever ``size`` says: SSD takes no others."""
+    return tiny_batch(count, 64, objects, shapes=[(96, 96)])
 
 
-def _built(config: Callable[[int], CfgNode]) -> Callable[[int], nn.Module]:
-    return lambda width: _lively(build_model(config(width)))
+def _tiny(family: str) -> Callable[[int], CfgNode]:
+    return lambda width: tiny_config(family, width)
 
 
-def _tiny(family: str) -> Callable[[int], nn.Module]:
-    return lambda width: _lively(tiny_detector(family, width))
-
-
-def _lively(model: nn.Module) -> nn.Module:
-    """With predictions that differ from place to place, and boxes with an area, unlike a new one's."""
+def _varied(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and name.rpartition(".")[2] in _OUTPUTS:
             nn.init.normal_(module.weight, std=0.1)
@@ -146,15 +175,16 @@ def _lively(model: nn.Module) -> nn.Module:
 
 _OUTPUTS = ("cls_score", "cls_logits", "bbox_pred", "ctrness", "filter", "cate_pred", "kernel_pred")
 _RCNN = ("res2", "res3", "res4", "res5")
+_SSD = ("s16", "s32")
 
 FAMILIES = {
     "RetinaNet": Family("RetinaNet", _tiny("retinanet")),
     "Faster R-CNN": Family("GeneralizedRCNN", _tiny("faster"), stages=_RCNN),
-    "Mask R-CNN": Family("GeneralizedRCNN", _tiny("mask"), _polygons, _RCNN),
-    "FCOS (detectron2)": Family("", _tiny("fcos")),
-    "SSD": Family("SSD", _built(ssd_config), _squares, ["s16", "s32"], ["s16", "s32"], ["s16"]),
-    "FCOS (AdelaiDet)": Family("OneStageDetector", _built(one_stage_config)),
-    "CondInst": Family("CondInst", _built(condinst_config), _polygons),
-    "SOLOv2": Family("SOLOv2", _built(solov2_config), _bitmasks, _RCNN),
-    "POTO": Family("POTO", _built(poto_config)),
+    "Mask R-CNN": Family("GeneralizedRCNN", _tiny("mask"), batch=polygons, stages=_RCNN),
+    "FCOS (detectron2)": Family("", detector=fcos_detector),
+    "SSD": Family("SSD", ssd_config, batch=squares, stages=_SSD, levels=_SSD, pooled=["s16"]),
+    "FCOS (AdelaiDet)": Family("OneStageDetector", one_stage_config),
+    "CondInst": Family("CondInst", condinst_config, batch=polygons),
+    "SOLOv2": Family("SOLOv2", solov2_config, batch=bitmasks, stages=_RCNN),
+    "POTO": Family("POTO", poto_config),
 }

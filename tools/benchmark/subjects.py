@@ -170,9 +170,9 @@ def own_optimizer(loss: DistillLoss, parameters: Sequence[torch.Tensor]) -> torc
 
 def iteration_with_all(losses: dict[str, DistillLoss]) -> int:
     """The first iteration at which all losses have their full weight and teach the student."""
-    first = max(loss.start_iter + loss.warmup_iters for loss in losses.values())
+    settings = [loss.settings for loss in losses.values()]
+    first = max(s.start_iter + s.warmup_iters for s in settings)
     # Other iterations at which something changes: an ICD that teaches its decoder first.
-    settings = [getattr(loss, "settings", None) for loss in losses.values()]
     later = {s.bypass_distill for s in settings if hasattr(s, "bypass_distill")}
     for iteration in sorted({first, *(i for i in later if i > first)}):
         off = [name for name, loss in losses.items() if not teaches(loss, iteration)]
