@@ -21,6 +21,7 @@ from .config import student_config
 from .data import box_statistics
 from .freeze import freeze, freeze_unreached
 from .losses import DistillLoss, build_losses
+from .plugins import import_detectors
 from .preload import preload, preload_losses
 from .teacher import Teacher, teacher_of
 from .views import Batch, DetectorView, build_view
@@ -135,6 +136,7 @@ class Distiller(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.DISTILLER
         config = student_config(cfg)
+        import_detectors(config)
         student = META_ARCH_REGISTRY.get(config.MODEL.META_ARCHITECTURE)(config)
         return {
             "student": student,

@@ -5,6 +5,7 @@ A new kind is one more entry of FAMILIES. Those whose meta-architecture is not r
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Callable
@@ -17,6 +18,7 @@ from torch import nn
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.model_zoo import get_config_file
+from distill_d2.plugins import detectors
 
 from .tiny import CLASSES, tiny_batch, tiny_config, tiny_detector
 
@@ -44,6 +46,9 @@ class Family:
 
 def families(known: dict[str, Family] | None = None) -> dict[str, Family]:
     """Those of FAMILIES, or of others, that there are."""
+    for detector in detectors().values():
+        for module in detector.modules:
+            importlib.import_module(module)
     return {
         name: family
         for name, family in (known or FAMILIES).items()
