@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+import textwrap
 
 import yaml
 from detectron2.config import CfgNode as CN
 
 from . import plugins
-from .losses import DISTILL_LOSS_REGISTRY
+from .losses import DISTILL_LOSS_REGISTRY, key_comments
 
 
 def add_distill_config(cfg: CN) -> None:
     """Add the keys of distill_d2 to a detectron2 config, in place.
 
     Register your own losses and detectors before this call: a loss's node, ``MODEL.DISTILLER.<METHOD>``,
-    comes with its registration (its keys are the arguments of the class, documented there), a detector's
-    keys with its description (see ``distill_d2.plugins``).
+    comes with its registration, a detector's keys with its description (see ``distill_d2.plugins``).
+    ``dump`` prints a config with a comment above each key of the losses.
     """
     for detector in plugins.detectors().values():
         detector.add_config(cfg)
@@ -148,6 +150,21 @@ def solver_config() -> CN:
     solver.CLIP_GRADIENTS.CLIP_VALUE = 0.01
     solver.CLIP_GRADIENTS.NORM_TYPE = 2.0
     return solver
+
+
+def dump(cfg: CN) -> str:
+    """A whole config as yaml, with a comment above each key of the losses."""
+    comments, lines, path = key_comments(), [], []
+    for line in cfg.dump().splitlines():
+        found = re.match(r"( *)(\w+):", line)
+        if found:
+            indent, name = found.groups()
+            path[len(indent) // 2 :] = [name]
+            start = indent + "# "
+            comment = comments.get(".".join(path), "")
+            lines += textwrap.wrap(comment, 100, initial_indent=start, subsequent_indent=start)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def load_yaml(cfg: CN, path: str) -> None:

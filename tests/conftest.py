@@ -16,6 +16,8 @@ torch._C._jit_set_profiling_executor(False)
 
 SHARED = ROOT.parent / "shared"
 
+pytest_plugins = ["memory"]
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_one_seed(monkeypatch, tmp_path):

@@ -11,8 +11,8 @@ from detectron2.modeling.backbone.resnet import BasicStem
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from distill_d2 import checkpoint as module
 from distill_d2.checkpoint import SafeCheckpointer, direct_address, read_checkpoint
+from distill_d2.checkpoint.reading import read_pickle
 
 WEIGHT = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 
@@ -128,19 +128,12 @@ def test_pickles_of_numpy_1_and_2(tmp_path, author):
     assert model.weight.tolist() == WEIGHT
 
 
-def test_fortran_order_and_other_types(tmp_path):
-    data = {"weight": np.asfortranarray(np.array(WEIGHT)), "bias": np.array([7, 8], np.float16)}
-    model = linear()
-    load(model, write(tmp_path / "zoo.pkl", {"model": data, "__author__": "us"}))
-    assert model.weight.tolist() == WEIGHT and model.bias.tolist() == [7.0, 8.0]
-
-
 def test_pickle_of_python_2(tmp_path):
     # A byte string of Python 2 with a byte that is not ASCII.
     text = b"(dp0\nS'__author__'\np1\nS'\\xe9'\np2\nsS'model'\np3\n(dp4\nS'bias'\np5\nF1.0\nss."
     path = tmp_path / "zoo.pkl"
     path.write_bytes(text)
-    assert module._unpickle(str(path)) == {"__author__": "\xe9", "model": {"bias": 1.0}}
+    assert read_pickle(str(path)) == {"__author__": "\xe9", "model": {"bias": 1.0}}
 
 
 def test_imagenet_weights_of_caffe2(tmp_path):
@@ -158,14 +151,17 @@ def test_imagenet_weights_of_caffe2(tmp_path):
 
 def test_detectron_1(tmp_path):
     model = nn.ModuleDict({"box_head": nn.ModuleDict({"fc1": linear()})})
-    blobs = {
-        "fc6_w": arrays()["weight"],
-        "fc6_b": arrays()["bias"],
-        "fc6_w_momentum": arrays()["weight"],
-    }
+    blobs = {"fc6_w": arrays()["weight"], "fc6_b": arrays()["bias"], "fc6_w_momentum": arrays()["bias"]}
     _, keys = load(model, write(tmp_path / "d1.pkl", {"blobs": blobs, "cfg": "text"}))
     assert model["box_head"]["fc1"].weight.tolist() == WEIGHT
     assert not keys.missing_keys and not keys.unexpected_keys
+
+
+def test_pycls(tmp_path):
+    model = nn.Linear(3, 2)
+    torch.save({"model_state": linear().state_dict()}, tmp_path / "pycls.pyth")
+    load(model, tmp_path / "pycls.pyth")
+    assert (model.weight == 0).all()
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -176,13 +172,6 @@ def test_pth(tmp_path, legacy):
     torch.save(data, path, _use_new_zipfile_serialization=not legacy)
     rest, _ = load(model, path)
     assert torch.equal(model.weight, source.weight) and rest == {"iteration": 4}
-
-
-def test_pth_without_the_model_key(tmp_path):
-    source, model = nn.Linear(3, 2), linear()
-    torch.save(source.state_dict(), tmp_path / "model.pth")
-    load(model, tmp_path / "model.pth")
-    assert torch.equal(model.weight, source.weight)
 
 
 def test_incompatible_keys_are_kept(tmp_path):
@@ -197,11 +186,6 @@ def test_query_for_matching_by_name(tmp_path):
     model = nn.ModuleDict({"backbone": nn.ModuleDict({"conv": linear()})})
     load(model, f"{tmp_path / 'model.pth'}?matching_heuristics=True")
     assert (model["backbone"]["conv"].weight == 5).all()
-
-
-def test_empty_path_loads_nothing():
-    rest, keys = load(linear(), "")
-    assert rest == {} and keys is None
 
 
 # Refusing.
@@ -250,18 +234,6 @@ def test_torch_file_that_runs_code(tmp_path, suffix, legacy):
         load(linear(), path)
     assert not marker.exists()
     assert len(str(error.value).splitlines()) == 1  # without torch's advice to trust the file
-
-
-def test_pyth_is_read_as_weights_only(tmp_path, monkeypatch):
-    path, asked = tmp_path / "pycls.pyth", []
-    torch.save({"model_state": linear().state_dict()}, path)
-    plain = torch.load
-    monkeypatch.setattr(
-        torch, "load", lambda *a, **k: asked.append(k.get("weights_only")) or plain(*a, **k)
-    )
-    model = nn.Linear(3, 2)
-    load(model, path)
-    assert asked == [True] and (model.weight == 0).all()
 
 
 def lengths(whole):
@@ -323,13 +295,40 @@ def test_save_and_load(tmp_path):
     assert fresh.param_groups[0]["lr"] == 0.5
 
 
-def test_plain_detectron2_reads_it(tmp_path):
-    from detectron2.checkpoint import DetectionCheckpointer
+WHOLE, OLDER = "model_0000003.pth", "model_0000001.pth"
 
-    model, other = nn.Linear(3, 2), linear()
-    SafeCheckpointer(model, str(tmp_path)).save("model")
-    DetectionCheckpointer(other).load(str(tmp_path / "model.pth"))
-    assert torch.equal(other.weight, model.weight)
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A folder with a whole checkpoint, an older one and a truncated one, which is the newest."""
+    checkpointer = SafeCheckpointer(linear(), str(tmp_path), trainer=nn.Linear(1, 1))
+    for iteration, name in ((1, OLDER), (3, WHOLE), (5, "model_0000005.pth")):
+        checkpointer.save(name[: -len(".pth")], iteration=iteration)
+        os.utime(tmp_path / name, (iteration, iteration))
+    (tmp_path / "model_0000005.pth").write_bytes((tmp_path / WHOLE).read_bytes()[:500])
+    os.utime(tmp_path / "model_0000005.pth", (5, 5))
+    torch.save({"model": linear().state_dict()}, tmp_path / "model_of_others.pth")  # no training's
+    return tmp_path
+
+
+@pytest.mark.parametrize("tag", ["", "model_9999999.pth", None])
+def test_resume_without_a_usable_last_checkpoint(interrupted, tag):
+    """As after a crash: the newest whole checkpoint of a training is resumed."""
+    (interrupted / "last_checkpoint").unlink()
+    if tag is not None:
+        (interrupted / "last_checkpoint").write_text(tag)
+    checkpointer = SafeCheckpointer(linear(), str(interrupted), trainer=nn.Linear(1, 1))
+    assert checkpointer.resume_or_load("", resume=True) == {"iteration": 3}
+    (interrupted / WHOLE).unlink()
+    (interrupted / OLDER).unlink()
+    checkpointer = SafeCheckpointer(linear(), str(interrupted), trainer=nn.Linear(1, 1))
+    if tag is None:
+        assert not checkpointer.has_checkpoint()
+    else:
+        with pytest.raises(
+            ValueError, match="--resume: .*last_checkpoint .*another OUTPUT_DIR, or start"
+        ):
+            checkpointer.resume_or_load("", resume=True)
 
 
 @pytest.mark.parametrize("name", ["model_1", "model_2"])
@@ -342,7 +341,7 @@ def test_failure_while_writing_loses_nothing(tmp_path, monkeypatch, name):
         file.write(b"half a checkpoint")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module.torch, "save", disk_full)
+    monkeypatch.setattr(torch, "save", disk_full)
     nn.init.ones_(model.weight)
     with pytest.raises(OSError, match="No space left"):
         checkpointer.save(name, iteration=2)
@@ -354,15 +353,13 @@ def test_failure_while_writing_loses_nothing(tmp_path, monkeypatch, name):
     assert rest == {"iteration": 1} and (other.weight == 0).all()
 
 
-def test_saving_again_replaces(tmp_path):
-    model = linear()
-    checkpointer = SafeCheckpointer(model, str(tmp_path))
-    for value in (1.0, 2.0):
-        nn.init.constant_(model.weight, value)
-        checkpointer.save("model")
-    other = linear()
-    load(other, tmp_path / "model.pth")
-    assert (other.weight == 2).all()
+def test_failure_while_writing_the_name_loses_nothing(tmp_path, monkeypatch):
+    checkpointer = SafeCheckpointer(linear(), str(tmp_path))
+    checkpointer.save("model_1")
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("the power fails"))
+    with pytest.raises(pytest.fail.Exception):
+        checkpointer.tag_last_checkpoint("model_2.pth")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth"
 
 
 def test_only_the_main_process_writes(tmp_path):

@@ -1,6 +1,7 @@
 """The Distiller itself: laws 2, 4, 6, 7 and 9 of the design, and its use without our trainer."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,8 +101,8 @@ def test_teacher_head_runs_only_when_asked(tmp_path, dense_loss):
 
 def test_no_teacher_pass_while_all_losses_are_off(tmp_path):
     model = build(tmp_path, types=("PKD", "FeatureMimic"), channels=24)
-    model.losses["PKD"].start_iter = 5
-    model.losses["FeatureMimic"].weight = 0.0
+    for name, change in {"PKD": {"start_iter": 5}, "FeatureMimic": {"weight": 0.0}}.items():
+        model.losses[name].settings = replace(model.losses[name].settings, **change)
     backbones = count_calls(model.teacher.model.backbone)
     losses = step(model, tiny_batch())
     assert not backbones

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_paths(parser, args.input, args.output)
     try:
         cfg = student_config(load_config(args.config_file, args.opts))
-        state_dict = state_dict_of(read_checkpoint(args.input, unread=NUMPY_SCALARS))
+        state_dict = state_dict_of(read_checkpoint(args.input, stubs=NUMPY_SCALARS))
         if is_detectron2s(state_dict):
             fcos = cfg.MODEL.FCOS
             state_dict = from_detectron2(state_dict, len(fcos.IN_FEATURES) if fcos.USE_SCALE else 0)

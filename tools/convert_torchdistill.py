@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.frozen_bn_eps < 0:
         parser.error(f"--frozen-bn-eps is {args.frozen_bn_eps}; expected 0 or more")
     try:
-        entries = read_checkpoint(args.input, unread=UNREAD)
+        entries = read_checkpoint(args.input, stubs=UNREAD)
         given = dict(zip(args.opts[::2], args.opts[1::2]))
         own_classes = given.get("MODEL.ROI_HEADS.NUM_CLASSES") == str(COCO_ROWS - 1)
         converted = convert(state_dict_of(entries), args.frozen_bn_eps, coco=not own_classes)

@@ -26,7 +26,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def build_distiller(cfg: CfgNode) -> Distiller:
             module.eval()
     distiller.trainer_has_phases = True  # the phases of training are none of ours
     for loss in distiller.losses.values():  # on, whatever its schedule
-        loss.weight, loss.start_iter, loss.stop_iter = 1.0, 0, -1
+        loss.settings = replace(loss.settings, weight=1.0, start_iter=0, stop_iter=-1)
     return distiller
 
 

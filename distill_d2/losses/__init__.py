@@ -5,8 +5,9 @@ import importlib
 import pkgutil
 from typing import Any
 
-from .base import DISTILL_LOSS_REGISTRY, DistillLoss, build_losses
+from .base import DISTILL_LOSS_REGISTRY, DistillLoss, build_losses, key_comments
 from .pairing import FeaturePairs
+from .settings import LossSettings, key
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -19,4 +20,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
-__all__ = ["DISTILL_LOSS_REGISTRY", "DistillLoss", "FeaturePairs", "build_losses"]
+__all__ = [
+    "DISTILL_LOSS_REGISTRY",
+    "DistillLoss",
+    "FeaturePairs",
+    "LossSettings",
+    "build_losses",
+    "key",
+    "key_comments",
+]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Callable
 
 import torch
@@ -14,6 +11,7 @@ from torch import nn
 
 from ..views import Batch, DetectorView
 from .pairing import FeaturePairs
+from .settings import LossSettings, SettingError, keys_of
 
 if TYPE_CHECKING:
     from ..data.statistics import BoxStatistics
@@ -25,17 +23,21 @@ DISTILL_LOSS_REGISTRY.__doc__ = """Subclasses of DistillLoss, chosen by MODEL.DI
 class DistillLoss(nn.Module):
     """A loss between what a student and a teacher computed on the same batch.
 
-    A subclass sets ``NODE``, takes keyword arguments with defaults (they are the keys of its config
-    node, in upper case), and implements ``forward``. Its FeaturePairs are bound to the detectors
-    before training; a loss that needs more (a head, a tap) states it in ``bind``.
+    A subclass sets ``NODE``, states its settings (they are the keys of its config node, in upper
+    case), and implements ``forward``. Its FeaturePairs are bound to the detectors before training; a
+    loss that needs more (a head, a tap) states it in ``bind``.
 
         @DISTILL_LOSS_REGISTRY.register()
         class MeanFeature(DistillLoss):
             NODE = "MEAN_FEATURE"
 
-            def __init__(self, *, in_features=("p3", "p4"), weight=2.0, **schedule):
-                super().__init__(weight=weight, **schedule)
-                self.pairs = FeaturePairs(in_features)
+            @dataclass(frozen=True)
+            class Settings(LossSettings):
+                in_features: Sequence[str] = key(("p3", "p4"), "Neck levels by name.")
+
+            def __init__(self, **keys):
+                super().__init__(**keys)
+                self.pairs = FeaturePairs(self.settings.in_features)
 
             def forward(self, student, teacher, batch):
                 pairs = self.pairs(student, teacher).values()
@@ -50,35 +52,49 @@ class DistillLoss(nn.Module):
     #: DistillTrainer's affair: under another trainer one optimizer trains all parameters.
     solver: CN | None = None
 
-    def __init__(
-        self,
-        *,
-        weight: float = 1.0,
-        start_iter: int = 0,
-        stop_iter: int = -1,
-        warmup_iters: int = 0,
-    ):
+    #: Class of the settings.
+    Settings: type[LossSettings] = LossSettings
+
+    settings: LossSettings
+
+    def __init__(self, **keys: Any):
         """
         Args:
-            weight: multiplies all terms of this loss.
-            start_iter: first iteration (from 0) with this loss.
-            stop_iter: first iteration without it; -1: never.
-            warmup_iters: the weight grows linearly over this many iterations from start_iter.
+            keys: the settings by name.
 
         Raises:
-            ValueError: weight or warmup_iters is negative, or the loss stops before it starts.
+            TypeError: a setting does not exist.
+            ValueError: a setting has a value that is not allowed; the message names its config key.
         """
         super().__init__()
-        if weight < 0 or warmup_iters < 0 or 0 <= stop_iter <= start_iter:
-            raise ValueError(
-                f"MODEL.DISTILLER.{self.NODE}: expected WEIGHT >= 0, WARMUP_ITERS >= 0 and "
-                f"STOP_ITER -1 or above START_ITER; got WEIGHT {weight}, WARMUP_ITERS "
-                f"{warmup_iters}, START_ITER {start_iter}, STOP_ITER {stop_iter}"
-            )
-        self.weight = weight
-        self.start_iter = start_iter
-        self.stop_iter = stop_iter
-        self.warmup_iters = warmup_iters
+        known = keys_of(self.Settings)
+        unknown = [name for name in keys if name not in known]
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no settings {unknown}; it has {list(known)}")
+        try:
+            self.settings = self.Settings(**keys)
+        except SettingError as error:
+            raise ValueError(f"{self.config_key(error.name)} {error.problem}") from None
+
+    @classmethod
+    def config_key(cls, name: str) -> str:
+        """The config key of a setting: "MODEL.DISTILLER.PKD.WEIGHT" of "weight"."""
+        return ".".join(part for part in ("MODEL.DISTILLER", cls._node(name), name.upper()) if part)
+
+    @classmethod
+    def _node(cls, name: str) -> str:
+        node = keys_of(cls.Settings)[name].node
+        return cls.NODE if node is None else node
+
+    def check_setting(self, name: str, holds: bool, expected: str) -> None:
+        """Check a setting with what is known later, such as the detectors.
+
+        Raises:
+            ValueError: the condition does not hold; the message names the config key.
+        """
+        if not holds:
+            value = getattr(self.settings, name)
+            raise ValueError(f"{self.config_key(name)} is {value!r}; expected {expected}")
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         """Check what this loss needs of both detectors, and create its adapters. Called once.
@@ -101,11 +117,12 @@ class DistillLoss(nn.Module):
 
     def factor(self, iteration: int) -> float:
         """Weight times schedule at this iteration; 0 where the loss is off."""
-        if iteration < self.start_iter or 0 <= self.stop_iter <= iteration:
+        s = self.settings
+        if iteration < s.start_iter or 0 <= s.stop_iter <= iteration:
             return 0.0
-        if iteration < self.start_iter + self.warmup_iters:
-            return self.weight * (iteration - self.start_iter + 1) / (self.warmup_iters + 1)
-        return self.weight
+        if iteration < s.start_iter + s.warmup_iters:
+            return s.weight * (iteration - s.start_iter + 1) / (s.warmup_iters + 1)
+        return s.weight
 
     def distils(self, iteration: int) -> bool:
         """Whether the student feels this loss at this iteration, where it is on."""
@@ -161,57 +178,25 @@ class DistillLoss(nn.Module):
 
     @classmethod
     def add_config(cls, distiller: CN) -> None:
-        """Add this loss's node, with its defaults, to the node MODEL.DISTILLER."""
-        distiller[cls.NODE] = CN({key.upper(): value for key, value in keyword_defaults(cls).items()})
+        """Add the keys of this loss, with their defaults, to the node MODEL.DISTILLER."""
+        defaults = cls.Settings()
+        for name in keys_of(cls.Settings):
+            node, default = cls._node(name), getattr(defaults, name)
+            keys = distiller.setdefault(node, CN()) if node else distiller
+            keys[name.upper()] = list(default) if isinstance(default, tuple) else default
 
     @classmethod
     def from_config(cls, distiller: CN) -> DistillLoss:
-        """Build this loss from its node in MODEL.DISTILLER."""
-        return cls(**{key.lower(): value for key, value in distiller[cls.NODE].items()})
+        """Build this loss from the node MODEL.DISTILLER."""
+        return cls(**cls.read_config(distiller))
 
-
-def check_setting(node: str, name: str, value: Any, holds: bool, expected: str) -> None:
-    """Check an argument of a loss.
-
-    Args:
-        node: NODE of the loss; name: of the argument.
-
-    Raises:
-        ValueError: it does not hold; the message names the key.
-    """
-    if holds:
-        return
-    raise ValueError(f"MODEL.DISTILLER.{node}.{name.upper()} is {value!r}; expected {expected}")
-
-
-def check_choices(node: str, **choices: tuple[Any, Iterable[Any]]) -> None:
-    """Check arguments of the loss of this node, by name, that are one of some values: (value, values).
-
-    Raises:
-        ValueError: one is not; the message names the key.
-    """
-    for name, (value, known) in choices.items():
-        check_setting(node, name, value, value in known, f"one of {list(known)}")
-
-
-def check_not_negative(node: str, **values: float) -> None:
-    """Check arguments of the loss of this node, by name, that are finite numbers from 0.
-
-    Raises:
-        ValueError: one is not; the message names the key.
-    """
-    for name, value in values.items():
-        check_setting(node, name, value, 0 <= value < math.inf, "a finite number, 0 or more")
-
-
-def check_odd(node: str, **values: int) -> None:
-    """Check arguments of the loss of this node, by name, that are sides of a convolution's kernel.
-
-    Raises:
-        ValueError: one is not; the message names the key.
-    """
-    for name, value in values.items():
-        check_setting(node, name, value, value > 0 and value % 2 == 1, "an odd number above 0")
+    @classmethod
+    def read_config(cls, distiller: CN) -> dict[str, Any]:
+        """The settings by name, from the node MODEL.DISTILLER."""
+        nodes = {name: cls._node(name) for name in keys_of(cls.Settings)}
+        return {
+            name: (distiller[node] if node else distiller)[name.upper()] for name, node in nodes.items()
+        }
 
 
 def build_losses(distiller: CN) -> dict[str, DistillLoss]:
@@ -230,14 +215,11 @@ def build_losses(distiller: CN) -> dict[str, DistillLoss]:
     return {name: DISTILL_LOSS_REGISTRY.get(name).from_config(distiller) for name in names}
 
 
-def keyword_defaults(cls: type) -> dict[str, Any]:
-    """The keyword arguments of ``cls`` and its base losses with their defaults, base first."""
-    defaults: dict[str, Any] = {}
-    for ancestor in reversed(cls.__mro__):
-        if not issubclass(ancestor, DistillLoss):
-            continue
-        for name, parameter in inspect.signature(ancestor.__init__).parameters.items():
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                value = parameter.default
-                defaults[name] = list(value) if isinstance(value, tuple) else value
-    return defaults
+def key_comments() -> dict[str, str]:
+    """What each config key of the registered losses means, by its full name."""
+    losses = [loss for _, loss in DISTILL_LOSS_REGISTRY]
+    return {
+        loss.config_key(name): rule.comment
+        for loss in losses
+        for name, rule in keys_of(loss.Settings).items()
+    }

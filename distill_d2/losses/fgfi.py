@@ -14,23 +14,32 @@ signs. The authors' code leaves the loss out in the first 400 iterations (START_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..views import Batch, DetectorView
-from .base import (
-    DISTILL_LOSS_REGISTRY,
-    DistillLoss,
-    check_choices,
-    check_not_negative,
-    check_odd,
-    check_setting,
-)
-from .masks import LEVEL_ASSIGNS, ObjectMasks
-from .pairing import FeaturePairs
+from .base import DISTILL_LOSS_REGISTRY, DistillLoss
+from .masks import FINEST_SCALE, LEVEL_ASSIGN, LEVEL_ASSIGNS, ObjectMasks
+from .pairing import ADAPTER, INIT_STD, FeaturePairs
 from .regions import distance_map, region_means
+from .settings import LossSettings, key
+
+
+@dataclass(frozen=True)
+class FGFISettings(LossSettings):
+    in_features: Sequence[str] = key(
+        (), "Neck levels on which the student's head has anchors; empty: all common ones."
+    )
+    roi_phi: float = key(0.5, "Fraction of a box's largest IoU.", at_least=0, below=1)
+    level_assign: str = key("single", LEVEL_ASSIGN, choices=LEVEL_ASSIGNS)
+    finest_scale: float = key(56.0, FINEST_SCALE, above=0)
+    adapter: bool = key(True, ADAPTER)
+    adapter_kernel_size: int = key(3, "Side of the adapters' kernels.", at_least=1, odd=True)
+    adapter_relu: bool = key(False, "A ReLU after each adapter.")
+    adapter_init_std: float = key(0.0001, INIT_STD, at_least=0)
+    weight: float = key(3.0, "Multiplies the loss.", at_least=0)
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -38,51 +47,22 @@ class FGFI(DistillLoss):
     """Fine-grained feature imitation; keys in MODEL.DISTILLER.FGFI."""
 
     NODE = "FGFI"
+    Settings = FGFISettings
+    settings: FGFISettings
 
-    def __init__(
-        self,
-        *,
-        in_features: Sequence[str] = (),
-        roi_phi: float = 0.5,
-        level_assign: str = "single",
-        finest_scale: float = 56.0,
-        adapter: bool = True,
-        adapter_kernel_size: int = 3,
-        adapter_relu: bool = False,
-        adapter_init_std: float = 0.0001,
-        weight: float = 3.0,
-        **schedule,
-    ):
-        """
-        Args:
-            in_features: neck levels on which the student's head has anchors; empty: all common ones.
-            roi_phi: part of a box's largest IoU, 0 to below 1.
-            level_assign, finest_scale: see masks.ObjectMasks.
-            adapter: a convolution on the student's levels even where channels agree; where they differ
-                there is always one. adapter_kernel_size, adapter_relu, adapter_init_std: see FeaturePairs.
-            weight: times the loss above.
-            schedule: start_iter, stop_iter, warmup_iters of DistillLoss.
-
-        Raises:
-            ValueError: a value that cannot be; the message names the key.
-        """
-        super().__init__(weight=weight, **schedule)
-        check_setting(self.NODE, "roi_phi", roi_phi, 0 <= roi_phi < 1, "0 to below 1")
-        check_choices(self.NODE, level_assign=(level_assign, LEVEL_ASSIGNS))
-        positive = 0 < finest_scale < math.inf
-        check_setting(self.NODE, "finest_scale", finest_scale, positive, "a finite number above 0")
-        check_not_negative(self.NODE, adapter_init_std=adapter_init_std)
-        check_odd(self.NODE, adapter_kernel_size=adapter_kernel_size)
+    def __init__(self, **keys):
+        super().__init__(**keys)
+        s = self.settings
         self.masks = ObjectMasks(
-            "roi", level_assign=level_assign, finest_scale=finest_scale, threshold=roi_phi
+            "roi", level_assign=s.level_assign, finest_scale=s.finest_scale, threshold=s.roi_phi
         )
         self.pairs = FeaturePairs(
-            in_features,
-            kernel_size=adapter_kernel_size,
-            always=adapter,
-            relu=adapter_relu,
-            init_std=adapter_init_std,
-            key="MODEL.DISTILLER.FGFI.IN_FEATURES",
+            s.in_features,
+            kernel_size=s.adapter_kernel_size,
+            always=s.adapter,
+            relu=s.adapter_relu,
+            init_std=s.adapter_init_std,
+            key=self.config_key("in_features"),
         )
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
@@ -96,7 +76,7 @@ class FGFI(DistillLoss):
         pairs = self.pairs(student, teacher)
         masks = self.masks.of_pairs(student, batch, pairs, self.pairs.strides)
         near = [
-            region_means(distance_map(ours, theirs), masks[name], theirs.shape[1])[0]
-            for name, (ours, theirs) in pairs.items()
+            region_means(distance_map(s, t), masks[name], t.shape[1])[0]
+            for name, (s, t) in pairs.items()
         ]
         return {"loss_fgfi": torch.stack(near).mean()}

@@ -11,22 +11,35 @@ Background is a class. Unlike GID's response, all proposals count, not only thos
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 
 from ..views import Batch, DetectorView
-from .base import (
-    DISTILL_LOSS_REGISTRY,
-    DistillLoss,
-    check_choices,
-    check_not_negative,
-    check_setting,
-)
+from .base import DISTILL_LOSS_REGISTRY, DistillLoss
 from .heads import PROPOSALS, common_predictions, object_rows, require_heads
 from .rows import box_mean, class_mean, divergence, row_loss
+from .settings import LossSettings, key
 
-_REG_MODES = ("L1", "L2")
+
+@dataclass(frozen=True)
+class HeadKDSettings(LossSettings):
+    proposals: str = key(
+        "student",
+        "Proposals that both box heads score: those that the student samples for its own loss, or the "
+        "teacher's (this costs the teacher's RPN and a second run of the student's box head).",
+        choices=PROPOSALS,
+    )
+    cls_weight: float = key(1.0, "Weight of the class term; 0: it is not computed.", at_least=0)
+    temperature: float = key(1.0, "T of the class term.", above=0)
+    reg_weight: float = key(1.0, "Weight of the box term; 0: it is not computed.", at_least=0)
+    reg_mode: str = key("L1", "Distance of box deltas.", choices=("L1", "L2"))
+    reg_smooth_l1_beta: float = key(0.0, "beta of L1; 0: plain L1.", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        computes = self.cls_weight > 0 or self.reg_weight > 0
+        self.require("cls_weight", computes, "CLS_WEIGHT or REG_WEIGHT above 0")
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -34,48 +47,8 @@ class HeadKD(DistillLoss):
     """Distillation of box heads; keys in MODEL.DISTILLER.HEAD_KD."""
 
     NODE = "HEAD_KD"
-
-    def __init__(
-        self,
-        *,
-        proposals: str = "student",
-        cls_weight: float = 1.0,
-        temperature: float = 1.0,
-        reg_weight: float = 1.0,
-        reg_mode: str = "L1",
-        reg_smooth_l1_beta: float = 0.0,
-        **schedule,
-    ):
-        """
-        Args:
-            proposals: those that the "student" samples for its own loss, or the "teacher"'s own (which
-                costs its RPN, and a second run of the student's box head).
-            cls_weight, temperature: of the class term.
-            reg_weight, reg_mode ("L1", "L2"), reg_smooth_l1_beta (of L1; 0: plain L1): of the box term.
-            schedule: weight, start_iter, stop_iter, warmup_iters of DistillLoss.
-
-        A term with weight 0 is not computed.
-
-        Raises:
-            ValueError: a value that cannot be; the message names the key.
-        """
-        super().__init__(**schedule)
-        check_choices(self.NODE, proposals=(proposals, PROPOSALS), reg_mode=(reg_mode, _REG_MODES))
-        check_not_negative(
-            self.NODE,
-            cls_weight=cls_weight,
-            reg_weight=reg_weight,
-            reg_smooth_l1_beta=reg_smooth_l1_beta,
-        )
-        positive = 0 < temperature < math.inf
-        check_setting(self.NODE, "temperature", temperature, positive, "a finite number above 0")
-        some = cls_weight > 0 or reg_weight > 0
-        check_setting(self.NODE, "cls_weight", cls_weight, some, "it or REG_WEIGHT above 0")
-        self.proposals = proposals
-        self.cls_weight = cls_weight
-        self.temperature = temperature
-        self.reg_weight = reg_weight
-        self.reg_loss = row_loss(reg_mode, reg_smooth_l1_beta)
+    Settings = HeadKDSettings
+    settings: HeadKDSettings
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         require_heads(
@@ -83,23 +56,24 @@ class HeadKD(DistillLoss):
             teacher,
             "box_head",
             "MODEL.DISTILLER.HEAD_KD",
-            proposals=self.proposals,
-            boxes=self.reg_weight > 0,
+            proposals=self.settings.proposals,
+            boxes=self.settings.reg_weight > 0,
         )
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch
     ) -> dict[str, torch.Tensor]:
         """The terms whose weights are not 0, weighted: "loss_head_kd_cls", "loss_head_kd_reg"."""
-        ours, theirs = common_predictions(student, teacher, "box_head", batch, self.proposals)
+        s = self.settings
+        ours, theirs = common_predictions(student, teacher, "box_head", batch, s.proposals)
         terms = {}
-        if self.cls_weight > 0:
-            loss = divergence(ours.background, self.temperature)
+        if s.cls_weight > 0:
+            loss = divergence(ours.background, s.temperature)
             term = class_mean(loss, ours, theirs, ours.valid, few=False)
-            terms["loss_head_kd_cls"] = self.cls_weight * term
-        if self.reg_weight > 0:
+            terms["loss_head_kd_cls"] = s.cls_weight * term
+        if s.reg_weight > 0:
             objects, _ = object_rows(ours, batch)
             classes = ours.classes.clamp(max=ours.num_classes - 1)
-            term = box_mean(self.reg_loss, ours, theirs, objects, classes)
-            terms["loss_head_kd_reg"] = self.reg_weight * term
+            loss = row_loss(s.reg_mode, s.reg_smooth_l1_beta)
+            terms["loss_head_kd_reg"] = s.reg_weight * box_mean(loss, ours, theirs, objects, classes)
         return terms

@@ -20,6 +20,11 @@ Size = tuple[int, int]
 
 MASKS = ("gt", "roi", "gaussian", "one")
 LEVEL_ASSIGNS = ("single", "all")
+#: Comments of settings.
+LEVEL_ASSIGN = "A box is drawn on the one level of its size (single), or on all levels."
+FINEST_SCALE = (
+    "Boxes of less than twice this scale (square root of the area, pixels) are on the finest level."
+)
 _STAGE_GRID = 4  # pixels: the stride at which the mask of backbone stages is drawn, and then resized
 
 

@@ -15,6 +15,9 @@ Maps = dict[str, torch.Tensor]
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 _SHARED = "shared"
+#: Comments of settings.
+ADAPTER = "Convolve the student's levels even where channels agree; where they differ, always."
+INIT_STD = "Deviation of the adapters' first weights; 0: PyTorch's default."
 
 
 class FeaturePairs(nn.Module):

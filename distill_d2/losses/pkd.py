@@ -1,19 +1,20 @@
 """PKD: Pearson-correlation distillation of feature maps.
 
 Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
-Coefficient", NeurIPS 2022, arXiv 2207.02039. Per level, with every channel standardised over
+Coefficient", NeurIPS 2022, arXiv 2207.02039. Per level, with every channel standardized over
 (N, H, W), x^ = (x - mean(x)) / (std(x) + 1e-6), std unbiased:
 
     L = mean(|s^ - t^|^2) / 2  ~  1 - r,   r the Pearson correlation of s and t per channel
 
 summed over levels. The paper weighs it 10 for one-stage and 6 for two-stage teachers. It does not
-see the scale of either network's activations, so quite different teachers can be used. Statistics
-are those of the process's own batch and include the padding, as in the authors' code.
+depend on the scale of either network's activations, so teachers of other kinds can be used. Statistics
+are over the process's own batch and include the padding, as in the authors' code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from ..views import Batch, DetectorView
 from .base import DISTILL_LOSS_REGISTRY, DistillLoss
 from .pairing import FeaturePairs
+from .settings import IN_FEATURES, LossSettings, key
 
 _EPS = 1e-6
 _OVER = (0, 2, 3)
@@ -40,16 +42,16 @@ class _PearsonDistance(torch.autograd.Function):
         count = student.numel() // student.shape[1]
         freedom = max(count - 1, 1)
         mean_s, mean_t = (x.mean(_OVER, keepdim=True) for x in (student, teacher))
-        centred_s, centred_t = student - mean_s, teacher - mean_t
-        squares_s = (centred_s * centred_s).sum(_OVER, keepdim=True)
-        squares_t = (centred_t * centred_t).sum(_OVER, keepdim=True)
-        cross = (centred_s * centred_t).sum(_OVER, keepdim=True)
+        centered_s, centered_t = student - mean_s, teacher - mean_t
+        squares_s = (centered_s * centered_s).sum(_OVER, keepdim=True)
+        squares_t = (centered_t * centered_t).sum(_OVER, keepdim=True)
+        cross = (centered_s * centered_t).sum(_OVER, keepdim=True)
         std_s, std_t = (squares_s / freedom).sqrt(), (squares_t / freedom).sqrt()
         a, b = std_s + _EPS, std_t + _EPS
         scale = 1.0 / student.numel()
         p = (_EPS / a**3 + cross / (freedom * std_s) / (a * a * b)) * scale
         q = scale / (a * b)
-        # Where c is 0 but for rounding (a constant channel, a 1x1 map), neither 0/0 nor 1/eps times it.
+        # Where c is 0 up to rounding (a constant channel, a 1x1 map): neither 0/0 nor c / eps.
         p = torch.where(_varies(std_s, mean_s), p, torch.zeros_like(p))
         q = torch.where(_varies(std_t, mean_t), q, torch.zeros_like(q))
         ctx.save_for_backward(student, teacher, p, q, q * mean_t - p * mean_s)
@@ -72,21 +74,23 @@ def pearson_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
     return _PearsonDistance.apply(student, teacher)
 
 
+@dataclass(frozen=True)
+class PKDSettings(LossSettings):
+    in_features: Sequence[str] = key((), IN_FEATURES)
+    weight: float = key(6.0, "6 for two-stage, 10 for one-stage teachers in the paper.", at_least=0)
+
+
 @DISTILL_LOSS_REGISTRY.register()
 class PKD(DistillLoss):
     """Pearson correlation of feature maps; keys in MODEL.DISTILLER.PKD."""
 
     NODE = "PKD"
+    Settings = PKDSettings
+    settings: PKDSettings
 
-    def __init__(self, *, in_features: Sequence[str] = (), weight: float = 6.0, **schedule):
-        """
-        Args:
-            in_features: neck levels or bottom-up stages by name; empty: all common neck levels.
-            weight: 6 for two-stage, 10 for one-stage teachers in the paper.
-            schedule: start_iter, stop_iter, warmup_iters of DistillLoss.
-        """
-        super().__init__(weight=weight, **schedule)
-        self.pairs = FeaturePairs(in_features)
+    def __init__(self, **keys):
+        super().__init__(**keys)
+        self.pairs = FeaturePairs(self.settings.in_features)
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch

@@ -13,8 +13,8 @@ class ProbeLoss(DistillLoss):
     has_solver = True
     stop_after = None
 
-    def __init__(self, *, weight=1.0, **schedule):
-        super().__init__(weight=weight, **schedule)
+    def __init__(self, **keys):
+        super().__init__(**keys)
         self.query = nn.Parameter(torch.ones(1))
         self.value = nn.Parameter(torch.ones(1))
 

@@ -2,6 +2,7 @@
 input."""
 
 import math
+from dataclasses import replace
 
 import gid_run
 import pytest
@@ -170,7 +171,8 @@ def test_decay_is_over_the_run(job, kind, factors):
     """Of 4 iterations the first, second and last; the model stays as it is."""
     model, found = build_model(job.config).train(), []
     for decay in ("none", kind):
-        model.losses["DeFeat"].settings.decay = decay
+        loss = model.losses["DeFeat"]
+        loss.settings = replace(loss.settings, decay=decay)
         for iteration in (0, 1, 3):
             with EventStorage(iteration):
                 losses = model(tiny_batch())

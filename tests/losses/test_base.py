@@ -1,32 +1,47 @@
 """What all losses share: config node, schedule, idling, and building them by name."""
 
 import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from distill_d2 import DISTILL_LOSS_REGISTRY, DistillLoss, add_distill_config
-from distill_d2.losses import FeaturePairs, build_losses
+from distill_d2.config import dump
+from distill_d2.losses import FeaturePairs, LossSettings, build_losses, key, key_comments
 from distill_d2.testing.tiny import distiller_config, save_teacher, tiny_batch, tiny_config
+
+
+@dataclass(frozen=True)
+class ScaledSettings(LossSettings):
+    levels: Sequence[str] = key(("p3",), "Levels by name.")
+    weight: float = key(2.0, "Twice as much.", at_least=0)
+    tau: float = key(0.5, "Temperature.", above=0, at_most=4)
+    side: int = key(3, "Of the kernel.", at_least=1, odd=True)
+    mode: str = key("mean", "Over all cells.", choices=("mean", "sum"))
+    plain: bool = True
 
 
 class Scaled(DistillLoss):
     NODE = "SCALED"
+    Settings = ScaledSettings
 
-    def __init__(self, *, levels=("p3",), weight=2.0, tau=0.5, **schedule):
-        super().__init__(weight=weight, **schedule)
-        self.levels, self.tau = levels, tau
+
+@dataclass(frozen=True)
+class FinerSettings(ScaledSettings):
+    extra: int = key(1, "In another node.", node="OTHER", at_least=1)
+    root: int = key(7, "In no node.", node="")
 
 
 class Finer(Scaled):
     NODE = "FINER"
-
-    def __init__(self, *, extra=True, **others):
-        super().__init__(**others)
-        self.extra = extra
+    Settings = FinerSettings
 
 
 @pytest.fixture
@@ -60,24 +75,74 @@ def test_node_has_the_arguments_and_their_defaults():
         "WARMUP_ITERS": 0,
         "LEVELS": ["p3"],
         "TAU": 0.5,
+        "SIDE": 3,
+        "MODE": "mean",
+        "PLAIN": True,
     }
 
 
-def test_node_of_a_subclass_has_its_bases_arguments_too():
+def test_from_config_passes_every_key_of_all_nodes():
     distiller = CfgNode()
     Finer.add_config(distiller)
-    assert distiller.FINER.EXTRA is True and distiller.FINER.TAU == 0.5
-    assert distiller.FINER.WEIGHT == 2.0
+    distiller.FINER.merge_from_list(["WEIGHT", 3.0, "START_ITER", 4, "STOP_ITER", 9, "WARMUP_ITERS", 2])
+    distiller.merge_from_list(["FINER.LEVELS", ["p4", "p5"], "FINER.TAU", 0.1, "FINER.SIDE", 5])
+    distiller.merge_from_list(["FINER.MODE", "sum", "FINER.PLAIN", False, "OTHER.EXTRA", 2, "ROOT", 8])
+    schedule = {"weight": 3.0, "start_iter": 4, "stop_iter": 9, "warmup_iters": 2}
+    own = {"levels": ["p4", "p5"], "tau": 0.1, "side": 5, "mode": "sum", "plain": False}
+    found = vars(Finer.from_config(distiller).settings)
+    assert found == {**schedule, **own, "extra": 2, "root": 8}
 
 
-def test_from_config_passes_every_key():
-    distiller = CfgNode()
-    Finer.add_config(distiller)
-    options = ["WEIGHT", 3.0, "START_ITER", 4, "STOP_ITER", 9, "WARMUP_ITERS", 2]
-    distiller.FINER.merge_from_list([*options, "LEVELS", ["p4", "p5"], "TAU", 0.1, "EXTRA", False])
-    loss = Finer.from_config(distiller)
-    assert (loss.weight, loss.start_iter, loss.stop_iter, loss.warmup_iters) == (3.0, 4, 9, 2)
-    assert (loss.levels, loss.tau, loss.extra) == (["p4", "p5"], 0.1, False)
+WRONG = [
+    ("weight", -0.1, "SCALED.WEIGHT is -0.1; expected a finite number, at least 0"),
+    ("weight", math.nan, "SCALED.WEIGHT is nan; expected a finite number, at least 0"),
+    ("weight", None, "SCALED.WEIGHT is None; expected a finite number, at least 0"),
+    ("warmup_iters", -1, "SCALED.WARMUP_ITERS is -1; expected a finite number, at least 0"),
+    ("stop_iter", 0, "SCALED.STOP_ITER is 0; expected -1 or above START_ITER, which is 0"),
+    ("start_iter", math.inf, "SCALED.START_ITER is inf; expected a finite number"),
+    ("tau", 0.0, "SCALED.TAU is 0.0; expected a finite number, above 0 and at most 4"),
+    ("tau", 4.1, "SCALED.TAU is 4.1; expected a finite number, above 0 and at most 4"),
+    ("side", 2, "SCALED.SIDE is 2; expected an odd number, at least 1"),
+    ("side", -1, "SCALED.SIDE is -1; expected an odd number, at least 1"),
+    ("mode", "max", "SCALED.MODE is 'max'; expected one of ['mean', 'sum']"),
+    ("extra", 0, "OTHER.EXTRA is 0; expected a finite number, at least 1"),
+    ("root", "x", "ROOT is 'x'; expected a finite number"),
+]
+
+
+@pytest.mark.parametrize("name, value, message", WRONG)
+def test_wrong_value_is_named_with_its_key(name, value, message):
+    loss = Finer if name in ("extra", "root") else Scaled
+    with pytest.raises(ValueError) as error:
+        loss(**{name: value})
+    assert str(error.value) == f"MODEL.DISTILLER.{message}"
+
+
+@pytest.mark.parametrize("start", [3, 5])
+def test_a_loss_stops_after_it_starts(start):
+    with pytest.raises(ValueError, match=f"SCALED.STOP_ITER is 3; .* START_ITER, which is {start}"):
+        Scaled(start_iter=start, stop_iter=3)
+    assert Scaled(start_iter=2, stop_iter=3).settings.stop_iter == 3
+
+
+def test_unknown_setting():
+    with pytest.raises(TypeError, match=r"Scaled has no settings \['taus'\]; it has .*'tau'"):
+        Scaled(taus=0.5)
+
+
+def test_every_key_has_a_comment_that_a_dump_shows(register):
+    register(Finer)
+    comments = key_comments()
+    assert comments["MODEL.DISTILLER.OTHER.EXTRA"] == "In another node."
+    assert all(comments[name] for name in comments if name != "MODEL.DISTILLER.FINER.PLAIN")
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    text = dump(cfg)
+    assert yaml.safe_load(text) == yaml.safe_load(cfg.dump())
+    assert (
+        "    FINER:\n      # Levels by name.\n      LEVELS:\n      - p3\n      # Over all cells.\n"
+        in text
+    )
 
 
 def test_every_registered_loss_is_built_from_its_defaults():
@@ -116,22 +181,6 @@ def test_stop_within_warmup():
 
 def test_zero_weight_is_off():
     assert factors([0, 5], weight=0.0, warmup_iters=3) == [0.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        {"weight": -0.1},
-        {"warmup_iters": -1},
-        {"start_iter": 5, "stop_iter": 5},
-        {"start_iter": 5, "stop_iter": 3},
-        {"stop_iter": 0},
-    ],
-)
-def test_bad_schedule(schedule):
-    key, value = list(schedule.items())[-1]
-    with pytest.raises(ValueError, match=rf"MODEL.DISTILLER.SCALED: expected .*{key.upper()} {value}"):
-        Scaled(**schedule)
 
 
 def test_idle_reaches_every_parameter():
@@ -173,9 +222,13 @@ def test_repeated_type():
 class MeanFeature(DistillLoss):
     NODE = "MEAN_FEATURE"
 
-    def __init__(self, *, in_features=("p3", "p4"), weight=2.0, **schedule):
-        super().__init__(weight=weight, **schedule)
-        self.pairs = FeaturePairs(in_features)
+    @dataclass(frozen=True)
+    class Settings(LossSettings):
+        in_features: Sequence[str] = key(("p3", "p4"), "Neck levels by name.")
+
+    def __init__(self, **keys):
+        super().__init__(**keys)
+        self.pairs = FeaturePairs(self.settings.in_features)
 
     def forward(self, student, teacher, batch):
         self.seen = (student.features, teacher.features)

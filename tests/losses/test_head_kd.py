@@ -253,7 +253,7 @@ def test_from_its_node():
     node.HEAD_KD.TEMPERATURE, node.HEAD_KD.PROPOSALS = 4.0, "teacher"
     (loss,) = build_losses(node).values()
     assert type(loss) is HeadKD
-    assert (loss.temperature, loss.proposals, loss.cls_weight, loss.reg_weight) == (4, "teacher", 1, 1)
+    assert (loss.settings.temperature, loss.settings.proposals) == (4, "teacher")
 
 
 @pytest.mark.parametrize(
@@ -261,9 +261,9 @@ def test_from_its_node():
     [
         ("PROPOSALS", "both", "one of ['student', 'teacher']"),
         ("REG_MODE", "GIoU", "one of ['L1', 'L2']"),
-        ("CLS_WEIGHT", -1.0, "0 or more"),
+        ("CLS_WEIGHT", -1.0, "at least 0"),
         ("REG_WEIGHT", math.inf, "a finite number"),
-        ("REG_SMOOTH_L1_BETA", -0.1, "0 or more"),
+        ("REG_SMOOTH_L1_BETA", -0.1, "at least 0"),
         ("TEMPERATURE", 0.0, "above 0"),
         ("TEMPERATURE", -2.0, "above 0"),
         ("TEMPERATURE", math.nan, "above 0"),
@@ -280,7 +280,7 @@ def test_wrong_settings_name_their_keys(key, value, expected):
 
 
 def test_both_terms_off():
-    message = r"HEAD_KD\.CLS_WEIGHT is 0\.0; expected it or REG_WEIGHT above 0"
+    message = r"HEAD_KD\.CLS_WEIGHT is 0\.0; expected CLS_WEIGHT or REG_WEIGHT above 0"
     with pytest.raises(ValueError, match=message):
         HeadKD(cls_weight=0.0, reg_weight=0.0)
 

@@ -1,4 +1,4 @@
-"""tools/benchmark.py on tiny detectors: every promised row, and ratios of paired rounds."""
+"""tools/benchmark.py on tiny detectors: its rows, and that each does the work that its name says."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import contextlib
 import gc
 import io
 import json
-import math
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from benchmark import main as program
+from benchmark import naive, parts
+from benchmark.inputs import generate_inputs
+from benchmark.meter import Meter, Sample
+from benchmark.report import paired, print_report, spread, summarize
+from benchmark.rows import LOSS_REPEATS, LossTask, build_tasks
+from benchmark.subjects import DISTILLED, STUDENT, build_subjects, own_optimizer
 from detectron2.layers import ShapeSpec
 from detectron2.model_zoo import get_config
 from detectron2.modeling import build_anchor_generator
 from detectron2.structures import BitMasks, PolygonMasks
 from detectron2.utils.events import EventStorage
 
+from distill_d2.engine.setup import load_config
 from distill_d2.testing.tiny import distiller_config, save_teacher, tiny_config
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 STEPS = [
     "student step",
     "teacher part, plain",
@@ -31,21 +34,17 @@ STEPS = [
 ]
 HEADLINE = "distilled step / (student step + teacher part, plain)"
 ICD = "InstanceConditionalDistillation"
-TINY_ICD = ["MODEL.DISTILLER.INS.HIDDEN_DIM", "16", "MODEL.DISTILLER.INS.ATT_HEADS", "2"]
-
-
-@pytest.fixture(scope="module")
-def tool():
-    sys.path.insert(0, str(TOOLS))
-    import benchmark
-
-    yield benchmark
-    sys.path.remove(str(TOOLS))
-
-
-@pytest.fixture(scope="module")
-def parts(tool):
-    return sys.modules["loss_parts"]
+TINY = {
+    "MODEL.DISTILLER.INS.HIDDEN_DIM": "16",
+    "MODEL.DISTILLER.INS.ATT_HEADS": "2",
+}
+GROWTH = [f"selection of {rows} rows" for rows in ("5k", "20k", "80k")]
+GID_PARTS = ["selection", "pooling, feature and relation terms", "response terms"]
+NECK = ["neck terms", "masks of the neck", "adapters of the neck"]
+HEADS = {"HEAD_CLS_W": "2.0", "HEAD_CLS_BACK_W": "0.5", "HEAD_CLS_T": "3.0"}
+# GID whose parts are wholly on maps, or wholly on heads.
+NO_MAPS = {"FEATURE_WEIGHT": "0.0", "RELATION_WEIGHT": "0.0"}
+NO_HEADS = {"RESPONSE_CLS_WEIGHT": "0.0", "RESPONSE_REG_WEIGHT": "0.0"}
 
 
 @pytest.fixture(scope="module")
@@ -63,45 +62,70 @@ def make_config(tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
-def measured(tool, make_config, tmp_path_factory):
-    """(report, what was printed, what was written) of one run."""
-    path, printed = tmp_path_factory.mktemp("json") / "report.json", io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        report = run(tool, make_config(["PKD", "FeatureMimic"]), "--json", str(path))
-    return report, printed.getvalue(), json.loads(path.read_text())
+def options(settings, method=""):
+    """KEY VALUE words of MODEL.DISTILLER, or of one method's node."""
+    prefix = f"MODEL.DISTILLER.{method}." if method else "MODEL.DISTILLER."
+    full = {name if name.startswith("MODEL.") else prefix + name: v for name, v in settings.items()}
+    return [word for item in full.items() for word in item]
+
+
+def build(config_file, settings=TINY, method=""):
+    return build_subjects(load_config(config_file, options(settings, method)), (64, 64))
+
+
+def tasks_of(config_file, settings=TINY, method="", against_naive=True):
+    """(subjects, tasks) of heads whose scores have a spread, which random weights do not give."""
+    subjects = build(config_file, settings, method)
+    for model in (subjects.distiller.student, subjects.distiller.teacher.model):
+        for name, parameter in model.named_parameters():
+            if name.endswith("cls_score.weight") or name == "head.bbox_pred.weight":
+                parameter.data.mul_(30)
+    with EventStorage(subjects.iteration):
+        return subjects, build_tasks(subjects, against_naive)
 
 
 @pytest.fixture(scope="module")
-def icd_config(make_config):
-    return make_config([ICD])
+def icd(make_config):
+    return tasks_of(make_config([ICD]))
 
 
 @pytest.fixture(scope="module")
-def icd(tool, icd_config):
-    """(subjects, tasks) with the naive version."""
-    subjects = build(tool, icd_config)
-    with tool.EventStorage(subjects.iteration):
-        return subjects, tool.build_tasks(subjects, against_naive=True)
-
-
-def build(tool, config_file, *opts):
-    arguments = ["--config-file", config_file, "--size", "64", *TINY_ICD, *opts]
-    args = tool.parse_arguments(arguments)
-    return tool.build_subjects(tool.load_config(args.config_file, args.opts), args)
+def gid(make_config):
+    return tasks_of(make_config(["GID"]))
 
 
 def terms(task):
     return task.replay(task.compute)
 
 
-def run(tool, config_file, *more):
+def gradients(task):
+    """Of the terms' sum, for each recorded tensor of the student that they depend on."""
+    task.release()
+    sum(terms(task).values()).backward()
+    result = [leaf.grad.clone() for leaf in task.replay.records.leaves if leaf.grad is not None]
+    task.release()
+    return result
+
+
+def run(config_file, *more):
     arguments = ["--config-file", config_file, "--size", "64", "--rounds", "2", "--threads", "1"]
-    gc.freeze()  # the tool collects before each peak: a second for all that the tests hold
+    gc.freeze()  # the program collects before each peak: a second for all that the tests hold
     try:
-        return tool.main([*arguments, "--device", "cpu", *more])
+        return program.main([*arguments, "--device", "cpu", *more])
     finally:
         gc.unfreeze()
+
+
+# The whole program.
+
+
+@pytest.fixture(scope="module")
+def measured(make_config, tmp_path_factory):
+    """(report, what was printed, what was written) of one run."""
+    path, printed = tmp_path_factory.mktemp("json") / "report.json", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        report = run(make_config(["PKD", "FeatureMimic"]), "--json", str(path))
+    return report, printed.getvalue(), json.loads(path.read_text())
 
 
 def test_every_promised_row_is_printed_and_written(measured):
@@ -125,71 +149,215 @@ def test_ratios_are_of_each_round(measured):
     for index, ratio in enumerate(report["ratios"][HEADLINE]):
         floor = times["student step"][index] + times["teacher part, plain"][index]
         assert ratio == pytest.approx(times["distilled step"][index] / floor)
-    pkd = report["ratios"]["PKD alone / PKD alone, naive formula"]
-    assert pkd[0] == pytest.approx(times["PKD alone"][0] / times["PKD alone, naive formula"][0])
+    pkd = times["PKD alone"], times["PKD alone, naive formula"]
+    assert report["ratios"]["PKD alone / PKD alone, naive formula"] == pytest.approx(paired(*pkd))
 
 
-@pytest.fixture(scope="module")
-def measured_icd(tool, icd_config, tmp_path_factory):
-    """As ``measured``, against the naive version."""
-    path, printed = tmp_path_factory.mktemp("json") / "report.json", io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        report = run(tool, icd_config, "--json", str(path), "--against-naive", *TINY_ICD)
-    return report, printed.getvalue(), json.loads(path.read_text())
+def test_two_stage_detector_with_masks_on_oblong_images(make_config):
+    config_file = make_config(["FeatureMimic"], family="mask")
+    report = run(config_file, "--batch", "1", "--rounds", "1", "--size", "48x80")
+    assert list(report["rows"]) == [*STEPS, "FeatureMimic alone"]
+    assert "1 images of 48x80" in report["facts"]["batch"]
 
 
-def test_icd_in_parts_and_against_its_naive_version(tool, measured_icd):
-    report, printed, written = measured_icd
-    alone, naive = f"{ICD} alone", f"{ICD} alone, naive formula"
-    parts = [f"{ICD} part: decoder + auxiliary task", f"{ICD} part: value loss"]
-    assert list(report["rows"]) == [*STEPS, alone, naive, *parts]
-    times = [report["rows"][name]["process_ms"] for name in (alone, naive)]
-    assert report["ratios"][f"{alone} / {naive}"] == pytest.approx(tool.paired(*times))
-    assert list(report["memory_ratios"]) == [f"{alone} / {naive}"]
-    assert written == report
-    assert printed.count(f"| {alone} / {naive} ") == 2 and "| ratio of memory " in printed
-    assert all(f"| {part} " in printed for part in parts)
+def test_median_spread_and_ratio_of_memory(capsys):
+    assert spread([3.0, 1.0, 2.0], 1) == "2.0 [1.0 3.0]"
+    names = [*STEPS, "A alone", "A alone, naive formula", "B alone", "B alone, naive formula"]
+    rounds = {name: [Sample(w, w / 2, w / 4) for w in (4.0, 8.0)] for name in names}
+    memory = {**dict.fromkeys(names, 1.0), "A alone, naive formula": 4.0, "B alone, naive formula": 0.0}
+    pairs = [(f"{name} alone", f"{name} alone, naive formula") for name in "AB"]
+    report = summarize(rounds, memory, "event", pairs)
+    assert report["ratios"][HEADLINE] == [0.5, 0.5]
+    assert report["rows"]["student step"]["process_ms"] == [2000.0, 4000.0]
+    assert report["rows"]["student step"]["event_ms"] == [1000.0, 2000.0]
+    assert list(report["memory_ratios"].values()) == [0.25, None]
+    print_report({**report, "facts": {}})
+    printed = capsys.readouterr().out
+    assert "naive formula | 0.250 " in printed and "naive formula | - " in printed
+    assert "event ms" in printed and "event ms" not in str(summarize(rounds, memory, "process"))
 
 
-def test_naive_icd_only_when_asked_for(tool, icd):
+def test_peak_memory_counts_what_is_freed_again():
+    meter = Meter(torch.device("cpu"))
+    if not meter.per_row:
+        pytest.skip("this system cannot reset its peak memory")
+    assert 30 < meter.peak_memory(lambda: torch.ones(2**23)) < 100  # 32 MB
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config-file", "x.py"], "only yaml"),
+        (["--config-file", "x.yaml", "--size", "1x2x3"], "--size"),
+        (["--config-file", "x.yaml", "--size", "0"], "--size 0"),
+        (["--config-file", "x.yaml", "--rounds", "0"], "--rounds 0"),
+    ],
+)
+def test_wrong_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        program.main(arguments)
+    assert message in capsys.readouterr().err + str(stop.value)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"TEACHER_WEIGHTS": "missing.pth"}, "missing.pth.*random weights.*TEACHER_WEIGHTS"),
+        ({"PKD.WEIGHT": "0.0"}, "PKD.*WEIGHT or WEIGHT_VALUE is 0"),
+        ({"INS_ATT_MIMIC.WEIGHT_VALUE": "0.0"}, "not reach the student: WEIGHT or WEIGHT_VALUE is 0"),
+        ({"DISTILL_ON": "0"}, f"{ICD}.*DISTILL_ON"),
+        ({"PKD.STOP_ITER": "500"}, "PKD'\\]"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(make_config, settings, message):
+    with pytest.raises(SystemExit, match=message):
+        build(make_config(["PKD", ICD]), {**TINY, **settings})
+
+
+@pytest.mark.parametrize(
+    "settings, iteration",
+    [
+        ({}, 1000),
+        ({"BYPASS_DISTILL": "30", "PKD.START_ITER": "20", "PKD.WARMUP_ITERS": "5"}, 30),
+        ({"BYPASS_DISTILL": "10", "PKD.START_ITER": "20", "PKD.WARMUP_ITERS": "5"}, 25),
+        ({"DISTILL_OFF": "1"}, 0),
+    ],
+)
+def test_all_losses_are_measured_switched_on(make_config, settings, iteration):
+    assert build(make_config(["PKD", ICD]), {**TINY, **settings}).iteration == iteration
+
+
+# The subjects.
+
+
+@pytest.mark.parametrize("mask_format, kind", [("polygon", PolygonMasks), ("bitmask", BitMasks)])
+def test_generated_masks_fill_their_boxes(mask_format, kind):
+    cfg = tiny_config("mask")
+    cfg.INPUT.MASK_FORMAT = mask_format
+    for item in generate_inputs(cfg, (40, 64), batch=2, objects=3, classes=3, seed=0):
+        instances = item["instances"]
+        assert item["image"].dtype == torch.uint8 and item["image"].shape == (3, 40, 64)
+        assert type(instances.gt_masks) is kind and len(instances) == 3
+        inside = instances.gt_masks.get_bounding_boxes().tensor
+        assert torch.allclose(inside, instances.gt_boxes.tensor, atol=3.0)
+
+
+def test_weights_stay(make_config):
+    subjects, tasks = tasks_of(make_config(["PKD", ICD]), against_naive=False)
+    before = {name: value.clone() for name, value in subjects.distiller.named_parameters()}
+    with EventStorage(subjects.iteration):
+        for task in tasks.values():
+            task()
+    after = dict(subjects.distiller.named_parameters())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_losss_own_optimizer(icd):
     subjects, tasks = icd
-    with tool.EventStorage(subjects.iteration):
-        fewer = tool.build_tasks(subjects)
-    assert set(tasks) - set(fewer) == {f"{ICD} alone, naive formula"}
+    student, distilled = subjects.steps[STUDENT], subjects.steps[DISTILLED]
+    assert student.own_optimizers == {} and list(distilled.own_optimizers) == [ICD]
+    groups = distilled.own_optimizers[ICD].param_groups
+    of_loss = {id(p) for p in subjects.distiller.losses[ICD].parameters()}
+    assert {id(p) for group in groups for p in group["params"]} == of_loss
+    for row in (f"{ICD} alone", f"{ICD} alone, naive formula"):
+        task = tasks[row]
+        task()
+        updated = task.optimizer.state
+        assert updated and all(any(p is leaf for leaf in task.leaves) for p in updated)
+        assert all(leaf.grad is None for leaf in task.leaves)
+    parameter = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = own_optimizer(subjects.distiller.losses[ICD], [parameter])
+    parameter.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    assert parameter.grad.norm() == pytest.approx(0.01, rel=1e-3)  # the loss's clipping
+    assert parameter.tolist() == [3.0, 4.0]
 
 
-def test_parts_of_icd_are_its_terms(icd):
-    tasks = icd[1]
-    whole = terms(tasks[f"{ICD} alone"])
-    auxiliary = terms(tasks[f"{ICD} part: decoder + auxiliary task"])
-    value = terms(tasks[f"{ICD} part: value loss"])["value"]
-    assert auxiliary == {name: whole[name] for name in ("loss_icd_conf_0", "loss_icd_reg_0")}
-    assert value == whole["loss_icd_value"] > 0
-    value.backward()  # through the student's side alone
-    parts = tasks[f"{ICD} part: value loss"]
-    reached = [leaf.grad is not None for leaf in parts.replay.records.leaves]
-    assert all(reached) and len(reached) == 3
-    parts.release()
-    assert all(leaf.grad is None for leaf in parts.leaves)
+# Losses, their parts, and plain formulas.
 
 
-def test_icd_without_its_value_loss_would_not_reach_the_student(tool, icd_config):
-    with pytest.raises(SystemExit, match="not reach the student: WEIGHT or WEIGHT_VALUE is 0"):
-        build(tool, icd_config, "MODEL.DISTILLER.INS_ATT_MIMIC.WEIGHT_VALUE", "0.0")
+@pytest.mark.parametrize(
+    "method, family, settings, expected",
+    [
+        (ICD, "retinanet", {}, ["decoder + auxiliary task", "value loss"]),
+        ("GID", "retinanet", {}, [*GID_PARTS, *GROWTH]),
+        ("GID", "retinanet", NO_MAPS, [GID_PARTS[0], GID_PARTS[2], *GROWTH]),
+        ("GID", "retinanet", NO_HEADS, [*GID_PARTS[:2], *GROWTH]),
+        ("GID", "retinanet", {"GI_MODE": "gt", **NO_HEADS}, [GID_PARTS[1]]),
+        ("GID", "faster", {}, [*GID_PARTS, *GROWTH]),
+        ("DeFeat", "faster", {}, NECK),
+        ("DeFeat", "faster", {"NECK_ADAPT": "False", **HEADS}, [*NECK[:2], "class terms"]),
+        ("DeFeat", "faster", {"HINT_BB_W": "1.0", **HEADS}, [*NECK, "backbone terms", "class terms"]),
+        (
+            "DeFeat",
+            "retinanet",
+            {"HINT_NECK_W": "0.0", "HINT_NECK_BACK_W": "0.0", **HEADS},
+            ["class terms"],
+        ),
+    ],
+)
+def test_parts(make_config, method, family, settings, expected):
+    """Those that the settings have; together they are the terms of the whole loss."""
+    node = {ICD: "", "GID": "GID", "DeFeat": "DEFEAT"}[method]
+    config_file = make_config([method], family)
+    _, tasks = tasks_of(config_file, {**TINY, **settings}, node, against_naive=False)
+    assert list(tasks) == [
+        *STEPS,
+        f"{method} alone",
+        *(f"{method} part: {part}" for part in expected),
+    ]
+    whole, found = terms(tasks[f"{method} alone"]), {}
+    for part in expected:
+        if part not in GROWTH and part not in NECK[1:]:
+            found.update(terms(tasks[f"{method} part: {part}"]))
+        tasks[f"{method} part: {part}"]()
+    values = sorted(value.item() for value in found.values())
+    assert values == pytest.approx(sorted(value.item() for value in whole.values()))
 
 
-def test_naive_icd_does_the_same_work(tool, icd, monkeypatch):
+@pytest.mark.parametrize(
+    "method, family, settings",
+    [
+        ("GID", "retinanet", {"GI_SCORE": "classwise"}),
+        ("GID", "retinanet", {"GI_SCORE": "max_first"}),
+        ("DEFEAT", "faster", HEADS),
+        ("DEFEAT", "retinanet", HEADS),
+    ],
+)
+def test_plain_formula_is_the_loss(make_config, method, family, settings):
+    name = {"GID": "GID", "DEFEAT": "DeFeat"}[method]
+    _, tasks = tasks_of(make_config([name], family), settings, method)
+    loss, plain = tasks[f"{name} alone"], tasks[f"{name} alone, naive formula"]
+    assert loss.against == f"{name} alone, naive formula"
+    assert len(terms(loss)) == 4
+    torch.testing.assert_close(
+        sum(terms(loss).values()), sum(terms(plain).values()), rtol=1e-4, atol=0.0
+    )
+    actual, expected = gradients(plain), gradients(loss)
+    assert len(actual) == len(expected) > 3
+    for one, other in zip(actual, expected):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
+
+
+def test_naive_pkd_is_pkd():
+    from distill_d2.losses.pkd import pearson_distance
+
+    student, teacher = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    assert naive.naive_pkd(student, teacher) == pytest.approx(pearson_distance(student, teacher))
+
+
+def test_naive_icd_does_the_same_work(icd, monkeypatch):
     subjects, tasks = icd
-    loss, slots, oracle = subjects.distiller.losses[ICD], [], tool.load_oracle("naive_icd")
+    loss, slots, oracle = subjects.distiller.losses[ICD], [], naive.load_oracle("naive_icd")
     draw = oracle.draw_queries
 
     def spy(*args):
         slots.append(draw(*args))
         return slots[-1]
 
-    oracle.draw_queries = spy
-    monkeypatch.setattr(tool, "load_oracle", lambda _name: oracle)
-    compute, parameters = tool.naive_icd(loss)
+    monkeypatch.setattr(oracle, "draw_queries", spy)
+    monkeypatch.setattr(naive, "load_oracle", lambda _name: oracle)
+    compute, parameters = naive.naive_icd(loss)
     replay = tasks[f"{ICD} alone"].replay
     losses = replay(compute)
     queries = replay(lambda _student, teacher, batch: loss.read(teacher, batch)[1])
@@ -202,376 +370,62 @@ def test_naive_icd_does_the_same_work(tool, icd, monkeypatch):
     tasks[f"{ICD} alone"].release()
 
 
-def test_attention_of_naive_icd_is_not_slowed_down_by_denormal_numbers(tool):
-    from distill_d2.losses.icd import InstanceConditionalDistillation
-
-    settings = InstanceConditionalDistillation(num_classes=3).settings
-    settings = {name.upper(): value for name, value in vars(settings).items()}
-    oracle = tool.load_oracle("naive_icd")
-    naive = oracle.NaiveICD(tool.naive_icd_weights(oracle, settings), settings, settings)
-    generator = torch.Generator().manual_seed(0)
-    maps = {"p3": 10 * torch.randn(1, 256, 16, 16, generator=generator)}  # as random networks have
-    boxes, classes = [torch.tensor([[10.0, 10.0, 60.0, 80.0]])], [torch.tensor([1])]
-    sizes, random = [(128, 128)], np.random.RandomState(0)
-    queries = oracle.draw_queries(random, boxes, classes, sizes, settings, settings)
-    out = naive.forward(maps, maps, queries, sizes, sizes[0], iteration=0, max_iter=1)
-    assert out["dec/0/attn_softmax"].min() > torch.finfo(torch.float32).tiny
-
-
-@pytest.mark.parametrize("row", [f"{ICD} alone", f"{ICD} alone, naive formula"])
-def test_both_sides_update_their_parameters(icd, row):
-    task = icd[1][row]
-    task()
-    updated = task.optimizer.state
-    assert updated and all(any(p is leaf for leaf in task.leaves) for p in updated)
-    assert all(leaf.grad is None for leaf in task.leaves)
+@pytest.mark.parametrize(
+    "method, family, settings, message",
+    [
+        ("GID", "faster", {}, "GID.PREDICTIONS is 'box_head', expected 'dense'"),
+        ("GID", "retinanet", {"GI_MODE": "neg"}, "GID.GI_MODE is 'neg', expected 'all'"),
+        ("GID", "retinanet", {"RELATION_WEIGHT": "0.0"}, "GID.RELATION_WEIGHT is 0.0, expected more"),
+        ("DEFEAT", "faster", {"MASK": "one"}, "DEFEAT.MASK is 'one', expected 'gt'"),
+        (
+            "DEFEAT",
+            "faster",
+            {"HINT_BB_W": "1.0"},
+            "no backbone terms; set MODEL.DISTILLER.DEFEAT.HINT_",
+        ),
+    ],
+)
+def test_settings_that_a_plain_formula_lacks(make_config, method, family, settings, message):
+    name = {"GID": "GID", "DEFEAT": "DeFeat"}[method]
+    with pytest.raises(SystemExit, match=message):
+        tasks_of(make_config([name], family), settings, method)
 
 
-def test_own_optimizer_is_the_losss_and_changes_nothing(tool, icd):
-    parameter = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
-    optimizer = tool.own_optimizer(icd[0].distiller.losses[ICD], [parameter, frozen])
-    assert isinstance(optimizer, torch.optim.AdamW)
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 1
-    parameter.grad = torch.tensor([3.0, 4.0])
-    optimizer.step()
-    assert parameter.grad.norm() == pytest.approx(0.01, rel=1e-3)
-    assert parameter.tolist() == [3.0, 4.0]
-
-
-def test_losses_without_a_solver_have_no_own_optimizer(tool, make_config):
-    subjects = build(tool, make_config(["PKD"]))
-    assert subjects.steps[tool.DISTILLED].own_optimizers == {}
-    with tool.EventStorage(0):
-        assert tool.build_tasks(subjects)["PKD alone"].optimizer is None
-
-
-def test_distilled_step_has_the_losss_optimizer(tool, icd):
-    subjects = icd[0]
-    student, distilled = subjects.steps[tool.STUDENT], subjects.steps[tool.DISTILLED]
-    assert student.own_optimizers == {} and list(distilled.own_optimizers) == [ICD]
-    of_loss = {id(p) for p in subjects.distiller.losses[ICD].parameters()}
-    groups = distilled.own_optimizers[ICD].param_groups
-    assert {id(p) for group in groups for p in group["params"]} == of_loss
-    assert all(group["lr"] == 0 for group in groups)
-    others = {id(p) for group in student.optimizer.param_groups for p in group["params"]}
-    assert not others & of_loss
-
-
-def test_naive_version_outside_a_checkout(tool, icd_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "ORACLES", tmp_path)
+def test_naive_version_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(naive, "ORACLES", tmp_path)
     with pytest.raises(SystemExit, match="--against-naive needs .*naive_icd.py.*checkout"):
-        run(tool, icd_config, "--against-naive", *TINY_ICD)
+        naive.load_oracle("naive_icd")
 
 
-def test_memory_is_compared_where_each_row_has_its_own(tool, make_config, monkeypatch):
-    monkeypatch.setattr(tool, "linux_reset_peak", lambda: None)
-    report = run(tool, make_config(["PKD"]), "--rounds", "1")
-    assert report["memory_ratios"] == {}
-    assert "cannot reset" in report["facts"]["memory"]
-
-
-def test_ratio_of_memory(tool, capsys):
-    names = [*STEPS, "A alone", "A alone, naive formula", "B alone", "B alone, naive formula"]
-    rounds = {name: [tool.Sample(wall=1.0, process=1.0)] for name in names}
-    memory = {**dict.fromkeys(names, 1.0), "A alone, naive formula": 4.0, "B alone, naive formula": 0.0}
-    pairs = [(f"{name} alone", f"{name} alone, naive formula") for name in "AB"]
-    report = tool.summarise(rounds, memory, "wall", pairs)
-    assert list(report["memory_ratios"].values()) == [0.25, None]
-    tool.print_report({**report, "facts": {}})
-    printed = capsys.readouterr().out
-    assert "naive formula | 0.250 " in printed and "naive formula | - " in printed
-
-
-def test_median_and_spread(tool):
-    assert tool.spread([3.0, 1.0, 2.0], 1) == "2.0 [1.0 3.0]"
-    samples = [tool.Sample(wall=w, process=w / 2) for w in (4.0, 8.0)]
-    names = [tool.STUDENT, tool.PART, tool.DISTILLED, tool.PREPARED, tool.WHOLE]
-    rounds = dict.fromkeys(names, samples)
-    report = tool.summarise(rounds, dict.fromkeys(names, 1.0), "wall")
-    assert report["ratios"][HEADLINE] == [0.5, 0.5]
-    assert report["rows"][tool.STUDENT]["process_ms"] == [2000.0, 4000.0]
-
-
-def test_two_stage_detector_with_masks_on_oblong_images(tool, make_config):
-    config_file = make_config(["FeatureMimic"], family="mask")
-    report = run(tool, config_file, "--batch", "1", "--rounds", "1", "--size", "48x80")
-    assert list(report["rows"]) == [*STEPS, "FeatureMimic alone"]
-    assert "1 images of 48x80" in report["facts"]["batch"]
-
-
-@pytest.mark.parametrize("mask_format, kind", [("polygon", PolygonMasks), ("bitmask", BitMasks)])
-def test_generated_masks_fill_their_boxes(tool, mask_format, kind):
-    cfg = tiny_config("mask")
-    cfg.INPUT.MASK_FORMAT = mask_format
-    args = tool.parse_arguments(["--config-file", "x.yaml", "--size", "40x64", "--objects", "3"])
-    for item in tool.generate_inputs(cfg, args, classes=3):
-        instances = item["instances"]
-        assert item["image"].dtype == torch.uint8 and item["image"].shape == (3, 40, 64)
-        assert type(instances.gt_masks) is kind and len(instances) == 3
-        inside = instances.gt_masks.get_bounding_boxes().tensor
-        assert torch.allclose(inside, instances.gt_boxes.tensor, atol=3.0)
-
-
-def test_weights_stay_and_the_plain_teacher_is_unprepared(tool, make_config):
-    subjects = build(tool, make_config(["PKD", ICD]))
-    before = {k: v.clone() for k, v in subjects.distiller.named_parameters()}
-    with tool.EventStorage(subjects.iteration):
-        for task in tool.build_tasks(subjects).values():
-            task()
-    after = dict(subjects.distiller.named_parameters())
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    norms = [
-        sum("norm" in name for name in teacher.model.state_dict())
-        for teacher in (subjects.plain, subjects.distiller.teacher)
-    ]
-    assert norms[0] > 0 and norms[1] == 0
-
-
-def test_naive_pkd_is_our_pkd(tool):
-    from distill_d2.losses.pkd import pearson_distance
-
-    student, teacher = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
-    assert tool.naive_pkd(student, teacher) == pytest.approx(pearson_distance(student, teacher))
-
-
-def test_peak_memory_counts_what_is_freed_again(tool):
-    meter = tool.Meter(torch.device("cpu"))
-    if "per row" in meter.memory_note:
-        pytest.skip("this system cannot reset its peak memory")
-    peak = meter.peak_memory(lambda: torch.ones(2**23))  # 32 MB
-    assert 30 < peak < 100
-
-
-def test_loss_that_starts_later_is_measured_switched_on(tool, make_config):
-    opts = ["MODEL.DISTILLER.PKD.START_ITER", "7", "MODEL.DISTILLER.PKD.WARMUP_ITERS", "3"]
-    args = tool.parse_arguments(["--config-file", make_config(["PKD"]), "--size", "64", *opts])
-    cfg = tool.load_config(args.config_file, args.opts)
-    assert tool.build_subjects(cfg, args).iteration == 10
-
-
-@pytest.mark.parametrize(
-    "opts, iteration",
-    [
-        ([], 1000),
-        (["BYPASS_DISTILL", "30", "PKD.START_ITER", "20", "PKD.WARMUP_ITERS", "5"], 30),
-        (["BYPASS_DISTILL", "10", "PKD.START_ITER", "20", "PKD.WARMUP_ITERS", "5"], 25),
-        (["DISTILL_OFF", "1"], 0),
-    ],
-)
-def test_icd_is_measured_teaching_the_student(tool, make_config, opts, iteration):
-    assert build(tool, make_config(["PKD", ICD]), *of_distiller(opts)).iteration == iteration
-
-
-@pytest.mark.parametrize(
-    "opts, culprit", [(["DISTILL_ON", "0"], f"{ICD}.*DISTILL_ON"), (["PKD.STOP_ITER", "500"], "PKD'\\]")]
-)
-def test_losses_that_never_teach_together_are_refused(tool, make_config, opts, culprit):
-    with pytest.raises(SystemExit, match=culprit):
-        build(tool, make_config(["PKD", ICD]), *of_distiller(opts))
-
-
-def of_distiller(opts):
-    return [f"MODEL.DISTILLER.{word}" if word[0].isalpha() else word for word in opts]
-
-
-def test_loss_that_is_off_is_refused(tool, make_config):
-    with pytest.raises(SystemExit, match="PKD.*WEIGHT or WEIGHT_VALUE is 0"):
-        run(tool, make_config(["PKD"]), "MODEL.DISTILLER.PKD.WEIGHT", "0.0")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--config-file", "x.py"], "only yaml"),
-        (["--config-file", "x.yaml", "--size", "1x2x3"], "--size"),
-        (["--config-file", "x.yaml", "--size", "0"], "--size 0"),
-        (["--config-file", "x.yaml", "--rounds", "0"], "--rounds 0"),
-    ],
-)
-def test_wrong_arguments(tool, capsys, arguments, message):
-    with pytest.raises(SystemExit) as stop:
-        tool.main(arguments)
-    assert message in capsys.readouterr().err + str(stop.value)
-
-
-# GID
-
-
-GROWTH = [f"GID part: selection of {rows} rows" for rows in ("5k", "20k", "80k")]
-GID_PARTS = [
-    "GID part: selection",
-    "GID part: pooling, feature and relation terms",
-    "GID part: response terms",
-]
-GID_TERMS = [f"loss_gid_{term}" for term in ("feature", "relation", "response_cls", "response_reg")]
-
-
-@pytest.fixture(scope="module")
-def gid_config(make_config):
-    return make_config(["GID"])
-
-
-def gid_options(settings):
-    return [word for key, value in settings.items() for word in (f"MODEL.DISTILLER.GID.{key}", value)]
-
-
-def build_gid(tool, config_file, against_naive=False, **settings):
-    """(subjects, tasks); the heads' scores have a spread, which random weights do not give."""
-    subjects = build(tool, config_file, *gid_options(settings))
-    for model in (subjects.distiller.student, subjects.distiller.teacher.model):
-        for name, parameter in model.named_parameters():
-            if name.startswith(("head.cls_score.w", "head.bbox_pred.w")):
-                parameter.data.mul_(30)
-    with EventStorage(subjects.iteration):
-        return subjects, tool.build_tasks(subjects, against_naive)
-
-
-@pytest.fixture(scope="module")
-def gid(tool, gid_config):
-    return build_gid(tool, gid_config, against_naive=True)
-
-
-@pytest.fixture(scope="module")
-def gid_of_proposals(tool, make_config):
-    return build_gid(tool, make_config(["GID"], family="faster"))
-
-
-def gradients(task):
-    """Of the terms' sum w.r.t. what the student gave."""
-    task.release()
-    sum(terms(task).values()).backward()
-    found = [leaf.grad.clone() for leaf in task.replay.records.leaves if leaf.grad is not None]
-    task.release()
-    return found
-
-
-def test_gid_in_parts_and_against_its_plain_formula(tool, gid_config):
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        report = run(tool, gid_config, "--rounds", "1", "--against-naive")
-    alone, naive = "GID alone", "GID alone, naive formula"
-    assert list(report["rows"]) == [*STEPS, alone, naive, *GID_PARTS, *GROWTH]
-    times = {name: row["process_ms"] for name, row in report["rows"].items()}
-    pairs = [(alone, naive), (GROWTH[1], GROWTH[0]), (GROWTH[2], GROWTH[1])]
-    for above, below in pairs:
-        ratio = f"{above} / {below}"
-        assert report["ratios"][ratio] == pytest.approx(tool.paired(times[above], times[below]))
-        assert ratio in report["memory_ratios"] and f"| {ratio} " in printed.getvalue()
-    assert len(report["memory_ratios"]) == len(pairs)
-
-
-@pytest.mark.parametrize("score", ["classwise", "max_first"])
-def test_plain_gid_is_our_gid(tool, gid_config, score):
-    tasks = build_gid(tool, gid_config, against_naive=True, GI_SCORE=score)[1]
-    ours, plain = tasks["GID alone"], tasks["GID alone, naive formula"]
-    assert list(terms(ours)) == GID_TERMS
-    for name, value in terms(ours).items():
-        assert value.item() > 0
-        assert terms(plain)[name].item() == pytest.approx(value.item(), rel=1e-4), name
-    expected = gradients(ours)
-    assert len(expected) == 9  # of three levels: maps, logits, deltas
-    for mine, theirs in zip(expected, gradients(plain)):
-        torch.testing.assert_close(theirs, mine, rtol=1e-3, atol=1e-5 * mine.abs().max().item())
-
-
-def test_plain_gid_where_both_detectors_agree(tool, gid):
-    import plain_gid
-
-    logits, boxes = torch.randn(5, 3), torch.tensor([[0.0, 0.0, 40.0, 40.0]]).repeat(5, 1)
-    settings = gid[0].distiller.losses["GID"].settings
-    assert len(plain_gid.select(logits + 1, logits, boxes, boxes, (64, 64), settings)) == 1
-    assert len(plain_gid.select(logits, logits, boxes, boxes, (64, 64), settings)) == 0
-
-
-def test_parts_of_gid_are_its_terms(gid):
-    tasks = gid[1]
-    whole = terms(tasks["GID alone"])
-    selection, at_instances, response = (terms(tasks[name]) for name in GID_PARTS)
-    assert selection == {}
-    assert at_instances == {name: whole[name] for name in GID_TERMS[:2]}
-    assert response == {name: whole[name] for name in GID_TERMS[2:]}
-    # maps and logits and deltas of three levels
-    assert [len(gradients(tasks[name])) for name in GID_PARTS[1:]] == [3, 6]
-
-
-def test_part_without_gradients(tool, gid):
+def test_part_without_gradients(gid):
     replay, seen = gid[1]["GID alone"].replay, []
 
     def compute(student, teacher, batch):
         seen.append((student.role, teacher.role, batch))
         return {}
 
-    tool.LossTask(replay, compute, [])()
-    assert seen == [("student", "teacher", replay.records.batch)] * tool.LOSS_REPEATS
+    LossTask(replay, compute, [])()
+    assert seen == [("student", "teacher", replay.records.batch)] * LOSS_REPEATS
     assert all(leaf.grad is None for leaf in replay.records.leaves)
 
 
-def selections(tool, monkeypatch, task):
-    """What the selection in a task is given and returns, once each time that it runs."""
-    from distill_d2.losses.gid import GeneralInstanceSelection
-
-    seen, select = [], GeneralInstanceSelection.__call__
-
-    def spy(self, *args):
-        seen.append((*args, select(self, *args)))
-        return seen[-1][-1]
-
-    monkeypatch.setattr(GeneralInstanceSelection, "__call__", spy)
-    task()
-    assert len(seen) == tool.LOSS_REPEATS
-    return seen
-
-
-def test_selection_alone_selects_what_the_loss_does(tool, gid, monkeypatch):
-    whole = selections(tool, monkeypatch, gid[1]["GID alone"])[0][-1]
-    part = selections(tool, monkeypatch, gid[1]["GID part: selection"])[0][-1]
-    assert torch.equal(whole.boxes, part.boxes) and part.valid.sum() >= 6
-
-
-@pytest.mark.parametrize("row, side", list(zip(GROWTH, (20, 40, 80))))
-def test_generated_predictions(tool, parts, gid, monkeypatch, row, side):
-    levels = [9 * math.ceil(side / 2**level) ** 2 for level in range(5)]
-    teacher, student, sizes, found = selections(tool, monkeypatch, gid[1][row])[0]
-    assert sizes == [(8 * side, 8 * side)] * 2
-    assert found.valid.all() and len(found.scores[0].unique()) == 10
-    for heads in (teacher, student):
-        assert heads.level_sizes == levels
-        assert heads.logits.shape == (2, sum(levels), 3) and heads.deltas.shape[2:] == (4,)
-        assert heads.anchors.shape == (sum(levels), 4)
-    assert not torch.equal(teacher.logits, student.logits)
-    again = parts.generate_predictions(side, teacher, seed=0)
-    assert torch.equal(again.logits, teacher.logits) and torch.equal(again.deltas, teacher.deltas)
-
-
-def test_generated_anchors_are_a_retinanets(parts):
+def test_generated_predictions_are_a_retinanets(gid):
+    """Of five levels, with the same anchors as detectron2's, and the same again for the same seed."""
+    like = gid[1]["GID alone"].replay.records
+    head = gid[1]["GID alone"].replay(lambda _student, teacher, _batch: teacher.dense())
+    assert like.batch is not None
+    one, again = (parts.generate_predictions(20, head, seed=0) for _ in range(2))
+    rows = sum(9 * side**2 for side in (20, 10, 5, 3, 2))
+    assert one.logits.shape == (2, rows, 3) and one.deltas.shape == (2, rows, 4)
+    assert torch.equal(one.logits, again.logits) and torch.equal(one.deltas, again.deltas)
     cfg = get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     shapes = [ShapeSpec(stride=stride) for stride in (8, 16, 32, 64, 128)]
     maps = [torch.empty(1, 1, side, side) for side in (20, 10, 5, 3, 2)]
     expected = torch.cat([boxes.tensor for boxes in build_anchor_generator(cfg, shapes)(maps)])
-    torch.testing.assert_close(parts.generate_anchors([20, 10, 5, 3, 2]), expected)
+    torch.testing.assert_close(one.anchors, expected)
 
 
-def test_weights_of_zero_leave_parts_out(tool, gid_config):
-    no_maps = {"FEATURE_WEIGHT": "0.0", "RELATION_WEIGHT": "0.0"}
-    no_heads = {"RESPONSE_CLS_WEIGHT": "0.0", "RESPONSE_REG_WEIGHT": "0.0"}
-    whole, pooling, response = GID_PARTS
-    cases = [
-        (no_maps, [whole, response, *GROWTH]),
-        (no_heads, [whole, pooling, *GROWTH]),
-        ({"GI_MODE": "gt"}, [pooling, response]),
-        ({"GI_MODE": "gt", **no_heads}, [pooling]),
-    ]
-    for settings, expected in cases:
-        tasks = build_gid(tool, gid_config, **settings)[1]
-        assert [name for name in tasks if "part:" in name] == expected
-        for name in expected:
-            tasks[name]()
-
-
-def test_two_stage_gid(tool, make_config):
-    report = run(tool, make_config(["GID"], family="faster"), "--rounds", "1")
-    assert list(report["rows"]) == [*STEPS, "GID alone", *GID_PARTS, *GROWTH]
+# Which parts of the detectors run.
 
 
 def box_head_boxes(monkeypatch, model):
@@ -586,80 +440,39 @@ def box_head_boxes(monkeypatch, model):
     return seen
 
 
-@pytest.mark.parametrize("row", ["teacher part, plain", "teacher part, prepared"])
-def test_teacher_part_scores_the_recorded_proposals(gid_of_proposals, monkeypatch, row):
-    subjects, tasks = gid_of_proposals
-    teachers = {"plain": subjects.plain, "prepared": subjects.distiller.teacher}
-    seen = box_head_boxes(monkeypatch, teachers[row.rpartition(" ")[2]].model)
-    tasks[row]()
+@pytest.mark.parametrize("proposals", ["student", "teacher", "both"])
+def test_whose_proposals_are_scored(make_config, monkeypatch, proposals):
+    settings = {"PROPOSALS": proposals, **HEADS}
+    subjects, tasks = tasks_of(make_config(["DeFeat"], "faster"), settings, "DEFEAT", False)
+    seen = box_head_boxes(monkeypatch, subjects.distiller.teacher.model)
+    of_student = box_head_boxes(monkeypatch, subjects.distiller.student)
+    task = tasks["DeFeat part: class terms"]
+    task()
+    assert seen == []  # the teacher's heads are no work of the loss
+    assert len(of_student) == (0 if proposals == "student" else task.repeats)
+    rpn = []
+    subjects.plain.model.proposal_generator.rpn_head.register_forward_hook(lambda *_: rpn.append(1))
+    plain = box_head_boxes(monkeypatch, subjects.plain.model)
     with EventStorage(0):
         tasks["distilled step"]()  # the student samples other proposals
-    drawn = len(seen)
-    tasks[row]()
-    expected = tasks["GID alone"].replay.records.proposals
-    assert len(expected) == 2 and min(len(boxes) for boxes in expected) > 4
-    for run_of_row in (seen[0], seen[drawn]):
-        assert len(run_of_row) == 2
-        assert all(torch.equal(a, b.tensor) for a, b in zip(run_of_row, expected))
-    assert len(seen) - drawn == 1
+    tasks["teacher part, plain"]()
+    assert len(rpn) == (0 if proposals == "student" else 1)
+    records = tasks["DeFeat alone"].replay.records
+    expected = [records.proposals] if proposals != "teacher" else []
+    expected += [records.own_proposals[0]] if proposals != "student" else []
+    assert len(plain) == len(expected)
+    for boxes, recorded in zip(plain, expected):
+        assert all(torch.equal(a, b.tensor) for a, b in zip(boxes, recorded))
 
 
-def test_loss_alone_does_not_run_the_teachers_box_head(gid_of_proposals, monkeypatch):
-    subjects, tasks = gid_of_proposals
-    view = subjects.distiller.teacher.view
-    seen = box_head_boxes(monkeypatch, view.model)
-    assert list(terms(tasks["GID alone"])) == GID_TERMS
-    for name in ["GID alone", *GID_PARTS, *GROWTH]:
-        tasks[name]()
-    assert seen == []
-    records = tasks["GID alone"].replay.records
-    with view.recording():
-        view.taps.put("backbone", records.teacher["backbone"])
-        scored = view.box_head(records.proposals)  # the view's own again
-    assert len(seen) == 1
-    torch.testing.assert_close(scored.logits, records.box_head.logits)
-
-
-def test_teacher_part_runs_the_rpn_that_a_loss_asks_for(tool, make_config, monkeypatch):
-    config_file = make_config(["GID"], family="faster")
-    subjects, tasks = build_gid(tool, config_file, PREDICTIONS="rpn")
+def test_only_what_a_loss_asks_for_runs(make_config, monkeypatch):
+    subjects, tasks = tasks_of(make_config(["GID"], "faster"), {"PREDICTIONS": "rpn"}, "GID", False)
     ran = []
     head = subjects.plain.model.proposal_generator.rpn_head
     head.register_forward_hook(lambda *_: ran.append("rpn"))
     seen = box_head_boxes(monkeypatch, subjects.plain.model)
     tasks["teacher part, plain"]()
     assert ran == ["rpn"] and seen == []
-    assert list(terms(tasks["GID alone"])) == GID_TERMS
-
-
-def test_features_alone_run_no_head_of_the_teacher(tool, make_config):
-    subjects, tasks = build_gid(
-        tool,
-        make_config(["GID"]),
-        GI_MODE="gt",
-        RESPONSE_CLS_WEIGHT="0.0",
-        RESPONSE_REG_WEIGHT="0.0",
-    )
+    subjects, tasks = tasks_of(make_config(["GID"]), {"GI_MODE": "gt", **NO_HEADS}, "GID", False)
     subjects.plain.model.head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
     tasks["teacher part, plain"]()
-
-
-@pytest.mark.parametrize(
-    "family, settings, culprit",
-    [
-        ("faster", {}, "PREDICTIONS is 'box_head', expected 'dense'"),
-        ("retinanet", {"GI_MODE": "neg"}, "GI_MODE is 'neg', expected 'all'"),
-        ("retinanet", {"FEATURE_MODE": "norm"}, "FEATURE_MODE is 'norm', expected 'L2'"),
-        ("retinanet", {"RELATION_WEIGHT": "0.0"}, "RELATION_WEIGHT is 0.0, expected more than 0"),
-    ],
-)
-def test_modes_that_plain_gid_lacks(tool, make_config, family, settings, culprit):
-    config_file = make_config(["GID"], family=family)
-    with pytest.raises(SystemExit, match=f"--against-naive.*MODEL.DISTILLER.GID.{culprit}"):
-        build_gid(tool, config_file, against_naive=True, **settings)
-
-
-def test_teacher_without_its_weights(tool, make_config):
-    opts = ["MODEL.DISTILLER.TEACHER_WEIGHTS", "missing.pth"]
-    with pytest.raises(SystemExit, match="missing.pth.*random weights.*TEACHER_WEIGHTS"):
-        run(tool, make_config(["PKD"]), *opts)

@@ -804,7 +804,7 @@ def test_released_checkpoint_of_any_numpy(tool, tmp_path, numpy):
         content = content.replace(own, b"cNUMPY.")
     assert b"cNUMPY.multiarray" in content
     path.write_bytes(content.replace(b"cNUMPY.", f"c{numpy}.".encode()))
-    entries = read_checkpoint(str(path), unread=tool.UNREAD)
+    entries = read_checkpoint(str(path), stubs=tool.UNREAD)
     assert entries["model"] == {"weight": torch.ones(1)}
     assert vars(entries["args"]) == {}  # read as nothing
 
@@ -812,7 +812,7 @@ def test_released_checkpoint_of_any_numpy(tool, tmp_path, numpy):
 def test_extra_classes_are_of_one_call_alone(tool, tmp_path):
     path = tmp_path / "released.pth"
     torch.save(released({"weight": torch.ones(1)}), path)
-    read_checkpoint(str(path), unread=tool.UNREAD)
+    read_checkpoint(str(path), stubs=tool.UNREAD)
     if not hasattr(torch.serialization, "safe_globals"):
         pytest.skip("torch 2.4 has no way to take it back")
     with pytest.raises(ValueError, match="it wants to use"):

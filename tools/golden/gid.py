@@ -87,7 +87,7 @@ class _Run:
         with replayed(self.student, strides, "student", next(heads)) as student:
             with replayed(self.teacher, strides, "teacher", next(heads)) as teacher:
                 self.loss.bind(student, teacher)
-                if self.loss.pools:
+                if self.loss.settings.pools:
                     _load_adapter(self.fixture, self.loss)
                 yield student, teacher
 
@@ -133,7 +133,7 @@ class _Run:
             self.fixture.compare(name, actual, **_GRADIENT)
 
     def _adapter(self) -> dict[str, torch.Tensor]:
-        adapters = list(self.loss.pairs.adapters.values()) if self.loss.pools else []
+        adapters = list(self.loss.pairs.adapters.values()) if self.loss.settings.pools else []
         return dict(adapters[0].named_parameters()) if adapters else {}
 
 

@@ -17,12 +17,13 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from distill_d2.losses.icd import InstanceConditionalDistillation
-from distill_d2.losses.icd.config import argument_names
 from distill_d2.losses.icd.descriptor import describe
 from distill_d2.losses.icd.mimic import layer_norm
 from distill_d2.losses.icd.projection import split_levels
 from distill_d2.losses.icd.reference import from_reference
 from distill_d2.losses.icd.sampling import Draws, SlotSampler
+from distill_d2.losses.icd.settings import ICDSettings
+from distill_d2.losses.settings import keys_of
 from distill_d2.views import Batch
 
 from . import Fixture, golden_kind
@@ -101,7 +102,7 @@ def _build_loss(
 ) -> InstanceConditionalDistillation:
     given = {**meta, **meta["INS"], **meta["INS_ATT_MIMIC"]}
     arguments = {name.lower(): value for name, value in given.items()}
-    arguments = {name: arguments[name] for name in argument_names() if name in arguments}
+    arguments = {name: arguments[name] for name in keys_of(ICDSettings) if name in arguments}
     return InstanceConditionalDistillation(**{**arguments, **settings})
 
 

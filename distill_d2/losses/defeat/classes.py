@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 
 from ...views import Batch, Predictions
 from ..heads import object_rows
 from ..rows import class_mean, divergence
-
-ROWS = ("decouple", "all", "correct", "cfore")
+from .settings import DeFeatSettings
 
 
 def class_terms(
-    student: Predictions, teacher: Predictions, batch: Batch, s: SimpleNamespace
+    student: Predictions, teacher: Predictions, batch: Batch, s: DeFeatSettings
 ) -> dict[str, torch.Tensor]:
     """The divergence of the student's classes from the teacher's on common rows, weighted.
 

@@ -19,18 +19,17 @@ config has the neck alone; for COCO its author names weights of 4 and 16. Sums a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import torch
 
 from ...views import Batch, DetectorView
-from ..base import DISTILL_LOSS_REGISTRY, DistillLoss, check_setting, keyword_defaults
+from ..base import DISTILL_LOSS_REGISTRY, DistillLoss
 from ..heads import PROPOSALS, common_predictions, require_heads
 from ..masks import ObjectMasks, resized, stage_mask
 from ..pairing import FeaturePairs, Maps, Pairs
 from ..regions import distance_map, region_means
 from .classes import class_terms
-from .settings import check_settings, decay_factor
+from .settings import DeFeatSettings, decay_factor
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -39,81 +38,26 @@ class DeFeat(DistillLoss):
 
     NODE = "DEFEAT"
 
-    def __init__(
-        self,
-        *,
-        in_features: Sequence[str] = (),
-        hint_neck_w: float = 3.0,
-        hint_neck_back_w: float = 12.0,
-        mask: str = "gt",
-        level_assign: str = "single",
-        finest_scale: float = 56.0,
-        roi_phi: float = 0.5,
-        loss_form: str = "L2",
-        neck_adapt: bool = True,
-        bb_features: Sequence[str] = ("res3", "res4", "res5"),
-        hint_bb_w: float = 0.0,
-        hint_bb_back_w: float = 0.0,
-        bb_adapt: bool = False,
-        adapt_kernel_size: int = 3,
-        adapt_init_std: float = 0.0001,
-        head_cls_w: float = 0.0,
-        head_cls_back_w: float = 0.0,
-        head_cls_t: float = 1.0,
-        head_cls_back_t: float = 1.0,
-        head_cls_rows: str = "decouple",
-        predictions: str = "auto",
-        proposals: str = "student",
-        decay: str = "none",
-        reference_bugs: bool = False,
-        **schedule,
-    ):
-        """
-        Args:
-            in_features: neck levels; empty: all common ones.
-            hint_neck_w, hint_neck_back_w: weights of the neck in objects and in the background.
-            mask: what of a neck level is objects: cells of ground-truth boxes ("gt"), cells with an
-                anchor near one ("roi", with roi_phi: FGFI's), Gaussians in them ("gaussian"), or all
-                ("one"). level_assign, finest_scale, roi_phi: see masks.ObjectMasks.
-            loss_form: of neck and backbone, "L2", "L1" or "smoothL1".
-            neck_adapt: a convolution on the student's levels even where channels agree; where they differ
-                there is always one.
-            bb_features: backbone stages, with weights hint_bb_w and hint_bb_back_w; bb_adapt: as
-                neck_adapt, with a ReLU.
-            adapt_kernel_size, adapt_init_std: of the convolutions, see FeaturePairs.
-            head_cls_w, head_cls_back_w: weights of the class terms; head_cls_t, head_cls_back_t: their
-                temperatures T.
-            head_cls_rows: "decouple" objects and background; or one term, with head_cls_w, of "all"
-                rows, of those whose class the teacher has "correct", or of objects of these ("cfore").
-            predictions: "dense" (RetinaNet, FCOS: a sigmoid per class) or "box_head" (proposals: a
-                softmax); "auto": what the student has.
-            proposals: whose the box heads score: "student", "teacher", or "both" in turn.
-            decay: all terms times a factor that falls over the run: "linear" from 1 to 0, "cos", or
-                "up-down" from 1 to 2 in the first quarter, then to 0.
-            reference_bugs: "smoothL1" inverted, as the authors' code has it.
-            schedule: weight, start_iter, stop_iter, warmup_iters of DistillLoss.
+    Settings = DeFeatSettings
+    settings: DeFeatSettings
 
-        A term with weight 0 is not computed, nor what it alone needs.
-
-        Raises:
-            ValueError: a value that cannot be; the message names the key.
-        """
-        settings = {key: value for key, value in locals().items() if key in keyword_defaults(DeFeat)}
-        super().__init__(**schedule)
-        self.settings = SimpleNamespace(**settings)
-        check_settings(self.NODE, settings)
-        self.capability = ""  # of the views, from which classes come: known when bound
-        self.neck = self.backbone = None
-        node = f"MODEL.DISTILLER.{self.NODE}"
-        adapters = {"kernel_size": adapt_kernel_size, "init_std": adapt_init_std}
-        if hint_neck_w > 0 or hint_neck_back_w > 0:
-            key = f"{node}.IN_FEATURES"
-            self.neck = FeaturePairs(in_features, always=neck_adapt, key=key, **adapters)
-        if hint_bb_w > 0 or hint_bb_back_w > 0:
-            key = f"{node}.BB_FEATURES"
-            self.backbone = FeaturePairs(bb_features, always=bb_adapt, relu=True, key=key, **adapters)
+    def __init__(self, **keys):
+        super().__init__(**keys)
+        s = self.settings
+        self.capability = ""  # kind of head that is compared; known when bound
+        adapters = {"kernel_size": s.adapt_kernel_size, "init_std": s.adapt_init_std}
+        self.neck: FeaturePairs | None = None
+        if s.hint_neck_w > 0 or s.hint_neck_back_w > 0:
+            name = self.config_key("in_features")
+            self.neck = FeaturePairs(s.in_features, always=s.neck_adapt, key=name, **adapters)
+        self.backbone: FeaturePairs | None = None
+        if s.hint_bb_w > 0 or s.hint_bb_back_w > 0:
+            name = self.config_key("bb_features")
+            self.backbone = FeaturePairs(
+                s.bb_features, always=s.bb_adapt, relu=True, key=name, **adapters
+            )
         self.masks = ObjectMasks(
-            mask, level_assign=level_assign, finest_scale=finest_scale, threshold=roi_phi
+            s.mask, level_assign=s.level_assign, finest_scale=s.finest_scale, threshold=s.roi_phi
         )
 
     @property
@@ -128,18 +72,18 @@ class DeFeat(DistillLoss):
             self.masks.bind(student, self.neck.strides, self.neck.key)
         if not self.compares_heads:
             return
-        s, key = self.settings, "MODEL.DISTILLER.DEFEAT.HEAD_CLS_W"
+        s = self.settings
         self.capability = s.predictions
         if s.predictions == "auto":
             self.capability = "dense" if "dense" in student.offers else "box_head"
+        name = self.config_key("head_cls_w")
         for source in self._sources():
-            require_heads(student, teacher, self.capability, key, proposals=source, boxes=False)
+            require_heads(student, teacher, self.capability, name, proposals=source, boxes=False)
         if self.capability == "dense":
             fits = s.head_cls_rows in ("decouple", "all")
-            expected = "decouple or all, where heads are dense"
-            check_setting(self.NODE, "head_cls_rows", s.head_cls_rows, fits, expected)
+            self.check_setting("head_cls_rows", fits, "decouple or all, where heads are dense")
             expected = "student, where heads are dense and have no proposals"
-            check_setting(self.NODE, "proposals", s.proposals, s.proposals == "student", expected)
+            self.check_setting("proposals", s.proposals == "student", expected)
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch

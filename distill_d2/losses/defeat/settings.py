@@ -1,18 +1,17 @@
-"""What DeFeat's settings may be."""
+"""DeFeat's settings, and the schedules of its weight."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ...views import Batch
-from ..base import check_choices, check_not_negative, check_odd, check_setting
 from ..heads import PROPOSALS
-from ..masks import LEVEL_ASSIGNS, MASKS
+from ..masks import FINEST_SCALE, LEVEL_ASSIGN, LEVEL_ASSIGNS, MASKS
+from ..pairing import ADAPTER, INIT_STD
 from ..regions import FORMS
-from .classes import ROWS
-
-PREDICTIONS = ("auto", "dense", "box_head")
+from ..settings import LossSettings, key
 
 #: By kind, the factor of all terms at a fraction of the run.
 DECAYS = {
@@ -23,33 +22,68 @@ DECAYS = {
 }
 
 
-def check_settings(node: str, s: dict[str, Any]) -> None:
-    """Check DeFeat's arguments, by name.
+@dataclass(frozen=True)
+class DeFeatSettings(LossSettings):
+    """A term with weight 0 is not computed, and neither is what only this term needs."""
 
-    Raises:
-        ValueError: one cannot be; the message names its key.
-    """
-    check_choices(
-        node,
-        mask=(s["mask"], MASKS),
-        level_assign=(s["level_assign"], LEVEL_ASSIGNS),
-        loss_form=(s["loss_form"], FORMS),
-        head_cls_rows=(s["head_cls_rows"], ROWS),
-        predictions=(s["predictions"], PREDICTIONS),
-        proposals=(s["proposals"], (*PROPOSALS, "both")),
-        decay=(s["decay"], DECAYS),
+    in_features: Sequence[str] = key((), "Neck levels by name; empty: all that both detectors have.")
+    hint_neck_w: float = key(3.0, "Weight of the neck in objects.", at_least=0)
+    hint_neck_back_w: float = key(12.0, "Weight of the neck in the background.", at_least=0)
+    mask: str = key(
+        "gt",
+        "Objects on a neck level: the cells of ground-truth boxes (gt), cells with an anchor near one "
+        "(roi, FGFI's), Gaussians in the boxes (gaussian), or every cell (one).",
+        choices=MASKS,
     )
-    weights = {name: value for name, value in s.items() if name.endswith("_w")}
-    check_not_negative(node, adapt_init_std=s["adapt_init_std"], **weights)
-    check_odd(node, adapt_kernel_size=s["adapt_kernel_size"])
-    check_setting(node, "roi_phi", s["roi_phi"], 0 <= s["roi_phi"] < 1, "0 to below 1")
-    for name in ("finest_scale", "head_cls_t", "head_cls_back_t"):
-        check_setting(node, name, s[name], 0 < s[name] < math.inf, "a finite number above 0")
-    some = any(value > 0 for value in weights.values())
-    check_setting(node, "hint_neck_w", s["hint_neck_w"], some, "at least one of the *_W weights above 0")
-    alone = s["head_cls_rows"] != "decouple" and s["head_cls_back_w"] > 0
-    expected = "above 0: HEAD_CLS_ROWS has one term, and HEAD_CLS_BACK_W is not its weight"
-    check_setting(node, "head_cls_w", s["head_cls_w"], s["head_cls_w"] > 0 or not alone, expected)
+    level_assign: str = key("single", LEVEL_ASSIGN, choices=LEVEL_ASSIGNS)
+    finest_scale: float = key(56.0, FINEST_SCALE, above=0)
+    roi_phi: float = key(0.5, "Of the mask roi: fraction of a box's largest IoU.", at_least=0, below=1)
+    loss_form: str = key("L2", "Distance in the neck and in the backbone.", choices=FORMS)
+    neck_adapt: bool = key(True, ADAPTER)
+    bb_features: Sequence[str] = key(("res3", "res4", "res5"), "Backbone stages by name.")
+    hint_bb_w: float = key(0.0, "Weight of the backbone in objects.", at_least=0)
+    hint_bb_back_w: float = key(0.0, "Weight of the backbone in the background.", at_least=0)
+    bb_adapt: bool = key(False, "As NECK_ADAPT, of backbone stages; these adapters end with a ReLU.")
+    adapt_kernel_size: int = key(3, "Side of the adapters' kernels.", at_least=1, odd=True)
+    adapt_init_std: float = key(0.0001, INIT_STD, at_least=0)
+    head_cls_w: float = key(0.0, "Weight of the classes of objects.", at_least=0)
+    head_cls_back_w: float = key(0.0, "Weight of the classes of the background.", at_least=0)
+    head_cls_t: float = key(1.0, "Temperature of the classes of objects.", above=0)
+    head_cls_back_t: float = key(1.0, "Temperature of the classes of the background.", above=0)
+    head_cls_rows: str = key(
+        "decouple",
+        "Objects and background apart (decouple), or one term with HEAD_CLS_W: of all rows, of those "
+        "that the teacher classifies correctly (correct), or of the objects among these (cfore).",
+        choices=("decouple", "all", "correct", "cfore"),
+    )
+    predictions: str = key(
+        "auto",
+        "Heads with a sigmoid per class (dense: RetinaNet, FCOS) or box heads with a softmax "
+        "(box_head); auto: what the student has.",
+        choices=("auto", "dense", "box_head"),
+    )
+    proposals: str = key(
+        "student",
+        "Whose proposals the box heads score; both: those of the student, then those of the teacher.",
+        choices=(*PROPOSALS, "both"),
+    )
+    decay: str = key(
+        "none",
+        "Factor of all terms over the run: linear from 1 to 0, cos from 1 to 0, or up-down from 1 to 2 "
+        "in the first quarter, then to 0.",
+        choices=DECAYS,
+    )
+    reference_bugs: bool = key(False, "smoothL1 inverted, as in the authors' code.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = [value for name, value in vars(self).items() if name.endswith("_w")]
+        self.require(
+            "hint_neck_w", any(w > 0 for w in weights), "at least one of the *_W weights above 0"
+        )
+        one_term = self.head_cls_rows != "decouple" and self.head_cls_back_w > 0
+        expected = "above 0: HEAD_CLS_ROWS has one term, and HEAD_CLS_BACK_W is not its weight"
+        self.require("head_cls_w", self.head_cls_w > 0 or not one_term, expected)
 
 
 def decay_factor(kind: str, batch: Batch) -> float:

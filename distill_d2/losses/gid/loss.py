@@ -14,9 +14,7 @@ defaults are those configs'; the score is the paper's. All means are of the proc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 
@@ -28,14 +26,14 @@ from ...views import (
     require_same_classes,
 )
 from ...views.matching import rows_inside
-from ..base import DISTILL_LOSS_REGISTRY, DistillLoss, keyword_defaults
+from ..base import DISTILL_LOSS_REGISTRY, DistillLoss
 from ..heads import common_predictions
 from ..pairing import FeaturePairs
 from .ground_truth import all_ground_truth, categories
 from .pooling import pool
 from .response import cls_term, reg_term
 from .selection import GeneralInstances, GeneralInstanceSelection
-from .settings import check_channels, check_settings, check_strides
+from .settings import GIDSettings, check_channels, check_strides
 from .terms import feature_term, relation_term
 
 
@@ -45,103 +43,41 @@ class GID(DistillLoss):
 
     NODE = "GID"
 
-    def __init__(
-        self,
-        *,
-        in_features: Sequence[str] = (),
-        predictions: str = "auto",
-        gi_mode: str = "all",
-        gi_score: str = "classwise",
-        gi_centerness: bool = False,
-        gi_nms_thresh: float = 0.3,
-        gi_pre_nms_topk: int = 3000,
-        gi_post_nms_topk: int = 10,
-        gi_min_side: float = 10.0,
-        iou_thresholds: Sequence[float] = (0.4, 0.5),
-        pooler_resolution: int = 10,
-        pooler_sampling_ratio: int = 2,
-        adapter: bool = False,
-        adapter_kernel_size: int = 3,
-        adapter_share_weights: bool = True,
-        feature_weight: float = 0.0005,
-        feature_mode: str = "L2",
-        feature_smooth_l1_beta: float = 0.0,
-        relation_weight: float = 40.0,
-        relation_smooth_l1_beta: float = 1.0,
-        relation_scope: str = "batch",
-        response_mask: str = "matcher",
-        response_cls_weight: float = 0.1,
-        response_cls_mode: str = "BCE",
-        response_cls_smooth_l1_beta: float = 0.0,
-        response_reg_weight: float = 1.0,
-        response_reg_mode: str = "L1",
-        response_reg_smooth_l1_beta: float = 0.0,
-        response_reg_mask: str = "gi",
-        **schedule,
-    ):
-        """
-        Args:
-            in_features: levels from which instances are pooled; empty: all common neck levels.
-            predictions: what is compared to find instances, and by the response terms. "dense": all
-                anchors or points of a one-stage head. Of two-stage detectors "box_head": the proposals
-                that the student samples for its own loss, scored by both box heads, or "rpn": the
-                objectness of all anchors. "auto": dense where detectors have it, else box_head.
-            gi_mode: the instances that count, of the K selected: all, pos(itive), semi_pos(itive) or
-                neg(ative); or "gt": all ground-truth boxes in their place. In any case of letters.
-            gi_score, gi_centerness, gi_nms_thresh, gi_pre_nms_topk, gi_post_nms_topk (K), gi_min_side:
-                see GeneralInstanceSelection.
-            iou_thresholds: parts of an instance's area inside ground truth, below which one without an
-                anchor of an object is negative, and from which it is semi-positive.
-            pooler_resolution, pooler_sampling_ratio: of ROIAlign.
-            adapter: a convolution on the student's levels even where channels agree; where they differ
-                there is always one. adapter_share_weights: one for all levels.
-            feature_weight, feature_mode ("L2", "L1", "norm"), feature_smooth_l1_beta: see feature_term.
-            relation_weight, relation_smooth_l1_beta, relation_scope: see relation_term.
-            response_mask: the rows of an instance: by the student's own "matcher", or those whose
-                centre is "inside" its box (the paper's for FCOS).
-            response_cls_weight, response_cls_mode ("BCE", "L1", "L2"), ..._beta: see cls_term.
-            response_reg_weight, response_reg_mode ("L1", "L2", "BCE", "GIoU"), ..._beta: see reg_term.
-            response_reg_mask: "gi": the same rows; "gi_pos": of them those of ground truth.
-            schedule: weight, start_iter, stop_iter, warmup_iters of DistillLoss.
+    Settings = GIDSettings
+    settings: GIDSettings
 
-        A term with weight 0 is not computed, nor what it alone needs.
-
-        Raises:
-            ValueError: a value that cannot be; the message names the key.
-        """
-        settings = {key: value for key, value in locals().items() if key in keyword_defaults(GID)}
-        super().__init__(**schedule)
-        self.settings = SimpleNamespace(**{**settings, "gi_mode": gi_mode.lower()})
-        check_settings(vars(self.settings))
+    def __init__(self, **keys):
+        if "gi_mode" in keys:
+            keys["gi_mode"] = str(keys["gi_mode"]).lower()  # the reference's configs have capitals
+        super().__init__(**keys)
+        s = self.settings
         self.select = GeneralInstanceSelection(
-            score=gi_score,
-            centerness=gi_centerness,
-            nms_thresh=gi_nms_thresh,
-            pre_nms_topk=gi_pre_nms_topk,
-            post_nms_topk=gi_post_nms_topk,
-            min_side=gi_min_side,
+            score=s.gi_score,
+            centerness=s.gi_centerness,
+            nms_thresh=s.gi_nms_thresh,
+            pre_nms_topk=s.gi_pre_nms_topk,
+            post_nms_topk=s.gi_post_nms_topk,
+            min_side=s.gi_min_side,
         )
-        self.pools = feature_weight > 0 or relation_weight > 0
-        self.responds = response_cls_weight > 0 or response_reg_weight > 0
-        self.capability = ""  # of the views, from which predictions come: known when bound
-        if self.pools:
+        self.capability = ""  # kind of head that is compared; known when bound
+        if s.pools:
             self.pairs = FeaturePairs(
-                in_features,
+                s.in_features,
                 contiguous=False,
-                kernel_size=adapter_kernel_size,
-                shared=adapter_share_weights,
-                always=adapter,
+                kernel_size=s.adapter_kernel_size,
+                shared=s.adapter_share_weights,
+                always=s.adapter,
                 key="MODEL.DISTILLER.GID.IN_FEATURES, ADAPTER_SHARE_WEIGHTS",
             )
 
     @property
     def compares_heads(self) -> bool:
         """Whether the detectors' heads are needed at all."""
-        return self.responds or self.settings.gi_mode != "gt"
+        return self.settings.responds or self.settings.gi_mode != "gt"
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         super().bind(student, teacher)
-        if self.pools:
+        if self.settings.pools:
             check_strides(self.pairs.strides)
             shapes = {**teacher.stage_shapes, **teacher.neck_shapes}
             check_channels({name: shapes[name].channels for name in self.pairs.in_features})
@@ -183,9 +119,9 @@ class GID(DistillLoss):
         heads = self.predictions(student, teacher) if self.compares_heads else None
         instances = self.instances(heads, batch)
         terms: dict[str, torch.Tensor] = {}
-        if self.pools:
+        if self.settings.pools:
             terms.update(self.feature_terms(student, teacher, instances))
-        if self.responds:
+        if self.settings.responds:
             terms.update(self.response_terms(*heads, instances, batch))
         return terms
 

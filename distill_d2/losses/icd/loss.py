@@ -16,8 +16,6 @@ the authors' code and the paper may differ, this is the code. All means are of t
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Callable
 
 import numpy as np
@@ -27,16 +25,16 @@ from detectron2.config import CfgNode as CN
 from torch import nn
 
 from ...views import Batch, DetectorView
-from ..base import DISTILL_LOSS_REGISTRY, DistillLoss, keyword_defaults
+from ..base import DISTILL_LOSS_REGISTRY, DistillLoss
 from ..pairing import FeaturePairs
 from .auxiliary import AuxiliaryTask
-from .config import add_keys, argument_names, check_arguments, read_arguments
 from .decoder import ConditionalDecoder, Decoded, dropout_seed
 from .geometry import Geometry, geometry_of
 from .projection import positions_of
 from .queries import InstanceQueries
 from .reference import from_reference
 from .sampling import BoxPrior, Queries, SlotSampler
+from .settings import ICDSettings
 from .student import StudentValues
 
 logger = logging.getLogger(__name__)
@@ -55,107 +53,41 @@ class InstanceConditionalDistillation(DistillLoss):
 
     NODE = "ICD"
 
-    def __init__(
-        self,
-        *,
-        input_feats: Sequence[str] = (),
-        num_classes: int = 0,
-        hidden_dim: int = 256,
-        att_heads: int = 8,
-        att_layers: int = 1,
-        project_pos: bool = True,
-        use_pos_embedding: bool = True,
-        decoder_posemb_on_v: bool = False,
-        distill_norm: str = "ln",
-        dropout: float = 0.0,
-        add_scale_indicator: bool = True,
-        sample_rule: str = "relative",
-        num_neg_pos_ratio: float = 5.0,
-        num_labels: int = 100,
-        max_labels: int = 300,
-        uniform_sample_class: bool = False,
-        uniform_sample_box: bool = False,
-        confidence_loss_weight: float = 1.0,
-        value_reconst: float = -1.0,
-        weight_value: float = 8.0,
-        temp_value: float = 1.0,
-        temp_decay: bool = False,
-        temp_decay_to: float = 1.0,
-        distill_negative: bool = False,
-        loss_form: str = "mse",
-        sample_range: float = 0.3,
-        bypass_distill: int = 1000,
-        bypass_distill_after: int = 99999999,
-        stop_joint: int = 9999999,
-        distill_off: int = 0,
-        distill_on: int = 1,
-        reference_bugs: bool = False,
-        solver: CN | None = None,
-    ):
+    Settings = ICDSettings
+    settings: ICDSettings
+
+    def __init__(self, *, solver: CN | None = None, **keys):
         """
         Args:
-            input_feats: levels by name; empty: all common neck levels.
-            num_classes: of the ground truth; 0: the student's.
-            hidden_dim: channels of the decoder; levels with another number get a 1x1 convolution.
-            att_heads, att_layers: of the decoder; with 0 layers attention alone, without residual.
-            project_pos: a Linear on the positional embedding.
-            use_pos_embedding: add it to the keys; decoder_posemb_on_v: and to the values.
-            distill_norm: "ln" normalises both sides' values per head, "tln" the teacher's, "none".
-            dropout: of the attention weights.
-            add_scale_indicator: rough width and height in the description of an instance.
-            sample_rule, num_neg_pos_ratio, num_labels, max_labels: how many fakes, see SlotSampler.
-            uniform_sample_class, uniform_sample_box: draw classes, or sizes, from no statistics.
-            confidence_loss_weight: of the auxiliary existence loss.
-            value_reconst: above 0, a loss that reconstructs the features from the values (unweighted).
-            weight_value: of the distillation; 0 or less: only the auxiliary task.
-            temp_value: temperature of the attention weights; with temp_decay it goes linearly to
-                temp_decay_to over the run.
-            distill_negative: fakes' attention counts too.
-            loss_form: mse, l1, smoothL1 or L2, see mimic.py.
-            sample_range: jitter of an instance's point, as a part of its box's size.
-            bypass_distill: the first iteration (from 0) at which the student feels this loss; before,
-                only the student's value projection learns. bypass_distill_after: the last one.
-            stop_joint: the last iteration at which the decoder is trained.
-            distill_off, distill_on: flags outside and inside these; 0 detaches the student.
-            reference_bugs: as the authors' code: all boxes of a batch are binned by the size of its
-                last image; a temp_value below 0 is 1, and adds the constant 1 to the loss.
-            solver: MODEL.DISTILLER.SOLVER; None: these parameters are the student's optimizer's.
-
-        Raises:
-            ValueError: a value that cannot be; the message names the key.
+            solver: MODEL.DISTILLER.SOLVER; None: the student's optimizer trains these parameters.
+            keys: the settings by name.
         """
-        settings = {name: value for name, value in locals().items() if name in argument_names()}
-        check_arguments(settings)
-        super().__init__()
-        self.settings = SimpleNamespace(**settings)
+        super().__init__(**keys)
+        s = self.settings
         self.solver = solver
-        self.pairs = FeaturePairs(input_feats, channels=hidden_dim, contiguous=False)
+        self.pairs = FeaturePairs(s.input_feats, channels=s.hidden_dim, contiguous=False)
         self.queries: InstanceQueries | None = None  # it needs the number of classes
-        on_values = use_pos_embedding and decoder_posemb_on_v
+        on_values = s.use_pos_embedding and s.decoder_posemb_on_v
         self.decoder = ConditionalDecoder(
-            att_layers,
-            hidden_dim,
-            att_heads,
-            project_positions=project_pos,
-            positions_on_keys=use_pos_embedding,
+            s.att_layers,
+            s.hidden_dim,
+            s.att_heads,
+            project_positions=s.project_pos,
+            positions_on_keys=s.use_pos_embedding,
             positions_on_values=on_values,
-            dropout=dropout,
+            dropout=s.dropout,
         )
-        self.auxiliary = AuxiliaryTask(hidden_dim)
+        self.auxiliary = AuxiliaryTask(s.hidden_dim)
         self.student = nn.ModuleList(
-            StudentValues(hidden_dim, positions=on_values, project=project_pos) for _ in self.decoder
+            StudentValues(s.hidden_dim, positions=on_values, project=s.project_pos) for _ in self.decoder
         )
-        reconstructed = self.decoder if value_reconst > 0 else ()
-        self.reconstructors = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim) for _ in reconstructed)
+        reconstructed = self.decoder if s.value_reconst > 0 else ()
+        self.reconstructors = nn.ModuleList(nn.Linear(s.hidden_dim, s.hidden_dim) for _ in reconstructed)
         self._statistics: Callable | None = None
 
     @classmethod
-    def add_config(cls, distiller: CN) -> None:
-        add_keys(distiller, keyword_defaults(cls))
-
-    @classmethod
     def from_config(cls, distiller: CN) -> InstanceConditionalDistillation:
-        return cls(**read_arguments(distiller), solver=distiller.SOLVER)
+        return cls(**cls.read_config(distiller), solver=distiller.SOLVER)
 
     def use_statistics(self, statistics: Callable) -> None:
         self._statistics = statistics

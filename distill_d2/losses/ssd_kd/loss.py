@@ -22,21 +22,16 @@ whole batch (BOUNDED batch) and a mean squared error of logits as hint (HINT log
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ...views import Batch, DetectorView, Predictions
-from ..base import (
-    DISTILL_LOSS_REGISTRY,
-    DistillLoss,
-    check_choices,
-    check_not_negative,
-    check_setting,
-)
+from ..base import DISTILL_LOSS_REGISTRY, DistillLoss
 from ..heads import common_predictions, require_heads
 from ..pairing import FeaturePairs
+from ..settings import LossSettings, key
 from .terms import (
     mean_of_rows,
     per_batch_bound,
@@ -48,8 +43,36 @@ from .terms import (
 
 _KEY = "MODEL.DISTILLER.SSD_KD"
 _BOUNDS = {"box": per_box_bound, "batch": per_batch_bound}
-_HINTS = ("feature", "logits")
 _HINT_FORMS = {"L2": torch.square, "L1": torch.abs}
+
+
+@dataclass(frozen=True)
+class SSDKDSettings(LossSettings):
+    mu: float = key(
+        0.5,
+        "Weight of the student's own class losses; 1 - MU is that of the soft ones (1: none).",
+        at_least=0,
+        at_most=1,
+    )
+    background_weight: float = key(1.5, "w_c of the background in the soft losses.", at_least=0)
+    object_weight: float = key(1.0, "w_c of the other classes in the soft losses.", at_least=0)
+    temperature: float = key(1.0, "Divides the logits.", above=0)
+    lmda: float = key(
+        1.0, "lambda: weight of the student's own box losses and of the bounded one.", at_least=0
+    )
+    nu: float = key(0.5, "Weight of the bounded regression (0: none).", at_least=0)
+    margin: float = key(0.0, "m of the bounded regression.")
+    bounded: str = key("box", "The bound holds for each box, or once for the batch.", choices=_BOUNDS)
+    gamma: float = key(0.5, "Weight of the hint (0: none).", at_least=0)
+    hint: str = key("feature", "Compare features or logits.", choices=("feature", "logits"))
+    hint_form: str = key("L2", "Distance of the hint, a mean over elements.", choices=_HINT_FORMS)
+    in_features: Sequence[str] = key((), "Levels of the hint; empty: all common neck levels.")
+    negatives_per_positive: float = key(3.0, "Number of SSD's hard negatives per object.", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        computes = self.mu < 1 or self.nu > 0 or self.gamma > 0
+        self.require("mu", computes, "below 1, or NU or GAMMA above 0")
 
 
 @DISTILL_LOSS_REGISTRY.register()
@@ -57,80 +80,28 @@ class SSDKD(DistillLoss):
     """Chen et al.'s three losses; keys in MODEL.DISTILLER.SSD_KD."""
 
     NODE = "SSD_KD"
+    Settings = SSDKDSettings
+    settings: SSDKDSettings
 
-    def __init__(
-        self,
-        *,
-        mu: float = 0.5,
-        background_weight: float = 1.5,
-        object_weight: float = 1.0,
-        temperature: float = 1.0,
-        lmda: float = 1.0,
-        nu: float = 0.5,
-        margin: float = 0.0,
-        bounded: str = "box",
-        gamma: float = 0.5,
-        hint: str = "feature",
-        hint_form: str = "L2",
-        in_features: Sequence[str] = (),
-        negatives_per_positive: float = 3.0,
-        **schedule,
-    ):
-        """
-        Args:
-            mu: weight of the student's own class losses; 1 - mu that of the soft ones (1: none).
-            background_weight, object_weight: w_c of the soft losses; temperature divides the logits.
-            lmda: weight of the student's own box losses and of the bounded one.
-            nu: weight of the bounded regression (0: none); margin: m; bounded: per "box", or once per
-                "batch".
-            gamma: weight of the hint (0: none); hint: "feature" or "logits"; hint_form: "L2" or "L1", a
-                mean over elements.
-            in_features: levels of the hint; empty: all common neck levels.
-            negatives_per_positive: of SSD's hard negatives.
-            schedule: weight, start_iter, stop_iter, warmup_iters of DistillLoss.
-
-        Raises:
-            ValueError: a value that cannot be; the message names the key.
-        """
-        super().__init__(**schedule)
-        check_not_negative(
-            self.NODE,
-            background_weight=background_weight,
-            object_weight=object_weight,
-            lmda=lmda,
-            nu=nu,
-            gamma=gamma,
-            negatives_per_positive=negatives_per_positive,
-        )
-        choices = {"bounded": (bounded, _BOUNDS), "hint": (hint, _HINTS)}
-        check_choices(self.NODE, **choices, hint_form=(hint_form, _HINT_FORMS))
-        check_setting(self.NODE, "mu", mu, 0 <= mu <= 1, "a number from 0 to 1")
-        some = mu < 1 or nu > 0 or gamma > 0
-        check_setting(self.NODE, "mu", mu, some, "below 1, or NU or GAMMA above 0")
-        check_setting(self.NODE, "margin", margin, math.isfinite(margin), "a finite number")
-        positive = 0 < temperature < math.inf
-        check_setting(self.NODE, "temperature", temperature, positive, "a finite number above 0")
-        self.mu, self.lmda, self.nu, self.gamma = mu, lmda, nu, gamma
-        self.class_weights = (object_weight, background_weight)
-        self.temperature = temperature
-        self.margin = margin
-        self.bound = _BOUNDS[bounded]
-        self.hint = hint if gamma > 0 else ""
-        self.distance = _HINT_FORMS[hint_form]
-        self.ratio = negatives_per_positive
+    def __init__(self, **keys):
+        super().__init__(**keys)
+        s = self.settings
+        self.hint = s.hint if s.gamma > 0 else ""
+        self.distance = _HINT_FORMS[s.hint_form]
         self.heads: list[str] = []
         self._task_weights: dict[str, float] = {}
         # Anchors that an RPN samples per image, and how many of them are objects at most.
         self._samples: tuple[int, int] = (0, 0)
-        self.pairs = None
+        self.pairs: FeaturePairs | None = None
         if self.hint == "feature":
-            self.pairs = FeaturePairs(in_features, always=True, key=f"{_KEY}.IN_FEATURES")
+            name = self.config_key("in_features")
+            self.pairs = FeaturePairs(s.in_features, always=True, key=name)
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         super().bind(student, teacher)
         self._task_weights = {
-            **dict.fromkeys(student.class_losses, self.mu),
-            **dict.fromkeys(student.box_losses, self.lmda),
+            **dict.fromkeys(student.class_losses, self.settings.mu),
+            **dict.fromkeys(student.box_losses, self.settings.lmda),
         }
         if not self.compares_rows and self.hint != "logits":
             return  # features alone
@@ -153,7 +124,7 @@ class SSDKD(DistillLoss):
     @property
     def compares_rows(self) -> bool:
         """Whether the soft or the bounded terms are on."""
-        return self.mu < 1 or self.nu > 0
+        return self.settings.mu < 1 or self.settings.nu > 0
 
     def task_weights(self) -> dict[str, float]:
         return self._task_weights
@@ -169,22 +140,23 @@ class SSDKD(DistillLoss):
             suffix = "_rpn" if head == "rpn" else ""
             terms.update((f"{name}{suffix}", term) for name, term in self._head(head, *pair, batch))
         if self.hint:
-            terms["loss_ssd_kd_hint"] = self.gamma * self._hint(student, teacher)
+            terms["loss_ssd_kd_hint"] = self.settings.gamma * self._hint(student, teacher)
         return terms
 
     def _head(self, head: str, ours: Predictions, theirs: Predictions, batch: Batch):
+        s = self.settings
         objects, background, classes, deltas = targets_of(ours, batch)
         weights = self._row_weights(head, ours, objects, background, classes)
         count = self._count(head, ours, objects)
-        if self.mu < 1:
-            pair = (ours.logits / self.temperature, theirs.logits / self.temperature)
-            losses = soft_cross_entropy(*pair, *self.class_weights)
-            yield "loss_ssd_kd_soft", (1 - self.mu) * (losses * weights).sum() / count
-        if self.nu > 0:
+        if s.mu < 1:
+            pair = (ours.logits / s.temperature, theirs.logits / s.temperature)
+            losses = soft_cross_entropy(*pair, s.object_weight, s.background_weight)
+            yield "loss_ssd_kd_soft", (1 - s.mu) * (losses * weights).sum() / count
+        if s.nu > 0:
             of_class = classes.clamp(max=ours.num_classes - 1)
             distances = (each.deltas_of(of_class) - deltas for each in (ours, theirs))
-            bound = self.bound(*distances, weights * objects, self.margin)
-            yield "loss_ssd_kd_bounded", self.lmda * self.nu * bound / count
+            bound = _BOUNDS[s.bounded](*distances, weights * objects, s.margin)
+            yield "loss_ssd_kd_bounded", s.lmda * s.nu * bound / count
 
     def _row_weights(
         self,
@@ -196,7 +168,7 @@ class SSDKD(DistillLoss):
     ) -> torch.Tensor:
         """(N, R): how much each row counts."""
         if head == "dense":
-            return selected_rows(ours, objects, classes, self.ratio)
+            return selected_rows(ours, objects, classes, self.settings.negatives_per_positive)
         if head == "box_head":
             return objects | background
         sampled, most = self._samples

@@ -16,7 +16,6 @@ from detectron2.modeling import Backbone
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.testing.maps import MapDetector
 from distill_d2.views import Batch, DetectorView, Predictions
@@ -183,7 +182,7 @@ class Case:
         head = {"predictions": "dense" if dense else "box_head"} if loss is DeFeat else {}
         settings = {**head, **settings}
         self.loss = loss(**settings)
-        defaults = {**keyword_defaults(loss), **settings}
+        defaults = {**vars(loss.Settings()), **settings}
         self.settings = SimpleNamespace(**defaults)
         self.views = [self._view(role) for role in self.maps]
         self.loss.bind(*self.views)

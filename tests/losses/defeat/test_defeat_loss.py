@@ -7,7 +7,6 @@ import torch
 from defeat_case import ALL, BACKBONE, HEAD, NECK, OFF, STAGES, WEIGHTS, Case, close
 
 from distill_d2.losses import rows
-from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.fgfi import FGFI
 from distill_d2.testing.maps import plane
@@ -429,12 +428,12 @@ def test_which_adapters(settings, adapters):
 
 
 def test_weight_of_fgfi_is_the_losss():
-    assert keyword_defaults(FGFI)["weight"] == 3.0 and FGFI().factor(0) == 3.0
+    assert vars(FGFI.Settings())["weight"] == 3.0 and FGFI().factor(0) == 3.0
     assert FGFI(start_iter=400).factor(399) == 0.0
 
 
 def test_defaults_are_those_of_the_released_config():
-    defaults = keyword_defaults(DeFeat)
+    defaults = vars(DeFeat.Settings())
     assert [defaults[name] for name in WEIGHTS] == [3.0, 12.0, 0.0, 0.0, 0.0, 0.0]
     assert defaults["neck_adapt"] and defaults["weight"] == 1.0 and defaults["decay"] == "none"
 

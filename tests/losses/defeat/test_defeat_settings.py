@@ -10,7 +10,6 @@ from detectron2.modeling import build_model
 
 from distill_d2 import add_distill_config
 from distill_d2.losses import build_losses
-from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.fgfi import FGFI
 from distill_d2.testing.maps import view_of
@@ -49,7 +48,7 @@ def test_wrong_value_is_named(loss, name, value):
 @pytest.mark.parametrize("name", ["weight", "warmup_iters"])
 def test_wrong_schedule(loss, name):
     with pytest.raises(
-        ValueError, match=rf"MODEL.DISTILLER.{loss.NODE}: expected .*{name.upper()} >= 0"
+        ValueError, match=rf"MODEL.DISTILLER.{loss.NODE}.{name.upper()} is -1; expected .*at least 0"
     ):
         loss(**{name: -1})
 
@@ -86,7 +85,7 @@ def test_every_key_reaches_the_loss():
     add_distill_config(cfg)
     node = cfg.MODEL.DISTILLER
     for loss in (DeFeat, FGFI):
-        assert set(node[loss.NODE]) == {name.upper() for name in keyword_defaults(loss)}
+        assert set(node[loss.NODE]) == {name.upper() for name in vars(loss.Settings())}
     values = {
         "IN_FEATURES": ["p4"],
         "HINT_NECK_W": 1.0,
@@ -120,8 +119,8 @@ def test_every_key_reaches_the_loss():
     assert set(values) | set(schedule) == set(node.DEFEAT)
     node.TYPES = ["DeFeat", "FGFI"]
     loss = build_losses(node)["DeFeat"]
-    assert vars(loss.settings) == {name.lower(): value for name, value in values.items()}
-    assert (loss.weight, loss.start_iter, loss.stop_iter, loss.warmup_iters) == (9.0, 3, 8, 2)
+    expected = {name.lower(): value for name, value in {**values, **schedule}.items()}
+    assert vars(loss.settings) == expected
     masks = loss.masks
     found = masks.kind, masks.level_assign, masks.finest_scale, masks.threshold
     assert found == ("gaussian", "all", 5.0, 0.1)

@@ -16,7 +16,6 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.gid import GID
 from distill_d2.testing.maps import view_of
 from distill_d2.views import Batch, DetectorView, Predictions
@@ -175,7 +174,7 @@ def naive_step(
     adapter: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda maps: maps,
 ) -> tuple[dict[str, Tensor], Model]:
     """The weighted terms, after their backward, and the student's inputs as float64 leaves."""
-    s = SimpleNamespace(**{**keyword_defaults(GID), **settings})
+    s = SimpleNamespace(**{**vars(GID.Settings()), **settings})
     instances = naive_instances(teacher, student, rows, sizes, truth, s)
     leaf = lambda x: None if x is None else x.detach().double().requires_grad_()  # noqa: E731
     leaves = Model(
@@ -437,7 +436,7 @@ class Case:
     # The naive version.
 
     def naive_instances(self) -> list[list[naive.Instance]]:
-        s = SimpleNamespace(**{**keyword_defaults(GID), **self.settings})
+        s = SimpleNamespace(**{**vars(GID.Settings()), **self.settings})
         return naive_instances(self.teacher, self.student, self.rows, self.sizes, self.truth, s)
 
     def naive(self):
@@ -470,7 +469,7 @@ class Case:
         return terms
 
     def _has_adapters(self) -> bool:
-        return self.loss.pools and bool(self.loss.pairs.adapters)
+        return self.loss.settings.pools and bool(self.loss.pairs.adapters)
 
 
 def or_zero(leaf: Tensor, *gradient: Tensor | None) -> Tensor:

@@ -21,7 +21,6 @@ from gid_case import (
 )
 from test_gid_response import as_on_a_gpu  # noqa: F401  a fixture
 
-from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.gid import GID
 from distill_d2.losses.gid import loss as loss_module
 from distill_d2.testing.synchronization import no_synchronization
@@ -61,7 +60,7 @@ SETTINGS = {
     "small": {"gi_pre_nms_topk": 30, "gi_nms_thresh": 0.6, "gi_min_side": 25.0},
     "pooling": {"pooler_resolution": 3, "pooler_sampling_ratio": 3, "in_features": ("p4", "p3")},
     "weights": dict(zip(OFF, (0.5, 2.0, 3.0, 0.1))),
-    "default_weights": {name: keyword_defaults(GID)[name] for name in OFF},
+    "default_weights": {name: vars(GID.Settings())[name] for name in OFF},
     "adapter": {"adapter": True},
     "adapters": {"channels": (3, 5), "adapter_share_weights": False, "adapter_kernel_size": 1},
     "shared_adapter": {"channels": (5, 3)},

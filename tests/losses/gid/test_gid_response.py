@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from gid_case import Case, close, naive_masks, or_zero, pad_instances, plain_predictions
 
 from distill_d2.losses import rows
-from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.gid import GID
 from distill_d2.losses.gid.response import cls_term, reg_term
 from distill_d2.testing.synchronization import no_synchronization
@@ -249,7 +248,7 @@ def test_gradients_reach_masked_rows_alone(part, mode, beta):
 def masks(case):
     instances = case.instances()
     found = case.loss.response_masks(case.predictions(case.student), instances, case.batch())
-    settings = SimpleNamespace(**{**keyword_defaults(GID), **case.settings})
+    settings = SimpleNamespace(**{**vars(GID.Settings()), **case.settings})
     expected = naive_masks(case.naive_instances(), case.rows, case.truth, settings)
     for ours, theirs in zip(found, expected):
         assert ours.dtype == torch.bool and ours.shape == case.rows.anchors.shape[:2]

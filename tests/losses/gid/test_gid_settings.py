@@ -40,7 +40,9 @@ def test_some_weight_must_be_above_zero():
 
 @pytest.mark.parametrize("name", ["weight", "warmup_iters"])
 def test_wrong_schedule(name):
-    with pytest.raises(ValueError, match=f"MODEL.DISTILLER.GID: expected .*{name.upper()} >= 0"):
+    with pytest.raises(
+        ValueError, match=f"MODEL.DISTILLER.GID.{name.upper()} is -1; expected .*at least 0"
+    ):
         GID(**{name: -1})
 
 

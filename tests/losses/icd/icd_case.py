@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
 from naive_icd import NaiveICD, NaiveQueries, Slots, queries_from_slots, random_weights
 
-from distill_d2.losses.base import keyword_defaults
 from distill_d2.losses.icd import InstanceConditionalDistillation
 from distill_d2.losses.icd.reference import from_reference
 from distill_d2.testing.maps import view_of
@@ -86,7 +85,7 @@ class Case:
             settings: arguments of the loss, other than SMALL.
         """
         random = np.random.default_rng(seed)
-        self.settings = {**keyword_defaults(InstanceConditionalDistillation), **SMALL, **settings}
+        self.settings = {**vars(InstanceConditionalDistillation.Settings()), **SMALL, **settings}
         s = self.settings
         self.sizes, self.padded = list(sizes[: len(instances)]), padded
         self.iteration, self.max_iter = iteration, max_iter

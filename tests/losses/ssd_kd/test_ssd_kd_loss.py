@@ -1,6 +1,7 @@
 """SSDKD on given predictions: by hand, against loops, gradients, and its settings."""
 
 import math
+from dataclasses import replace
 
 import naive_ssd as ssd
 import naive_ssd_kd as naive
@@ -326,9 +327,8 @@ def test_from_its_node():
     node.SSD_KD.MU, node.SSD_KD.HINT, node.SSD_KD.BOUNDED = 0.25, "logits", "batch"
     (loss,) = build_losses(node).values()
     assert type(loss) is SSDKD and loss.pairs is None
-    assert (loss.mu, loss.hint, loss.bound) == (0.25, "logits", per_batch_bound)
-    assert (loss.lmda, loss.nu, loss.gamma, loss.margin, loss.temperature) == (1, 0.5, 0.5, 0, 1)
-    assert loss.class_weights == (1.0, 1.5) and loss.ratio == 3
+    expected = replace(SSDKD.Settings(), mu=0.25, hint="logits", bounded="batch", in_features=[])
+    assert loss.settings == expected
 
 
 def test_hint_of_features_without_weight_has_no_adapters():
@@ -339,23 +339,23 @@ def test_hint_of_features_without_weight_has_no_adapters():
 @pytest.mark.parametrize(
     "key, value, expected",
     [
-        ("MU", -0.1, "from 0 to 1"),
-        ("MU", 1.1, "from 0 to 1"),
-        ("MU", math.nan, "from 0 to 1"),
-        ("BACKGROUND_WEIGHT", -1.0, "0 or more"),
+        ("MU", -0.1, "at least 0 and at most 1"),
+        ("MU", 1.1, "at least 0 and at most 1"),
+        ("MU", math.nan, "at least 0 and at most 1"),
+        ("BACKGROUND_WEIGHT", -1.0, "at least 0"),
         ("OBJECT_WEIGHT", math.inf, "a finite number"),
         ("TEMPERATURE", 0.0, "above 0"),
         ("TEMPERATURE", math.inf, "above 0"),
         ("TEMPERATURE", math.nan, "above 0"),
-        ("LMDA", -1.0, "0 or more"),
-        ("NU", -1.0, "0 or more"),
+        ("LMDA", -1.0, "at least 0"),
+        ("NU", -1.0, "at least 0"),
         ("MARGIN", math.nan, "a finite number"),
         ("MARGIN", math.inf, "a finite number"),
         ("BOUNDED", "image", "one of ['box', 'batch']"),
-        ("GAMMA", -0.5, "0 or more"),
+        ("GAMMA", -0.5, "at least 0"),
         ("HINT", "features", "one of ['feature', 'logits']"),
         ("HINT_FORM", "L3", "one of ['L2', 'L1']"),
-        ("NEGATIVES_PER_POSITIVE", -1.0, "0 or more"),
+        ("NEGATIVES_PER_POSITIVE", -1.0, "at least 0"),
         ("WEIGHT", -1.0, ""),
     ],
 )

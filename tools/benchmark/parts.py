@@ -66,9 +66,9 @@ def gid_parts(
 
     selects = loss.settings.gi_mode != "gt"
     parts = {"selection": Part(selection)} if selects else {}
-    if loss.pools:
+    if loss.settings.pools:
         parts["pooling, feature and relation terms"] = Part(at_instances)
-    if loss.responds:
+    if loss.settings.responds:
         parts["response terms"] = Part(response)
     return {**parts, **selections_that_grow(loss.select, heads[0])} if selects else parts
 

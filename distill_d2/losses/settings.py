@@ -1,0 +1,129 @@
+"""The settings of a loss: a frozen dataclass, whose fields are the keys of its config node."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any
+
+#: Comment of a setting that names levels.
+IN_FEATURES = "Neck levels (p3) or backbone stages (res4); empty: all neck levels that both have."
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is known of a setting.
+
+    Attributes:
+        comment: one or two sentences for the reader of a config.
+        node: config node below MODEL.DISTILLER, "" for MODEL.DISTILLER itself; None: the loss's own.
+        choices: the allowed values; None: any.
+        at_least, above, at_most, below: bounds of a number.
+        odd: only odd numbers.
+    """
+
+    comment: str = ""
+    node: str | None = None
+    choices: tuple[Any, ...] | None = None
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    odd: bool = False
+
+    @property
+    def expected(self) -> str:
+        """The allowed values in words."""
+        if self.choices is not None:
+            return f"one of {list(self.choices)}"
+        names = ("at_least", "above", "at_most", "below")
+        bounds = [(name.replace("_", " "), getattr(self, name)) for name in names]
+        text = " and ".join(f"{name} {bound}" for name, bound in bounds if bound is not None)
+        return ("an odd number" if self.odd else "a finite number") + (", " + text if text else "")
+
+    def allows(self, value: Any, number: bool) -> bool:
+        """Whether a setting may have this value.
+
+        Args:
+            number: the setting is a number, which must be finite.
+        """
+        if self.choices is not None:
+            return value in self.choices
+        if not number:
+            return True
+        return (
+            isinstance(value, Real)
+            and math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+            and (not self.odd or value % 2 == 1)
+        )
+
+
+def key(default: Any, comment: str, *, choices: Iterable[Any] | None = None, **rules: Any) -> Any:
+    """A field of LossSettings.
+
+    Args:
+        default: of the setting, and of its config key (a tuple is a list there).
+        comment, choices, rules: see Key.
+    """
+    allowed = None if choices is None else tuple(choices)
+    return field(default=default, metadata={"key": Key(comment, choices=allowed, **rules)})
+
+
+class SettingError(ValueError):
+    """A setting has a value that it may not have.
+
+    Attributes:
+        name: of the setting.
+        problem: "is ...; expected ...".
+    """
+
+    def __init__(self, name: str, value: Any, expected: str):
+        self.name = name
+        self.problem = f"is {value!r}; expected {expected}"
+        super().__init__(f"{name.upper()} {self.problem}")
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The settings of every loss; a loss adds its own in a subclass.
+
+    Numbers must be finite. Rules of one field are stated in ``key``, others in ``__post_init__``.
+
+    Raises:
+        SettingError: a value is not allowed; the message names the key.
+    """
+
+    weight: float = key(1.0, "Multiplies all terms of the loss.", at_least=0)
+    start_iter: int = key(0, "First iteration (from 0) with the loss.")
+    stop_iter: int = key(-1, "First iteration without the loss; -1: it never stops.")
+    warmup_iters: int = key(
+        0, "From START_ITER on, WEIGHT is reached linearly in this many iterations.", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            rule = each.metadata.get("key", Key())
+            allowed = rule.allows(getattr(self, each.name), type(each.default) in (int, float))
+            self.require(each.name, allowed, rule.expected)
+        stops_later = self.stop_iter < 0 or self.stop_iter > self.start_iter
+        self.require("stop_iter", stops_later, f"-1 or above START_ITER, which is {self.start_iter}")
+
+    def require(self, name: str, holds: bool, expected: str) -> None:
+        """Check a setting.
+
+        Raises:
+            SettingError: the condition does not hold.
+        """
+        if not holds:
+            raise SettingError(name, getattr(self, name), expected)
+
+
+def keys_of(settings: type[LossSettings]) -> dict[str, Key]:
+    """What is known of each setting, by its name."""
+    return {each.name: each.metadata.get("key", Key()) for each in fields(settings) if each.init}
