@@ -260,11 +260,25 @@ def _owner(name: str) -> str:
     return owners[0] if owners else ""
 
 
-register_detector(Detector("RetinaNet", "RetinaNet", num_classes_key="MODEL.RETINANET.NUM_CLASSES"))
-register_detector(
-    Detector("Faster R-CNN", "GeneralizedRCNN", num_classes_key="MODEL.ROI_HEADS.NUM_CLASSES")
-)
-register_detector(
-    Detector("Mask R-CNN", "GeneralizedRCNN", num_classes_key="MODEL.ROI_HEADS.NUM_CLASSES")
-)
-register_detector(Detector("FCOS (detectron2)"))
+for _detector in (
+    Detector(
+        "RetinaNet",
+        "RetinaNet",
+        num_classes_key="MODEL.RETINANET.NUM_CLASSES",
+        family="distill_d2.testing.family:RETINANET",
+    ),
+    Detector(
+        "Faster R-CNN",
+        "GeneralizedRCNN",
+        num_classes_key="MODEL.ROI_HEADS.NUM_CLASSES",
+        family="distill_d2.testing.family:FASTER_RCNN",
+    ),
+    Detector(
+        "Mask R-CNN",
+        "GeneralizedRCNN",
+        num_classes_key="MODEL.ROI_HEADS.NUM_CLASSES",
+        family="distill_d2.testing.family:MASK_RCNN",
+    ),
+    Detector("FCOS (detectron2)", family="distill_d2.testing.family:FCOS_OF_DETECTRON2"),
+):
+    register_detector(_detector)

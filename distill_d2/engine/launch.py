@@ -66,7 +66,7 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
             if not request:  # otherwise they were stopped before training, or while evaluating
                 raise
     if request:
-        sys.exit(128 + request.signal)
+        sys.exit(request.exit_code)
 
 
 def _run_with_others(main: Callable, args: argparse.Namespace) -> None:

@@ -41,5 +41,5 @@ def main(args: argparse.Namespace, distill: bool) -> Any:
     trainer.evaluate_teacher()
     results = trainer.train()
     if trainer.stop and comm.get_world_size() == 1:  # among several, launch() exits
-        sys.exit(128 + trainer.stop.signal)
+        sys.exit(trainer.stop.exit_code)
     return results

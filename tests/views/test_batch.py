@@ -16,9 +16,9 @@ def batch_of(*images, dtype=torch.float32):
         boxes = Boxes(torch.tensor(boxes, dtype=torch.float64).view(-1, 4))
         boxes.tensor = boxes.tensor.to(dtype)
         inputs.append(
-            {"image": torch.empty(3, 64, 64), "instances": Instances((64, 64), gt_boxes=boxes)}
+            {"image": torch.empty(3, 64, 80), "instances": Instances((64, 80), gt_boxes=boxes)}
         )
-    return Batch(inputs, (64, 64), iteration=0, max_iter=1)
+    return Batch(inputs, (64, 80), iteration=0, max_iter=1)
 
 
 def test_boxes_are_filled_up_to_the_longest_image():
@@ -64,3 +64,9 @@ def test_nothing_waits_for_the_device():
     batch = batch_of([FIRST], [SECOND, THIRD], [])
     with no_synchronization():
         batch.padded_boxes()
+
+
+def test_image_sizes_are_heights_and_widths():
+    batch = batch_of([FIRST], [])
+    batch.inputs[1]["image"] = torch.empty(3, 48, 64)
+    assert batch.image_sizes == [(64, 80), (48, 64)]
