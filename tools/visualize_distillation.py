@@ -190,7 +190,7 @@ def build_distiller(cfg: CfgNode) -> Distiller:
     for module in distiller.student.modules():
         if not any(True for _ in module.children()):
             module.eval()
-    distiller.trainer_has_phases = True  # phases of training do not matter here
+    distiller.phases.supported_by_trainer = True  # phases of training do not matter here
     for loss in distiller.losses.values():  # on, whatever its schedule
         loss.settings = replace(loss.settings, weight=1.0, start_iter=0, stop_iter=-1)
     return distiller

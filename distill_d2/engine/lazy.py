@@ -26,8 +26,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .. import model_zoo
-from ..data import box_statistics, register_builtin_voc, register_shapes
-from ..distiller import Distiller, node_arguments
+from ..data import register_builtin_voc, register_shapes
+from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from .imports import check_imports, note_imports
 from .optimizer import trained_with_student
@@ -85,9 +85,8 @@ class LazyDistillTrainer(DistillTrainer):
     def build_model(cls, cfg: DictConfig) -> nn.Module:
         model = instantiate(cfg.model).to(cfg.train.device)
         datasets = _train_datasets(cfg)
-        if isinstance(model, Distiller) and datasets:
-            for loss in model.losses.values():
-                loss.use_statistics(lambda: box_statistics(datasets))
+        if isinstance(model, Distiller):
+            use_statistics(model.losses.values(), datasets)
         if "distiller" not in cfg:
             return model
         settings = RunSettings.from_lazy(cfg)

@@ -8,6 +8,7 @@ from typing import Any
 from .base import DISTILL_LOSS_REGISTRY, DistillLoss, build_losses, key_comments
 from .pairing import FeaturePairs
 from .settings import LossSettings, key
+from .trained import TrainedLoss
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -25,6 +26,7 @@ __all__ = [
     "DistillLoss",
     "FeaturePairs",
     "LossSettings",
+    "TrainedLoss",
     "build_losses",
     "key",
     "key_comments",
