@@ -136,13 +136,13 @@ def register_if_free(registry: Registry) -> Callable:
 
 
 def detectors() -> dict[str, Detector]:
-    """All known detectors by name: detectron2's, those of projects/ and those of installed packages.
+    """All known detectors by name, sorted: detectron2's, those of projects/ and those of installed packages.
 
     Raises:
         ImportError: an installed package's module cannot be imported.
     """
     _find()
-    return dict(_DETECTORS)
+    return dict(sorted(_DETECTORS.items()))
 
 
 def import_detectors(cfg: CfgNode) -> None:
