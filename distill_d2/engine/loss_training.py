@@ -34,8 +34,8 @@ class LossTraining:
         self.solvers: dict[str, LossSolver] = {}
         self._distiller = model if isinstance(model, Distiller) else None
         if self._distiller is not None:
-            self._distiller.trainer_has_phases = True
-            self.pretrain_iters = self._distiller.pretrain_iters
+            self._distiller.phases.supported_by_trainer = True
+            self.pretrain_iters = self._distiller.phases.pretrain_iters
             self.solvers = build_solvers(self._distiller.losses, settings.max_iter, settings.steps)
 
     @property
@@ -46,7 +46,7 @@ class LossTraining:
         """Parameters that the current step must not change."""
         if self._distiller is None:
             return []
-        return self._distiller.frozen_parameters(self._distiller.iteration)
+        return self._distiller.phases.frozen_parameters(self._distiller.iteration)
 
     def hooks(self) -> list[HookBase]:
         return [SolverSchedules(self)] if self.solvers else []

@@ -10,7 +10,7 @@ from detectron2.solver import build_lr_scheduler
 from omegaconf import DictConfig, OmegaConf
 
 from ..config import solver_config
-from ..losses import DistillLoss
+from ..losses import DistillLoss, TrainedLoss
 from .optimizer import create_optimizer, has_own_solver, optimizer_signature
 
 _KEY = "MODEL.DISTILLER.SOLVER"
@@ -25,7 +25,7 @@ class LossSolver:
         optimizer: trains all trainable parameters of the loss, with one learning rate and weight decay.
     """
 
-    def __init__(self, loss: DistillLoss, max_iter: int, steps: Sequence[int] | None):
+    def __init__(self, loss: TrainedLoss, max_iter: int, steps: Sequence[int] | None):
         """
         Args:
             loss: has a ``solver``, whose missing keys get their defaults.
@@ -83,7 +83,9 @@ def build_solvers(
         KeyError, ValueError: see LossSolver.
     """
     return {
-        name: LossSolver(loss, max_iter, steps) for name, loss in losses.items() if has_own_solver(loss)
+        name: LossSolver(loss, max_iter, steps)
+        for name, loss in losses.items()
+        if isinstance(loss, TrainedLoss) and has_own_solver(loss)
     }
 
 

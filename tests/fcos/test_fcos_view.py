@@ -38,7 +38,7 @@ def observed(images, prepare=True):
     teacher = Teacher(copy.deepcopy(model), prepare=prepare)
     for capability in ("dense", "anchors"):
         teacher.view.require(capability)
-    teacher.view.taps.recording = True
+    teacher.view.taps.start()
     teacher.observe([image.float() for image in images], PADDED)
     return teacher.view, model.eval()
 

@@ -32,7 +32,7 @@ def observed(variant, inputs):
     teacher = Teacher(copy.deepcopy(model))
     for capability in ("dense", "anchors"):
         teacher.view.require(capability)
-    teacher.view.taps.recording = True
+    teacher.view.taps.start()
     teacher.observe([item["image"] for item in inputs], PADDED)
     return teacher.view, model
 
