@@ -1,14 +1,16 @@
-"""Remember the outputs of named modules for one step."""
+"""Record the outputs of named modules."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
@@ -27,11 +29,12 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     """The submodule of ``model`` with this dotted name.
 
     Raises:
-        KeyError: there is none; the message lists names that come close.
+        KeyError: there is none; the message lists close names.
     """
-    modules = dict(model.named_modules())
-    if path in modules:
-        return modules[path]
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        modules = dict(model.named_modules())
     parent = path.rpartition(".")[0]
     close = difflib.get_close_matches(path, modules, n=5) or [
         name for name in modules if name.rpartition(".")[0] == parent
@@ -39,50 +42,83 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     raise KeyError(f"{type(model).__name__} has no module '{path}'; the closest names are {close[:10]}")
 
 
-class _Complete(Exception):
-    """Everything that was awaited has been recorded."""
+class _Complete(BaseException):
+    """All outputs that were awaited are recorded. No Exception, which a detector might catch."""
 
 
 class Taps:
-    """Forward hooks on named modules; each remembers its module's outputs while ``recording``.
+    """Remembers the outputs of named modules while it records.
 
-    A module that is called once per level (a shared head) has one output per call. The tensors are
-    the live ones: gradients of a loss on a tap reach the model. ``clear()`` forgets them all.
+    The modules have forward hooks only inside ``recording()``, so that at any other time the model can be
+    copied, pickled and scripted as if there were no taps; a copy of the taps works on its own copy of the
+    model. A module that is called once per level (a shared head) has one output per call. The tensors are
+    the live ones: gradients of a loss on a tap reach the model.
 
     >>> taps = Taps(nn.Sequential(nn.Linear(2, 3)))
     >>> taps.add("0")
-    >>> taps.recording = True
-    >>> _ = taps.model(torch.zeros(1, 2))
-    >>> taps.output("0").shape
+    >>> with taps.recording():
+    ...     _ = taps.model(torch.zeros(1, 2))
+    ...     taps.output("0").shape
     torch.Size([1, 3])
+
+    Attributes:
+        model: whose modules are tapped. It can be replaced by one with the same modules.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.recording = False
-        self._handles: dict[str, Any] = {}
-        self._calls: dict[str, list[Any]] = {}
+        self._paths: dict[str, None] = {}  # in the order in which they were added
+        self._recording = False
+        self._handles: list[RemovableHandle] = []
+        self._calls: dict[str, list[tuple[Any, list[int]]]] = {}
         self._awaited: set[str] = set()
         self._last = ""
 
     def add(self, path: str) -> None:
-        """Tap the module with this dotted name; twice is once. Raises KeyError if there is none."""
-        if path in self._handles:
+        """Tap the module with this dotted name; a second time changes nothing.
+
+        Raises:
+            KeyError: there is no such module; the message lists close names.
+        """
+        if path in self._paths:
             return
-        module = find_module(self.model, path)
+        find_module(self.model, path)
+        self._paths[path] = None
+        if self._recording:
+            self._attach(path)
 
-        def remember(_module, _inputs, output):
-            if self.recording:
-                self.put(path, output)
-                self._note_arrival(path)
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Remember the outputs of tapped modules that run inside; forget all of them at the end."""
+        self.start()
+        try:
+            yield
+        finally:
+            self.release()
 
-        self._handles[path] = module.register_forward_hook(remember)
+    def start(self) -> None:
+        """Put hooks on the tapped modules, until ``release()``."""
+        if self._recording:
+            return
+        self._recording = True
+        for path in self._paths:
+            self._attach(path)
+
+    def release(self) -> None:
+        """Take all hooks off the model and forget the outputs."""
+        self._recording = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls.clear()
 
     @contextlib.contextmanager
     def stopping_after(self, paths: Iterable[str], last: str) -> Iterator[None]:
-        """End a forward inside as soon as all these tapped modules have run, or the tapped module
-        ``last`` has; what would follow is not computed. Without ``paths`` it runs to its end. Only while
-        recording. The forward's result is lost, the recorded outputs remain."""
+        """End a forward inside early, while recording.
+
+        It ends as soon as all tapped modules ``paths`` have run, or the tapped module ``last`` has; without
+        ``paths`` it runs to its end. The forward's result is lost, the recorded outputs remain.
+        """
         self._awaited, self._last = set(paths), last
         try:
             yield
@@ -90,6 +126,14 @@ class Taps:
             pass
         finally:
             self._awaited = set()
+
+    def _attach(self, path: str) -> None:
+        hook = functools.partial(self._remember, path)
+        self._handles.append(find_module(self.model, path).register_forward_hook(hook))
+
+    def _remember(self, path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self.put(path, output)
+        self._note_arrival(path)
 
     def _note_arrival(self, path: str) -> None:
         if not self._awaited:
@@ -101,23 +145,23 @@ class Taps:
     @property
     def paths(self) -> list[str]:
         """The dotted names of all tapped modules."""
-        return list(self._handles)
+        return list(self._paths)
 
     def put(self, path: str, output: Any) -> None:
-        """Remember an output of the module ``path``, as its hook does."""
+        """Remember an output of the module ``path``, as if it had run."""
         self._calls.setdefault(path, []).append((output, _versions(output)))
 
     def has(self, path: str) -> bool:
-        """Whether the module ran while recording, since the last ``clear()``."""
+        """Whether the module ran since recording began."""
         return path in self._calls
 
     @property
     def recorded(self) -> list[str]:
-        """Names of the modules that ran while recording, since the last ``clear()``."""
+        """Names of the modules that ran since recording began."""
         return list(self._calls)
 
     def output(self, path: str) -> Any:
-        """What the module returned in this step; a list of its outputs if it ran several times.
+        """What the module returned while recording; a list of its outputs if it ran several times.
 
         Raises:
             RuntimeError: it did not run, or its output was changed in place afterwards.
@@ -132,17 +176,6 @@ class Taps:
                 )
         outputs = [output for output, _ in self._calls[path]]
         return outputs[0] if len(outputs) == 1 else outputs
-
-    def clear(self) -> None:
-        """Forget the outputs of this step."""
-        self._calls.clear()
-
-    def remove(self) -> None:
-        """Take all hooks off the model."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
-        self.clear()
 
 
 def _versions(output: Any) -> list[int]:

@@ -119,15 +119,15 @@ def test_teacher_sees_the_same_pixels_in_its_own_way(tmp_path, teacher_format):
     cfg = distiller_config(tiny_config(), save_teacher(teacher_cfg, tmp_path))
     model, seen = build_model(cfg), []
     model.teacher.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    batch = tiny_batch()  # 64x64 and 56x64
+    batch = tiny_batch()  # 48x80 and 64x56
     step(model, batch)
 
-    expected = torch.zeros(2, 3, 64, 64)
+    expected = torch.zeros(2, 3, 64, 80)
     for padded, item in zip(expected, batch):
         for channel in range(3):
             source = channel if teacher_format == "BGR" else 2 - channel
             plane = item["image"][source].float()
-            padded[channel, : plane.shape[0]] = (plane - (channel + 1)) / (channel + 4)
+            padded[channel, : plane.shape[0], : plane.shape[1]] = (plane - (channel + 1)) / (channel + 4)
     torch.testing.assert_close(seen[0].contiguous(), expected)
 
 
@@ -137,13 +137,13 @@ def test_common_padding_of_different_divisibilities(tmp_path):
     for name, detector in (("student", model.student), ("teacher", model.teacher.model)):
         hook = lambda _, inputs, name=name: sizes[name].append(tuple(inputs[0].shape[-2:]))  # noqa: E731
         detector.backbone.bottom_up.register_forward_pre_hook(hook)
-    step(model, tiny_batch(size=80))  # 80 is a multiple of 16, not of 32
-    assert sizes["student"] == sizes["teacher"] == [(96, 96)]
+    step(model, tiny_batch())  # 80 is a multiple of 16, not of 32
+    assert sizes["student"] == sizes["teacher"] == [(64, 96)]
     sizes["student"].clear()
     model.eval()
     with torch.no_grad():
-        model(tiny_batch(size=80))
-    assert sizes["student"] == [(80, 80)]  # evaluation is the plain student's
+        model(tiny_batch())
+    assert sizes["student"] == [(64, 80)]  # evaluation is the plain student's
 
 
 def test_student_equal_to_teacher_gives_zero(tmp_path):
@@ -383,9 +383,9 @@ def test_one_padding_of_a_step_on_features(tmp_path):
         detector.backbone.bottom_up.register_forward_pre_hook(
             lambda _, inputs: sizes.append(tuple(inputs[0].shape[-2:]))
         )
-    for size in (80, 64):
+    for size in (64, 128):
         step(model, tiny_batch(size=size))
-    assert sizes == [(96, 96)] * 2 + [(64, 64)] * 2
+    assert sizes == [(64, 96)] * 2 + [(128, 160)] * 2
 
 
 def test_table_and_teacher_line_at_start(tmp_path, caplog):

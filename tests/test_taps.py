@@ -1,4 +1,8 @@
-"""Taps: forward hooks that remember the outputs of named modules for one step."""
+"""Taps: recording the outputs of named modules, and ending a forward early."""
+
+import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -26,34 +30,41 @@ class Split(nn.Module):
         return {"p2": x, "rest": (x + 1, [x + 2, "a name"])}
 
 
+X = torch.ones(1, 2)
+
+
 @pytest.fixture
 def taps():
     taps = Taps(Net())
-    taps.recording = True
-    return taps
+    with taps.recording():
+        yield taps
 
 
-def test_dotted_name(taps):
+def hooks_of(model):
+    return [hook for module in model.modules() for hook in module._forward_hooks.values()]
+
+
+def test_outputs_are_the_live_ones(taps):
     taps.add("stem.0")
-    taps.model(torch.ones(1, 2))
-    assert torch.equal(taps.output("stem.0"), taps.model.stem[0](torch.ones(1, 2)))
+    taps.add("split")
+    *_, split = taps.model(X)
+    assert torch.equal(taps.output("stem.0"), taps.model.stem[0](X))
+    assert taps.output("split") is split  # a nest of dicts, tuples and lists
 
 
 def test_gradients_reach_the_model(taps):
     taps.add("stem.0")
-    taps.model(torch.ones(1, 2))
+    taps.model(X)
     taps.output("stem.0").sum().backward()
     assert torch.equal(taps.model.stem[0].bias.grad, torch.ones(3))
 
 
-def test_unknown_name_lists_close_ones(taps):
-    with pytest.raises(KeyError, match=r"Net has no module 'stm.0'; the closest names are \['stem.0'"):
-        taps.add("stm.0")
-
-
-def test_unknown_name_without_close_ones_lists_siblings():
-    with pytest.raises(KeyError, match=r"\['stem.0', 'stem.1'\]"):
-        find_module(Net(), "stem.qqqqqqqqqqqqqqqqqqqqqqqq")
+@pytest.mark.parametrize(
+    "path, close", [("stm.0", r"\['stem.0'"), ("stem." + 24 * "q", r"\['stem.0', 'stem.1'\]")]
+)
+def test_unknown_name_lists_close_ones_or_siblings(taps, path, close):
+    with pytest.raises(KeyError, match=rf"Net has no module '{path}'; the closest names are {close}"):
+        taps.add(path)
 
 
 def test_the_model_itself_has_the_empty_name():
@@ -63,41 +74,61 @@ def test_the_model_itself_has_the_empty_name():
 
 def test_one_call_is_its_output_and_several_are_a_list(taps):
     taps.add("head")
-    x = torch.ones(1, 2)
-    one, two, _ = taps.model(x)
+    one, two, _ = taps.model(X)
     outputs = taps.output("head")
-    assert isinstance(outputs, list)
-    assert [outputs[0] is one, outputs[1] is two] == [True, True]
+    assert isinstance(outputs, list) and outputs[0] is one and outputs[1] is two
 
 
-def test_adding_twice_remembers_once(taps):
+def test_adding_twice_records_once(taps):
     taps.add("stem")
     taps.add("stem")
-    taps.model(torch.ones(1, 2))
+    taps.model(X)
     assert isinstance(taps.output("stem"), torch.Tensor)
 
 
-def test_nested_output_is_kept_as_it_is(taps):
-    taps.add("split")
-    *_, split = taps.model(torch.ones(1, 2))
-    assert taps.output("split") is split
-
-
-def test_cleared(taps):
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_hooks_and_outputs_are_there_while_recording_only(error):
+    taps = Taps(Net())
     taps.add("stem")
-    taps.model(torch.ones(1, 2))
-    assert taps.has("stem")
-    taps.clear()
-    assert not taps.has("stem")
+    try:
+        with taps.recording():
+            taps.model(X)
+            assert taps.has("stem") and len(hooks_of(taps.model)) == 1
+            if error:
+                raise error
+    except ValueError:
+        pass
+    taps.model(X)
+    assert not taps.has("stem") and not hooks_of(taps.model)
     with pytest.raises(RuntimeError, match="'stem' did not run in this step"):
         taps.output("stem")
 
 
-def test_nothing_is_kept_while_not_recording(taps):
+@pytest.mark.parametrize("started", [False, True])
+def test_a_copy_records_its_own_model(started):
+    taps = Taps(Net())
     taps.add("stem")
-    taps.recording = False
-    taps.model(torch.ones(1, 2))
-    assert not taps.has("stem")
+    if started:
+        taps.start()
+    for copied in (copy.deepcopy(taps), pickle.loads(pickle.dumps(taps))):
+        assert copied.model is not taps.model
+        copied.start()
+        copied.model(X)
+        assert copied.has("stem") and not taps.has("stem")
+    taps.start()
+    taps.model(2 * X)
+    assert not torch.equal(taps.output("stem"), copied.output("stem"))
+
+
+def test_the_model_is_pickled_and_scripted_without_taps():
+    taps = Taps(nn.Sequential(nn.Linear(2, 3)))
+    taps.add("0")
+    with taps.recording():
+        taps.model(X)
+    file = io.BytesIO()
+    torch.save(taps.model, file)
+    assert b"distill_d2" not in file.getvalue()
+    assert torch.jit.script(taps.model)(X).shape == (1, 3)
 
 
 @pytest.mark.parametrize("change", ["top", "nested"])
@@ -105,30 +136,11 @@ def test_change_in_place_is_an_error(taps, change):
     path = {"top": "stem.0", "nested": "split"}[change]
     taps.add(path)
     with torch.no_grad():
-        taps.model(torch.ones(1, 2))
+        taps.model(X)
         output = taps.output(path)
         (output if change == "top" else output["rest"][1][0]).relu_()
-    with pytest.raises(RuntimeError, match=f"'{path}' was changed in place"):
+    with pytest.raises(RuntimeError, match=f"'{path}' was changed in place.*tap the enclosing module"):
         taps.output(path)
-
-
-def test_in_place_activation_of_the_model_is_an_error():
-    taps = Taps(nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True)))
-    taps.add("0")
-    taps.add("1")
-    taps.recording = True
-    taps.model(torch.ones(1, 2))
-    assert taps.output("1").shape == (1, 3)
-    with pytest.raises(RuntimeError, match="tap the enclosing module"):
-        taps.output("0")
-
-
-def test_remove_takes_the_hooks_off(taps):
-    taps.add("stem")
-    taps.remove()
-    taps.model(torch.ones(1, 2))
-    assert not taps.has("stem")
-    assert not taps.model.stem._forward_hooks
 
 
 # Ending a forward early.
@@ -158,15 +170,14 @@ def chain():
     taps = Taps(Chain())
     for path in ("body.a", "body.b", "body.c", "body.d", "body"):
         taps.add(path)
-    taps.recording = True
-    return taps
+    with taps.recording():
+        yield taps
 
 
 def stopped(taps, paths, last="body"):
     """Which layers run until ``paths`` have."""
     taps.model.ran.clear()
-    taps.clear()
-    with taps.stopping_after([f"body.{path}" for path in paths], last):
+    with taps.stopping_after(paths, last):
         taps.model(torch.ones(1, 1))
     return "".join(taps.model.ran)
 
@@ -176,72 +187,63 @@ RUNS = [("a", "a"), ("c", "abc"), ("bc", "abc"), ("cb", "abc"), ("d", "abcd")]
 
 @pytest.mark.parametrize("paths, ran", RUNS)
 def test_forward_ends_after_the_last_that_is_read(chain, paths, ran):
-    assert stopped(chain, paths) == ran
+    assert stopped(chain, [f"body.{path}" for path in paths]) == ran
     assert chain.recorded == [f"body.{name}" for name in ran]
-    chain.recording, x = False, torch.ones(1, 1)
+    x = torch.ones(1, 1)
     for name in ran:
-        x = chain.model.body.get_submodule(name)(x)
+        x = chain.model.body.get_submodule(name).forward(x)
         assert torch.equal(chain.output(f"body.{name}"), x)
 
 
 def test_gradients_of_what_has_run(chain):
-    stopped(chain, "b")
+    stopped(chain, ["body.b"])
     chain.output("body.b").sum().backward()
     assert [layer.weight.grad is not None for layer in chain.model.body] == [True, True, False, False]
 
 
-def test_forward_ends_at_the_last_even_if_one_does_not_run(chain):
-    """A module that this forward leaves out."""
+@pytest.mark.parametrize("last, ran", [("body.c", "abc"), ("body", "abcd")])
+def test_forward_ends_at_the_last_even_if_one_does_not_run(chain, last, ran):
     chain.model.other = nn.Linear(1, 1)
     chain.add("other")
-    for last, ran in (("body.c", "abc"), ("body", "abcd")):
-        chain.model.ran.clear()
-        with chain.stopping_after(["other", "body.a"], last):
-            chain.model(torch.ones(1, 1))
-        assert "".join(chain.model.ran) == ran
+    assert stopped(chain, ["other", "body.a"], last) == ran
 
 
 def test_the_last_may_itself_be_read(chain):
-    with chain.stopping_after(["body", "body.a"], last="body"):
-        chain.model(torch.ones(1, 1))
-    assert chain.model.ran == ["a", "b", "c", "d"] and chain.has("body")
+    assert stopped(chain, ["body", "body.a"]) == "abcd" and chain.has("body")
 
 
 def test_without_paths_it_runs_to_its_end(chain):
-    assert stopped(chain, "") == "abcdend"
+    assert stopped(chain, []) == "abcdend"
 
 
-def test_it_runs_to_its_end_while_not_recording(chain):
-    chain.recording = False
-    assert stopped(chain, "a") == "abcdend"
+def test_a_forward_that_is_not_recorded_is_whole(chain):
+    assert stopped(chain, ["body.a"]) == "a"
+    chain.release()
+    assert stopped(chain, ["body.a"]) == "abcdend"
 
 
-def test_the_next_forward_is_whole_again(chain):
-    assert stopped(chain, "a") == "a"
-    chain.model.ran.clear()
-    chain.clear()
-    assert chain.model(torch.ones(1, 1)).shape == (1, 1)
-    assert "".join(chain.model.ran) == "abcdend"
-    assert stopped(chain, "b") == "ab"
+def test_a_model_that_catches_exceptions_ends_too(chain):
+    class Careful(nn.Module):
+        def forward(self, x):
+            try:
+                return chain.model(x)
+            except Exception:
+                return self(x)
 
-
-def test_what_follows_the_forward_runs(chain):
-    after = []
+    model = Careful()
     with chain.stopping_after(["body.a"], "body"):
-        chain.model(torch.ones(1, 1))
-        after.append("inside")
-    after.append("outside")
-    assert after == ["outside"] and chain.has("body.a")
+        model(torch.ones(1, 1))
+    assert chain.model.ran == ["a"]
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
-def test_errors_are_not_swallowed(chain, error):
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_errors_of_the_model_are_raised(chain, error):
     def fail(*_):
         raise error("in the model")
 
     handle = chain.model.body.b.register_forward_pre_hook(fail)
     with pytest.raises(error, match="in the model"):
-        stopped(chain, "c")
+        stopped(chain, ["body.c"])
     handle.remove()
     chain.model.ran.clear()
     chain.model(torch.ones(1, 1))  # nothing is awaited any more

@@ -16,7 +16,8 @@ The method replaces MODEL.DISTILLER.TYPES; its settings are the config's. MODEL.
 of the student; parameters of the loss (ICD's decoder, adapters) come from the same file, or, where it
 has none, from MODEL.DISTILLER.PRELOAD_TEACHER. Each image is a batch of its own, with the size of the
 evaluation and without augmentation. One file per image: OUTPUT/<image>_<method>.png. How a method is
-drawn is one file in tools/visualize/. Configs are yaml: LazyConfigs, hence FCOS, cannot be drawn yet.
+drawn is one file in tools/visualize/. Configs are yaml: LazyConfigs, and so detectron2's FCOS, cannot be
+drawn yet.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -181,7 +181,7 @@ def file_stems(records: list[dict[str, Any]]) -> list[str]:
 
 def build_distiller(cfg: CfgNode) -> Distiller:
     """The Distiller in training mode, as losses want it, but for layers that would draw random numbers
-    or take statistics of the one image (dropout, batch normalisation)."""
+    or take statistics of the one image (dropout, batch normalization)."""
     torch.manual_seed(max(cfg.SEED, 0))
     cfg = cfg.clone()
     cfg.DATASETS.TRAIN = ()  # no loss needs its statistics to be drawn
@@ -190,7 +190,7 @@ def build_distiller(cfg: CfgNode) -> Distiller:
     for module in distiller.student.modules():
         if not any(True for _ in module.children()):
             module.eval()
-    distiller.trainer_has_phases = True  # the phases of training are none of ours
+    distiller.phases.supported_by_trainer = True  # phases of training do not matter here
     for loss in distiller.losses.values():  # on, whatever its schedule
         loss.settings = replace(loss.settings, weight=1.0, start_iter=0, stop_iter=-1)
     return distiller
@@ -275,10 +275,8 @@ def _short(path: str) -> str:
 def draw_file(job: Job, item: dict[str, Any], name: str, folder: str) -> str:
     """Draw one image; the path of the file."""
     header = [f"{Path(item['file_name']).name}: {job.method.loss}", *job.detectors]
-    sheet = compose(draw(job, item), header)
     path = os.path.join(folder, f"{name}_{job.method.name}.png")
-    if not cv2.imwrite(path, sheet[..., ::-1]):
-        raise OSError(f"cannot write '{path}'")
+    compose(draw(job, item), header).savefig(path)
     print(path)
     return path
 

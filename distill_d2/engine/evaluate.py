@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import nn
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(
-    cfg: Any, trainer: type, resume: bool = False, *, with_teacher: bool = False
+    cfg: Any, trainer: type[DefaultTrainer], resume: bool = False, *, with_teacher: bool = False
 ) -> dict[str, Any]:
     """Evaluate the student of MODEL.WEIGHTS, or with ``resume`` of OUTPUT_DIR's last checkpoint.
 
@@ -48,20 +49,19 @@ def evaluate(
     return results if teacher_results is None else {**results, "teacher": teacher_results}
 
 
-def evaluate_teacher(cfg: Any, trainer: type, teacher: Teacher, student: nn.Module) -> dict[str, Any]:
+def evaluate_teacher(
+    cfg: Any, trainer: type[DefaultTrainer], teacher: Teacher, student: nn.Module
+) -> dict[str, Any]:
     """Evaluate a teacher on the student's test images; its detections go to OUTPUT_DIR/teacher.
 
     Raises:
         ValueError: its classes are not those of the student.
     """
-    student_classes, teacher_classes = (
-        build_view(student, "student").num_classes,
-        teacher.view.num_classes,
-    )
-    if None not in (student_classes, teacher_classes) and student_classes != teacher_classes:
+    classes, teacher_classes = build_view(student, "student").num_classes, teacher.view.num_classes
+    if None not in (classes, teacher_classes) and classes != teacher_classes:
         raise ValueError(
             f"MODEL.DISTILLER.EVAL_TEACHER is True, but the teacher has {teacher_classes} classes and the "
-            f"student {student_classes}; set it to False"
+            f"student {classes}; set it to False"
         )
     logger.info(f"Evaluation of the teacher ({teacher.source}); that of the student follows")
     model = teacher.predictor(RunSettings.from_config(cfg).channel_order(student))

@@ -109,7 +109,7 @@ class ProgressBar(HookBase):
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
-        self._bar = None
+        self._bar: tqdm | None = None
 
     @staticmethod
     def wanted() -> bool:
@@ -123,6 +123,7 @@ class ProgressBar(HookBase):
         )
 
     def after_step(self) -> None:
+        assert self._bar is not None  # of before_train
         history = get_event_storage().histories().get("total_loss")
         if history is not None:
             self._bar.set_postfix(loss=f"{history.latest():.3g}", refresh=False)

@@ -21,7 +21,11 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """The signal that asked this process to stop; None so far."""
+    """Whether a signal asked this process to stop.
+
+    Attributes:
+        signal: its number; None if there was none.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -29,10 +33,15 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    @property
+    def exit_code(self) -> int:
+        """The exit status of a process that the signal stopped."""
+        return 128 + (self.signal or 0)
+
 
 @contextlib.contextmanager
 def stop_request(request: StopRequest) -> Iterator[None]:
-    """SIGINT and SIGTERM are only noted inside; the step that runs can end in peace."""
+    """Inside, SIGINT and SIGTERM are only noted, so that the current step can finish."""
 
     def note(number, _frame):
         request.signal = number
@@ -43,13 +52,14 @@ def stop_request(request: StopRequest) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forwarding_signals() -> Iterator[StopRequest]:
-    """SIGINT and SIGTERM go on to this process's children, which stop by themselves."""
+    """Inside, SIGINT and SIGTERM are forwarded to this process's children, which stop by themselves."""
     request = StopRequest()
 
     def forward(number, _frame):
         request.signal = number
         for child in multiprocessing.active_children():
-            os.kill(child.pid, number)
+            if child.pid is not None:
+                os.kill(child.pid, number)
 
     with _handling(forward):
         yield request
@@ -58,7 +68,7 @@ def forwarding_signals() -> Iterator[StopRequest]:
 @contextlib.contextmanager
 def _handling(handler: Callable) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
+        yield  # Python allows only the main thread to handle signals
         return
     previous = {number: signal.signal(number, handler) for number in _SIGNALS}
     try:

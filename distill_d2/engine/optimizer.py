@@ -12,7 +12,7 @@ from detectron2.solver import get_default_optimizer_params
 from torch import nn
 
 from ..distiller import Distiller
-from ..losses import DistillLoss
+from ..losses import DistillLoss, TrainedLoss
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -103,7 +103,8 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
 
 def has_own_solver(loss: DistillLoss) -> bool:
     """Whether this loss asks for a solver, and has something to train."""
-    return loss.solver is not None and any(p.requires_grad for p in loss.parameters())
+    wanted = isinstance(loss, TrainedLoss) and loss.solver is not None
+    return wanted and any(p.requires_grad for p in loss.parameters())
 
 
 def _add_clipping(optimizer: torch.optim.Optimizer, node: CfgNode, key: str) -> None:

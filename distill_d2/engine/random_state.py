@@ -12,10 +12,16 @@ import torch
 def random_state() -> dict[str, Any]:
     """The state of python's, numpy's and torch's (CPU, and current GPU) generators."""
     version, python_values, python_gauss = random.getstate()
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
     state = {
         "python": [version, list(python_values), python_gauss],
-        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(gauss)],
+        "numpy": [
+            numpy["bit_generator"],
+            numpy["state"]["key"].tolist(),
+            int(numpy["state"]["pos"]),
+            int(numpy["has_gauss"]),
+            float(numpy["gauss"]),
+        ],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -146,9 +146,8 @@ def distiller_node(values: Mapping[str, Any]) -> CfgNode:
     """
     cfg = get_cfg()
     add_distill_config(cfg)
-    if OmegaConf.is_config(values):
-        values = OmegaConf.to_container(values, resolve=True)
-    cfg.MODEL.DISTILLER.merge_from_other_cfg(CfgNode(values))
+    plain = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
+    cfg.MODEL.DISTILLER.merge_from_other_cfg(CfgNode(plain))
     return cfg.MODEL.DISTILLER
 
 

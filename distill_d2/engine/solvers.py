@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import solver_config
 from ..distiller import Distiller
-from ..losses import DistillLoss
+from ..losses import TrainedLoss
 from .optimizer import create_optimizer, has_own_solver, kind_of
 
 _KEY = "MODEL.DISTILLER.SOLVER"
@@ -27,7 +27,7 @@ class LossSolver:
         optimizer: of all trainable parameters of the loss, with one rate and one weight decay.
     """
 
-    def __init__(self, loss: DistillLoss, max_iter: int, steps: Sequence[int] | None):
+    def __init__(self, loss: TrainedLoss, max_iter: int, steps: Sequence[int] | None):
         """
         Args:
             loss: with ``solver``, whose missing keys get their defaults.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Callable, Optional
+from typing import Any, Callable
 
 import torch
 from detectron2.engine import SimpleTrainer
@@ -14,8 +15,19 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-# Iteration, names of the losses and of the extra values, all values and "stop", their arrival.
-_Pending = tuple[int, list[str], list[str], torch.Tensor, Optional[torch.cuda.Event]]
+
+@dataclass(frozen=True)
+class _Pending:
+    """The values of a step, which may still be on their way to the host."""
+
+    iteration: int
+    losses: list[str]
+    extra: list[str]
+    # Those of the losses, then the extra ones, then whether a process was asked to stop.
+    values: torch.Tensor
+    # When they have arrived; None: they have.
+    event: torch.cuda.Event | None
+    images: list[str]
 
 
 class LossReport:
@@ -23,7 +35,7 @@ class LossReport:
 
     On a GPU the values of a step are read while the next one runs, so that the step never waits.
     All processes see the same averages, hence they agree on a non-finite loss, and on stopping when
-    one of them was asked to.
+    one of them was asked to stop.
     """
 
     def __init__(self) -> None:
@@ -36,8 +48,19 @@ class LossReport:
         iteration: int,
         stop: bool,
         extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        images: Sequence[str] = (),
     ) -> None:
-        """Take the losses of this iteration, and values that are no losses (scalars on one device)."""
+        """Take the values of a step.
+
+        Args:
+            losses: scalars on one device.
+            stop: whether this process was asked to stop.
+            extra: further scalars on that device, which are no losses.
+            images: what to call the step's images where a loss is not finite.
+
+        Raises:
+            FloatingPointError: see ``flush``.
+        """
         self.flush()
         values = torch.stack([v.detach().float() for v in (*losses.values(), *extra.values())])
         values = torch.cat([values, values.new_full((1,), float(stop))])
@@ -49,7 +72,7 @@ class LossReport:
             host = torch.empty(values.shape, pin_memory=True)
             values, event = host.copy_(values, non_blocking=True), torch.cuda.Event()
             event.record()
-        self._pending = (iteration, list(losses), list(extra), values, event)
+        self._pending = _Pending(iteration, list(losses), list(extra), values, event, list(images))
         if event is None:
             self.flush()
 
@@ -57,32 +80,46 @@ class LossReport:
         """Write the last step's losses.
 
         Raises:
-            FloatingPointError: one of them is not finite; the message names it.
+            FloatingPointError: one of them is not finite; the message names it, the iteration and
+                the images.
         """
         if self._pending is None:
             return
-        iteration, names, extra, values, event = self._pending
-        self._pending = None
-        if event is not None:
-            event.synchronize()
-        *values, stop = values.tolist()
+        step, self._pending = self._pending, None
+        if step.event is not None:
+            step.event.synchronize()
+        *values, stop = step.values.tolist()
         self.stop = self.stop or stop > 0
-        losses, extra_values = values[: len(names)], values[len(names) :]
-        bad = {name: loss for name, loss in zip(names, losses) if not math.isfinite(loss)}
-        if bad:
-            raise FloatingPointError(
-                f"at iteration {iteration} these losses are not finite: {bad}; all: "
-                f"{dict(zip(names, losses))}. No checkpoint is written of it; lower SOLVER.BASE_LR "
-                "or the loss's WEIGHT, raise its WARMUP_ITERS, or enable SOLVER.CLIP_GRADIENTS, "
-                "and --resume from the last checkpoint"
-            )
+        losses, extra = dict(zip(step.losses, values)), dict(zip(step.extra, values[len(step.losses) :]))
+        _check_finite(losses, step)
         storage = get_event_storage()
-        storage.put_scalar("total_loss", sum(losses), cur_iter=iteration)
+        storage.put_scalar("total_loss", sum(losses.values()), cur_iter=step.iteration)
         if len(losses) > 1:
-            storage.put_scalars(cur_iter=iteration, **dict(zip(names, losses)))
-        for name, value in zip(extra, extra_values):
+            storage.put_scalars(cur_iter=step.iteration, **losses)
+        for name, value in extra.items():
             if math.isfinite(value):  # float16 may overflow; the update is skipped, and JSON has no inf
-                storage.put_scalar(name, value, cur_iter=iteration)
+                storage.put_scalar(name, value, cur_iter=step.iteration)
+
+
+def _check_finite(losses: Mapping[str, float], step: _Pending) -> None:
+    bad = {name: loss for name, loss in losses.items() if not math.isfinite(loss)}
+    if not bad:
+        return
+    raise FloatingPointError(
+        f"at iteration {step.iteration} these losses are not finite: {bad}; all: {dict(losses)}. "
+        f"The images of process {comm.get_rank()} were {', '.join(step.images)}. No checkpoint of this step "
+        "is written; lower SOLVER.BASE_LR or the loss's WEIGHT, raise its WARMUP_ITERS, or enable "
+        "SOLVER.CLIP_GRADIENTS, and --resume from the last checkpoint"
+    )
+
+
+def _image_names(batch: Sequence[Any]) -> list[str]:
+    """File, height and width of each image of a batch."""
+    return [
+        f"{item.get('file_name', 'an image')} ({item['image'].shape[-2]}x{item['image'].shape[-1]})"
+        for item in batch or ()
+        if isinstance(item, Mapping) and "image" in item
+    ]
 
 
 class TrainStep(SimpleTrainer):
@@ -102,8 +139,8 @@ class TrainStep(SimpleTrainer):
         Args:
             optimizer: the student's.
             autocast_dtype: None for float32; float16 (scaled gradients) or bfloat16.
-            own_optimizers: of losses, by their names; with any, gradient norms are reported.
-            frozen_parameters: those that this step must leave as they are.
+            own_optimizers: those of losses, by their names; with any, gradient norms are reported.
+            frozen_parameters: returns the parameters that this step must not change.
         """
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device
@@ -128,7 +165,9 @@ class TrainStep(SimpleTrainer):
         for parameter in self.frozen_parameters():
             parameter.grad = None  # not zero: weight decay and momentum would still move it
         self.after_backward()
-        self.report.push(losses, self.iter, self.stop_requested, self._gradient_norms())
+        self.report.push(
+            losses, self.iter, self.stop_requested, self._gradient_norms(), _image_names(data)
+        )
         self._update(optimizers)
 
     def _update(self, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -178,8 +178,8 @@ class DistillTrainer(DefaultTrainer):
     def _prepare_phases(model: nn.Module) -> int:
         if not isinstance(model, Distiller):
             return 0
-        model.trainer_has_phases = True
-        return model.pretrain_iters
+        model.phases.supported_by_trainer = True
+        return model.phases.pretrain_iters
 
     @property
     def pretraining(self) -> bool:
@@ -374,7 +374,7 @@ def distributed(model: nn.Module, **options: Any) -> nn.Module:
 def _frozen_parameters(model: nn.Module) -> Callable[[], Sequence[nn.Parameter]]:
     if not isinstance(model, Distiller):
         return tuple
-    return lambda: model.frozen_parameters(model.iteration)
+    return lambda: model.phases.frozen_parameters(model.iteration)
 
 
 def _find_sampler(loader: Any) -> ResumableTrainingSampler | None:

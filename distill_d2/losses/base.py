@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode as CN
@@ -13,9 +15,6 @@ from ..views import Batch, DetectorView
 from .pairing import FeaturePairs
 from .settings import LossSettings, SettingError, keys_of
 
-if TYPE_CHECKING:
-    from ..data.statistics import BoxStatistics
-
 DISTILL_LOSS_REGISTRY = Registry("DISTILL_LOSS")
 DISTILL_LOSS_REGISTRY.__doc__ = """Subclasses of DistillLoss, chosen by MODEL.DISTILLER.TYPES."""
 
@@ -25,7 +24,8 @@ class DistillLoss(nn.Module):
 
     A subclass sets ``NODE``, states its settings (they are the keys of its config node, in upper
     case), and implements ``forward``. Its FeaturePairs are bound to the detectors before training; a
-    loss that needs more (a head, a tap) states it in ``bind``.
+    loss that needs more (a head, a tap) states it in ``bind``. One without FeaturePairs that does not
+    override ``bind`` may read all levels of both necks.
 
         @DISTILL_LOSS_REGISTRY.register()
         class MeanFeature(DistillLoss):
@@ -47,10 +47,9 @@ class DistillLoss(nn.Module):
     #: Name of the config node below MODEL.DISTILLER.
     NODE: str = ""
 
-    #: The SOLVER node (keys of MODEL.DISTILLER.SOLVER; those left out have its defaults) of an
-    #: optimizer of its own for this loss's parameters; None: they are trained by the student's.
-    #: DistillTrainer's affair: under another trainer one optimizer trains all parameters.
-    solver: CN | None = None
+    #: Factors of the student's own losses, by name, while this loss is on; a loss that changes them
+    #: sets it in ``bind``.
+    task_weights: Mapping[str, float] = MappingProxyType({})
 
     #: Class of the settings.
     Settings: type[LossSettings] = LossSettings
@@ -97,13 +96,17 @@ class DistillLoss(nn.Module):
             raise ValueError(f"{self.config_key(name)} is {value!r}; expected {expected}")
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
-        """Check what this loss needs of both detectors, and create its adapters. Called once.
+        """State what this loss reads of both detectors, and create its adapters. Called once.
 
         Raises:
             KeyError, TypeError, ValueError: a detector cannot give what the loss needs.
         """
-        for pairs in self.feature_pairs():
+        all_pairs = self.feature_pairs()
+        for pairs in all_pairs:
             pairs.bind(student, teacher)
+        if not all_pairs:
+            student.require_neck()
+            teacher.require_neck()
 
     def feature_pairs(self) -> list[FeaturePairs]:
         """The level pairings of this loss, for binding and for the table at start-up."""
@@ -124,57 +127,12 @@ class DistillLoss(nn.Module):
             return s.weight * (iteration - s.start_iter + 1) / (s.warmup_iters + 1)
         return s.weight
 
-    def distils(self, iteration: int) -> bool:
-        """Whether the student feels this loss at this iteration, where it is on."""
-        return True
-
-    def task_weights(self) -> dict[str, float]:
-        """Factors of the student's own losses, by name, while this loss is on."""
-        return {}
-
     def idle(self) -> dict[str, torch.Tensor]:
         """A zero that reaches every parameter of this loss, so that DDP sees all of them each step."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             return {}
         return {f"loss_{self.NODE.lower()}": sum(p.sum() for p in parameters) * 0.0}
-
-    def use_statistics(self, statistics: Callable[[], BoxStatistics]) -> None:
-        """Take the training data's frequencies and sizes of boxes; called before ``bind``.
-
-        Args:
-            statistics: computes or reads them, which may take a while: called only where needed.
-        """
-
-    def starting_state(self, state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
-        """Of this loss's parameters in an earlier run's checkpoint those to start from.
-
-        Args:
-            part: "all" or "teacher_only", PRELOAD_TYPE.
-        """
-        return state
-
-    def from_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """This loss's parameters from those, under their names, of its authors' implementation (the
-        entry "teacher" of ICD's checkpoints); {} where there are none."""
-        return {}
-
-    def solver_advances(self, iteration: int) -> bool:
-        """Whether the learning rate schedule of ``solver`` goes on after this iteration."""
-        return True
-
-    def frozen_parameters(self, iteration: int) -> list[nn.Parameter]:
-        """Parameters that stay as they are in this step: DistillTrainer drops their gradients."""
-        return []
-
-    def pretrain(self, teacher: DetectorView, batch: Batch) -> dict[str, torch.Tensor]:
-        """Terms that train this loss's own parameters before the student is trained, in the steps
-        of MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS (``batch.iteration`` < 0); they are summed as they are.
-
-        Parameters that no term reaches get a gradient of zero, for DDP's sake; to keep weight decay
-        off them, name them in ``frozen_parameters``.
-        """
-        return {}
 
     @classmethod
     def add_config(cls, distiller: CN) -> None:

@@ -37,7 +37,7 @@ def view_of(
     """A view, recording, of a detector that computed these (N, C, H, W); "p3" has stride 8."""
     strides = strides or {name: 2 ** int(name[1:]) for name in maps}
     view = DetectorView(MapDetector(_Maps(maps, strides)), role)
-    view.taps.recording = True
+    view.taps.start()
     view.model.backbone(None)
     return view
 

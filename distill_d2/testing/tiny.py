@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -16,8 +18,11 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from torch import nn
 
 from distill_d2 import add_distill_config
+from distill_d2.plugins import import_detectors
 
 CLASSES = 3
+#: (height, width) of the images of ``tiny_batch``; three together are padded to 64x80 pixels.
+SHAPES = ((48, 80), (64, 56), (56, 64))
 
 
 def tiny_config(family: str = "retinanet", width: int = 8, channels: int = 16) -> CfgNode:
@@ -53,6 +58,7 @@ def tiny_config(family: str = "retinanet", width: int = 8, channels: int = 16) -
         _retinanet(cfg)
     else:
         _rcnn(cfg, masks=family == "mask")
+    import_detectors(cfg)
     return cfg
 
 
@@ -108,14 +114,32 @@ def tiny_detector(family: str = "retinanet", width: int = 8, channels: int = 16)
     )
 
 
-def tiny_batch(count: int = 2, size: int = 64, objects: int = 2, masks: bool = False) -> list[dict]:
-    """``count`` random images of about ``size`` pixels (their heights differ) with ``objects`` each."""
+def tiny_batch(
+    count: int = 2,
+    size: int = 64,
+    objects: int = 2,
+    masks: bool = False,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+) -> list[dict]:
+    """Random images of different shapes, landscape and portrait, as a dataset mapper returns them.
+
+    Their common padding is not square, and a teacher that needs multiples of 32 pads further than a
+    student that needs multiples of 16: rows and columns cannot be exchanged without an effect.
+
+    Args:
+        count: the number of images.
+        size: scale of the shapes; at 64 the images have the shapes that ``shapes`` says.
+        objects: the number of boxes of each image; they reach into its far half in both directions.
+        masks: add polygon masks, the boxes' outlines.
+        shapes: (height, width) in pixels, taken in turn.
+    """
     generator = torch.Generator().manual_seed(0)
     batch = []
-    for index in range(count):
-        shape = (size - 8 * index, size)
-        corner = torch.rand(objects, 2, generator=generator) * 0.4 * shape[0]
-        side = (0.2 + 0.3 * torch.rand(objects, 2, generator=generator)) * shape[0]
+    for height, width in itertools.islice(itertools.cycle(shapes), count):
+        shape = (height * size // 64, width * size // 64)
+        extent = torch.tensor([shape[1], shape[0]])
+        corner = torch.rand(objects, 2, generator=generator) * 0.5 * extent
+        side = (0.2 + 0.3 * torch.rand(objects, 2, generator=generator)) * extent
         boxes = torch.cat([corner, corner + side], dim=1)
         instances = Instances(shape)
         instances.gt_boxes = Boxes(boxes)
@@ -133,6 +157,7 @@ def save_teacher(cfg: CfgNode, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     cfg = cfg.clone()
     cfg.MODEL.WEIGHTS = str(folder / "teacher.pth")
+    import_detectors(cfg)
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     path = folder / "teacher.yaml"
     path.write_text(cfg.dump())

@@ -136,8 +136,6 @@ class DetectorView:
         self.required: set[str] = set()
         self._levels_read: set[str] = set()
         self._taps_read: set[str] = set()
-        #: How often a ``require_*`` method was called.
-        self.statements = 0
         self.taps = Taps(model)
         self.taps.add("backbone")
         #: Wraps whatever part of the detector the view runs by itself (the teacher's heads).
@@ -195,8 +193,11 @@ class DetectorView:
             )
         self.taps.add(self._level_path(name))
         self._levels_read.add(name)
-        self.statements += 1
         return shapes[name]
+
+    def require_neck(self) -> None:
+        """State that any level of the neck may be read."""
+        self.require_tap("backbone")
 
     def require_tap(self, path: str) -> None:
         """State that the output of the module with this dotted name will be read.
@@ -206,7 +207,6 @@ class DetectorView:
         """
         self.taps.add(path)
         self._taps_read.add(path)
-        self.statements += 1
 
     def require(self, capability: str) -> None:
         """State that ``capability`` will be used: "dense", "rpn", "anchors", "box_head",
@@ -221,7 +221,6 @@ class DetectorView:
                 f"it offers features, bottom_up, tap{''.join(', ' + name for name in self.offers)}"
             )
         self.required.add(capability)
-        self.statements += 1
 
     @property
     def backbone_reads(self) -> list[str]:
@@ -266,12 +265,10 @@ class DetectorView:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Remember what the detector computes inside; forget all of it at the end."""
-        self.taps.recording = True
         try:
-            yield
+            with self.taps.recording():
+                yield
         finally:
-            self.taps.recording = False
-            self.taps.clear()
             self._of_step.clear()
 
     @property

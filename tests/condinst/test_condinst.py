@@ -84,7 +84,7 @@ def test_mask_loss_by_loops():
             relative=True,
         )
         mask = inputs[image]["instances"].gt_masks[targets.objects[image, row].item()]
-        full = BitMasks.from_polygon_masks(mask, 64, 64).tensor[0].double().numpy()
+        full = BitMasks.from_polygon_masks(mask, 64, 80).tensor[0].double().numpy()
         losses.append(naive.dice(1 / (1 + np.exp(-logits)), full[2::4, 2::4]))
     assert len(losses) > 10
     assert found.item() == pytest.approx(np.mean(losses), rel=1e-4)
@@ -136,7 +136,7 @@ def test_annotations_are_not_changed():
 
 def test_centres_are_those_of_masks():
     inputs = batch(1, 1)
-    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask = torch.zeros(1, 48, 80, dtype=torch.bool)
     mask[0, 4:10, 6:12] = True
     box = [4.0, 4.0, 28.0, 24.0]
     inputs[0]["instances"].gt_boxes.tensor[:] = torch.tensor(box)
@@ -147,7 +147,7 @@ def test_centres_are_those_of_masks():
     points = [
         (x, y, stride, level)
         for level, stride in enumerate((4, 8, 16))
-        for x, y in naive_fcos.locations(64 // stride, 64 // stride, stride)
+        for x, y in naive_fcos.locations(48 // stride, 80 // stride, stride)
     ]
     bounds = [(-1, 16), (16, 32), (32, 1e8)]
     of_mask, of_box = (
@@ -210,12 +210,11 @@ def test_a_batch_of_images_of_different_sizes():
     inputs[2].update(height=96, width=30)
     together = detect(model, inputs)
     for found, item in zip(together, inputs):
-        canvas = torch.zeros(3, 64, 64)
+        # What the network sees is 0 on the padding, so the mean color.
+        canvas = model.pixel_mean.expand(3, 64, 80).clone()
         height, width = item["image"].shape[1:]
-        canvas[:, :height] = item["image"]
-        # What the network sees is 0 on the padding, so the mean colour.
-        canvas[:, height:] = model.pixel_mean
-        (alone,) = detect(model, [{"image": canvas, "height": 64, "width": 64}])
+        canvas[:, :height, :width] = item["image"]
+        (alone,) = detect(model, [{"image": canvas, "height": 64, "width": 80}])
         size = (item["height"], item["width"])
         assert found.image_size == size and found.pred_masks.shape == (len(found), *size)
         assert found.pred_masks.dtype == torch.bool and len(found) > 5

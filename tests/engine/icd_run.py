@@ -38,7 +38,7 @@ def step(model, plain, iteration, inputs):
     """The losses and gradients of a step by their names."""
     plain.zero_grad()
     plain.student.loss_normalizer = 100
-    with EventStorage(iteration + plain.pretrain_iters):
+    with EventStorage(iteration + plain.phases.pretrain_iters):
         losses = model(inputs)
     sum(losses.values()).backward()
     gradients = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
@@ -48,7 +48,7 @@ def step(model, plain, iteration, inputs):
 def start(cfg):
     """The model with the weights that all processes start from."""
     model = build_model(cfg).train()
-    model.trainer_has_phases = True
+    model.phases.supported_by_trainer = True
     model.load_state_dict(torch.load(Path(cfg.OUTPUT_DIR) / "start.pth", weights_only=True))
     return model
 

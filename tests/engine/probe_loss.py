@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from distill_d2.losses import DistillLoss
+from distill_d2.losses import TrainedLoss
 
 
-class ProbeLoss(DistillLoss):
+class ProbeLoss(TrainedLoss):
     """(query value)^2 + value; pretraining is query^2 alone."""
 
     NODE = "PROBE"

@@ -23,7 +23,7 @@ from test_processes import command, run
 from test_training import assert_equal, checkpoint, metrics
 from test_wrong_input import fails
 
-from distill_d2 import distiller as distiller_module
+from distill_d2.distiller import building
 from distill_d2.engine import load_config
 from distill_d2.teacher import Teacher, untrained_teacher
 from distill_d2.testing.tiny import save_teacher, tiny_config, use_dataset, use_ghnd
@@ -104,7 +104,7 @@ def test_exactly_the_stem_and_the_first_stage_change(tmp_path, family):
 def test_trained_names_of_the_packaged_config(monkeypatch, shared):
     """Those that the reference trains, for the config of its main experiment; random weights."""
     monkeypatch.setattr(
-        distiller_module, "teacher_of", lambda *node: Teacher(untrained_teacher(*node)[0], prepare=False)
+        building, "teacher_of", lambda *node: Teacher(untrained_teacher(*node)[0], prepare=False)
     )
     model = build_model(packaged_config())
     names = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -127,7 +127,7 @@ def detectron2_name(name):
 
 def test_packaged_config_starts_from_its_teacher(monkeypatch):
     monkeypatch.setattr(
-        distiller_module, "teacher_of", lambda *node: Teacher(untrained_teacher(*node)[0], prepare=False)
+        building, "teacher_of", lambda *node: Teacher(untrained_teacher(*node)[0], prepare=False)
     )
     model = build_model(packaged_config()).train()
     trained = {name for name, p in model.student.named_parameters() if p.requires_grad}

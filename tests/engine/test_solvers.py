@@ -369,7 +369,7 @@ def test_pretraining_pads_as_the_student_does(tmp_path):
         images = [item["image"] for item in batch]
         with EventStorage():  # the student's own forward wants one
             model(batch)
-        assert model._size_without_forward(images) == model._padded_size
+        assert model.padding.of_images(images) == model.padding.size
 
 
 def test_nothing_to_pretrain(job):

@@ -114,7 +114,8 @@ def test_non_finite_loss_names_term_and_iteration(job, monkeypatch):
         return {k: v * float("nan") for k, v in terms.items()} if batch.iteration == 2 else terms
 
     monkeypatch.setattr(PKD, "forward", broken)
-    with pytest.raises(FloatingPointError, match=r"iteration 2 .*'loss_pkd': nan"):
+    message = r"iteration 2 .*'loss_pkd': nan.* images of process 0 were .*\.png \(\d+x\d+\), .*\.png \("
+    with pytest.raises(FloatingPointError, match=message):
         job.run(opts=["SOLVER.CHECKPOINT_PERIOD", 1])
     folder = Path(job.config.OUTPUT_DIR)
     assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"

@@ -9,7 +9,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from distill_d2.projects.fcos.inference import Selection
 from fcos_case import CLASSES, fcos, fcos_config, without_objects
 
-from distill_d2.testing.tiny import tiny_batch
+from distill_d2.testing.tiny import SHAPES, tiny_batch
 
 SHAPES, STRIDES = [(6, 8), (3, 4), (2, 2)], (8, 16, 32)
 GENERATOR = DefaultAnchorGenerator(
@@ -104,7 +104,7 @@ def test_some_images_without_candidates():
 
 def test_a_batch_is_its_images_one_by_one():
     model = fcos().eval()
-    inputs = tiny_batch(3)
+    inputs = tiny_batch(3, shapes=[(64, 80), *SHAPES])
     # Padded alike: zeros at the right and bottom are what the network sees.
     alone = [{**item, "image": padded(item["image"])} for item in inputs]
     with torch.no_grad():
@@ -119,23 +119,23 @@ def test_a_batch_is_its_images_one_by_one():
 
 
 def padded(image):
-    canvas = torch.zeros(3, 64, 64, dtype=image.dtype)
-    canvas[:, : image.shape[1]] = image
+    canvas = torch.zeros(3, 64, 80, dtype=image.dtype)
+    canvas[:, : image.shape[1], : image.shape[2]] = image
     return canvas
 
 
 def test_outputs_have_the_size_that_is_asked_for():
     model, inputs = fcos().eval(), tiny_batch(2)
-    inputs[1].update(height=112, width=256)
+    inputs[1].update(height=128, width=224)
     with torch.no_grad():
         first, second = (output["instances"] for output in model(inputs))
         plain = model(tiny_batch(2))[1]["instances"]
-    assert second.image_size == (112, 256)
+    assert second.image_size == (128, 224)
     found = second.pred_boxes.tensor
-    assert found.min() >= 0 and (found[:, 2] <= 256).all() and (found[:, 3] <= 112).all()
+    assert found.min() >= 0 and (found[:, 2] <= 224).all() and (found[:, 3] <= 128).all()
     scale = torch.tensor([4.0, 2.0, 4.0, 2.0])
     torch.testing.assert_close(found, plain.pred_boxes.tensor * scale, rtol=1e-4, atol=1e-2)
-    assert second.pred_boxes.nonempty().all() and first.image_size == (64, 64)
+    assert second.pred_boxes.nonempty().all() and first.image_size == (48, 80)
 
 
 def test_only_the_configs_selection():
@@ -218,6 +218,6 @@ def test_what_the_config_yields_in_training():
     assert [len(p) for p in extras["proposals"]] == [3, 3]
     assert not extras["proposals"][0].scores.requires_grad
     assert {k: tuple(v.shape) for k, v in extras["box_features"].items()} == {
-        "p2": (2, 32, 16, 16), "p3": (2, 32, 8, 8), "p4": (2, 32, 4, 4),
+        "p2": (2, 32, 16, 20), "p3": (2, 32, 8, 10), "p4": (2, 32, 4, 5),
     }  # fmt: skip
     assert not {"proposals", "box_features", "top"} & set(none)

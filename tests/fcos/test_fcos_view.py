@@ -26,6 +26,7 @@ from distill_d2.testing.tiny import tiny_batch
 from distill_d2.views import Batch, build_view, require_same_boxes
 
 STRIDES = (4, 8, 16)
+PADDED = (64, 80)  # of ``tiny_batch``
 
 
 def observed(images, prepare=True):
@@ -37,8 +38,8 @@ def observed(images, prepare=True):
     teacher = Teacher(copy.deepcopy(model), prepare=prepare)
     for capability in ("dense", "anchors"):
         teacher.view.require(capability)
-    teacher.view.taps.recording = True
-    teacher.observe([image.float() for image in images], (64, 64))
+    teacher.view.taps.start()
+    teacher.observe([image.float() for image in images], PADDED)
     return teacher.view, model.eval()
 
 
@@ -73,9 +74,9 @@ def test_dense(prepare):
     view, model = observed(images, prepare)
     found = view.dense()
     with torch.no_grad():
-        x = torch.zeros(2, 3, 64, 64)
+        x = torch.zeros(2, 3, *PADDED)
         for canvas, image in zip(x, images):
-            canvas[:, : image.shape[1]] = (image - model.pixel_mean) / model.pixel_std
+            canvas[:, : image.shape[1], : image.shape[2]] = (image - model.pixel_mean) / model.pixel_std
         levels = [model.backbone(x)[name] for name in ("p2", "p3", "p4")]
         outputs = model.proposal_generator.fcos_head(levels)
     parts = (found.logits, found.deltas, [level.flatten(1, 2) for level in found.centerness_levels])
@@ -83,14 +84,14 @@ def test_dense(prepare):
     for ours, expected in zip(parts, outputs):
         rows = torch.cat([level.flatten(2).transpose(1, 2) for level in expected], dim=1)
         torch.testing.assert_close(ours, rows, rtol=1e-3, atol=1e-3)
-    assert found.level_sizes == [256, 64, 16] and not found.background and found.num_classes == 3
+    assert found.level_sizes == [320, 80, 20] and not found.background and found.num_classes == 3
 
 
 def test_boxes_are_those_of_the_detections():
     view, model = observed([item["image"] for item in tiny_batch()])
     found = view.dense()
     boxes = found.boxes()
-    row = 256 + 3 * 8 + 5  # on p3: x 5, y 3
+    row = 320 + 3 * 10 + 5  # on p3: x 5, y 3
     x, y = 5 * 8 + 4, 3 * 8 + 4
     left, top, right, bottom = (8 * found.deltas[1, row]).tolist()
     np.testing.assert_allclose(boxes[1, row], [x - left, y - top, x + right, y + bottom], rtol=1e-5)
@@ -108,17 +109,17 @@ def test_the_students_head_runs_once():
     with view.recording(), EventStorage(0):
         model(tiny_batch())
         found = view.dense()
-        assert view.anchors()["p3"].shape == (8, 8, 1, 4)
+        assert view.anchors()["p3"].shape == (8, 10, 1, 4)
     assert len(calls) == 1 and found.logits.requires_grad
     expected = calls[0][0][0].flatten(2).transpose(1, 2)
-    assert torch.equal(found.logits[:, :256], expected)
+    assert torch.equal(found.logits[:, :320], expected)
 
 
 def test_anchors_are_squares_of_eight_strides():
     view, _ = observed([tiny_batch()[0]["image"]])
     anchors = view.anchors()
     assert {name: tuple(a.shape) for name, a in anchors.items()} == {
-        "p2": (16, 16, 1, 4), "p3": (8, 8, 1, 4), "p4": (4, 4, 1, 4),
+        "p2": (16, 20, 1, 4), "p3": (8, 10, 1, 4), "p4": (4, 5, 1, 4),
     }  # fmt: skip
     x, y = 5 * 8 + 4, 2 * 8 + 4
     assert anchors["p3"][2, 5, 0].tolist() == [x - 32, y - 32, x + 32, y + 32]
@@ -127,7 +128,7 @@ def test_anchors_are_squares_of_eight_strides():
 def test_match_and_assign_are_the_detectors_own():
     inputs = [*tiny_batch(1, objects=5), *without_objects(tiny_batch(1)), *tiny_batch(1, objects=2)]
     view, model = observed([item["image"] for item in inputs])
-    truth = Batch(inputs, (64, 64), 0, 1).truth
+    truth = Batch(inputs, PADDED, 0, 1).truth
     boxes, valid = truth.boxes, truth.valid
     predictions = view.dense()
     with no_synchronization():
@@ -142,7 +143,7 @@ def test_match_and_assign_are_the_detectors_own():
     points = [
         (x, y, stride, level)
         for level, stride in enumerate(STRIDES)
-        for x, y in naive.locations(64 // stride, 64 // stride, stride)
+        for x, y in naive.locations(64 // stride, 80 // stride, stride)
     ]
     bounds = [(-1, 16), (16, 32), (32, 1e8)]
     expected = naive.assign(points, gt[0].gt_boxes.tensor.tolist(), bounds, 1.5)

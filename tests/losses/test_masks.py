@@ -412,7 +412,7 @@ FAMILIES = {"retinanet": (3, 3), "fcos": (3, 1), "faster": (5, 3)}  # levels, an
 
 def observed(family, padded=(64, 96)):
     student = build_view(tiny_detector(family), "student")
-    student.taps.recording = True
+    student.taps.start()
     student.model.backbone(torch.zeros(2, 3, *padded))
     return student
 

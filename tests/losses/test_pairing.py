@@ -214,7 +214,8 @@ def detectors(channels=24):
 
 
 def observe(student, view, teacher):
-    view.taps.recording = teacher.view.taps.recording = True
+    view.taps.start()
+    teacher.view.taps.start()
     student.backbone(torch.randn(1, 3, 64, 64))
     teacher.observe([torch.randn(3, 64, 64)], (64, 64))
 

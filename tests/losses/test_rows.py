@@ -153,7 +153,13 @@ def random_mask(share=0.4):
     return torch.rand(SHAPE, generator=torch.Generator().manual_seed(9)) < share
 
 
-MASKS = {"some": random_mask(), "all": random_mask(2.0), "none": random_mask(0.0)}
+def one_row():
+    mask = torch.zeros(SHAPE, dtype=torch.bool)
+    mask[1, 7] = True
+    return mask
+
+
+MASKS = {"some": random_mask(), "all": random_mask(2.0), "one": one_row(), "none": random_mask(0.0)}
 
 
 def gradients(term, *levels):

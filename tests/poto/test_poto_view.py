@@ -23,6 +23,7 @@ from distill_d2.testing.tiny import tiny_batch, tiny_detector
 from distill_d2.views import Batch, build_view
 
 LEVELS = ["p2", "p3", "p4"]
+PADDED = (64, 80)  # of ``tiny_batch``
 
 
 def observed(variant, inputs):
@@ -31,8 +32,8 @@ def observed(variant, inputs):
     teacher = Teacher(copy.deepcopy(model))
     for capability in ("dense", "anchors"):
         teacher.view.require(capability)
-    teacher.view.taps.recording = True
-    teacher.observe([item["image"] for item in inputs], (64, 64))
+    teacher.view.taps.start()
+    teacher.observe([item["image"] for item in inputs], PADDED)
     return teacher.view, model
 
 
@@ -58,7 +59,7 @@ def test_dense(variant):
     torch.testing.assert_close(found.deltas, rows.deltas, rtol=1e-3, atol=1e-3)
     assert torch.equal(found.anchors, rows.anchors) and found.level_sizes == rows.sizes
     assert not found.background and not found.centerness_levels
-    for row in (0, 100, 335):
+    for row in (0, 100, 415):
         expected = naive.decode(rows.deltas[1, row].tolist(), rows.anchors[row].tolist())
         np.testing.assert_allclose(found.boxes()[1, row], expected, rtol=1e-3, atol=1e-2)
 
@@ -80,9 +81,9 @@ def test_anchors():
     view, _ = observed("plain", tiny_batch(1))
     anchors = view.anchors()
     assert {name: tuple(level.shape) for name, level in anchors.items()} == {
-        "p2": (16, 16, 1, 4),
-        "p3": (8, 8, 1, 4),
-        "p4": (4, 4, 1, 4),
+        "p2": (16, 20, 1, 4),
+        "p3": (8, 10, 1, 4),
+        "p4": (4, 5, 1, 4),
     }
     assert anchors["p3"][2, 5, 0].tolist() == [44 - 32, 20 - 32, 44 + 32, 20 + 32]
 
@@ -92,7 +93,7 @@ def test_match():
     for item, count in zip(inputs, (3, 0, 1)):
         item["instances"] = item["instances"][:count]
     view, model = observed("plain", inputs)
-    truth = Batch(inputs, (64, 64), 0, 1).truth
+    truth = Batch(inputs, PADDED, 0, 1).truth
     boxes, valid = truth.boxes, truth.valid
     predictions = view.dense()
     with no_synchronization():

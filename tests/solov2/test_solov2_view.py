@@ -11,6 +11,7 @@ from recorded import detector
 from solov2_case import batch, config, solov2
 
 from distill_d2.distiller import Distiller
+from distill_d2.initialize_student import initialize_student
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.fgfi import FGFI
@@ -18,7 +19,6 @@ from distill_d2.losses.gid import GID
 from distill_d2.losses.head_kd import HeadKD
 from distill_d2.losses.icd import InstanceConditionalDistillation
 from distill_d2.losses.pkd import PKD
-from distill_d2.preload import preload
 from distill_d2.teacher import Teacher
 from distill_d2.testing.tiny import distiller_config, save_teacher
 from distill_d2.views import build_view
@@ -159,13 +159,13 @@ def test_heads_of_the_teacher_are_a_start(caplog):
         for tensor in teacher.state_dict().values():
             tensor.add_(torch.rand(tensor.shape).to(tensor.dtype))
     heads = {n for n in student.state_dict() if n.startswith(("ins_head.", "mask_head."))}
-    assert preload(student, teacher, head=True) == len(heads) > 20
+    assert initialize_student(student, teacher, head=True) == len(heads) > 20
     ours, theirs = student.state_dict(), teacher.state_dict()
     assert {n for n in heads if torch.equal(ours[n], theirs[n])} == heads
     assert not torch.equal(ours["backbone.fpn_output2.weight"], theirs["backbone.fpn_output2.weight"])
     wide = solov2(seed=2, channels=32)
     with caplog.at_level("INFO"):
-        count = preload(student, wide, head=True)
+        count = initialize_student(student, wide, head=True)
     assert count == len(heads) - caplog.text.count(": teacher (") < len(heads)
     line = "ins_head.kernel_tower.0.weight: teacher (32, 34, 3, 3), student (32, 18, 3, 3)"
     assert line in caplog.text

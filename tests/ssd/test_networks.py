@@ -1,14 +1,10 @@
 """The three networks: sizes, levels, widths, what the golden fixture recorded of them."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_backbone, build_model
 from distill_d2.projects.ssd import SSDVGG16, SSDMobileNetV2
 from distill_d2.projects.ssd.vgg import L2Norm
-from golden_tool import compared, write
 from ssd_case import NARROW, NETWORKS, WIDTHS, config, levels, ssd
 from torch import nn
 
@@ -142,48 +138,3 @@ def test_head(network, lite):
             depthwise, norm, _, pointwise = convolution
             assert depthwise.groups == depthwise.in_channels == norm.num_features
             assert depthwise.bias is not None and pointwise.kernel_size == (1, 1)
-
-
-# tools/check_golden.py
-
-
-@pytest.fixture
-def arrays(shared):
-    with np.load(shared / "golden" / "ssd_forward.npz") as recorded:
-        return {name: recorded[name] for name in recorded.files}
-
-
-def test_recorded_fixture(tool, shared, arrays, capsys):
-    assert tool.main([str(shared / "golden" / "ssd_forward.npz")]) == 0
-    output = capsys.readouterr().out
-    assert "ssd_forward: pass" in output and "not used" not in output
-    assert set(compared(output, "pass")) == set(arrays) - {"image_rgb_blocks_30x30"}
-
-
-def test_recipe_is_that_of_the_fixture(tool, shared):
-    from golden.ssd_forward import by_recipe
-
-    recorded = json.loads((shared / "golden" / "ssd_state_dict_keys.json").read_text())
-    shapes = {name: shape for keys in recorded["networks"].values() for name, shape in keys.items()}
-    for name, check in recorded["fill_checks"].items():
-        numbers = by_recipe(name, shapes[name]).flatten()[:3].tolist()
-        assert numbers == pytest.approx(check["first3"], rel=1e-6)
-
-
-def test_every_changed_array_fails(tool, tmp_path, arrays, capsys):
-    """Of a fixture of one network."""
-    arrays = {n: a for n, a in arrays.items() if n.startswith(("mb2_", "image_"))}
-    changed = {name: np.array(array) for name, array in arrays.items()}
-    for name, array in changed.items():
-        if not name.startswith("image_"):
-            array.flat[np.abs(array).argmax()] += 0.01 * array.std()
-    assert tool.main([write(tmp_path, changed)]) == 1
-    output = capsys.readouterr().out
-    assert set(compared(output, "FAIL")) == set(arrays) - {"image_rgb_blocks_30x30"}
-
-
-def test_array_of_an_unknown_network(tool, tmp_path, arrays, capsys):
-    names = ("image_rgb_blocks_30x30", "mb2_conf", "mb2_loc", "mb2_source0_ch0to3_center")
-    arrays = {**{name: arrays[name] for name in names}, "resnet_conf": np.zeros(1)}
-    assert tool.main([write(tmp_path, arrays)]) == 2
-    assert "has arrays of unknown networks ['resnet']" in capsys.readouterr().err

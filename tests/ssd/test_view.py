@@ -42,7 +42,7 @@ def observed(network, images, prepare=True):
     teacher = Teacher(copy.deepcopy(model), input_format="RGB", prepare=prepare)
     for capability in ("dense", "anchors"):
         teacher.view.require(capability)
-    teacher.view.taps.recording = True
+    teacher.view.taps.start()
     teacher.observe(images, (300, 300))
     return teacher.view, model.eval()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_tool import write
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SHAPES = {"p3": (2, 3, 7, 5), "p4": (2, 3, 4, 3)}
@@ -22,12 +21,10 @@ FORMS = {
 }
 
 
-@pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import check_golden
-
-    return check_golden
+def write(folder: Path, arrays: dict[str, np.ndarray], name: str = "fixture.npz") -> str:
+    """The path of a new fixture of these arrays."""
+    np.savez(folder / name, **arrays)
+    return str(folder / name)
 
 
 def make_arrays(seed=0, shapes=SHAPES, pkd=True, mimic=True):
@@ -193,54 +190,3 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "pkd: pass" in done.stdout and "pkd: FAIL: 1 of 3 arrays" in done.stdout
-
-
-# ICD: the recorded fixture, and one of the naive version in another configuration
-
-LOSSES = TOOLS.parent / "tests" / "losses"
-
-
-@pytest.fixture(scope="module")
-def icd_arrays():
-    with pytest.MonkeyPatch.context() as patch:
-        for folder in (LOSSES, LOSSES / "icd"):
-            patch.syspath_prepend(str(folder))
-        from icd_fixture import icd_arrays
-
-        return icd_arrays()
-
-
-def test_recorded_icd_fixture(tool, shared, capsys):
-    assert tool.main([str(shared / "golden" / "icd_decoder.npz")]) == 0
-    assert "icd_decoder: pass" in capsys.readouterr().out
-
-
-def test_icd_fixture_of_another_configuration(tool, icd_arrays, tmp_path, capsys):
-    assert tool.main([write(tmp_path, icd_arrays)]) == 0
-    output = capsys.readouterr().out
-    compared = [line.split()[1] for line in output.splitlines() if line.endswith("| pass |")]
-    expected = [n for n in icd_arrays if n.startswith(("ref/", "fix/", "var/", "enc/", "geo/"))]
-    assert set(compared) >= set(expected)
-
-
-def test_icd_fixture_has_the_arrays_of_the_recorded_one(icd_arrays, shared):
-    with np.load(shared / "golden" / "icd_decoder.npz") as recorded:
-        assert set(recorded.files) <= set(icd_arrays)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("ref/loss/total", "fix/loss/tea.1.prop_reg", "fix/grad/stu_feat/p5", "enc/is_real"),
-        *("ref/grad/param/distillers.0.attention_module.matt.1.matt.in_proj_weight", "geo/pad_mask/p4"),
-        *("ref/dec/1/value_mask", "fix/enc/descriptor", "var/layers0/grad/stu_feat/p6", "geo/pos_emb"),
-        *("var/off/grad/stu_feat_is_none", "var/temp_decay/loss/distill.0.matt.value"),
-    ],
-)
-def test_perturbed_icd_array_fails(tool, icd_arrays, tmp_path, capsys, name):
-    arrays = dict(icd_arrays)
-    arrays[name] = array = np.array(arrays[name])
-    array.flat[0] = not array.flat[0] if array.dtype == bool else array.flat[0] + 1e-3
-    assert tool.main([write(tmp_path, arrays)]) == 1
-    output = capsys.readouterr().out
-    assert [line.split()[1] for line in output.splitlines() if line.endswith("| FAIL |")] == [name]

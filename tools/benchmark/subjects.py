@@ -18,6 +18,7 @@ from torch import nn
 
 from distill_d2 import Distiller, DistillLoss, Teacher
 from distill_d2.config import solver_config, student_config
+from distill_d2.distiller.phases import reaches_student
 from distill_d2.engine import build_optimizer
 from distill_d2.engine.optimizer import create_optimizer, has_own_solver
 from distill_d2.engine.settings import autocast_dtype
@@ -186,4 +187,4 @@ def iteration_with_all(losses: dict[str, DistillLoss]) -> int:
 
 def teaches(loss: DistillLoss, iteration: int) -> bool:
     """Whether the student gets gradients of ``loss`` at this iteration."""
-    return loss.factor(iteration) > 0 and loss.distils(iteration)
+    return reaches_student(loss, iteration)

@@ -92,7 +92,7 @@ def _compare_stage(
         _compare(fixture, f"{folder}/eval.out", stage.eval()(x))
     taps = Taps(stage)
     taps.add("encoder")
-    taps.recording = True
+    taps.start()
     out = stage.train()(x)
     sent = taps.output("encoder")
     sent.retain_grad()
@@ -215,7 +215,7 @@ class _Step:
     def run(self) -> Tensors:
         """Forward and backward; the terms."""
         for taps in self.taps.values():
-            taps.recording = True
+            taps.start()
         losses = self.distiller.train()(self.batch)
         sum(losses.values()).backward()
         return losses

@@ -142,7 +142,7 @@ class _Network:
 
     def run(self) -> list[list[torch.Tensor]]:
         """One forward, which the view records; the head's outputs."""
-        self.view.taps.recording = True
+        self.view.taps.start()
         self.features = list(self.model.backbone(self.logits).values())
         return self.model.head(self.features)
 
@@ -192,7 +192,7 @@ def _compare_case(fixture: Fixture, case: str) -> None:
         teacher.run()
         loss = SSDKD(**_AUTHORS, **settings)
         loss.bind(student.view, teacher.view)
-        weights = loss.task_weights()
+        weights = loss.task_weights
         terms = {name: weights[name] * term for name, term in hard.items()}
         terms.update(loss(student.view, teacher.view, batch))
     total = sum(terms.values())

@@ -6,7 +6,7 @@ A method is one file of this folder; nothing else needs an edit:
     def mean(loss, student, teacher, batch, picture: Picture) -> list[Row]:
         pairs = loss.pairs(student, teacher)
         ...
-        return [Row([picture.ground_truth(), Panel("p3", picture.heat(...))])]
+        return [Row([picture.ground_truth(), picture.heat("p3", ...)], ColorScale("error", 1.0))]
 
 It is called in a step of training, on one image, with what the loss itself is given: the views of both
 detectors and the Batch.
@@ -19,10 +19,10 @@ import pkgutil
 from dataclasses import dataclass
 from typing import Any, Callable
 
-from .picture import ColourScale, LegendEntry, Mark, Panel, Picture, Row
+from .picture import ColorScale, LegendEntry, Mark, Panel, Picture, Row
 
 __all__ = [
-    "ColourScale",
+    "ColorScale",
     "LegendEntry",
     "Mark",
     "Method",

@@ -7,7 +7,7 @@ import torch
 from distill_d2.losses.gid import GID, GeneralInstances
 from distill_d2.views import Batch, DetectorView
 
-from . import LegendEntry, Mark, Panel, Picture, Row, method
+from . import LegendEntry, Mark, Picture, Row, method
 from .picture import SKY, VERMILLION, WHITE, YELLOW
 
 _KINDS = {
@@ -22,7 +22,7 @@ _NO_KIND = ("none of them", WHITE)
 def gid(
     loss: GID, student: DetectorView, teacher: DetectorView, batch: Batch, picture: Picture
 ) -> list[Row]:
-    """Ground truth beside the selected instances: the colour is the kind, the number the score, and a
+    """Ground truth beside the selected instances: the color is the kind, the number the score, and a
     dashed box is the student's, the others are the teacher's."""
     mode = loss.settings.gi_mode
     if mode == "gt":
@@ -48,7 +48,7 @@ def selection_row(
         box, score = instances.boxes[0, slot].tolist(), float(instances.scores[0, slot])
         dashed = not instances.from_teacher[0, slot]
         marks.append(Mark(box, kind[1], f"{score:.2f}", dashed=dashed))
-    legend = [LegendEntry(f"{name} ({count})", colour) for (name, colour), count in counts.items()]
+    legend = [LegendEntry(f"{name} ({count})", color) for (name, color), count in counts.items()]
     legend.append(LegendEntry("the student's box", WHITE, dashed=True))
     title = f"{len(marks)} general instances with scores (GI_MODE {mode})"
-    return Row([picture.ground_truth(), Panel(title, picture.boxes(marks))], legend=legend)
+    return Row([picture.ground_truth(), picture.boxes(title, marks)], legend=legend)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from distill_d2.losses.icd import InstanceConditionalDistillation
 from distill_d2.losses.icd.sampling import Queries
 from distill_d2.views import Batch, DetectorView
 
-from . import ColourScale, Mark, Panel, Picture, Row, method
+from . import ColorScale, Mark, Panel, Picture, Row, method
 from .picture import SKY, WHITE
 
 _MOST = 5  # instances, the largest
@@ -43,7 +42,7 @@ def icd(
         ]
         name = picture.class_name(int(queries.classes[0, index]))
         title = f"{name}, {rank} of {len(boxes)} by size"
-        panels = [Panel(title, _among_others(boxes, index, name, picture))]
+        panels = [_among_others(title, boxes, index, name, picture)]
         levels = dict(zip(loss.pairs.in_features, levels))
         rows.append(_with_levels(panels, levels, boxes[index].tolist(), batch, picture))
     return rows
@@ -57,10 +56,10 @@ def boxes_of(queries: Queries, picture: Picture) -> torch.Tensor:
     return (boxes * boxes.new_tensor([width, height, width, height])).cpu()
 
 
-def _among_others(boxes: torch.Tensor, index: int, name: str, picture: Picture) -> np.ndarray:
+def _among_others(title: str, boxes: torch.Tensor, index: int, name: str, picture: Picture) -> Panel:
     marks = [Mark(box, WHITE, thin=True) for box in boxes.tolist()]
     marks[index] = Mark(marks[index].box, SKY, name)
-    return picture.boxes([marks[index], *marks[:index], *marks[index + 1 :]])
+    return picture.boxes(title, [marks[index], *marks[:index], *marks[index + 1 :]])
 
 
 def _with_levels(
@@ -70,8 +69,8 @@ def _with_levels(
     batch: Batch,
     picture: Picture,
 ) -> Row:
-    scale = ColourScale("attention", max(float(values.max()) for values in levels.values()))
+    scale = ColorScale("attention", max(float(values.max()) for values in levels.values()))
     for name, values in levels.items():
-        image = picture.heat(values, batch.padded_size, scale, [Mark(box, SKY, thin=True)])
-        panels.append(Panel(f"{name}: {float(values.sum()):.0%} of the attention", image))
+        title = f"{name}: {float(values.sum()):.0%} of the attention"
+        panels.append(picture.heat(title, values, batch.padded_size, [Mark(box, SKY, thin=True)]))
     return Row(panels, scale)

@@ -8,7 +8,7 @@ from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.views import Batch, DetectorView
 
 from . import Picture, Row, method
-from .error_maps import error_row, standardise
+from .error_maps import error_row, standardize
 
 
 @method(loss="FeatureMimic")
@@ -17,11 +17,11 @@ def mimic(
 ) -> list[Row]:
     """LOSS_FORM's distance after NORMALIZE, the mean over channels, on each level."""
     pairs = loss.pairs(student, teacher).items()
-    errors = {name: _distance(loss, ours, theirs) for name, (ours, theirs) in pairs}
+    errors = {name: _distance(loss, *maps) for name, maps in pairs}
     return [error_row(errors, batch, picture, "distance, mean over channels")]
 
 
 def _distance(loss: FeatureMimic, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     if loss.norm_dims is not None:
-        student, teacher = (standardise(x, loss.norm_dims, unbiased=False) for x in (student, teacher))
+        student, teacher = (standardize(x, loss.norm_dims, unbiased=False) for x in (student, teacher))
     return loss.distance(student, teacher, reduction="none")

@@ -9,7 +9,7 @@ from distill_d2.losses.pairing import FeaturePairs
 from distill_d2.losses.regions import distance_map
 from distill_d2.views import Batch, DetectorView
 
-from . import ColourScale, Panel, Picture, Row, method
+from . import ColorScale, Picture, Row, method
 from .error_maps import error_row
 
 
@@ -41,15 +41,11 @@ def _rows(
     picture: Picture,
 ) -> list[Row]:
     pairs = levels(student, teacher)
-    scale = ColourScale("mask", 1.0)
+    scale = ColorScale("mask", 1.0)
     panels = [picture.ground_truth()]
     for name, mask in masks.of_pairs(student, batch, pairs, levels.strides).items():
         cells = float(picture.visible(mask[0], batch.padded_size).sum())
-        image = picture.heat(mask[0], batch.padded_size, scale)
-        panels.append(Panel(f"{name}: {cells:.4g} cells of objects", image))
-    errors = {
-        name: distance_map(ours, theirs, form)[:, None] / ours.shape[1]
-        for name, (ours, theirs) in pairs.items()
-    }
+        panels.append(picture.heat(f"{name}: {cells:.4g} cells of objects", mask[0], batch.padded_size))
+    errors = {name: distance_map(s, t, form)[:, None] / s.shape[1] for name, (s, t) in pairs.items()}
     label = f"{form} distance, mean over channels"
     return [Row(panels, scale), error_row(errors, batch, picture, label)]

@@ -1,99 +1,123 @@
-"""Rows of panels below a header, as one image."""
+"""Rows of panels below a header, as one figure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
+import cv2
+import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from torchvision.ops import box_iou
 
-from .picture import Row, colours_of
+from .picture import ColorScale, Mark, Panel, Row
 
-_DPI = 100
-# All in pixels.
-_MIN_WIDTH = 1000  # of header and legend
-_GAP = 14
-_TITLE = 26
-_LEGEND = 34
-_HEADER_LINE = 24
-_BAR, _BAR_WITH_NUMBERS = 16, 110
+COLOR_MAP = "inferno"
+HEAT = 0.65  # how much of a pixel is the heat map's color; the rest is the image's
+_SHORTER_SIDE = 4.8  # of a panel, in inches of 100 pixels
+_FONT_SIZE = 11
+_LETTER = (0.09, 0.18)  # about the width and height of a letter of it, in inches
+_LINE, _THIN_LINE = 2.2, 1.5  # points
 
 
-def compose(rows: Sequence[Row], header: Sequence[str]) -> np.ndarray:
-    """(H, W, 3) RGB, uint8: the lines of the header, then the rows one below the other."""
-    width = max(_MIN_WIDTH, max(_width(row) for row in rows) + 2 * _GAP)
-    top = len(header) * _HEADER_LINE + _GAP
-    height = top + sum(_height(row) for row in rows) + _GAP
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+def compose(rows: Sequence[Row], header: Sequence[str]) -> Figure:
+    """The lines of the header, then the rows one below the other; a drawn figure, to be saved."""
+    height, width = rows[0].panels[0].image.shape[:2]
+    inches = _SHORTER_SIDE / min(height, width)  # per pixel of the image
+    columns = max(len(row.panels) for row in rows)
+    size = (columns * (width * inches + 0.1) + 1.2, len(rows) * (height * inches + 0.8) + 0.9)
+    figure = Figure(figsize=(max(size[0], 8.0), size[1]), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    sheet = _Sheet(figure, width, height)
-    for index, line in enumerate(header):
-        sheet.text(line, _GAP, _GAP // 2 + index * _HEADER_LINE, bold=index == 0)
-    for row in rows:
-        sheet.row(row, top)
-        top += _height(row)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _width(row: Row) -> int:
-    panels = sum(panel.image.shape[1] + _GAP for panel in row.panels)
-    return panels + (_BAR_WITH_NUMBERS if row.scale else 0)
-
-
-def _height(row: Row) -> int:
-    return _TITLE + row.panels[0].image.shape[0] + (_LEGEND if row.legend else 0) + _GAP
-
-
-class _Sheet:
-    """A figure with coordinates in pixels from its upper left corner."""
-
-    def __init__(self, figure: Figure, width: int, height: int):
-        self.figure, self.width, self.height = figure, width, height
-
-    def text(self, text: str, x: int, y: int, bold: bool = False) -> None:
-        weight = "bold" if bold else "normal"
-        at = self._place(x, y)
-        self.figure.text(*at, text, size=12, weight=weight, verticalalignment="top", parse_math=False)
-
-    def row(self, row: Row, top: int) -> None:
-        left = _GAP
-        for panel in row.panels:
-            height, width = panel.image.shape[:2]
-            self.text(panel.title, left, top + 2)
-            bottom = self.height - top - _TITLE - height
-            self.figure.figimage(panel.image, left, bottom, origin="upper", resize=False)
-            left += width + _GAP
-        height = row.panels[0].image.shape[0]
+    figure.suptitle("\n".join(header), x=0.01, ha="left", size=12, parse_math=False)
+    for part, row in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows):
+        axes = part.subplots(1, columns, squeeze=False)[0]
+        for each in axes:
+            each.set_axis_off()
+        for each, panel in zip(axes, row.panels):
+            _draw(each, panel, row.scale, inches)
         if row.scale:
-            self._colour_bar(row, left, top + _TITLE, height)
+            colors = ScalarMappable(Normalize(0.0, row.scale.top), COLOR_MAP)
+            part.colorbar(colors, ax=list(axes), label=row.scale.label, pad=0.01, aspect=30)
         if row.legend:
-            self._legend(row, top + _TITLE + height)
+            # Light colors are seen on a dark ground.
+            part.legend(
+                [Line2D([], [], color=e.color, ls="--" if e.dashed else "-", lw=3) for e in row.legend],
+                [entry.label for entry in row.legend],
+                loc="outside lower left",
+                ncols=len(row.legend),
+                facecolor="0.25",
+                labelcolor="white",
+            )
+    canvas.draw()
+    return figure
 
-    def _colour_bar(self, row: Row, left: int, top: int, height: int) -> None:
-        x, y = self._place(left, top + height)
-        axes = self.figure.add_axes([x, y, _BAR / self.width, height / self.height])
-        self.figure.colorbar(colours_of(row.scale), cax=axes, label=row.scale.label)
 
-    def _legend(self, row: Row, top: int) -> None:
-        lines: list[Line2D] = [
-            Line2D([], [], color=e.colour, linestyle="--" if e.dashed else "-", linewidth=3)
-            for e in row.legend
-        ]
-        legend = self.figure.legend(
-            lines,
-            [entry.label for entry in row.legend],
-            loc="upper left",
-            bbox_to_anchor=self._place(_GAP, top + 4),
-            borderaxespad=0.0,
-            ncol=len(lines),
-            fontsize=11,
-            facecolor="0.25",  # light colours are seen on it
-            labelcolor="white",
+def _draw(axes: Axes, panel: Panel, scale: ColorScale | None, inches: float) -> None:
+    axes.set_title(panel.title, loc="left", size=12, parse_math=False)
+    height, width = panel.image.shape[:2]
+    extent = (0, width, height, 0)
+    if panel.heat is None:
+        axes.imshow(panel.image, extent=extent)
+    else:
+        gray = cv2.cvtColor(panel.image, cv2.COLOR_RGB2GRAY)
+        axes.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=extent)
+        padded_height, padded_width = panel.padded_size
+        axes.imshow(
+            panel.heat,
+            extent=(0, padded_width, padded_height, 0),
+            cmap=COLOR_MAP,
+            vmin=0.0,
+            vmax=scale.top,
+            alpha=HEAT,
+            interpolation="nearest",  # the level's own cells
         )
-        legend.set_in_layout(False)
+        axes.set(xlim=(0, width), ylim=(height, 0))
+    for mark in reversed(panel.marks):
+        _draw_box(axes, mark)
+    taken = torch.zeros(0, 4)
+    for mark in panel.marks:
+        if mark.label:
+            place = _free_place(mark, taken, (height, width), inches)
+            taken = torch.cat([taken, place[None]])
+            axes.text(
+                *place[:2].tolist(),
+                mark.label,
+                size=_FONT_SIZE,
+                color=mark.color,
+                va="top",
+                bbox={"facecolor": "black", "alpha": 0.85, "pad": 1, "linewidth": 0},
+            )
 
-    def _place(self, x: int, y: int):
-        return x / self.width, 1 - y / self.height
+
+def _draw_box(axes: Axes, mark: Mark) -> None:
+    x1, y1, x2, y2 = mark.box
+    width = _THIN_LINE if mark.thin else _LINE
+    line = Rectangle(
+        (x1, y1),
+        x2 - x1,
+        y2 - y1,
+        fill=False,
+        edgecolor=mark.color,
+        linewidth=width,
+        linestyle=(0, (4, 2)) if mark.dashed else "-",
+        path_effects=[withStroke(linewidth=width + 1.4, foreground="black")],  # seen on any image
+    )
+    axes.add_patch(line)
+
+
+def _free_place(mark: Mark, taken: torch.Tensor, size: tuple[int, int], inches: float) -> torch.Tensor:
+    """Where to put a box's label, (4,) XYXY in pixels of the image: at a corner, where it covers the
+    labels ``taken`` (n, 4) least."""
+    (x1, y1, x2, y2), (height, width) = mark.box, size
+    length, line = _LETTER[0] * (len(mark.label) + 1) / inches, _LETTER[1] / inches
+    corners = [(x, y) for y in (y1 - line, y2, y1, y2 - line) for x in (x1, x2 - length)]
+    places = torch.tensor([[x, y, x + length, y + line] for x, y in corners])
+    shift = -places[:, :2].clamp(max=0) - (places[:, 2:] - torch.tensor([width, height])).clamp(min=0)
+    places = places + shift.repeat(1, 2)
+    return places[box_iou(places, taken).sum(dim=1).argmin()]

@@ -25,8 +25,9 @@ from detectron2.config import CfgNode as CN
 from torch import nn
 
 from ...views import Batch, DetectorView
-from ..base import DISTILL_LOSS_REGISTRY, DistillLoss
+from ..base import DISTILL_LOSS_REGISTRY
 from ..pairing import FeaturePairs
+from ..trained import TrainedLoss
 from .auxiliary import AuxiliaryTask
 from .decoder import ConditionalDecoder, Decoded, dropout_seed
 from .geometry import Geometry, geometry_of
@@ -44,7 +45,7 @@ Maps = list[torch.Tensor]
 
 
 @DISTILL_LOSS_REGISTRY.register()
-class InstanceConditionalDistillation(DistillLoss):
+class InstanceConditionalDistillation(TrainedLoss):
     """ICD; keys in MODEL.DISTILLER.INS, INS_ATT_MIMIC and MODEL.DISTILLER itself.
 
     Its parameters, 1.3 M with the defaults and 80 classes: query encoder, decoder and predictor,
@@ -151,7 +152,7 @@ class InstanceConditionalDistillation(DistillLoss):
         if self._stopped(batch.iteration):
             terms = _reach(terms, self._of_teacher())
         if self.settings.weight_value > 0:
-            feels = self.distils(batch.iteration)
+            feels = self.reaches_student(batch.iteration)
             ours = self.pairs.of_student(student, geometry.level_sizes, detach=not feels)
             temperature = self.temperature(batch.iteration, batch.max_iter)
             terms["loss_icd_value"] = self.value_term(
@@ -227,8 +228,8 @@ class InstanceConditionalDistillation(DistillLoss):
 
     # Schedules.
 
-    def distils(self, iteration: int) -> bool:
-        """Whether the student feels the distillation at this iteration."""
+    def reaches_student(self, iteration: int) -> bool:
+        """Whether gradients of the distillation reach the student at this iteration."""
         s = self.settings
         outside = iteration < s.bypass_distill or iteration > s.bypass_distill_after
         return s.weight_value > 0 and (s.distill_off if outside else s.distill_on) != 0

@@ -89,7 +89,6 @@ class SSDKD(DistillLoss):
         self.hint = s.hint if s.gamma > 0 else ""
         self.distance = _HINT_FORMS[s.hint_form]
         self.heads: list[str] = []
-        self._task_weights: dict[str, float] = {}
         # Anchors that an RPN samples per image, and how many of them are objects at most.
         self._samples: tuple[int, int] = (0, 0)
         self.pairs: FeaturePairs | None = None
@@ -99,7 +98,7 @@ class SSDKD(DistillLoss):
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         super().bind(student, teacher)
-        self._task_weights = {
+        self.task_weights = {
             **dict.fromkeys(student.class_losses, self.settings.mu),
             **dict.fromkeys(student.box_losses, self.settings.lmda),
         }
@@ -125,9 +124,6 @@ class SSDKD(DistillLoss):
     def compares_rows(self) -> bool:
         """Whether the soft or the bounded terms are on."""
         return self.settings.mu < 1 or self.settings.nu > 0
-
-    def task_weights(self) -> dict[str, float]:
-        return self._task_weights
 
     def forward(
         self, student: DetectorView, teacher: DetectorView, batch: Batch

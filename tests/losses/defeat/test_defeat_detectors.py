@@ -260,9 +260,7 @@ def box_head_rows(student, teacher, batch, proposals):
     for view in (student, teacher):
         heads = view.model.roi_heads
         features = [view.level(name) for name in heads.box_in_features]
-        view.taps.recording = False
         logits, _ = heads.box_predictor(heads.box_head(heads.box_pooler(features, proposals)))
-        view.taps.recording = True
         scores.append([part.tolist() for part in logits.split([len(boxes) for boxes in proposals])])
     truth = [item["instances"] for item in batch.inputs]
     labels = [labels_by_matcher(*each, matcher, 3) for each in zip(truth, proposals)]

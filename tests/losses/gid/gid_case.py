@@ -278,7 +278,7 @@ class HeadsView(DetectorView):
 def heads_view(maps: dict[str, Tensor], role: str, predictions: Callable[[], Predictions]) -> HeadsView:
     view = HeadsView(view_of(maps, role).model, role)
     view.predictions = predictions
-    view.taps.recording = True
+    view.taps.start()
     view.model.backbone(None)
     return view
 

@@ -85,7 +85,7 @@ def test_built_from_its_keys():
     loss = InstanceConditionalDistillation.from_config(distiller)
     assert len(loss.decoder) == len(loss.student) == 2
     assert loss.pairs.in_features == ["p3"] and loss.settings.weight_value == 3.0
-    assert not loss.distils(6) and loss.distils(7)
+    assert not loss.reaches_student(6) and loss.reaches_student(7)
     assert loss.solver is distiller.SOLVER
 
 

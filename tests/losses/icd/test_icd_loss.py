@@ -318,7 +318,7 @@ FLAGS = [(0, 0, False, False), (1, 1, True, True), (2, 0, True, False)]
 @pytest.mark.parametrize("off, on, before, inside", FLAGS)
 def test_flags(off, on, before, inside):
     loss = Case(distill_off=off, distill_on=on, bypass_distill=3).loss
-    assert (loss.distils(2), loss.distils(3)) == (before, inside)
+    assert (loss.reaches_student(2), loss.reaches_student(3)) == (before, inside)
 
 
 ARCHITECTURES = [{}, {"att_layers": 2, "value_reconst": 1.0}, {"att_layers": 0}]

@@ -388,7 +388,7 @@ def bind(student, teacher, **settings):
 )
 def test_weights_of_the_students_own_losses(family, classes, boxes):
     features = {} if family == "faster" else {"mu": 1.0, "nu": 0.0}
-    weights = bind(tiny_detector(family), tiny_detector(family), lmda=2.0, **features).task_weights()
+    weights = bind(tiny_detector(family), tiny_detector(family), lmda=2.0, **features).task_weights
     mu = features.get("mu", 0.5)
     assert weights == {**dict.fromkeys(classes, mu), **dict.fromkeys(boxes, 2.0)}
 

@@ -6,9 +6,10 @@ from detectron2.modeling import build_model
 from losses.naive_icd import random_weights
 
 from distill_d2.distiller import Distiller
+from distill_d2.initialize_losses import initialize_losses
+from distill_d2.initialize_student import initialize_student
 from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.icd.loss import InstanceConditionalDistillation
-from distill_d2.preload import preload, preload_losses
 from distill_d2.teacher import Teacher
 from distill_d2.testing.tiny import tiny_config, use_ghnd
 
@@ -28,7 +29,7 @@ def detector(family="retinanet", fpn_norm="", **sizes):
 def copied(student, teacher, **what):
     """The names of the student's tensors that became the teacher's; all others must stay."""
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    count = preload(student, teacher, **what)
+    count = initialize_student(student, teacher, **what)
     after, theirs = student.state_dict(), teacher.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert len(changed) == count
@@ -82,7 +83,7 @@ def test_mis_shaped_tensors_are_skipped_and_listed(caplog):
 
 def test_nothing_is_listed_when_all_fits(caplog):
     with caplog.at_level("INFO"):
-        preload(detector(), detector(), fpn=True, head=True)
+        initialize_student(detector(), detector(), fpn=True, head=True)
     assert "Copied 20 tensors" in caplog.text and "Skipped" not in caplog.text
 
 
@@ -91,7 +92,7 @@ def test_nothing_fits():
     message = "PRELOAD_FPN / PRELOAD_HEAD / PRELOAD_NAMES: no tensor .* set the first two to False"
     for what in ({"fpn": True, "head": False}, {"names": ["^head.cls_subnet.0.weight"]}):
         with pytest.raises(ValueError, match=message):
-            preload(student, teacher, **what)
+            initialize_student(student, teacher, **what)
 
 
 BOTTOM_UP = "backbone.bottom_up."
@@ -161,7 +162,7 @@ def test_wrong_names(names, message):
     student, teacher = detector(), detector()
     before = {name: value.clone() for name, value in student.state_dict().items()}
     with pytest.raises(ValueError, match=f"MODEL.DISTILLER.{message}"):
-        preload(student, teacher, fpn=True, names=names)
+        initialize_student(student, teacher, fpn=True, names=names)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
@@ -199,7 +200,7 @@ def test_mask_rcnn_teacher_of_a_retinanet_student():
 
 def test_student_and_teacher_share_no_memory():
     student, teacher = detector(), detector()
-    preload(student, teacher, fpn=True, head=True)
+    initialize_student(student, teacher, fpn=True, head=True)
     with torch.no_grad():
         student.head.cls_score.bias.add_(1)
     assert not torch.equal(student.head.cls_score.bias, teacher.head.cls_score.bias)
@@ -207,7 +208,7 @@ def test_student_and_teacher_share_no_memory():
 
 def test_gradients_stay_possible():
     student = detector()
-    preload(student, detector(), fpn=True, head=True)
+    initialize_student(student, detector(), fpn=True, head=True)
     assert all(p.requires_grad and p.is_leaf for p in student.head.parameters())
 
 
@@ -238,7 +239,7 @@ class Losses:
     def load(self, part):
         """The names of the parameters that changed."""
         before = self.state()
-        count = preload_losses(self.losses, self.path, part)
+        count = initialize_losses(self.losses, self.path, part)
         after = self.losses.state_dict()
         names = {name for name in after if not torch.equal(after[name], before[name])}
         assert len(names) == count
@@ -286,7 +287,7 @@ def test_checkpoint_of_the_reference(losses, prefix, others):
 def nothing_changes(losses, error, message, part="all"):
     before = losses.state()
     with pytest.raises(error, match=message):
-        preload_losses(losses.losses, losses.path, part)
+        initialize_losses(losses.losses, losses.path, part)
     assert all(torch.equal(value, before[name]) for name, value in losses.state().items())
 
 

@@ -1,0 +1,327 @@
+"""The Distiller meta-architecture: a student's step, a teacher's step, and the losses between them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import nn
+
+from ..config import student_config
+from ..freeze import freeze, freeze_unreached
+from ..initialize_losses import initialize_losses
+from ..initialize_student import initialize_student
+from ..losses import DistillLoss
+from ..plugins import import_detectors
+from ..teacher import Teacher
+from ..views import Batch, build_view
+from .building import node_arguments, separate_randomness
+from .padding import CommonPadding
+from .phases import TrainingPhases, add_terms, reaches_student
+from .report import describe_levels
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "distiller."
+
+
+@META_ARCH_REGISTRY.register()
+class Distiller(nn.Module):
+    """Wraps a detectron2 model, the student, and distils a teacher into it.
+
+    In training, ``forward`` returns the student's own losses and one term per distillation loss.
+    In evaluation it is the student. ``state_dict()`` is the plain student's; parameters of the
+    losses, if there are any, follow under the prefix "distiller.". A copy has a student, losses and
+    taps of its own, and shares the teacher's frozen weights.
+
+    Attributes:
+        student: the model being trained. It has forward hooks during a training step only, so that it
+            can be pickled, copied and scripted.
+        teacher: a Teacher; not a submodule, yet moved along by ``.to()``.
+        losses: the distillation losses by registered name.
+        features_only: whether a training step runs the student only as far as the losses read it.
+        phases: what is trained when; a trainer reads it.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: Teacher,
+        losses: Mapping[str, DistillLoss] | Sequence[DistillLoss],
+        input_format: str = "BGR",
+        task_loss_weight: float = 1.0,
+        max_iter: int = 0,
+        preload_fpn: bool = False,
+        preload_head: bool = False,
+        preload_names: Sequence[str] = (),
+        preload_teacher: str = "",
+        preload_type: str = "teacher_only",
+        pretrain_iters: int = 0,
+        fix_backbone_before: int = 0,
+        fix_head_before: int = 0,
+        freeze_names: Sequence[str] = (),
+    ):
+        """
+        Args:
+            student: a detectron2 detector with a ``backbone``.
+            teacher: a whole, frozen detector.
+            losses: distillation losses by name, or a list (each named by its class); they are bound
+                to both detectors here.
+            input_format: channel order of the images in the batches, "BGR" or "RGB".
+            task_loss_weight: multiplies the student's own losses. With 0 the student runs only as far as
+                the losses read it, and what they do not reach is not trained.
+            max_iter: length of the run, for losses with a schedule over all of it.
+            preload_fpn, preload_head: what ``preload_student`` copies from the teacher into the student.
+            preload_names: regular expressions of further tensors that it copies.
+            preload_teacher: path or URL of an earlier run's checkpoint, from which it takes the losses'
+                parameters.
+            preload_type: "all" of these parameters, or "teacher_only".
+            pretrain_iters: steps before iteration 0, in which only the losses' ``pretrain`` is computed.
+            fix_backbone_before: the student's backbone is not trained before this iteration.
+            fix_head_before: the rest of the student is not trained before this iteration.
+            freeze_names: regular expressions of names in the student's ``state_dict()``: parameters
+                that are not trained, and running statistics of batch norms that do not change.
+
+        Raises:
+            KeyError, TypeError, ValueError: a loss asks for what a detector cannot give; a number
+                of iterations is negative; there is nothing to pretrain, or to train; a pattern matches
+                no name.
+        """
+        super().__init__()
+        if input_format not in ("BGR", "RGB"):
+            raise ValueError(f"INPUT.FORMAT is '{input_format}'; the Distiller reads 'BGR' or 'RGB'")
+        if preload_type not in ("all", "teacher_only"):
+            raise ValueError(
+                f"MODEL.DISTILLER.PRELOAD_TYPE is '{preload_type}'; expected 'all' or 'teacher_only'"
+            )
+        if not isinstance(losses, Mapping):
+            losses = {type(loss).__name__: loss for loss in losses}
+        self.student = student
+        self.losses = nn.ModuleDict(losses)
+        self.teacher = teacher
+        self.student_view = build_view(student, "student")
+        self.task_loss_weight = task_loss_weight
+        self.max_iter = max_iter
+        self.preload_fpn = preload_fpn
+        self.preload_head = preload_head
+        self.preload_names = list(preload_names)
+        self.preload_teacher = preload_teacher
+        self.preload_type = preload_type
+        self.phases = TrainingPhases(
+            student,
+            self.losses,
+            pretrain_iters=pretrain_iters,
+            fix_backbone_before=fix_backbone_before,
+            fix_head_before=fix_head_before,
+        )
+        self.padding = CommonPadding(student.backbone, *teacher.padding)
+        self._reverse_channels = input_format != teacher.input_format
+        self._steps = 0
+        with separate_randomness():
+            for loss in losses.values():
+                loss.bind(self.student_view, teacher.view)
+        teacher.check_taps()
+        self._check_fixed_size()
+        self._choose_trained(freeze_names)
+        self._log_start()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        config = student_config(cfg)
+        import_detectors(config)
+        student = META_ARCH_REGISTRY.get(config.MODEL.META_ARCHITECTURE)(config)
+        return {
+            "student": student,
+            **node_arguments(cfg.MODEL.DISTILLER, cfg.MODEL.DEVICE, cfg.DATASETS.TRAIN),
+            "input_format": cfg.INPUT.FORMAT,
+            "max_iter": cfg.SOLVER.MAX_ITER,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+    @property
+    def iteration(self) -> int:
+        """The student's iteration, negative while losses are pretrained; without a trainer, the
+        number of training steps done."""
+        steps = get_event_storage().iter if has_event_storage() else self._steps
+        return steps - self.phases.pretrain_iters
+
+    def preload_student(self) -> None:
+        """Start the student from the teacher, as PRELOAD_FPN, _HEAD and _NAMES say, and the losses'
+        parameters from an earlier run, as PRELOAD_TEACHER says.
+
+        For a fresh run, after MODEL.WEIGHTS is loaded; DistillTrainer calls it.
+
+        Raises:
+            OSError, ValueError: nothing fits, or PRELOAD_TEACHER cannot be read.
+        """
+        if self.preload_fpn or self.preload_head or self.preload_names:
+            initialize_student(
+                self.student,
+                self.teacher.model,
+                fpn=self.preload_fpn,
+                head=self.preload_head,
+                names=self.preload_names,
+            )
+        if self.preload_teacher:
+            initialize_losses(self.losses, self.preload_teacher, self.preload_type)
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """detectron2's model interface.
+
+        Args:
+            batched_inputs: N dicts of the dataset mapper, with "image" (3, H_i, W_i) and, in
+                training, "instances".
+
+        Returns:
+            in training {name: scalar loss}, weighted; in evaluation the student's predictions.
+        """
+        if not self.training:
+            return self.student(batched_inputs)
+        self.phases.check_trainer(first_step=self._steps == 0)
+        images = [item["image"].to(self.device, non_blocking=True) for item in batched_inputs]
+        inputs = [{**item, "image": image} for item, image in zip(batched_inputs, images)]
+        losses = self._pretrain(inputs, images) if self.iteration < 0 else self._train(inputs, images)
+        self._steps += 1
+        return losses
+
+    def train(self, mode: bool = True) -> Distiller:
+        super().train(mode)
+        for norm in self._still_norms:
+            norm.eval()
+        return self
+
+    # A training step.
+
+    def _train(
+        self, inputs: list[dict[str, Any]], images: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        factors = {name: loss.factor(self.iteration) for name, loss in self.losses.items()}
+        with self.student_view.recording(), self.teacher.view.recording():
+            losses = self._task_losses(inputs)
+            self._apply_task_weights(losses, factors)
+            if any(factors.values()):
+                self._observe(images)
+            batch = Batch(inputs, self.padding.size, self.iteration, self.max_iter)
+            for name, loss in self.losses.items():
+                add_terms(losses, self._distill_losses(loss, factors[name], batch), name)
+        if self.features_only and not all(
+            reaches_student(loss, self.iteration) for loss in self.losses.values()
+        ):
+            losses["loss_idle"] = self._zero()
+        return losses
+
+    def _task_losses(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        with self.padding.applied():
+            if self.features_only:
+                with self.student_view.until_read():
+                    self.student(inputs)
+                return {}
+            losses = dict(self.student(inputs))
+        if self.task_loss_weight == 1.0:
+            return losses
+        return {name: loss * self.task_loss_weight for name, loss in losses.items()}
+
+    def _apply_task_weights(
+        self, task_losses: dict[str, torch.Tensor], factors: Mapping[str, float]
+    ) -> None:
+        """Multiply the student's own losses, in place, by the factors that active losses ask for."""
+        for name, loss in self.losses.items():
+            for term, weight in loss.task_weights.items() if factors[name] else ():
+                if term in task_losses and weight != 1.0:
+                    task_losses[term] = task_losses[term] * weight
+
+    def _observe(self, images: list[torch.Tensor]) -> None:
+        if self._reverse_channels:
+            images = [image.flip(0) for image in images]
+        self.teacher.observe(images, self.padding.size)
+
+    def _distill_losses(self, loss: DistillLoss, factor: float, batch: Batch) -> dict[str, torch.Tensor]:
+        if factor == 0.0:
+            return loss.idle()
+        with torch.autocast(self.device.type, enabled=False):  # law 7: always in float32
+            terms = loss(self.student_view, self.teacher.view, batch)
+        return {name: term * factor for name, term in terms.items()}
+
+    def _pretrain(
+        self, inputs: list[dict[str, Any]], images: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The losses learn from the teacher alone."""
+        self.padding.size = self.padding.of_images(images)
+        batch = Batch(inputs, self.padding.size, self.iteration, self.max_iter)
+        with self.teacher.view.recording():
+            self._observe(images)
+            with torch.autocast(self.device.type, enabled=False):
+                terms = self.phases.pretrain(self.teacher.view, batch)
+        first = next(iter(terms))
+        return {**terms, first: terms[first] + self._zero()}
+
+    def _zero(self) -> torch.Tensor:
+        """A zero that depends on every trained parameter, so that DDP gets all gradients."""
+        return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
+
+    # What is checked, chosen and logged when it is built.
+
+    def _check_fixed_size(self) -> None:
+        side = self.student_view.fixed_size
+        if side is None or self.padding.of(side, side) == (side, side):
+            return
+        height, width = self.padding.of(side, side)
+        raise ValueError(
+            f"the student, a {type(self.student).__name__}, takes images of {side}x{side} pixels only, but the "
+            f"teacher, a {type(self.teacher.model).__name__}, would pad them to {height}x{width}; train the "
+            f"student at a size that both take, such as {max(height, width)}"
+        )
+
+    def _choose_trained(self, freeze_names: Sequence[str]) -> None:
+        self._still_norms = freeze(self.student, freeze_names, "MODEL.DISTILLER.FREEZE")
+        self.features_only = self.task_loss_weight == 0 and bool(self.student_view.backbone_reads)
+        if self.features_only:
+            freeze_unreached(self.student_view)
+        if not any(p.requires_grad for p in self.student.parameters()):
+            raise ValueError(
+                f"MODEL.DISTILLER.FREEZE is {list(freeze_names)}, TASK_LOSS_WEIGHT {self.task_loss_weight} "
+                f"and TYPES {list(self.losses)}: nothing of the student is left to train"
+            )
+
+    def _log_start(self) -> None:
+        logger.info(f"Teacher: {self.teacher.describe()}")
+        views = (self.student_view, self.teacher.view)
+        size = self.padding.of_image(*map(max, *(view.probe_size for view in views)))
+        table = describe_levels(self.losses, *views, size)
+        if table:
+            logger.info(table)
+
+    # The teacher moves along, and is never visible otherwise (law 2).
+
+    def _apply(self, function, *args, **kwargs):
+        super()._apply(function, *args, **kwargs)
+        self.teacher.apply(function)
+        return self
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        """The student's own state_dict; parameters of the losses follow under "distiller."."""
+        state = self.student.state_dict(
+            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
+        return self.losses.state_dict(destination=state, prefix=prefix + _PREFIX, keep_vars=keep_vars)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs):
+        """Load what ``state_dict`` returned, or a plain student's checkpoint (with strict=False)."""
+        of_losses = {k[len(_PREFIX) :]: v for k, v in state_dict.items() if k.startswith(_PREFIX)}
+        of_student = {k: v for k, v in state_dict.items() if not k.startswith(_PREFIX)}
+        keys = self.student.load_state_dict(of_student, strict=strict, **kwargs)
+        if of_losses or strict:
+            loss_keys = self.losses.load_state_dict(of_losses, strict=strict, **kwargs)
+            keys.missing_keys.extend(_PREFIX + name for name in loss_keys.missing_keys)
+            keys.unexpected_keys.extend(_PREFIX + name for name in loss_keys.unexpected_keys)
+        return keys
