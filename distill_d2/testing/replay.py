@@ -1,4 +1,4 @@
-"""Steps of a Distiller: one step, what its losses are given in it, and losses on what was recorded."""
+"""Steps of a Distiller: one step, what its losses read in it, and losses on what was recorded."""
 
 from __future__ import annotations
 
@@ -45,11 +45,14 @@ class Records:
     """What the losses read in one step.
 
     Attributes:
-        student, teacher: outputs by module path, cut off the networks; the student's are ``leaves`` that
-            take a gradient.
-        batch: the ground truth.
-        proposals, box_head: the proposals that the teacher's box head scored, and its predictions.
-        own_proposals, own_box_head: the teacher's own proposals, and its predictions for them.
+        student: outputs of the student by module path.
+        teacher: outputs of the teacher by module path.
+        batch: the batch of the step.
+        leaves: the student's recorded tensors; they take gradients.
+        proposals: the student's proposals, which the teacher's box head scored.
+        box_head: what it answered.
+        own_proposals: the teacher's own proposals and their classes.
+        own_box_head: the teacher's predictions for them.
     """
 
     student: dict[str, Any] = field(default_factory=dict)
@@ -61,52 +64,25 @@ class Records:
     own_proposals: tuple[list[Boxes], list[torch.Tensor]] | None = None
     own_box_head: Predictions | None = None
 
+    def start(self, _loss: nn.Module, inputs: tuple[DetectorView, DetectorView, Batch]) -> tuple:
+        """A forward pre-hook of a loss: it is given a teacher whose answers are noted."""
+        student, teacher, batch = inputs
+        return student, _NotedTeacher(teacher, self), batch
+
     def take(self, _loss: nn.Module, inputs: tuple[Any, Any, Batch], _terms: Any) -> None:
-        """A forward hook for a loss."""
+        """A forward hook of a loss."""
         student, teacher, self.batch = inputs
-        self.student.update(_outputs(student.taps))
-        self.teacher.update(_outputs(teacher.taps))
-
-    @contextlib.contextmanager
-    def listening(self, teacher: DetectorView) -> Iterator[None]:
-        """Inside, note the calls of the teacher's two-stage heads and their results."""
-        box_head, own_proposals = teacher.box_head, teacher.own_proposals
-
-        def note_box_head(proposals: list[Boxes]) -> Predictions:
-            found = box_head(proposals)
-            if self._is_own(proposals):
-                self.own_box_head = found
-            else:
-                self.proposals, self.box_head = proposals, found
-            return found
-
-        def note_own_proposals(batch: Batch) -> tuple[list[Boxes], list[torch.Tensor]]:
-            self.own_proposals = own_proposals(batch)
-            return self.own_proposals
-
-        teacher.box_head, teacher.own_proposals = note_box_head, note_own_proposals
-        try:
-            yield
-        finally:
-            del teacher.box_head, teacher.own_proposals  # the view's methods are back
-
-    @contextlib.contextmanager
-    def answering(self, teacher: DetectorView) -> Iterator[None]:
-        """Inside, the teacher's two-stage heads return what was noted, and do not run."""
-        teacher.box_head = lambda boxes: self.own_box_head if self._is_own(boxes) else self.box_head
-        teacher.own_proposals = lambda _batch: self.own_proposals
-        try:
-            yield
-        finally:
-            del teacher.box_head, teacher.own_proposals
-
-    def _is_own(self, proposals: list[Boxes]) -> bool:
-        return self.own_proposals is not None and proposals is self.own_proposals[0]
+        self.student.update(outputs_of(student.taps))
+        self.teacher.update(outputs_of(teacher.taps))
 
     def detach(self) -> None:
-        """Cut the outputs off the networks; the student's become leaves."""
+        """Cut the outputs off the networks; the student's become leaves that take a gradient."""
         self.teacher = map_tensors(torch.Tensor.detach, self.teacher)
         self.student = map_tensors(self._leaf, self.student)
+
+    def are_own(self, proposals: list[Boxes]) -> bool:
+        """Whether these are the teacher's own proposals."""
+        return self.own_proposals is not None and proposals is self.own_proposals[0]
 
     def _leaf(self, tensor: torch.Tensor) -> torch.Tensor:
         leaf = tensor.detach().requires_grad_(tensor.is_floating_point())
@@ -114,13 +90,60 @@ class Records:
         return leaf
 
 
+class _TeacherView:
+    """A teacher's view, but for the questions to its two-stage head."""
+
+    def __init__(self, view: DetectorView, records: Records):
+        self._view, self._records = view, records
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._view, name)
+
+
+class _NotedTeacher(_TeacherView):
+    """Notes what the teacher's two-stage head is asked, and its answers."""
+
+    def box_head(self, proposals: list[Boxes]) -> Predictions:
+        predictions, records = self._view.box_head(proposals), self._records
+        if records.are_own(proposals):
+            records.own_box_head = predictions
+        else:
+            records.proposals, records.box_head = proposals, predictions
+        return predictions
+
+    def own_proposals(self, batch: Batch) -> tuple[list[Boxes], list[torch.Tensor]]:
+        self._records.own_proposals = self._view.own_proposals(batch)
+        return self._records.own_proposals
+
+
+class _RecordedTeacher(_TeacherView):
+    """Answers from the records: its two-stage head is not run, which is not the work of a loss."""
+
+    def box_head(self, proposals: list[Boxes]) -> Predictions | None:
+        records = self._records
+        return records.own_box_head if records.are_own(proposals) else records.box_head
+
+    def own_proposals(self, _batch: Batch) -> tuple[list[Boxes], list[torch.Tensor]] | None:
+        return self._records.own_proposals
+
+
+def outputs_of(taps: Taps) -> dict[str, Any]:
+    return {path: taps.output(path) for path in taps.recorded}
+
+
 def record(distiller: Distiller, run_step: Callable[[], Any]) -> Records:
-    """What the losses of a distiller read in one step, which ``run_step`` makes."""
+    """Run a distilled step and keep what the losses read in it."""
     records = Records()
-    handles = [loss.register_forward_hook(records.take) for loss in distiller.losses.values()]
+    handles = [
+        handle
+        for loss in distiller.losses.values()
+        for handle in (
+            loss.register_forward_pre_hook(records.start),
+            loss.register_forward_hook(records.take),
+        )
+    ]
     try:
-        with records.listening(distiller.teacher.view):
-            run_step()
+        run_step()
     finally:
         for handle in handles:
             handle.remove()
@@ -129,7 +152,7 @@ def record(distiller: Distiller, run_step: Callable[[], Any]) -> Records:
 
 
 class Replay:
-    """Calls functions on recorded outputs, as a step of the Distiller calls its losses."""
+    """Calls functions on the recorded outputs, as a step of the Distiller would."""
 
     def __init__(self, distiller: Distiller, records: Records):
         self.student, self.teacher = distiller.student_view, distiller.teacher.view
@@ -137,15 +160,13 @@ class Replay:
 
     def __call__(self, compute: Callable) -> Any:
         """What ``compute(student, teacher, batch)`` returns, see DistillLoss.forward."""
-        with self.student.recording(), self.teacher.recording(), self.records.answering(self.teacher):
-            for view, outputs in (
-                (self.student, self.records.student),
-                (self.teacher, self.records.teacher),
-            ):
-                for path, output in outputs.items():
-                    view.taps.put(path, output)
-            return compute(self.student, self.teacher, self.records.batch)
+        teacher = _RecordedTeacher(self.teacher, self.records)
+        with self.student.recording(), self.teacher.recording():
+            put_outputs(self.student.taps, self.records.student)
+            put_outputs(self.teacher.taps, self.records.teacher)
+            return compute(self.student, teacher, self.records.batch)
 
 
-def _outputs(taps: Taps) -> dict[str, Any]:
-    return {path: taps.output(path) for path in taps.recorded}
+def put_outputs(taps: Taps, outputs: dict[str, Any]) -> None:
+    for path, output in outputs.items():
+        taps.put(path, output)

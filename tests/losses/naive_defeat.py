@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -91,16 +92,15 @@ def object_masks(
     """By level name, masks of kind "gt", "roi", "gaussian" or "one"."""
     masks = {}
     for index, name in enumerate(sorted(sizes, key=lambda name: strides[name])):
-        size, stride = sizes[name], strides[name]
-        marks = {
-            "gt": lambda box: box_marks(box, size, stride),
-            "gaussian": lambda box: gaussian_marks(box, size, stride),
-            "roi": lambda box: anchor_marks(box, anchors[name], threshold),
-            "one": None,
-        }[kind]
-        if marks is None:
+        size = sizes[name]
+        if kind == "one":
             masks[name] = torch.ones(len(images), *size, dtype=torch.float64)
             continue
+        if kind == "roi":
+            marks = partial(anchor_marks, anchors=anchors[name], threshold=threshold)
+        else:
+            function = {"gt": box_marks, "gaussian": gaussian_marks}[kind]
+            marks = partial(function, size=size, stride=strides[name])
         mine = [
             [
                 box

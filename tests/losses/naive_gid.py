@@ -353,11 +353,18 @@ def terms(
 def formula(loss: Any) -> tuple[Callable, list[Tensor]]:
     """The terms of a GID ``loss`` on RetinaNets as a function of (student, teacher, batch), and the
     parameters, shared with the loss, that it trains."""
-    if loss.capability != "dense" or loss.settings.gi_centerness or not loss.settings.pools:
-        sys.exit(
-            "benchmark: --against-naive: the plain formula of GID is for RetinaNets with feature terms, but "
-            f"MODEL.DISTILLER.GID.PREDICTIONS is {loss.settings.predictions!r}. Leave --against-naive out"
-        )
+    s = loss.settings
+    for name, found, expected in (
+        ("PREDICTIONS", loss.capability or "dense", "dense"),
+        ("GI_CENTERNESS", s.gi_centerness, False),
+        ("FEATURE_WEIGHT and RELATION_WEIGHT", "above 0" if s.pools else 0.0, "above 0"),
+    ):
+        if found != expected:
+            sys.exit(
+                "benchmark: --against-naive: the plain formula of GID is for RetinaNets with feature terms, "
+                f"but MODEL.DISTILLER.GID.{name} is {found!r}, expected {expected!r}. Leave "
+                "--against-naive out, or change this"
+            )
     laid_out: list = []  # once: a plain teacher's outputs have this memory layout from the start
 
     def compute(student: Any, teacher: Any, batch: Any) -> dict[str, Tensor]:

@@ -11,7 +11,9 @@ from distill_d2.views import build_view
 # Values
 
 
-@pytest.mark.parametrize("value", [(0.5, 0.4), (0.4,), (0.4, 0.5, 0.6), (-0.1, 0.5), (0.4, 1.1)], ids=str)
+@pytest.mark.parametrize(
+    "value", [(0.5, 0.4), (0.4,), (0.4, 0.5, 0.6), (-0.1, 0.5), (0.4, 1.1)], ids=str
+)
 def test_wrong_thresholds(value):
     with pytest.raises(ValueError, match="MODEL.DISTILLER.GID.IOU_THRESHOLDS is .*; expected "):
         GID(iou_thresholds=value)
