@@ -9,9 +9,9 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes
 from torch import nn
 
-from distill_d2 import prepare
-from distill_d2.prepare import fold_norms, native_bfloat16
-from distill_d2.teacher import Teacher
+from distill_d2.precision import native_bfloat16
+from distill_d2.teacher import Teacher, prepare
+from distill_d2.teacher.prepare import fold_norms
 from distill_d2.testing.tiny import tiny_config, tiny_detector
 from distill_d2.views.predictions import rows_of
 

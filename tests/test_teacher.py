@@ -466,7 +466,7 @@ def test_describe_of_one_that_ends_early():
     for name in ("res3", "res2"):
         teacher.view.require_level(name)
     part = "backbone.bottom_up.res2, backbone.bottom_up.res3"
-    assert teacher.describe().endswith(f" M parameters; runs its backbone as far as it takes for {part}")
+    assert teacher.describe().endswith(f" M parameters; runs its backbone up to {part}")
     teacher.view.require("dense")
     assert teacher.describe().endswith("; runs backbone and neck, and its head for dense")
 

@@ -15,7 +15,7 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from ..taps import Taps, map_tensors
-from ..transfer import contiguous
+from ..upload import contiguous
 from .batch import Batch
 from .predictions import Predictions
 
@@ -141,6 +141,11 @@ class DetectorView:
         #: Wraps whatever part of the detector the view runs by itself (the teacher's heads).
         self.context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         self._of_step: dict[Any, Any] = {}
+
+    def replace_model(self, model: nn.Module) -> None:
+        """Look at this detector instead, which has the same modules and computes the same."""
+        with self.taps.paused():
+            self.model = self.taps.model = model
 
     # What the detector has, known when it is built.
 

@@ -19,7 +19,7 @@ from torch import nn
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.model_zoo import get_config_file
-from distill_d2.prepare import fold_norms
+from distill_d2.teacher.prepare import fold_norms
 from distill_d2.views import build_view
 
 RESNET = "build_fcos_resnet_fpn_backbone"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...transfer import upload
+from ...upload import upload
 from ...views import Batch, Predictions
 from ...views.matching import hard_negatives
 
