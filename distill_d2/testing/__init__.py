@@ -2,13 +2,14 @@
 
 - ``tiny_config``, ``tiny_detector``, ``tiny_batch``, ``write_dataset``: detectors, batches and datasets that
   take milliseconds.
-- ``families``: a small detector of every kind.
+- ``families``: a small detector of every kind; ``Family`` with ``dense_config``, ``polygons``, ``bitmasks``
+  describes one.
 - ``view_of``, ``compare``, ``plane``: views of detectors that computed given feature maps, for losses on
   literal numbers.
 - ``no_synchronization``: fails where the host would wait for a GPU; works on a CPU.
 """
 
-from .family import FAMILIES, Family, families
+from .family import Family, bitmasks, dense_config, families, polygons
 from .maps import MapDetector, compare, plane, view_of
 from .synchronization import no_synchronization
 from .tiny import (
@@ -24,14 +25,16 @@ from .tiny import (
 
 __all__ = [
     "CLASSES",
-    "FAMILIES",
     "Family",
     "MapDetector",
+    "bitmasks",
     "compare",
+    "dense_config",
     "distiller_config",
     "families",
     "no_synchronization",
     "plane",
+    "polygons",
     "save_teacher",
     "tiny_batch",
     "tiny_config",

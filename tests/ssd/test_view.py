@@ -23,6 +23,7 @@ from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
 from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views import Batch, DetectorView, build_view
+from distill_d2.views.probe import level_shapes
 
 
 def grown(network, seed=0):
@@ -70,7 +71,7 @@ def test_probe_size_of_other_detectors():
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_probe(network):
-    shapes = build_view(ssd(network), "student").probe(300, 300)
+    shapes = level_shapes(build_view(ssd(network), "student"), 300, 300)
     widths = WIDTHS[network] if network == "A" else (38, *WIDTHS[network])
     assert [shape[1:] for shape in shapes.values()] == [(width, width) for width in widths]
 
@@ -134,7 +135,8 @@ def test_anchors(network):
 def test_match_is_that_of_the_detectors_own_loss():
     inputs = batch(3, 0, 1)
     view, model = observed("C", [item["image"] for item in inputs])
-    objects = Batch(inputs, (300, 300), 0, 1).padded_boxes()
+    truth = Batch(inputs, (300, 300), 0, 1).truth
+    objects = truth.boxes, truth.valid
     predictions = view.dense()
     with no_synchronization():
         labels = predictions.match(*objects)
