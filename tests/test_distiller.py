@@ -1,6 +1,5 @@
 """The Distiller's step: what is computed, weighted and returned; and its use without our trainer."""
 
-
 import pytest
 import torch
 from detectron2.modeling import build_model
