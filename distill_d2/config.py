@@ -34,7 +34,7 @@ def add_distill_config(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER_ARGS = CN(new_allowed=True)
 
     # Augmentations in training: "default", detectron2's, or "ssd": photometric distortion, expansion with
-    # the mean colour, and a random crop, before detectron2's flip.
+    # the mean color, and a random crop, before detectron2's flip.
     cfg.INPUT.AUGMENTATIONS = "default"
     # [height, width]: images are resized to exactly this, instead of by MIN_SIZE_* and MAX_SIZE_*.
     cfg.INPUT.FIXED_SIZE = []

@@ -213,7 +213,7 @@ def test_name_of_a_builtin_dataset(voc):
         (dict(CLASSES=["cat", "cat"]), ["CLASSES", "different names"]),
         (dict(CLASSES=["cat", False]), ["False", "in quotes"]),
         (dict(YEAR=2010), ["YEAR", "2010", "2007 (11-point AP) or 2012 (area AP)"]),
-        (dict(SPLIT=7), ["SPLIT is 7", "expected a text"]),
+        (dict(SPLIT=7), ["SPLIT is 7", "expected a string"]),
     ],
 )
 def test_wrong_entries(voc, changes, texts):
@@ -267,7 +267,7 @@ def test_voc_class_that_is_not_in_classes(voc):
         "['dog']",
         "'1.xml'",
         "['cat', 'bird']",
-        "found: ['cat', 'dog']",
+        "annotations hold ['cat', 'dog']",
     )
 
 
