@@ -11,7 +11,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_voc_instances
 from detectron2.structures import BoxMode
-from voc_folder import write_voc
+from small_datasets import assert_fails, load, write_voc
 
 from distill_d2.data import register_custom_datasets
 
@@ -47,18 +47,6 @@ def write_coco(folder, **changes):
 def coco_entry(**changes):
     entry = dict(FORMAT="coco", JSON="pets/train.json", IMAGES="pets/images")
     return {"NAME": f"custom_coco_{next(_numbers)}", **entry, **changes}
-
-
-def load(entry):
-    register_custom_datasets([entry])
-    return DatasetCatalog.get(entry["NAME"])
-
-
-def assert_fails(entry, *texts, error=ValueError):
-    """Loading it fails, and the message holds all texts."""
-    with pytest.raises(error) as caught:
-        load(entry)
-    assert all(text in str(caught.value) for text in texts), caught.value
 
 
 @pytest.fixture
