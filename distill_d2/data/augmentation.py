@@ -7,7 +7,7 @@ is seeded in each worker; detectron2's and fvcore's transforms apply it, to poly
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -182,11 +182,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict[str, Any]], Any
     """The mapper that INPUT.MAPPER names, or detectron2's with the augmentations of INPUT.
 
     Raises:
-<<<<<<< HEAD
         ValueError: a value of INPUT is out of range; the message names its key.
-=======
-        ValueError: INPUT.MAPPER, AUGMENTATIONS, FIXED_SIZE, CROP, MASK_FORMAT or IS_ROTATE is wrong.
->>>>>>> main
     """
     if cfg.INPUT.MAPPER:
         _check_registered(DATASET_MAPPER_REGISTRY, "INPUT.MAPPER", cfg.INPUT.MAPPER, "''")
@@ -204,13 +200,8 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict[str, Any]], Any
         resize = T.Resize(size)
     if not is_train:
         return DatasetMapper(cfg, is_train, augmentations=[resize, *others])
-    if kind == "ssd":
-        return BoxAwareMapper(cfg, is_train, augmentations=[*_ssd_augmentations(cfg), *others, resize])
     crop = cfg.INPUT.CROP
     crops = [T.RandomCrop(crop.TYPE, crop.SIZE)] if crop.ENABLED else []
-<<<<<<< HEAD
-    return DatasetMapper(cfg, is_train, augmentations=[*crops, resize, *others])
-=======
     if kind == "default":
         return DatasetMapper(cfg, is_train, augmentations=[*crops, resize, *others])
     first = AUGMENTATION_REGISTRY.get(kind)(cfg)
@@ -221,7 +212,6 @@ def _check_registered(registry: Registry, key: str, name: str, default: str) -> 
     known = [f"'{known}'" for known, _ in registry]
     if name not in registry:
         raise ValueError(f"{key} is '{name}'; expected {' or '.join([default, *known])}")
->>>>>>> main
 
 
 def _heed_flip_keys(cfg: CfgNode) -> CfgNode:
@@ -241,7 +231,7 @@ def ssd(cfg: CfgNode) -> list[T.Augmentation]:
     """Photometric distortion, expansion and a random crop, with the settings of INPUT.SSD.
 
     Raises:
-        ValueError: another key asks for a second crop, or for bit masks.
+        ValueError: another key asks for a second crop or bit masks, or a setting is out of range.
     """
     if cfg.INPUT.CROP.ENABLED:
         raise ValueError(
@@ -254,16 +244,6 @@ def ssd(cfg: CfgNode) -> list[T.Augmentation]:
             "'polygon', or AUGMENTATIONS to 'default'"
         )
     node = cfg.INPUT.SSD
-    if cfg.INPUT.CROP.ENABLED:
-        raise ValueError(
-            "INPUT.CROP.ENABLED is True, but INPUT.AUGMENTATIONS 'ssd' has a crop of its own; set the first "
-            "to False, or the second to 'default'"
-        )
-    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "bitmask":
-        raise ValueError(
-            "INPUT.AUGMENTATIONS is 'ssd', which expands polygons but not bit masks; set INPUT.MASK_FORMAT to "
-            "'polygon', or AUGMENTATIONS to 'default'"
-        )
     if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
         raise ValueError(
             f"INPUT.FORMAT is '{cfg.INPUT.FORMAT}'; INPUT.AUGMENTATIONS 'ssd' needs 'BGR' or 'RGB'"
