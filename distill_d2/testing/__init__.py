@@ -9,8 +9,10 @@
 """
 
 from .family import FAMILIES, Family, families
+from .laws import LAWS, Cell, check_loss, step
 from .maps import MapDetector, compare, plane, view_of
-from .synchronization import no_synchronization
+from .recipes import RECIPES, Recipe, recipes
+from .synchronization import as_on_a_gpu, no_synchronization
 from .tiny import (
     CLASSES,
     distiller_config,
@@ -25,14 +27,22 @@ from .tiny import (
 __all__ = [
     "CLASSES",
     "FAMILIES",
+    "LAWS",
+    "RECIPES",
+    "Cell",
     "Family",
     "MapDetector",
+    "Recipe",
+    "as_on_a_gpu",
+    "check_loss",
     "compare",
     "distiller_config",
     "families",
     "no_synchronization",
     "plane",
+    "recipes",
     "save_teacher",
+    "step",
     "tiny_batch",
     "tiny_config",
     "tiny_detector",

@@ -1,0 +1,377 @@
+"""The laws that every loss keeps on every kind of detector, each one written once.
+
+Each law is a function of a Cell, a loss and a kind of detector, and takes some training steps of the two.
+``LAWS`` lists them; ``check_loss`` holds a loss to all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Callable
+
+import torch
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from distill_d2 import Distiller, DistillLoss, Teacher
+
+from .family import Family, families
+from .recipes import Recipe
+from .synchronization import as_on_a_gpu, no_synchronization
+
+Terms = dict[str, torch.Tensor]
+
+
+class Cell:
+    """A loss and a kind of detector.
+
+    Attributes:
+        family: the kind of detector.
+        refusal: why the Distiller refuses the two; "" where it does not.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        loss: Callable[[], DistillLoss],
+        *,
+        equal: Callable[[], DistillLoss] | None = None,
+        not_zero: Sequence[str] = (),
+        host: Sequence[str] = (),
+        device: str = "cpu",
+    ):
+        """
+        Args:
+            loss: returns a new loss.
+            equal: returns one that is 0 where student and teacher are equal; None: ``loss``.
+            not_zero, host: see Recipe.
+            device: where the steps are computed.
+        """
+        self.family = family
+        self.not_zero = tuple(not_zero)
+        self.host = tuple(host)
+        self.device = device
+        self._loss = loss
+        self._equal = equal or loss
+        self.refusal = ""
+        try:
+            self.distiller()
+        except (KeyError, TypeError, ValueError) as error:
+            self.refusal = str(error.args[0])
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, family: Family, device: str = "cpu") -> Cell:
+        """The recipe's loss."""
+        return cls(
+            family,
+            lambda: recipe.build(family),
+            equal=lambda: recipe.build(family, equal=True),
+            not_zero=recipe.not_zero,
+            host=recipe.host,
+            device=device,
+        )
+
+    def student(self) -> nn.Module:
+        """A new student, in training mode; equal at each call."""
+        torch.manual_seed(0)
+        return self.family.build(8).to(self.device).train()
+
+    def distiller(self, **options: float) -> Distiller:
+        """A new Distiller, in training mode; equal at each call.
+
+        Args:
+            options: of Distiller.
+        """
+        student = self.student()
+        return self._distiller(student, Teacher(self.family.build(16)), self._loss(), **options)
+
+    def distiller_of_equals(self) -> Distiller:
+        """One whose student and teacher compute the same: they have the same weights and, as a teacher has,
+        batch norms and dropout in evaluation mode."""
+        student = self.student()
+        teacher = Teacher(copy.deepcopy(student), prepare=False)
+        model = self._distiller(student, teacher, self._equal())
+        for module in student.modules():
+            if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+                module.eval()
+        return model
+
+    def _distiller(self, student: nn.Module, teacher: Teacher, loss: DistillLoss, **options):
+        model = Distiller(student=student, teacher=teacher, losses=[loss], max_iter=2, **options)
+        return model.to(self.device).train()
+
+    def distilled(self, losses: Terms) -> Terms:
+        """The terms of the loss among those of a step."""
+        if not hasattr(self, "_own"):
+            self._own = set(step(self.student(), self.family.batch()))
+        return {name: term for name, term in losses.items() if name not in self._own}
+
+
+def step(model: nn.Module, batch: list[dict]) -> Terms:
+    """The losses of a training step; afterwards the parameters have their gradients."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    with EventStorage(0):
+        losses = model(batch)
+    sum(losses.values()).backward()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+# The laws.
+
+
+def trains_the_student(cell: Cell) -> None:
+    """The terms are finite, and their gradients reach the student."""
+    model = cell.distiller()
+    with EventStorage(0):
+        losses = model(cell.family.batch())
+    terms = cell.distilled(losses)
+    _check(bool(terms), "the loss returned no terms")
+    _check_finite(losses)
+    sum(terms.values()).backward()
+    gradients = [p.grad for p in model.student.parameters() if p.grad is not None]
+    _check(any(gradient.any() for gradient in gradients), f"{terms} do not depend on the student")
+
+
+def reaches_all_that_is_trained(cell: Cell) -> None:
+    """Law 8: DDP, with find_unused_parameters=False, needs a gradient of each parameter in each step; with
+    the student's own losses, without them, and without objects."""
+    for weight in (1.0, 0.0):
+        model = cell.distiller(task_loss_weight=weight)
+        for objects in (2, 0):
+            step(model, cell.family.batch(objects=objects))
+            missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+            where = f"TASK_LOSS_WEIGHT {weight}, {objects} objects per image"
+            _check(not missing, f"no gradient of {missing} ({where})")
+
+
+def off_equals_the_baseline(cell: Cell) -> None:
+    """Law 1: while the loss is off, the student's losses and gradients are bit for bit those of the student
+    alone, the teacher does not run, and what the loss trains has a gradient of zero."""
+    student, batch = cell.student(), cell.family.batch()
+    alone = step(student, batch)
+    model = cell.distiller()
+    (loss,) = model.losses.values()
+    loss.factor = lambda iteration: 0.0
+    with _counting(_parts(model.teacher.model)) as calls:
+        losses = step(model, batch)
+    _check(not calls, f"the teacher computed {sorted(calls)}")
+    different = [name for name, term in alone.items() if not torch.equal(term, losses[name])]
+    own = dict(student.named_parameters())
+    different += [n for n, p in model.student.named_parameters() if not _equal(p.grad, own[n].grad)]
+    _check(not different, f"differ from those of the student alone: {different}")
+    trained = [p for p in loss.parameters() if p.requires_grad]
+    _check(all(p.grad is not None and not p.grad.any() for p in trained), "the loss is trained")
+
+
+def leaves_the_teacher_alone(cell: Cell) -> None:
+    """Law 2: the teacher is in no parameters, buffers, modules and state of the Distiller, in evaluation
+    mode, without gradients, and its state is bit for bit the same after a step."""
+    model = cell.distiller()
+    teacher = model.teacher.model
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    step(model, cell.family.batch())
+    after = teacher.state_dict()
+    _check(before.keys() == after.keys(), "the names of the teacher's state changed")
+    changed = [name for name, value in after.items() if not _equal(value, before[name])]
+    _check(not changed, f"the teacher's {changed} changed")
+    _check(not any(m.training for m in teacher.modules()), "parts of the teacher are in training mode")
+    _check(all(p.grad is None for p in teacher.parameters()), "the teacher has gradients")
+    tensors = {id(t) for t in (*teacher.parameters(), *teacher.buffers())}
+    _check(
+        not tensors & {id(t) for t in (*model.parameters(), *model.buffers())}, "seen by the Distiller"
+    )
+    _check(not set(teacher.modules()) & set(model.modules()), "a module of the Distiller")
+
+
+def keeps_the_student_plain(cell: Cell) -> None:
+    """Laws 2 and 9: the state is the student's own, with the loss's own parameters apart; the student can be
+    saved and copied, and is a plain detector then; a copy of the Distiller trains."""
+    model = cell.distiller()
+    state = {name for name in model.state_dict() if not name.startswith("distiller.")}
+    _check(state == set(cell.student().state_dict()), "the student's state has other names")
+    step(copy.deepcopy(model), cell.family.batch())
+    for student in (copy.deepcopy(model.student), pickle.loads(pickle.dumps(model.student))):
+        step(student, cell.family.batch())
+    torch.save(model.student, io.BytesIO())
+
+
+def asks_for_no_more_than_it_needs(cell: Cell) -> None:
+    """Law 4: in a step the teacher's backbone runs once, and its other parts only where the loss has stated
+    to need them."""
+    model = cell.distiller()
+    teacher = model.teacher.model
+    with _counting(_parts(teacher)) as calls:
+        step(model, cell.family.batch())
+    _check(calls["backbone"] <= 1, f"the teacher's backbone ran {calls['backbone']} times")
+    others = sorted(calls.keys() - {"backbone"})
+    if not model.teacher.view.required:
+        _check(not others, f"the teacher ran {others}, which the loss does not need")
+
+
+def is_float32_without_waiting(cell: Cell) -> None:
+    """Law 7: under autocast the terms are float32 and finite, with finite gradients, and the loss does not
+    make the host wait for the device."""
+    model = cell.distiller()
+    (loss,) = model.losses.values()
+    forward = loss.forward
+
+    def guarded(*args):
+        with as_on_a_gpu(), no_synchronization(host=cell.host):
+            return forward(*args)
+
+    loss.forward = guarded
+    with torch.autocast(cell.device, dtype=torch.bfloat16):
+        losses = step(model, cell.family.batch())
+    terms = cell.distilled(losses)
+    other = {name: term.dtype for name, term in terms.items() if term.dtype != torch.float32}
+    _check(not other, f"terms that are not float32: {other}")
+    _check_finite(losses)
+    _check_gradients(model)
+
+
+def takes_images_without_objects(cell: Cell) -> None:
+    """Law 7: terms and gradients are finite where some or all of the images have no objects."""
+    model = cell.distiller()
+    none = cell.family.batch(objects=0)
+    for batch in (none, [*cell.family.batch(1), none[1]]):
+        _check_finite(step(model, batch))
+        _check_gradients(model)
+
+
+def is_zero_for_equals(cell: Cell) -> None:
+    """A student that computes what its teacher computes has no loss."""
+    terms = cell.distilled(step(cell.distiller_of_equals(), cell.family.batch()))
+    compared = {
+        name: term for name, term in terms.items() if not name.startswith(cell.not_zero or ("?",))
+    }
+    large = {name: term.item() for name, term in compared.items() if term.abs() > 1e-6}
+    _check(not large, f"of equal detectors: {large}")
+
+
+LAWS: list[Callable[[Cell], None]] = [
+    trains_the_student,
+    reaches_all_that_is_trained,
+    off_equals_the_baseline,
+    leaves_the_teacher_alone,
+    keeps_the_student_plain,
+    asks_for_no_more_than_it_needs,
+    is_float32_without_waiting,
+    takes_images_without_objects,
+    is_zero_for_equals,
+]
+
+
+def check_loss(
+    loss: DistillLoss,
+    *,
+    on: Iterable[str] | None = None,
+    equal: DistillLoss | None = None,
+    not_zero: Sequence[str] = (),
+    host: Sequence[str] = (),
+) -> dict[str, str]:
+    """Hold a loss of yours to all laws, on every kind of detector that the Distiller does not refuse.
+
+        from distill_d2.testing import check_loss
+
+        def test_my_loss():
+            check_loss(MyLoss(in_features=["p3"]))
+
+    Args:
+        loss: not yet used with a Distiller.
+        on: names of the kinds of detectors that it has to work with, see ``families``; None: at least one.
+        equal: the loss, set so that it is 0 where student and teacher are equal (without adapters, say);
+            None: ``loss`` itself is.
+        not_zero: what the names of terms begin with that are not 0 even so.
+        host: see ``no_synchronization``.
+
+    Returns:
+        by kind of detector the reason why it is refused, "" where it works.
+
+    Raises:
+        AssertionError: a law is broken; the message names the law and the kind of detector.
+    """
+    refusals = {}
+    for name, family in families().items():
+        cell = Cell(
+            family,
+            lambda: copy.deepcopy(loss),
+            equal=lambda: copy.deepcopy(equal or loss),
+            not_zero=not_zero,
+            host=host,
+        )
+        refusals[name] = cell.refusal
+        for law in () if cell.refusal else LAWS:
+            with _naming(law, name):
+                law(cell)
+    refused = {
+        name: reason for name, reason in refusals.items() if reason and (on is None or name in on)
+    }
+    works = len(refused) < len(refusals) if on is None else not refused
+    _check(works, f"the loss is refused: {refused}")
+    return refusals
+
+
+@contextlib.contextmanager
+def _naming(law: Callable, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        summary = (law.__doc__ or "").strip()
+        raise AssertionError(f"{law.__name__}, on {name}: {error!r}\n{summary}") from error
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
+
+
+def _check_finite(losses: Terms) -> None:
+    broken = {name: loss.item() for name, loss in losses.items() if not loss.isfinite()}
+    _check(not broken, f"not finite: {broken}")
+
+
+def _check_gradients(model: nn.Module) -> None:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    broken = [name for name, gradient in found.items() if not gradient.isfinite().all()]
+    _check(not broken, f"gradients that are not finite: {broken}")
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """A detector's modules, but for those inside of its backbone and those that have no parameters."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not name.startswith("backbone.") and any(True for _ in module.parameters())
+    }
+
+
+class _Calls(dict):
+    def __missing__(self, name: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _counting(modules: dict[str, nn.Module]) -> Iterator[_Calls]:
+    """How often each of the modules runs inside, by its name."""
+    calls = _Calls()
+
+    def counter(name):
+        return lambda *_: calls.__setitem__(name, calls[name] + 1)
+
+    handles = [module.register_forward_pre_hook(counter(name)) for name, module in modules.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
