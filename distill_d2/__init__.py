@@ -4,11 +4,10 @@ from .quiet import silence_known_warnings
 
 silence_known_warnings()
 
-from . import projects  # noqa: E402  registers the detectors that detectron2 lacks
 from .config import add_distill_config  # noqa: E402
 from .distiller import Distiller  # noqa: E402
 from .losses import DISTILL_LOSS_REGISTRY, DistillLoss  # noqa: E402
-from .teacher import Teacher, build_teacher  # noqa: E402
+from .teacher import Teacher, build_teacher, load_teacher  # noqa: E402
 from .views import DetectorView, register_view  # noqa: E402
 
 __version__ = "0.1.0"
@@ -21,6 +20,6 @@ __all__ = [
     "Teacher",
     "add_distill_config",
     "build_teacher",
-    "projects",
+    "load_teacher",
     "register_view",
 ]

@@ -9,29 +9,19 @@ import textwrap
 import yaml
 from detectron2.config import CfgNode as CN
 
+from . import plugins
 from .losses import DISTILL_LOSS_REGISTRY, key_comments
-from .projects.condinst import add_condinst_config
-from .projects.fcos import add_fcos_config
-from .projects.ghnd import add_bottleneck_config
-from .projects.poto import add_poto_config
-from .projects.small_resnet import add_small_resnet_config
-from .projects.solov2 import add_solov2_config
-from .projects.ssd import add_ssd_config
 
 
 def add_distill_config(cfg: CN) -> None:
     """Add the keys of distill_d2 to a detectron2 config, in place.
 
-    Register your own losses before this call: a loss's node, ``MODEL.DISTILLER.<METHOD>``, comes
-    with its registration. ``dump`` prints a config with a comment above each key of the losses.
+    Register your own losses and detectors before this call: a loss's node, ``MODEL.DISTILLER.<METHOD>``,
+    comes with its registration, a detector's keys with its description (see ``distill_d2.plugins``).
+    ``dump`` prints a config with a comment above each key of the losses.
     """
-    add_small_resnet_config(cfg)
-    add_bottleneck_config(cfg)
-    add_ssd_config(cfg)
-    add_fcos_config(cfg)
-    add_condinst_config(cfg)
-    add_solov2_config(cfg)
-    add_poto_config(cfg)
+    for detector in plugins.detectors().values():
+        detector.add_config(cfg)
 
     # More yaml files, merged after --config-file and before the command line's KEY VALUE pairs.
     cfg.EXTRA_CFG = []

@@ -18,6 +18,7 @@ from torch import nn
 from . import model_zoo
 from .checkpoint import SafeCheckpointer
 from .config import add_distill_config, load_yaml, student_config
+from .plugins import import_detectors
 from .prepare import fold_norms, native_bfloat16, prefer_onednn
 from .views import build_view
 
@@ -310,6 +311,7 @@ class _Plan:
         if isinstance(self.config, CfgNode):
             config = student_config(self.config)
             config.MODEL.DEVICE = device
+            import_detectors(config)
             return build_model(config)
         return instantiate(self.config.model).to(device)
 

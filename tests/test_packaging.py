@@ -69,15 +69,17 @@ def test_all_configs_are_packaged(wheel):
 
 def test_all_projects_are_packaged(wheel):
     found = set(files_below(ROOT / "projects", ".py", ".yaml"))
-    # projects/<Name>/<package>/...: what lies beside the package (a training script) is not packaged.
+    # projects/<Name>/<package>/... and its plugin; what else lies beside the package is not packaged.
     packaged = {
         path
         for path in found
         if (ROOT / "projects" / path.parts[0] / path.parts[1] / "__init__.py").is_file()
+        or path.name.endswith("_plugin.py")
     }
     expected = {f"distill_d2/projects/{'/'.join(path.parts[1:])}" for path in packaged}
 
     assert "distill_d2/projects/small_resnet/__init__.py" in expected
+    assert "distill_d2/projects/small_resnet_plugin.py" in expected
     assert expected <= set(wheel.namelist())
 
 

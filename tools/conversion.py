@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,14 +17,62 @@ Weights = dict[str, torch.Tensor]
 
 MOST_NAMES = 20  # in one line of a message
 # Of checkpoints that hold a number of numpy beside the weights, such as the best score.
-NUMPY_SCALARS = (*("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),)
+NUMPY_SCALARS = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 
 
 class ConversionError(Exception):
     """The input cannot be converted; the message says what was found and expected."""
 
 
-def check_paths(parser: argparse.ArgumentParser, source: str, target: str) -> None:
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of INPUT, OUTPUT.pth and KEY VALUE pairs, to which a program adds its options."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", metavar="INPUT", help="path or URL of the weights")
+    parser.add_argument("output", metavar="OUTPUT.pth", help="an older file of that name is replaced")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of the detector")
+    return parser
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Options may stand between INPUT, OUTPUT and KEY VALUE; exits where these cannot be right."""
+    args = parser.parse_intermixed_args(arguments)
+    _check_paths(parser, args.input, args.output)
+    if len(args.opts) % 2:
+        parser.error(f"the KEY VALUE pairs are incomplete: {' '.join(args.opts)}")
+    return args
+
+
+@contextlib.contextmanager
+def exiting_on_errors(program: str) -> Iterator[None]:
+    """Inside, anything wrong with INPUT or the config ends the program with one message."""
+    try:
+        yield
+    except (ConversionError, OSError, ValueError, KeyError, AssertionError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        sys.exit(f"{program}: nothing was written: {message}")
+
+
+def print_result(
+    args: argparse.Namespace,
+    weights: Weights,
+    dropped: Sequence[str],
+    reasons: dict[str, str],
+    note: str = "",
+    use: str = "MODEL.WEIGHTS",
+) -> None:
+    """Say what was written and dropped, and how to use the result."""
+    print(f"{len(weights)} tensors converted{note}")
+    if dropped:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        print(f"  dropped {len(dropped)}: {listing(dropped, 5)} ({listed}; others by --backbone)")
+    print(f"Wrote {args.output}. To use it: {use} {args.output}")
+
+
+def _check_paths(parser: argparse.ArgumentParser, source: str, target: str) -> None:
     """Exits with a message if the result could not, or must not, be written to ``target``."""
     folder = os.path.dirname(os.path.abspath(target))
     if not target.endswith(".pth"):

@@ -24,17 +24,16 @@ detector, with --backbone those of its backbone as far as INPUT has it; otherwis
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 
 from conversion import (
     NUMPY_SCALARS,
-    ConversionError,
     Weights,
     check_agreement,
-    check_paths,
-    listing,
+    exiting_on_errors,
+    make_parser,
+    parse_arguments,
+    print_result,
     state_dict_of,
     write,
 )
@@ -56,10 +55,17 @@ AUTHOR = "converted from AdelaiDet by distill_d2"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; exits with a message if nothing was written."""
-    parser = make_parser()
-    args = parser.parse_intermixed_args(arguments)
-    check_paths(parser, args.input, args.output)
-    try:
+    parser = make_parser(__doc__)
+    parser.add_argument("--config-file", metavar="CONFIG", required=True, help="of the detector")
+    parser.add_argument(
+        "--to",
+        choices=("projects", "detectron2"),
+        default="projects",
+        help="names of projects/FCOS and CondInst, or of detectron2's own FCOS",
+    )
+    parser.add_argument("--backbone", action="store_true", help="leave out all but the backbone")
+    args = parse_arguments(parser, arguments)
+    with exiting_on_errors("convert_adet"):
         cfg = student_config(load_config(args.config_file, args.opts))
         state_dict = state_dict_of(read_checkpoint(args.input, stubs=NUMPY_SCALARS))
         if is_detectron2s(state_dict):
@@ -70,32 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.to == "detectron2":
             weights = to_detectron2(weights)
         write(args.output, weights, AUTHOR)
-    except (ConversionError, OSError, ValueError, KeyError, AssertionError) as error:
-        sys.exit(f"convert_adet: nothing was written: {error}")
-    print(f"{len(weights)} tensors converted")
-    if dropped:
-        reasons = "; ".join(f"{name}*: {reason}" for name, reason in DROPPED.items())
-        print(f"  dropped {len(dropped)}: {listing(dropped, 5)} ({reasons}; others by --backbone)")
     use = "detectron2's own FCOS: train.init_checkpoint" if args.to == "detectron2" else "MODEL.WEIGHTS"
-    print(f"Wrote {args.output}. To use it: {use} {args.output}")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("input", metavar="INPUT", help="path or URL of the weights")
-    parser.add_argument("output", metavar="OUTPUT.pth", help="an older file of that name is replaced")
-    parser.add_argument("--config-file", metavar="CONFIG", required=True, help="of the detector")
-    parser.add_argument(
-        "--to",
-        choices=("projects", "detectron2"),
-        default="projects",
-        help="names of projects/FCOS and CondInst, or of detectron2's own FCOS",
-    )
-    parser.add_argument("--backbone", action="store_true", help="leave out all but the backbone")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of the detector")
-    return parser
+    reasons = {f"{name}*": reason for name, reason in DROPPED.items()}
+    print_result(args, weights, dropped, reasons, use=use)
 
 
 def convert(state_dict: Weights, backbone: bool) -> tuple[Weights, list[str]]:

@@ -15,16 +15,17 @@ INPUT has it; otherwise nothing is written.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 
 from conversion import (
     ConversionError,
     Weights,
     check_agreement,
-    check_paths,
+    exiting_on_errors,
     listing,
+    make_parser,
+    parse_arguments,
+    print_result,
     state_dict_of,
     write,
 )
@@ -40,35 +41,18 @@ AUTHOR = "converted from a public SSD by distill_d2"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; exits with a message if nothing was written."""
-    parser = make_parser()
-    args = parser.parse_intermixed_args(arguments)
-    check_paths(parser, args.input, args.output)
-    try:
-        cfg = student_config(load_config(args.config_file, args.opts))
-        weights, dropped = convert(state_dict_of(read_checkpoint(args.input)), args.backbone)
-        check_agreement(weights, cfg, args.config_file, partial=args.backbone)
-        write(args.output, weights, AUTHOR)
-    except (ConversionError, OSError, ValueError, KeyError, AssertionError) as error:
-        sys.exit(f"convert_ssd: nothing was written: {error}")
-    print(f"{len(weights)} tensors converted, the background last among the classes")
-    if dropped:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in DROPPED.items())
-        print(f"  dropped {len(dropped)}: {listing(dropped, 5)} ({reasons}; others by --backbone)")
-    print(f"Wrote {args.output}. To use it: MODEL.WEIGHTS {args.output}")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("input", metavar="INPUT", help="path or URL of the weights")
-    parser.add_argument("output", metavar="OUTPUT.pth", help="an older file of that name is replaced")
+    parser = make_parser(__doc__)
     parser.add_argument("--config-file", metavar="CONFIG", required=True, help="of the detector")
     parser.add_argument(
         "--backbone", action="store_true", help="leave out the heads, and layers that CONFIG lacks"
     )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of the detector")
-    return parser
+    args = parse_arguments(parser, arguments)
+    with exiting_on_errors("convert_ssd"):
+        cfg = student_config(load_config(args.config_file, args.opts))
+        weights, dropped = convert(state_dict_of(read_checkpoint(args.input)), args.backbone)
+        check_agreement(weights, cfg, args.config_file, partial=args.backbone)
+        write(args.output, weights, AUTHOR)
+    print_result(args, weights, dropped, DROPPED, ", the background last among the classes")
 
 
 def convert(state_dict: Weights, backbone: bool) -> tuple[Weights, list[str]]:

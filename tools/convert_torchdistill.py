@@ -22,7 +22,6 @@ import argparse
 import functools
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple
 
@@ -32,8 +31,10 @@ from conversion import (
     ConversionError,
     Weights,
     check_agreement,
-    check_paths,
+    exiting_on_errors,
     listing,
+    make_parser,
+    parse_arguments,
     state_dict_of,
     write,
 )
@@ -130,14 +131,11 @@ class Converted(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; exits with a message if nothing was written."""
-    parser = make_parser()
-    args = parser.parse_intermixed_args(arguments)
-    check_paths(parser, args.input, args.output)
-    if len(args.opts) % 2:
-        parser.error(f"the KEY VALUE pairs are incomplete: {' '.join(args.opts)}")
+    parser = converter_parser()
+    args = parse_arguments(parser, arguments)
     if args.frozen_bn_eps < 0:
         parser.error(f"--frozen-bn-eps is {args.frozen_bn_eps}; expected 0 or more")
-    try:
+    with exiting_on_errors("convert_torchdistill"):
         entries = read_checkpoint(args.input, stubs=UNREAD)
         given = dict(zip(args.opts[::2], args.opts[1::2]))
         own_classes = given.get("MODEL.ROI_HEADS.NUM_CLASSES") == str(COCO_ROWS - 1)
@@ -146,18 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cfg, needed = complete_config(config_file, args.opts, converted.keys)
         check_agreement(converted.weights, cfg, config_file)
         write(args.output, converted.weights, AUTHOR)
-    except (ConversionError, OSError, ValueError) as error:
-        sys.exit(f"convert_torchdistill: nothing was written: {error}")
     print_summary(converted)
     print_command(args.output, config_file, needed, converted.keys)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("input", metavar="INPUT", help="path or URL of the weights")
-    parser.add_argument("output", metavar="OUTPUT.pth", help="an older file of that name is replaced")
+def converter_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--frozen-bn-eps",
         type=float,
@@ -175,7 +167,6 @@ def make_parser() -> argparse.ArgumentParser:
         f"{_config_name('KIND', student=False)}, and for a student of GHND "
         f"{_config_name('KIND', student=True)}, where KIND is faster, mask or keypoint)",
     )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of the detector")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import random
 from collections.abc import Sequence
@@ -13,21 +14,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import check_image_size, read_image
 
+from .. import plugins
 from .builtin_voc import builtin_voc_places
 from .custom import datasets_root
 
 _DECODERS = 4  # threads
 _SEED = 0
-# The node under MODEL that holds a meta-architecture's NUM_CLASSES.
-_CLASSES = {
-    "GeneralizedRCNN": "ROI_HEADS",
-    "RetinaNet": "RETINANET",
-    "SSD": "SSD",
-    "OneStageDetector": "FCOS",
-    "CondInst": "FCOS",
-    "SOLOv2": "SOLOV2",
-    "POTO": "POTO",
-}
 
 
 def check_datasets(cfg: CfgNode, train: bool = True) -> None:
@@ -53,7 +45,6 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
     for key, datasets in names.items():
         for name in datasets:
             _check_registered(name, f"DATASETS.{key}")
-    _check_fixed_size(cfg)
     classes = _classes_key(cfg)
     for name in dict.fromkeys(name for datasets in names.values() for name in datasets):
         trained_on = name in names.get("TRAIN", ())
@@ -174,24 +165,9 @@ def _check_classes(name: str, classes: tuple[str, int] | None) -> None:
     )
 
 
-def _check_fixed_size(cfg: CfgNode) -> None:
-    size = cfg.MODEL.SSD.SIZE
-    if _student(cfg) == "SSD" and list(cfg.INPUT.FIXED_SIZE) != [size, size]:
-        raise ValueError(
-            f"INPUT.FIXED_SIZE is {list(cfg.INPUT.FIXED_SIZE)}, but an SSD takes images of {size}x{size} pixels "
-            f"(MODEL.SSD.SIZE); set it to [{size}, {size}]"
-        )
-
-
-def _student(cfg: CfgNode) -> str:
-    """Its meta-architecture."""
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    return cfg.MODEL.DISTILLER.STUDENT_META_ARCH if architecture == "Distiller" else architecture
-
-
 def _classes_key(cfg: CfgNode) -> tuple[str, int] | None:
-    node = _CLASSES.get(_student(cfg))
-    return node and (f"MODEL.{node}.NUM_CLASSES", cfg.MODEL[node].NUM_CLASSES)
+    keys = [d.num_classes_key for d in plugins.of_student(cfg) if d.num_classes_key]
+    return (keys[0], functools.reduce(getattr, keys[0].split("."), cfg)) if keys else None
 
 
 def _check_files_exist(name: str, files: Sequence[str]) -> None:

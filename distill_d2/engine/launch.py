@@ -17,13 +17,21 @@ from .interrupt import forwarding_signals
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """detectron2's arguments, and --num-procs for several processes without GPUs."""
+    """detectron2's arguments, --num-procs for several processes without GPUs, and --import."""
     parser = default_argument_parser()
     parser.add_argument(
         "--num-procs",
         type=int,
         default=1,
         help="number of processes per machine with --num-gpus 0 (CPU, over gloo)",
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        metavar="MODULE_OR_FILE",
+        action="append",
+        default=[],
+        help="a module or .py file of your own that registers losses, detectors, datasets, ...; repeatable",
     )
     # detectron2's address, fixed per user, is for several machines; one machine takes a free port,
     # so that two runs do not collide.

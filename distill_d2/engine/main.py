@@ -8,6 +8,7 @@ from typing import Any
 
 from detectron2.utils import comm
 
+from ..plugins import import_plugins
 from . import lazy
 from .evaluate import evaluate
 from .setup import setup
@@ -25,8 +26,10 @@ def main(args: argparse.Namespace, distill: bool) -> Any:
         the results of the evaluation.
 
     Raises:
+        ImportError: a module that --import or an installed package names cannot be imported.
         SystemExit: 128 + signal number, where SIGINT or SIGTERM stopped the training.
     """
+    import_plugins(args.imports)
     if args.config_file.endswith(".py"):
         cfg, trainer_type = lazy.setup(args, distill), lazy.LazyDistillTrainer
     else:

@@ -21,6 +21,8 @@ from ..config import add_distill_config, load_yaml, student_config
 from ..data import check_datasets, register_builtin_voc, register_custom_datasets, register_shapes
 from ..evaluation import evaluator_kind
 from ..losses import build_losses
+from ..plugins import import_detectors, of_student
+from .imports import check_imports, note_imports
 
 
 def setup(args: Any, distill: bool) -> CfgNode:
@@ -37,17 +39,24 @@ def setup(args: Any, distill: bool) -> CfgNode:
         FileNotFoundError, ValueError, KeyError, AssertionError: the message names the key or file,
             what was found and what was expected.
     """
-    cfg = load_config(args.config_file, args.opts)
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
+    check_imports(args, os.path.dirname(args.config_file))
+    cfg = _read_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
     evaluate_only = getattr(args, "eval_only", False)
     cfg = _with_distiller(cfg) if distill and not evaluate_only else student_config(cfg)
     check_length(cfg.SOLVER.MAX_ITER, "SOLVER.MAX_ITER")
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
     check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+    if args.resume or evaluate_only:
+        check_imports(args, cfg.OUTPUT_DIR)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
+    note_imports(args, cfg.OUTPUT_DIR)
+    import_detectors(cfg)
+    for detector in of_student(cfg):
+        detector.check(cfg)
     if comm.is_main_process():
         check_datasets(cfg, train=not evaluate_only)
         for name in cfg.DATASETS.TEST:
@@ -58,11 +67,17 @@ def setup(args: Any, distill: bool) -> CfgNode:
 
 def load_config(config_file: str, opts: list[str] | None = None) -> CfgNode:
     """The config of a file (a path, or the name of a packaged config) and KEY VALUE pairs; its
-    datasets are registered.
+    datasets and detectors are registered.
 
     Raises:
         FileNotFoundError, ValueError, KeyError, AssertionError: see ``setup``.
     """
+    cfg = _read_config(config_file, opts)
+    import_detectors(cfg)
+    return cfg
+
+
+def _read_config(config_file: str, opts: list[str] | None) -> CfgNode:
     cfg = get_cfg()
     add_distill_config(cfg)
     path = model_zoo.find_config(config_file) if config_file else ""

@@ -2,13 +2,14 @@
 
 - ``tiny_config``, ``tiny_detector``, ``tiny_batch``, ``write_dataset``: detectors, batches and datasets that
   take milliseconds.
-- ``families``: a small detector of every kind.
+- ``families``: a small detector of every kind; ``Family`` with ``dense_config``, ``polygons``, ``bitmasks``
+  describes one.
 - ``view_of``, ``compare``, ``plane``: views of detectors that computed given feature maps, for losses on
   literal numbers.
 - ``no_synchronization``: fails where the host would wait for a GPU; works on a CPU.
 """
 
-from .family import FAMILIES, Family, families
+from .family import Family, bitmasks, dense_config, families, polygons
 from .laws import LAWS, Cell, check_loss, step
 from .maps import MapDetector, compare, plane, view_of
 from .recipes import RECIPES, Recipe, recipes
@@ -26,7 +27,6 @@ from .tiny import (
 
 __all__ = [
     "CLASSES",
-    "FAMILIES",
     "LAWS",
     "RECIPES",
     "Cell",
@@ -34,12 +34,15 @@ __all__ = [
     "MapDetector",
     "Recipe",
     "as_on_a_gpu",
+    "bitmasks",
     "check_loss",
     "compare",
+    "dense_config",
     "distiller_config",
     "families",
     "no_synchronization",
     "plane",
+    "polygons",
     "recipes",
     "save_teacher",
     "step",

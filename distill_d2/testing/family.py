@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import FCOS, META_ARCH_REGISTRY, build_model
+from detectron2.config import CfgNode
+from detectron2.modeling import FCOS, build_model
 from detectron2.structures import BitMasks
 from torch import nn
 
-from distill_d2 import add_distill_config
-from distill_d2.config import load_yaml
-from distill_d2.model_zoo import get_config_file
+from distill_d2.plugins import detectors, import_detectors
 
-from .tiny import CLASSES, tiny_batch, tiny_config, tiny_detector
+from .tiny import tiny_batch, tiny_config, tiny_detector
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,6 @@ class Family:
     """A kind of detector.
 
     Attributes:
-        architecture: name of its meta-architecture; "" where detectron2 registers none.
         config: from the width of the stem to a config of a detector for images of about 64 pixels;
             None where the detector has no yacs config.
         detector: from the width of the stem to a detector; None: it is built from ``config``.
@@ -35,7 +32,6 @@ class Family:
         pooled: the levels at which features are pooled, where these are not all.
     """
 
-    architecture: str
     config: Callable[[int], CfgNode] | None = None
     detector: Callable[[int], nn.Module] | None = None
     batch: Callable[..., list[dict]] = tiny_batch
@@ -49,76 +45,18 @@ class Family:
         if self.detector is not None:
             return _varied(self.detector(width))
         assert self.config is not None, "a family has a config or a detector"
-        return _varied(build_model(self.config(width)))
+        cfg = self.config(width)
+        import_detectors(cfg)
+        return _varied(build_model(cfg))
 
 
-def families(known: dict[str, Family] | None = None) -> dict[str, Family]:
-    """Those of FAMILIES, or of others, whose meta-architecture is registered."""
-    return {
-        name: family
-        for name, family in (known or FAMILIES).items()
-        if not family.architecture or family.architecture in META_ARCH_REGISTRY
-    }
+def families() -> dict[str, Family]:
+    """Those of all known detectors, by the detectors' names; the detectors' modules are imported."""
+    return {name: each.load_family() for name, each in detectors().items() if each.family}
 
 
-def poto_config(width: int) -> CfgNode:
-    cfg = _dense(width, "POTO")
-    node = cfg.MODEL.POTO
-    node.IN_FEATURES, node.NUM_CLASSES, node.NUM_CONVS = ["p2", "p3", "p4"], CLASSES, 1
-    node.USE_3DMF = node.USE_AUX = True
-    return cfg
-
-
-def one_stage_config(width: int) -> CfgNode:
-    """AdelaiDet's FCOS."""
-    cfg = _dense(width, "OneStageDetector")
-    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "FCOS"
-    node = cfg.MODEL.FCOS
-    node.IN_FEATURES, node.FPN_STRIDES = ["p2", "p3", "p4"], [4, 8, 16]
-    node.SIZES_OF_INTEREST, node.NUM_CLASSES = [16, 32], CLASSES
-    node.NUM_CLS_CONVS = node.NUM_BOX_CONVS = 1
-    return cfg
-
-
-def condinst_config(width: int) -> CfgNode:
-    cfg = one_stage_config(width)
-    cfg.MODEL.META_ARCHITECTURE = "CondInst"
-    cfg.MODEL.MASK_ON = True
-    branch = cfg.MODEL.CONDINST.MASK_BRANCH
-    branch.IN_FEATURES, branch.CHANNELS, branch.NUM_CONVS = ["p2", "p3", "p4"], 8, 1
-    return cfg
-
-
-def solov2_config(width: int) -> CfgNode:
-    """Levels p2 to p6."""
-    cfg = tiny_config("mask", width, channels=32)
-    cfg.MODEL.META_ARCHITECTURE = "SOLOv2"
-    cfg.INPUT.MASK_FORMAT = "bitmask"
-    node = cfg.MODEL.SOLOV2
-    node.NUM_CLASSES, node.NUM_GRIDS = CLASSES, [10, 8, 6, 4, 3]
-    node.FPN_SCALE_RANGES = [[1, 24], [12, 48], [24, 96], [48, 192], [96, 512]]
-    node.FPN_INSTANCE_STRIDES = [4, 8, 16, 32, 32]
-    node.INSTANCE_IN_CHANNELS = node.MASK_IN_CHANNELS = 32
-    node.INSTANCE_CHANNELS = node.MASK_CHANNELS = node.NUM_KERNELS = node.NUM_MASKS = 32
-    node.NUM_INSTANCE_CONVS = 1
-    return cfg
-
-
-def ssd_config(width: int) -> CfgNode:
-    """For images of 96x96 pixels only: 300x300 would take ten times as long."""
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, get_config_file("Base-SSD.yaml"))
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.INPUT.FIXED_SIZE = [96, 96]
-    node = cfg.MODEL.SSD
-    node.WIDTH, node.NUM_CLASSES, node.SIZE, node.STRIDES = width / 64, CLASSES, 96, [16, 32]
-    node.MIN_SIZES, node.MAX_SIZES, node.ASPECT_RATIOS = [20.0, 40.0], [40.0, 60.0], [[2.0]] * 2
-    return cfg
-
-
-def _dense(width: int, architecture: str) -> CfgNode:
-    """On levels p2 to p4, with as many channels as GN needs."""
+def dense_config(width: int, architecture: str) -> CfgNode:
+    """Of a one-stage detector on levels p2 to p4, with as many channels as GN needs."""
     cfg = tiny_config("retinanet", width, channels=32)
     cfg.MODEL.META_ARCHITECTURE = architecture
     return cfg
@@ -156,11 +94,6 @@ def bitmasks(count: int = 2, size: int = 64, objects: int = 2) -> list[dict]:
     return batch
 
 
-def squares(count: int = 2, size: int = 64, objects: int = 2) -> list[dict]:
-    """Images of one size, 96x96 pixels, whatever ``size`` says: SSD takes no others."""
-    return tiny_batch(count, 64, objects, shapes=[(96, 96)])
-
-
 def _tiny(family: str) -> Callable[[int], CfgNode]:
     return lambda width: tiny_config(family, width)
 
@@ -175,16 +108,8 @@ def _varied(model: nn.Module) -> nn.Module:
 
 _OUTPUTS = ("cls_score", "cls_logits", "bbox_pred", "ctrness", "filter", "cate_pred", "kernel_pred")
 _RCNN = ("res2", "res3", "res4", "res5")
-_SSD = ("s16", "s32")
 
-FAMILIES = {
-    "RetinaNet": Family("RetinaNet", _tiny("retinanet")),
-    "Faster R-CNN": Family("GeneralizedRCNN", _tiny("faster"), stages=_RCNN),
-    "Mask R-CNN": Family("GeneralizedRCNN", _tiny("mask"), batch=polygons, stages=_RCNN),
-    "FCOS (detectron2)": Family("", detector=fcos_detector),
-    "SSD": Family("SSD", ssd_config, batch=squares, stages=_SSD, levels=_SSD, pooled=["s16"]),
-    "FCOS (AdelaiDet)": Family("OneStageDetector", one_stage_config),
-    "CondInst": Family("CondInst", condinst_config, batch=polygons),
-    "SOLOv2": Family("SOLOv2", solov2_config, batch=bitmasks, stages=_RCNN),
-    "POTO": Family("POTO", poto_config),
-}
+RETINANET = Family(_tiny("retinanet"))
+FASTER_RCNN = Family(_tiny("faster"), stages=_RCNN)
+MASK_RCNN = Family(_tiny("mask"), batch=polygons, stages=_RCNN)
+FCOS_OF_DETECTRON2 = Family(detector=fcos_detector)

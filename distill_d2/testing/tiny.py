@@ -18,6 +18,7 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from torch import nn
 
 from distill_d2 import add_distill_config
+from distill_d2.plugins import import_detectors
 
 CLASSES = 3
 #: (height, width) of the images of ``tiny_batch``; three together are padded to 64x80 pixels.
@@ -57,6 +58,7 @@ def tiny_config(family: str = "retinanet", width: int = 8, channels: int = 16) -
         _retinanet(cfg)
     else:
         _rcnn(cfg, masks=family == "mask")
+    import_detectors(cfg)
     return cfg
 
 
@@ -155,6 +157,7 @@ def save_teacher(cfg: CfgNode, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     cfg = cfg.clone()
     cfg.MODEL.WEIGHTS = str(folder / "teacher.pth")
+    import_detectors(cfg)
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     path = folder / "teacher.yaml"
     path.write_text(cfg.dump())

@@ -9,6 +9,7 @@ import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 
 from distill_d2.data import NamedReadErrors, check_dataset, check_datasets, register_custom_datasets
+from distill_d2.plugins import of_student
 from distill_d2.testing.tiny import CLASSES, distiller_config, tiny_config, use_dataset, write_dataset
 
 _numbers = itertools.count()
@@ -107,15 +108,17 @@ def test_number_of_classes(cfg, family, key, distil):
 
 @pytest.mark.parametrize("distil", [False, True])
 def test_an_ssds_size_of_images(cfg, distil):
-    """Before training, not at its first image."""
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SSD.NUM_CLASSES = "SSD", CLASSES
     cfg.INPUT.FIXED_SIZE = [300, 300]
     if distil:
         cfg = distiller_config(cfg, "")
-    check_datasets(cfg)
+    (detector,) = of_student(cfg)
+    detector.check(cfg)
     for size in ([], [300, 320]):
         cfg.INPUT.FIXED_SIZE = size
-        assert_fails(cfg, f"INPUT.FIXED_SIZE is {size}", "SSD", "(MODEL.SSD.SIZE); set it to [300, 300]")
+        with pytest.raises(ValueError, match="an SSD takes images of 300x300 pixels") as caught:
+            detector.check(cfg)
+        assert f"INPUT.FIXED_SIZE is {size}" in str(caught.value)
 
 
 def test_number_of_classes_of_an_architecture_that_is_not_known(cfg):

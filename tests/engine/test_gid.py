@@ -9,7 +9,6 @@ from pathlib import Path
 import gid_run
 import pytest
 import torch
-from data.test_custom import write_voc
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -29,6 +28,7 @@ from test_lazy import run as run_lazy
 from test_processes import ROOT, SMALL, command, run, write_coco, write_weights
 from test_training import checkpoint
 from test_wrong_input import fails
+from voc_folder import write_voc
 
 from distill_d2.testing.tiny import save_teacher, tiny_batch, tiny_config, tiny_detector
 

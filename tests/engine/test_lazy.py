@@ -145,7 +145,6 @@ model = L(Distiller)(
     first = json.loads((tmp_path / "output" / "metrics.json").read_text().splitlines()[0])
     assert {"loss_pkd", "loss_icd_value"} < set(first)
     assert first["InstanceConditionalDistillation/lr"] == pytest.approx(0.02)
-    assert (tmp_path / "data" / "annotations.box_statistics.json").is_file()
     run(config_file, "--eval-only", f"train.init_checkpoint={tmp_path}/output/model_final.pth")
 
 

@@ -7,21 +7,16 @@ from job import Job
 from promises import last_losses
 from test_processes import command, run
 
-from distill_d2.testing import family
+from distill_d2.testing import families
 from distill_d2.testing.tiny import distiller_config, save_teacher, use_dataset
 
-CONFIGS = {
-    "OneStageDetector": family.one_stage_config,
-    "CondInst": family.condinst_config,
-    "SOLOv2": family.solov2_config,
-    "POTO": family.poto_config,
-}
+PROJECTS = ["FCOS (AdelaiDet)", "CondInst", "SOLOv2", "POTO"]
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", PROJECTS)
 def test_two_processes(tmp_path, name):
     """Each step and each process has other objects."""
-    job, build = Job(tmp_path), CONFIGS[name]
+    job, build = Job(tmp_path), families()[name].config
     student = build(8)
     use_dataset(student, job.entry)
     student.VERSION, student.DATASETS.TEST = 2, ()

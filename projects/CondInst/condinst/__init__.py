@@ -1,4 +1,5 @@
+from distill_d2.projects.condinst_plugin import add_condinst_config
+
 from .condinst import CondInst
-from .config import add_condinst_config
 
 __all__ = ["CondInst", "add_condinst_config"]

@@ -14,6 +14,8 @@ from detectron2.structures import ImageList, Instances
 from distill_d2.projects.fcos import FCOS, OneStageDetector
 from torch import nn
 
+from distill_d2.plugins import register_if_free
+
 from .mask_branch import MaskBranch, aligned_bilinear
 from .mask_head import DynamicMaskHead, dice_losses
 from .selection import best_of_each_object, random_subset
@@ -37,7 +39,7 @@ class Positives(NamedTuple):
     counts: list[int]
 
 
-@META_ARCH_REGISTRY.register()
+@register_if_free(META_ARCH_REGISTRY)
 class CondInst(OneStageDetector):
     """Conditional Convolutions for Instance Segmentation (Tian et al., ECCV 2020, arXiv 2003.05664),
     with the parameters of AdelaiDet's: FCOS that also predicts a mask head for each instance."""

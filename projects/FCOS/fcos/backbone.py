@@ -11,19 +11,21 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from fvcore.nn.weight_init import c2_xavier_fill
 from torch import nn
 
+from distill_d2.plugins import register_if_free
+
 from .bifpn import BiFPN, TopLevels
 from .deformable import build_resnet
 from .dla import DLA34
 
 
-@BACKBONE_REGISTRY.register()
+@register_if_free(BACKBONE_REGISTRY)
 def build_fcos_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Levels of MODEL.FPN.IN_FEATURES, and MODEL.FCOS.TOP_LEVELS more."""
     check_adet_keys(cfg)
     return _fpn(cfg, build_resnet(cfg, input_shape))
 
 
-@BACKBONE_REGISTRY.register()
+@register_if_free(BACKBONE_REGISTRY)
 def build_fcos_dla_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """As build_fcos_resnet_fpn_backbone, on MODEL.DLA."""
     check_adet_keys(cfg)
@@ -32,7 +34,7 @@ def build_fcos_dla_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     return _fpn(cfg, DLA34(cfg.MODEL.DLA.OUT_FEATURES, cfg.MODEL.DLA.NORM))
 
 
-@BACKBONE_REGISTRY.register()
+@register_if_free(BACKBONE_REGISTRY)
 def build_fcos_resnet_bifpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> BiFPN:
     """Levels of MODEL.BiFPN.IN_FEATURES, and MODEL.FCOS.TOP_LEVELS more."""
     check_adet_keys(cfg)

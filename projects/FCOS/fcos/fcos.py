@@ -13,13 +13,15 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
+from distill_d2.plugins import register_if_free
+
 from .head import FCOSHead
 from .inference import Selection
 from .losses import FCOSLoss
 from .targets import FCOSAssigner, Points, Targets
 
 
-@PROPOSAL_GENERATOR_REGISTRY.register()
+@register_if_free(PROPOSAL_GENERATOR_REGISTRY)
 class FCOS(nn.Module):
     """Fully Convolutional One-Stage detection (Tian et al., ICCV 2019, arXiv 1904.01355, in its version
     of arXiv 2006.09214), with the parameters of AdelaiDet's.

@@ -7,8 +7,10 @@ from typing import Any
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.rcnn import ProposalNetwork
 
+from distill_d2.plugins import register_if_free
 
-@META_ARCH_REGISTRY.register()
+
+@register_if_free(META_ARCH_REGISTRY)
 class OneStageDetector(ProposalNetwork):
     """A backbone and a proposal generator of a complete detector, FCOS.
 

@@ -1,4 +1,6 @@
-from .backbone import add_bottleneck_config, build_bottleneck_backbone, inject_bottleneck
+from distill_d2.projects.ghnd_plugin import add_bottleneck_config
+
+from .backbone import build_bottleneck_backbone, inject_bottleneck
 from .stage import BottleneckStage
 
 __all__ = [

@@ -9,28 +9,14 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone, ResNet
 
-from .stage import DECODER_WIDTHS, ENCODER_WIDTHS, BottleneckStage
+from distill_d2.plugins import register_if_free
+
+from .stage import BottleneckStage
 
 _NAME = "build_bottleneck_backbone"
 
 
-def add_bottleneck_config(cfg: CN) -> None:
-    """Add MODEL.BOTTLENECK, in place."""
-    cfg.MODEL.BOTTLENECK = node = CN()
-    # Builds the backbone that gets the bottleneck, with its own keys (MODEL.RESNETS, MODEL.FPN, ...).
-    node.BACKBONE = "build_resnet_fpn_backbone"
-    # Channels of the tensor that a device sends.
-    node.CHANNELS = 3
-    # Channels inside: after the encoder's first three convolutions, the decoder's first two.
-    node.ENCODER_WIDTHS = list(ENCODER_WIDTHS)
-    node.DECODER_WIDTHS = list(DECODER_WIDTHS)
-    # In evaluation, round what is sent as 8 or 16 bits per number do; 0: float32.
-    node.QUANT_BITS = 0
-    # 8 bits as the reference implementation has them, see ghnd/quantizer.py.
-    node.REFERENCE_BUGS = False
-
-
-@BACKBONE_REGISTRY.register()
+@register_if_free(BACKBONE_REGISTRY)
 def build_bottleneck_backbone(cfg: CN, input_shape: ShapeSpec) -> Backbone:
     """Build MODEL.BOTTLENECK.BACKBONE and replace its first stage.
 

@@ -1,4 +1,5 @@
-from .config import add_poto_config
+from distill_d2.projects.poto_plugin import add_poto_config
+
 from .head import MaxFiltering, POTOHead
 from .poto import POTO
 from .view import POTOView

@@ -17,6 +17,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from distill_d2.projects.fcos.losses import rank_mean
 from fvcore.nn import sigmoid_focal_loss_jit
 
+from distill_d2.plugins import register_if_free
 from distill_d2.views.matching import batched_iou, giou_distance
 
 from .assignment import Pairs, inside, match_quality, near_centre, one_to_many, one_to_one
@@ -58,7 +59,7 @@ class Targets(NamedTuple):
     auxiliary: torch.Tensor | None
 
 
-@META_ARCH_REGISTRY.register()
+@register_if_free(META_ARCH_REGISTRY)
 class POTO(DenseDetector):
     """End-to-End Object Detection with Fully Convolutional Network (Wang et al., arXiv 2012.03544).
 

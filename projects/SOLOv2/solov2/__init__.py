@@ -1,4 +1,5 @@
-from .config import add_solov2_config
+from distill_d2.projects.solov2_plugin import add_solov2_config
+
 from .head import SOLOv2InstanceHead, SOLOv2MaskHead
 from .inference import InstanceSelection
 from .solov2 import SOLOv2

@@ -13,7 +13,9 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList, Instances
 from torch import nn
 
-from .config import check_solov2_config
+from distill_d2.plugins import register_if_free
+
+from .check import check_solov2_config
 from .head import SOLOv2InstanceHead, SOLOv2MaskHead
 from .inference import InstanceSelection
 from .losses import class_loss, mask_loss
@@ -21,7 +23,7 @@ from .nms import point_nms
 from .targets import GridTargets
 
 
-@META_ARCH_REGISTRY.register()
+@register_if_free(META_ARCH_REGISTRY)
 class SOLOv2(nn.Module):
     """Instance segmentation without boxes (Wang et al., SOLOv2: Dynamic and Fast Instance Segmentation,
     NeurIPS 2020, arXiv 2003.10152)."""

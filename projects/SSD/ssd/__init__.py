@@ -1,4 +1,5 @@
-from .config import add_ssd_config
+from distill_d2.projects.ssd_plugin import add_ssd_config
+
 from .mobilenet_v2 import SSDMobileNetV2, build_ssd_mobilenet_v2_backbone
 from .ssd import SSD
 from .vgg import SSDVGG16, build_ssd_vgg16_backbone

@@ -11,6 +11,8 @@ from torch import nn
 from torchvision.models import mobilenet_v2
 from torchvision.models.mobilenetv2 import InvertedResidual
 
+from distill_d2.plugins import register_if_free
+
 # Blocks that reduce the resolution; the levels of stride 8 and 16 are their expansions.
 _TO_16, _TO_32 = 7, 14
 # Of the extra blocks: output channels and hidden ones, relative to the input's.
@@ -65,7 +67,7 @@ class SSDMobileNetV2(Backbone):
         return dict(zip(self._out_features, maps))
 
 
-@BACKBONE_REGISTRY.register()
+@register_if_free(BACKBONE_REGISTRY)
 def build_ssd_mobilenet_v2_backbone(cfg: CfgNode, _input_shape: ShapeSpec) -> SSDMobileNetV2:
     """Build it from MODEL.SSD.WIDTH and STRIDES."""
     return SSDMobileNetV2(cfg.MODEL.SSD.WIDTH, max(cfg.MODEL.SSD.STRIDES))

@@ -15,6 +15,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from torch.nn.utils.rnn import pad_sequence
 
+from distill_d2.plugins import register_if_free
 from distill_d2.views.matching import batched_iou
 from distill_d2.views.predictions import by_position, encoder_of, rows_of
 
@@ -26,7 +27,7 @@ from .priors import SSDPriors
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
-@META_ARCH_REGISTRY.register()
+@register_if_free(META_ARCH_REGISTRY)
 class SSD(DenseDetector):
     """Single Shot MultiBox Detector (Liu et al., ECCV 2016, arXiv 1512.02325).
 

@@ -13,6 +13,8 @@ from detectron2.modeling.backbone import Backbone
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
+from distill_d2.plugins import register_if_free
+
 _CEIL_POOL, _RELU4_3, _LAST_POOL = 16, 22, 30
 
 
@@ -116,7 +118,7 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-@BACKBONE_REGISTRY.register()
+@register_if_free(BACKBONE_REGISTRY)
 def build_ssd_vgg16_backbone(cfg: CfgNode, _input_shape: ShapeSpec) -> SSDVGG16:
     """Build it from MODEL.SSD.CONV4_3, WIDTH and STRIDES."""
     node = cfg.MODEL.SSD

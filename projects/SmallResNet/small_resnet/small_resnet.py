@@ -12,27 +12,12 @@ from detectron2.modeling.backbone import FPN, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 
+from distill_d2.plugins import register_if_free
+
 _STAGES = ("res2", "res3", "res4", "res5")
 
 
-def add_small_resnet_config(cfg: CN) -> None:
-    """Add MODEL.SMALL_RESNET, in place."""
-    cfg.MODEL.SMALL_RESNET = node = CN()
-    # Channels of the stem (7x7 convolution and max pooling, stride 4) and of each stage; no stage may
-    # have as many as the one before it, since detectron2's block then has no strided shortcut.
-    node.STEM_WIDTH = 16
-    node.WIDTHS = [16, 32, 64, 128]
-    # Basic blocks (two 3x3 convolutions) per stage; stages have strides 4, 8, 16 and 32.
-    node.BLOCKS = [1, 1, 1, 1]
-    # Stages that the FPN reads: ["res2", "res3", "res4"] makes levels p2, p3 and p4.
-    node.OUT_FEATURES = ["res2", "res3", "res4"]
-    # Add one max-pooled level on top of p5 (needs res5), as Faster R-CNN's p6.
-    node.TOP_BLOCK = False
-    # Normalisation of stem and blocks: "BN", "GN" (widths divisible by 32), "FrozenBN", "SyncBN".
-    node.NORM = "BN"
-
-
-@BACKBONE_REGISTRY.register()
+@register_if_free(BACKBONE_REGISTRY)
 def build_small_resnet_backbone(cfg: CN, input_shape: ShapeSpec) -> FPN:
     """Build the network from MODEL.SMALL_RESNET and its pyramid from MODEL.FPN.
 

@@ -1,8 +1,10 @@
-"""The keys of SSD."""
+"""SSD: its keys, and what distill_d2 needs to know about it."""
 
 from __future__ import annotations
 
 from detectron2.config import CfgNode as CN
+
+from distill_d2.plugins import Detector, register_detector
 
 
 def add_ssd_config(cfg: CN) -> None:
@@ -33,3 +35,27 @@ def add_ssd_config(cfg: CN) -> None:
     node.SCORE_THRESH_TEST = 0.01
     node.TOPK_CANDIDATES_TEST = 200
     node.NMS_THRESH_TEST = 0.45
+
+
+def check_ssd_config(cfg: CN) -> None:
+    """Raise ValueError if images are not resized to the one size that an SSD takes."""
+    size = cfg.MODEL.SSD.SIZE
+    if list(cfg.INPUT.FIXED_SIZE) != [size, size]:
+        raise ValueError(
+            f"INPUT.FIXED_SIZE is {list(cfg.INPUT.FIXED_SIZE)}, but an SSD takes images of {size}x{size} pixels "
+            f"(MODEL.SSD.SIZE); set it to [{size}, {size}]"
+        )
+
+
+register_detector(
+    Detector(
+        "SSD",
+        "SSD",
+        add_config=add_ssd_config,
+        num_classes_key="MODEL.SSD.NUM_CLASSES",
+        check=check_ssd_config,
+        modules=("distill_d2.projects.ssd",),
+        registers=("build_ssd_mobilenet_v2_backbone", "build_ssd_vgg16_backbone"),
+        family="distill_d2.projects.ssd.tiny:FAMILY",
+    )
+)

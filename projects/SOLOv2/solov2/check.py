@@ -1,4 +1,4 @@
-"""The keys of SOLOv2, named as AdelaiDet names them, so that its yaml files load."""
+"""Checks of MODEL.SOLOV2, when the model is built."""
 
 from __future__ import annotations
 
@@ -11,62 +11,6 @@ from .head import GROUPS, NORMS
 from .inference import KERNELS, NMS_TYPES
 
 _PER_LEVEL = ("INSTANCE_IN_FEATURES", "FPN_INSTANCE_STRIDES", "NUM_GRIDS", "FPN_SCALE_RANGES")
-
-
-def add_solov2_config(cfg: CN) -> None:
-    """Add MODEL.SOLOV2, in place."""
-    cfg.MODEL.SOLOV2 = node = CN()
-    # Foreground classes.
-    node.NUM_CLASSES = 80
-    # Levels of the instance head, fine to coarse; the strides to which it resizes them (and which the
-    # areas of their masks, in cells of the mask features, must exceed); cells of their grids per side.
-    node.INSTANCE_IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
-    node.FPN_INSTANCE_STRIDES = [8, 8, 16, 32, 32]
-    node.NUM_GRIDS = [40, 36, 24, 16, 12]
-    # Sides of the objects of each level in pixels (the root of the box's area), both ends included; the
-    # central region of an object, relative to its box.
-    node.FPN_SCALE_RANGES = ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048))
-    node.SIGMA = 0.2
-    # The instance head: channels of the levels, of its convolutions, and of the kernels it predicts.
-    node.INSTANCE_IN_CHANNELS = 256
-    node.INSTANCE_CHANNELS = 512
-    node.NUM_INSTANCE_CONVS = 4
-    node.NUM_KERNELS = 256
-    # The position, from -1 to 1, as two more channels of the kernels' tower and of the mask branch's
-    # coarsest level.
-    node.USE_COORD_CONV = True
-    # Of both heads: "GN" or "none".
-    node.NORM = "GN"
-    node.PRIOR_PROB = 0.01
-    # The mask branch: levels, each of twice the stride of the one before, and channels; NUM_MASKS must
-    # be NUM_KERNELS.
-    node.MASK_IN_FEATURES = ["p2", "p3", "p4", "p5"]
-    node.MASK_IN_CHANNELS = 256
-    node.MASK_CHANNELS = 128
-    node.NUM_MASKS = 256
-    # Training: at most so many masks of a batch, drawn by chance, have a loss (-1: all). A mask takes
-    # about 20 bytes for each of its cells, one per 4 x 4 pixels.
-    node.MAX_INSTANCES_TRAIN = -1
-    # Inference: scores before and after non-maximum suppression, instances likewise, threshold of masks.
-    node.SCORE_THR = 0.1
-    node.UPDATE_THR = 0.05
-    node.NMS_PRE = 500
-    node.MAX_PER_IMG = 100
-    node.MASK_THR = 0.5
-    # "matrix", with NMS_KERNEL "gaussian" or "linear", or "mask", which removes masks whose IoU with a
-    # better one of their class exceeds MASK_THR.
-    node.NMS_TYPE = "matrix"
-    node.NMS_KERNEL = "gaussian"
-    node.NMS_SIGMA = 2
-    node.LOSS = loss = CN()
-    loss.FOCAL_USE_SIGMOID = True
-    loss.FOCAL_ALPHA = 0.25
-    loss.FOCAL_GAMMA = 2.0
-    loss.FOCAL_WEIGHT = 1.0
-    loss.DICE_WEIGHT = 3.0
-    # Deformable convolutions, which AdelaiDet has the keys of and never uses: True is refused.
-    node.USE_DCN_IN_INSTANCE = False
-    node.TYPE_DCN = "DCN"
 
 
 def check_solov2_config(node: CN, levels: Mapping[str, ShapeSpec], divisibility: int) -> None:

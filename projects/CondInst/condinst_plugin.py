@@ -1,8 +1,11 @@
-"""The keys of CondInst, named as AdelaiDet names them, so that its yaml files load."""
+"""CondInst: its keys, named as AdelaiDet names them so that its yaml files load, and what distill_d2 needs to
+know about it."""
 
 from __future__ import annotations
 
 from detectron2.config import CfgNode as CN
+
+from distill_d2.plugins import Detector, register_detector
 
 
 def add_condinst_config(cfg: CN) -> None:
@@ -31,3 +34,15 @@ def add_condinst_config(cfg: CN) -> None:
     # Read by nothing, there as here.
     node.BOTTOM_PIXELS_REMOVED = -1
     head.USE_FP16 = False
+
+
+register_detector(
+    Detector(
+        "CondInst",
+        "CondInst",
+        add_config=add_condinst_config,
+        num_classes_key="MODEL.FCOS.NUM_CLASSES",
+        modules=("distill_d2.projects.condinst",),
+        family="distill_d2.projects.condinst.tiny:FAMILY",
+    )
+)

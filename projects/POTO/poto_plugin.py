@@ -1,8 +1,10 @@
-"""The keys of POTO."""
+"""POTO: its keys, and what distill_d2 needs to know about it."""
 
 from __future__ import annotations
 
 from detectron2.config import CfgNode as CN
+
+from distill_d2.plugins import Detector, register_detector
 
 
 def add_poto_config(cfg: CN) -> None:
@@ -34,3 +36,15 @@ def add_poto_config(cfg: CN) -> None:
     # is no non-maximum suppression.
     node.SCORE_THRESH_TEST = 0.05
     node.TOPK_CANDIDATES_TEST = 1000
+
+
+register_detector(
+    Detector(
+        "POTO",
+        "POTO",
+        add_config=add_poto_config,
+        num_classes_key="MODEL.POTO.NUM_CLASSES",
+        modules=("distill_d2.projects.poto",),
+        family="distill_d2.projects.poto.tiny:FAMILY",
+    )
+)

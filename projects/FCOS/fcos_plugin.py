@@ -1,8 +1,11 @@
-"""The keys of FCOS and its backbones, named as AdelaiDet names them, so that its yaml files load."""
+"""FCOS: its keys, named as AdelaiDet names them so that its yaml files load, and what distill_d2 needs to know
+about it."""
 
 from __future__ import annotations
 
 from detectron2.config import CfgNode as CN
+
+from distill_d2.plugins import Detector, register_detector
 
 
 def add_fcos_config(cfg: CN) -> None:
@@ -89,3 +92,21 @@ def _add_unused(cfg: CN) -> None:
         }
     )
     cfg.INPUT.CROP.CROP_INSTANCE = True
+
+
+register_detector(
+    Detector(
+        "FCOS (AdelaiDet)",
+        "OneStageDetector",
+        add_config=add_fcos_config,
+        num_classes_key="MODEL.FCOS.NUM_CLASSES",
+        modules=("distill_d2.projects.fcos",),
+        registers=(
+            "FCOS",
+            "build_fcos_dla_fpn_backbone",
+            "build_fcos_resnet_bifpn_backbone",
+            "build_fcos_resnet_fpn_backbone",
+        ),
+        family="distill_d2.projects.fcos.tiny:FAMILY",
+    )
+)

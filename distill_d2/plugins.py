@@ -1,0 +1,284 @@
+"""Detectors, losses and datasets that are not part of the library, and how they are found.
+
+Three kinds of modules register themselves when they are imported:
+
+- ``projects/<Name>/<package>_plugin.py`` describes a detector of ours with ``register_detector``. The package
+  itself is imported when a config names something that it registers, and not before.
+- Modules of installed packages, named in the entry point group ``distill_d2.plugins``.
+- Modules and files that the command line names: ``train_distill.py --import my_detector.py``.
+
+The last two are imported before a config is read, in every process. Whatever they register is chosen by name,
+as detectron2 does it: losses in MODEL.DISTILLER.TYPES, meta-architectures in MODEL.META_ARCHITECTURE,
+backbones in MODEL.BACKBONE.NAME, datasets in DATASETS.TRAIN, mappers in INPUT.MAPPER, augmentations in
+INPUT.AUGMENTATIONS. A loss needs no more than its registration. A detector has a view, so that losses can
+read it, and a ``Detector``, which brings its config keys. A whole package::
+
+    # my_detector.py
+    from detectron2.data import DatasetCatalog
+    from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+    from distill_d2 import DISTILL_LOSS_REGISTRY, DistillLoss, register_view
+    from distill_d2.plugins import Detector, register_detector
+    from distill_d2.views import RetinaNetView
+
+    @META_ARCH_REGISTRY.register()
+    class MyDetector(RetinaNet): ...
+
+    @register_view(MyDetector)
+    class MyView(RetinaNetView): ...
+
+    def add_config(cfg):
+        cfg.MODEL.MY_DETECTOR = type(cfg)({"SCALE": 1.0})
+
+    register_detector(Detector("My detector", "MyDetector", add_config=add_config))
+    DatasetCatalog.register("my_dataset", load_my_dataset)
+
+    # pyproject.toml of an installed package; without one: --import my_detector.py
+    [project.entry-points."distill_d2.plugins"]
+    my_detector = "my_detector"
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType
+from typing import Any, Callable
+
+from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
+from fvcore.common.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+GROUP = "distill_d2.plugins"
+_REGISTRIES = (META_ARCH_REGISTRY, BACKBONE_REGISTRY, PROPOSAL_GENERATOR_REGISTRY)
+
+
+def _nothing(cfg: CfgNode) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Detector:
+    """What a detector, or a backbone, brings.
+
+    Attributes:
+        name: for tables and messages, such as "FCOS (AdelaiDet)".
+        architecture: its name in META_ARCH_REGISTRY; "": it has none.
+        add_config: adds its config keys to a config, in place.
+        num_classes_key: the key that holds its number of classes, such as "MODEL.FCOS.NUM_CLASSES"; "": the
+            datasets' classes are not compared with it.
+        check: raises ValueError before training if a config of this architecture cannot work.
+        modules: modules that register it, imported when a config names it; none: they are imported already.
+        registers: other names that these modules register: backbones, proposal generators.
+        family: a small instance for tests, "module:attribute" of a ``distill_d2.testing.Family``; "": none.
+    """
+
+    name: str
+    architecture: str = ""
+    add_config: Callable[[CfgNode], None] = _nothing
+    num_classes_key: str = ""
+    check: Callable[[CfgNode], None] = _nothing
+    modules: Sequence[str] = ()
+    registers: Sequence[str] = ()
+    family: str = ""
+
+    @property
+    def names(self) -> set[str]:
+        """All that it registers."""
+        return {self.architecture, *self.registers} - {""}
+
+    def load_family(self) -> Any:
+        """The object that ``family`` names; its module is imported."""
+        module, _, attribute = self.family.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+_DETECTORS: dict[str, Detector] = {}
+# What was imported from outside, and who asked for it.
+_IMPORTED: dict[str, str] = {}
+_found = False
+
+
+def register_detector(detector: Detector) -> None:
+    """Make a detector known.
+
+    Raises:
+        ValueError: another one has this name.
+    """
+    if detector.name in _DETECTORS:
+        raise ValueError(f"a detector named '{detector.name}' is registered already")
+    _DETECTORS[detector.name] = detector
+
+
+def register_if_free(registry: Registry) -> Callable:
+    """Decorator: register a class or function under its name, unless another package has taken the name, such
+    as AdelaiDet; then that one stays, and the log says so."""
+
+    def register(thing: Any) -> Any:
+        name = thing.__name__
+        if name not in registry:
+            registry.register(thing)
+        else:
+            taken = f"'{name}' is registered by {registry.get(name).__module__}"
+            logger.info(f"{taken}, which is left alone; {thing.__module__} is not used for it")
+        return thing
+
+    return register
+
+
+def detectors() -> dict[str, Detector]:
+    """All known detectors by name: detectron2's, those of projects/ and those of installed packages.
+
+    Raises:
+        ImportError: an installed package's module cannot be imported.
+    """
+    _find()
+    return dict(_DETECTORS)
+
+
+def import_detectors(cfg: CfgNode) -> None:
+    """Import the detectors of which ``cfg.MODEL`` names something, before its model is built. Names that another
+    package has registered already are left alone, and the log says so."""
+    values = set(_strings(cfg.MODEL))
+    for detector in detectors().values():
+        named = detector.names & values
+        if not named or all(module in sys.modules for module in detector.modules):
+            continue
+        taken = {name: owner for name in sorted(named) if (owner := _owner(name))}
+        if len(taken) == len(named):
+            listing = ", ".join(f"'{name}' (by {owner})" for name, owner in taken.items())
+            logger.info(
+                f"{listing} registered already and left alone; {detector.modules[0]} is not imported"
+            )
+            continue
+        for module in detector.modules:
+            importlib.import_module(module)
+
+
+def of_student(cfg: CfgNode) -> list[Detector]:
+    """The detectors with the architecture of a config's student."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture == "Distiller":
+        architecture = cfg.MODEL.DISTILLER.STUDENT_META_ARCH
+    return [detector for detector in detectors().values() if detector.architecture == architecture]
+
+
+def import_plugins(names: Sequence[str] = ()) -> None:
+    """Import modules and files of users, then those of installed packages. Call it before a config is read, in
+    every process.
+
+    Args:
+        names: of modules, or paths of .py files; a file's folder is added to the end of ``sys.path``.
+
+    Raises:
+        ImportError: the message says which one failed, who named it, and why.
+    """
+    for name in names:
+        _import(name, f"--import {name}")
+    _find()
+
+
+def imported() -> list[str]:
+    """One line for each module that ``import_plugins`` imported: the module, its file, and who named it."""
+    return [f"{name} ({sys.modules[name].__file__}; {who})" for name, who in _IMPORTED.items()]
+
+
+def module_name(name: str) -> str:
+    """The module that ``--import name`` imports: of a file its name without the ending."""
+    return os.path.splitext(os.path.basename(name))[0] if name.endswith(".py") else name
+
+
+def _find() -> None:
+    """Import the descriptions of projects/, then the modules of entry points, once."""
+    global _found
+    if _found:
+        return
+    _found = True  # first: these modules may call add_distill_config
+    from . import projects
+
+    for module in pkgutil.iter_modules(projects.__path__):
+        if module.name.endswith("_plugin"):
+            importlib.import_module(f"{projects.__name__}.{module.name}")
+    for point in _entry_points():
+        _import(point.value, f"entry point {point.name} of {GROUP}")
+
+
+def _entry_points() -> Iterable[metadata.EntryPoint]:
+    points: Any = metadata.entry_points()
+    if hasattr(points, "select"):
+        return points.select(group=GROUP)
+    return points.get(GROUP, ())  # Python 3.9
+
+
+def _import(name: str, who: str) -> None:
+    try:
+        module = _import_file(name) if name.endswith(".py") else importlib.import_module(name)
+    except Exception as error:  # whatever a user's module raises
+        raise ImportError(
+            f"{who}: {type(error).__name__}: {error}. Expected a module that can be imported (its folder is in "
+            "PYTHONPATH, or its package is installed) or the path of a .py file"
+        ) from error
+    _IMPORTED.setdefault(module.__name__, who)
+
+
+def _import_file(path: str) -> ModuleType:
+    """Under the file's own name, so that other processes find its classes by it."""
+    path, name = os.path.abspath(path), module_name(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"'{path}' does not exist")
+    folder = os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    module = importlib.import_module(name)
+    found = getattr(module, "__file__", None)
+    if found is None or not os.path.samefile(found, path):
+        raise ValueError(f"another module has the name '{name}' ({found}); rename '{path}'")
+    return module
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a config node."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+
+
+def _owner(name: str) -> str:
+    """The module that has registered this name with detectron2; "": none."""
+    owners = [registry.get(name).__module__ for registry in _REGISTRIES if name in registry]
+    return owners[0] if owners else ""
+
+
+for _detector in (
+    Detector(
+        "RetinaNet",
+        "RetinaNet",
+        num_classes_key="MODEL.RETINANET.NUM_CLASSES",
+        family="distill_d2.testing.family:RETINANET",
+    ),
+    Detector(
+        "Faster R-CNN",
+        "GeneralizedRCNN",
+        num_classes_key="MODEL.ROI_HEADS.NUM_CLASSES",
+        family="distill_d2.testing.family:FASTER_RCNN",
+    ),
+    Detector(
+        "Mask R-CNN",
+        "GeneralizedRCNN",
+        num_classes_key="MODEL.ROI_HEADS.NUM_CLASSES",
+        family="distill_d2.testing.family:MASK_RCNN",
+    ),
+    Detector("FCOS (detectron2)", family="distill_d2.testing.family:FCOS_OF_DETECTRON2"),
+):
+    register_detector(_detector)
