@@ -25,6 +25,7 @@ class Recipe:
         not_zero: what the names of terms begin with that equal detectors have all the same.
         host: names of functions that work on the host, see ``no_synchronization``.
         family: the detector of whole runs.
+        only: the detectors whose cells are tested; empty: all.
     """
 
     loss: str
@@ -34,6 +35,7 @@ class Recipe:
     not_zero: tuple[str, ...] = ()
     host: tuple[str, ...] = ()
     family: str = "RetinaNet"
+    only: tuple[str, ...] = ()
 
     def set_keys(self, node: CfgNode, family: Family) -> None:
         """Set this recipe's keys in the node MODEL.DISTILLER."""
