@@ -33,8 +33,11 @@ def add_distill_config(cfg: CN) -> None:
     # More arguments of that class, such as {betas: [0.9, 0.99]}.
     cfg.SOLVER.OPTIMIZER_ARGS = CN(new_allowed=True)
 
-    # Augmentations in training: "default", detectron2's, or "ssd": photometric distortion, expansion with
-    # the mean colour, and a random crop, before detectron2's flip.
+    # The dataset mapper, a name in distill_d2.data.DATASET_MAPPER_REGISTRY; "": detectron2's, with the
+    # augmentations below.
+    cfg.INPUT.MAPPER = ""
+    # Augmentations in training: "default", detectron2's, or a name in AUGMENTATION_REGISTRY, such as "ssd":
+    # photometric distortion, expansion with the mean color, and a random crop, before detectron2's flip.
     cfg.INPUT.AUGMENTATIONS = "default"
     # [height, width]: images are resized to exactly this, instead of by MIN_SIZE_* and MAX_SIZE_*.
     cfg.INPUT.FIXED_SIZE = []

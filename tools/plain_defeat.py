@@ -95,7 +95,7 @@ def class_term(loss: Any, student: Any, teacher: Any, batch: Any) -> torch.Tenso
     s = loss.settings
     if loss.capability == "dense":
         ours, theirs = student.dense(), teacher.dense()
-        labels = ours.match(*batch.padded_boxes())
+        labels = ours.match(batch.truth.boxes, batch.truth.valid)
         objects, background = labels == 1, labels == 0
     else:
         ours, theirs = student.box_head(), teacher.box_head(student.sampled_proposals())

@@ -75,7 +75,7 @@ def object_rows(student: Predictions, batch: Batch) -> tuple[torch.Tensor, torch
     assignment of the ground truth to its anchors.
     """
     if student.classes is None:
-        labels = student.match(*batch.padded_boxes())
+        labels = student.match(batch.truth.boxes, batch.truth.valid)
         return labels == 1, labels == 0
     objects = student.classes < student.num_classes
     return objects & student.valid, ~objects & student.valid

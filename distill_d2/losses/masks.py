@@ -111,9 +111,8 @@ def anchor_mask(
 def stage_mask(batch: Batch) -> torch.Tensor:
     """The cells of all ground-truth boxes at stride 4, (N, H, W): the mask of backbone stages, which
     have no levels."""
-    boxes, valid = batch.padded_boxes()
-    size = tuple(math.ceil(side / _STAGE_GRID) for side in batch.padded_size)
-    return box_mask(boxes, valid, size, _STAGE_GRID)
+    height, width = (math.ceil(side / _STAGE_GRID) for side in batch.padded_size)
+    return box_mask(batch.truth.boxes, batch.truth.valid, (height, width), _STAGE_GRID)
 
 
 def resized(mask: torch.Tensor, size: Size) -> torch.Tensor:
@@ -204,7 +203,7 @@ class ObjectMasks:
         Args:
             sizes: (H, W) of the levels; strides: in pixels.
         """
-        boxes, valid = batch.padded_boxes()
+        boxes, valid = batch.truth.boxes, batch.truth.valid
         if self.kind == "one":
             return {name: boxes.new_ones(len(boxes), *size) for name, size in sizes.items()}
         anchors = student.anchors() if self.kind == "roi" else {}

@@ -72,9 +72,8 @@ class RCNNView(DetectorView):
             counts = [len(boxes) for boxes in proposals]
             logits, deltas = (output.split(counts) for output in self.own_output(_PREDICTOR))
         else:
-            # Several losses share one pass. The list is kept, so that no other has its id in this step.
-            key = ("scores", id(proposals))
-            _, (logits, deltas) = self.once(key, lambda: (proposals, self.score_boxes(proposals)))
+            # Several losses share one pass for the same Boxes objects.
+            logits, deltas = self.once(("scores", *proposals), lambda: self.score_boxes(proposals))
         boxes, logits, deltas, valid = _padded([b.tensor for b in proposals], logits, deltas)
         heads = self.model.roi_heads
         return Predictions(
@@ -125,11 +124,11 @@ class RCNNView(DetectorView):
         return sampled
 
     def _own_proposals(self, batch: Batch) -> tuple[list[Boxes], list[torch.Tensor]]:
-        targets = [_boxes_and_classes(per_image) for per_image in batch.instances]
         images = ImageList(torch.empty(0), batch.image_sizes)  # only the sizes are read
-        with self.context(), EventStorage():  # what the heads log is no news of the student
+        # The teacher must not log into the student's event storage.
+        with self.context(), EventStorage():
             proposals, _ = self.model.proposal_generator(images, self.features)
-            sampled = self.model.roi_heads.label_and_sample_proposals(proposals, targets)
+            sampled = self.model.roi_heads.label_and_sample_proposals(proposals, batch.instances())
         return [each.proposal_boxes for each in sampled], [each.gt_classes for each in sampled]
 
     def _rpn(self) -> AnchoredHead:
@@ -175,8 +174,3 @@ def _padded_classes(classes: list[torch.Tensor], background: int, length: int) -
     """N images' classes, filled up with background: (N, length)."""
     filled = [*classes, classes[0].new_zeros(length)]
     return pad_sequence(filled, batch_first=True, padding_value=background)[:-1]
-
-
-def _boxes_and_classes(truth: Instances) -> Instances:
-    """Without masks, say, which sampling would copy."""
-    return Instances(truth.image_size, gt_boxes=truth.gt_boxes, gt_classes=truth.gt_classes)

@@ -128,7 +128,8 @@ def test_anchors_are_squares_of_eight_strides():
 def test_match_and_assign_are_the_detectors_own():
     inputs = [*tiny_batch(1, objects=5), *without_objects(tiny_batch(1)), *tiny_batch(1, objects=2)]
     view, model = observed([item["image"] for item in inputs])
-    boxes, valid = Batch(inputs, PADDED, 0, 1).padded_boxes()
+    truth = Batch(inputs, PADDED, 0, 1).truth
+    boxes, valid = truth.boxes, truth.valid
     predictions = view.dense()
     with no_synchronization():
         labels, index = predictions.match(boxes, valid), predictions.assign(boxes, valid)

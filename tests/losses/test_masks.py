@@ -41,6 +41,7 @@ def batch_of(images, padded):
     inputs = []
     for found in images:
         instances = Instances(padded, gt_boxes=Boxes(torch.tensor(found).float().view(-1, 4)))
+        instances.gt_classes = torch.zeros(len(found), dtype=torch.int64)
         inputs.append({"image": torch.empty(3, *padded), "instances": instances})
     return Batch(inputs, padded, iteration=0, max_iter=1)
 

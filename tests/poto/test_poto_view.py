@@ -93,7 +93,8 @@ def test_match():
     for item, count in zip(inputs, (3, 0, 1)):
         item["instances"] = item["instances"][:count]
     view, model = observed("plain", inputs)
-    boxes, valid = Batch(inputs, PADDED, 0, 1).padded_boxes()
+    truth = Batch(inputs, PADDED, 0, 1).truth
+    boxes, valid = truth.boxes, truth.valid
     predictions = view.dense()
     with no_synchronization():
         labels = predictions.match(boxes, valid)

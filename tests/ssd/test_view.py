@@ -134,7 +134,8 @@ def test_anchors(network):
 def test_match_is_that_of_the_detectors_own_loss():
     inputs = batch(3, 0, 1)
     view, model = observed("C", [item["image"] for item in inputs])
-    objects = Batch(inputs, (300, 300), 0, 1).padded_boxes()
+    truth = Batch(inputs, (300, 300), 0, 1).truth
+    objects = truth.boxes, truth.valid
     predictions = view.dense()
     with no_synchronization():
         labels = predictions.match(*objects)

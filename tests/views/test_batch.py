@@ -9,64 +9,73 @@ from distill_d2.views import Batch
 
 FIRST, SECOND, THIRD = [1.0, 2, 30, 40], [5.5, 6, 7, 8], [0.0, 0, 64, 64]
 
+SIZES = [(64, 80), (96, 48), (50, 70)]
+
 
 def batch_of(*images, dtype=torch.float32):
+    """Images of SIZES with boxes of the classes 5, 6, ..."""
     inputs = []
-    for boxes in images:
-        boxes = Boxes(torch.tensor(boxes, dtype=torch.float64).view(-1, 4))
-        boxes.tensor = boxes.tensor.to(dtype)
-        inputs.append(
-            {"image": torch.empty(3, 64, 80), "instances": Instances((64, 80), gt_boxes=boxes)}
-        )
-    return Batch(inputs, (64, 80), iteration=0, max_iter=1)
+    for size, boxes in zip(SIZES, images):
+        given = Boxes(torch.tensor(boxes, dtype=torch.float64).view(-1, 4))
+        given.tensor = given.tensor.to(dtype)
+        instances = Instances(size, gt_boxes=given, gt_classes=5 + torch.arange(len(boxes)))
+        inputs.append({"image": torch.empty(3, *size), "instances": instances})
+    return Batch(inputs, (96, 96), iteration=0, max_iter=1)
 
 
-def test_boxes_are_filled_up_to_the_longest_image():
-    boxes, valid = batch_of([FIRST], [], [SECOND, THIRD, FIRST]).padded_boxes()
+def test_image_sizes_are_heights_and_widths():
+    assert batch_of([], [], []).image_sizes == [(64, 80), (96, 48), (50, 70)]
+
+
+def test_truth_is_padded_to_the_longest_image():
+    truth = batch_of([FIRST], [], [SECOND, THIRD, FIRST]).truth
     nothing = [0.0] * 4
-    assert boxes.tolist() == [[FIRST, nothing, nothing], [nothing] * 3, [SECOND, THIRD, FIRST]]
-    assert valid.tolist() == [[True, False, False], [False] * 3, [True] * 3]
-    assert boxes.dtype == torch.float32 and valid.dtype == torch.bool
-
-
-def test_equally_many_boxes():
-    boxes, valid = batch_of([FIRST, SECOND], [THIRD, FIRST]).padded_boxes()
-    assert boxes.tolist() == [[FIRST, SECOND], [THIRD, FIRST]] and valid.all()
+    assert truth.boxes.tolist() == [[FIRST, nothing, nothing], [nothing] * 3, [SECOND, THIRD, FIRST]]
+    assert truth.classes.tolist() == [[5, 0, 0], [0] * 3, [5, 6, 7]]
+    assert truth.valid.tolist() == [[True, False, False], [False] * 3, [True] * 3]
+    assert truth.counts == [1, 0, 3]
+    assert (truth.boxes.dtype, truth.classes.dtype, truth.valid.dtype) == (
+        torch.float32,
+        torch.int64,
+        torch.bool,
+    )
 
 
 @pytest.mark.parametrize("images", [1, 3])
 def test_without_any_boxes_there_is_one_place(images):
-    boxes, valid = batch_of(*[[]] * images).padded_boxes()
-    assert boxes.tolist() == [[[0.0] * 4]] * images and valid.tolist() == [[False]] * images
+    truth = batch_of(*[[]] * images).truth
+    assert truth.boxes.tolist() == [[[0.0] * 4]] * images and truth.valid.tolist() == [[False]] * images
 
 
 def test_boxes_of_another_precision():
-    boxes, _ = batch_of([SECOND], [], dtype=torch.float64).padded_boxes()
+    boxes = batch_of([SECOND], [], dtype=torch.float64).truth.boxes
     assert boxes.dtype == torch.float32 and boxes[0, 0].tolist() == SECOND
 
 
-def test_the_ground_truth_stays_as_it_is():
+def test_truth_is_made_once_and_the_given_boxes_stay_as_they_are():
     batch = batch_of([FIRST], [SECOND, THIRD])
-    boxes, _ = batch.padded_boxes()
-    boxes += 1
+    assert batch.truth is batch.truth
+    batch.truth.boxes.add_(1)
     found = [item["instances"].gt_boxes.tensor.tolist() for item in batch.inputs]
     assert found == [[FIRST], [SECOND, THIRD]]
+
+
+def test_instances_are_the_truth_image_by_image():
+    found = batch_of([FIRST], [], [SECOND, THIRD]).instances()
+    assert [each.image_size for each in found] == SIZES
+    assert [each.gt_boxes.tensor.tolist() for each in found] == [[FIRST], [], [SECOND, THIRD]]
+    assert [each.gt_classes.tolist() for each in found] == [[5], [], [5, 6]]
 
 
 def test_an_image_without_annotations():
     batch = batch_of([FIRST], [SECOND])
     del batch.inputs[1]["instances"]
-    with pytest.raises(KeyError, match="instances"):
-        batch.padded_boxes()
+    batch.inputs[1]["file_name"] = "a.jpg"
+    with pytest.raises(KeyError, match="image 'a.jpg' has no annotations"):
+        batch.truth  # noqa: B018
 
 
 def test_nothing_waits_for_the_device():
     batch = batch_of([FIRST], [SECOND, THIRD], [])
     with no_synchronization():
-        batch.padded_boxes()
-
-
-def test_image_sizes_are_heights_and_widths():
-    batch = batch_of([FIRST], [])
-    batch.inputs[1]["image"] = torch.empty(3, 48, 64)
-    assert batch.image_sizes == [(64, 80), (48, 64)]
+        batch.instances()

@@ -219,6 +219,7 @@ def _batch(
     inputs = []
     for per_image in boxes:
         instances = Instances(padded, gt_boxes=Boxes(per_image.view(-1, 4)))
+        instances.gt_classes = torch.zeros(len(instances), dtype=torch.int64)
         inputs.append({"image": torch.empty(3, *padded), "instances": instances})
     return Batch(inputs, padded, iteration, max_iter)
 

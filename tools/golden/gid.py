@@ -192,7 +192,7 @@ def _compare_rows(fixture: Fixture) -> None:
     fixture.compare("gi_diff_all", torch.where(from_teacher, scores, -scores))
     boxes = torch.where(from_teacher[..., None], teacher.boxes(), student.boxes())
     fixture.compare("gi_box_all", boxes, atol=1e-4)
-    truth, valid = run.batch.padded_boxes()
+    truth, valid = run.batch.truth.boxes, run.batch.truth.valid
     labels = student.match(truth, valid)
     nearest = batched_iou(truth, student.anchors).where(valid[..., None], -1.0).argmax(dim=1)
     classes = torch.zeros(valid.shape, dtype=torch.int64)

@@ -143,7 +143,7 @@ def _load(loss: InstanceConditionalDistillation, fixture: Fixture) -> None:
 
 def _compare_sampling(fixture: Fixture, run: _Run) -> None:
     sampler = run.loss.queries.sampler
-    images = run.loss.queries.ground_truth(run.batch.inputs, run.batch.image_sizes)
+    images = run.loss.queries.ground_truth(run.batch)
     slots = sampler.place(images, sampler.recorded)
     fixture.compare("enc/classes", slots.classes)
     fixture.compare("enc/boxes_norm", slots.boxes)

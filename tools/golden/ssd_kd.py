@@ -181,7 +181,7 @@ def _compare_negatives(fixture: Fixture) -> None:
 def _compare_case(fixture: Fixture, case: str) -> None:
     student, batch = _student(fixture), _batch(fixture)
     predictions = student.run()
-    hard = student.model.forward_training(None, student.features, predictions, batch.instances)
+    hard = student.model.forward_training(None, student.features, predictions, batch.instances())
     fixture.compare(f"{case}_loss_bare", sum(hard.values()))
     boxes, settings = CASES[case]
     terms = dict(hard)

@@ -13,13 +13,13 @@ from .selection import GeneralInstances
 
 def all_ground_truth(batch: Batch) -> GeneralInstances:
     """The ground-truth boxes in the place of a selection, with score 1."""
-    boxes, valid = batch.padded_boxes()
+    truth = batch.truth
     return GeneralInstances(
-        boxes=boxes,
-        scores=valid.float(),
-        rows=torch.full_like(valid, -1, dtype=torch.int64),
-        from_teacher=torch.zeros_like(valid),
-        valid=valid,
+        boxes=truth.boxes,
+        scores=truth.valid.float(),
+        rows=torch.full_like(truth.classes, -1),
+        from_teacher=torch.zeros_like(truth.valid),
+        valid=truth.valid,
     )
 
 
@@ -38,10 +38,10 @@ def categories(
     Returns:
         (N, K) bool by kind; False for empty slots.
     """
-    boxes, there = batch.padded_boxes()
+    truth = batch.truth
     low, high = thresholds
-    positive = student.match(boxes, there).gather(1, instances.rows) == 1
-    covered = batched_ioa(instances.boxes, boxes).amax(dim=-1)  # boxes that fill up cover nothing
+    positive = student.match(truth.boxes, truth.valid).gather(1, instances.rows) == 1
+    covered = batched_ioa(instances.boxes, truth.boxes).amax(dim=-1)  # padding covers nothing
     kinds = {
         "pos": positive,
         "semi_pos": ~positive & (covered >= high),

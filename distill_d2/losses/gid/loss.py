@@ -177,7 +177,7 @@ class GID(DistillLoss):
             mask = mask & student.valid
         if self.settings.response_reg_mask == "gi":
             return mask, mask
-        return mask, mask & (student.match(*batch.padded_boxes()) == 1)
+        return mask, mask & (student.match(batch.truth.boxes, batch.truth.valid) == 1)
 
     def feature_terms(
         self, student: DetectorView, teacher: DetectorView, instances: GeneralInstances

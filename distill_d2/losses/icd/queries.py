@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
-from detectron2.structures import Instances
 from torch import nn
 from torchvision.ops import MLP
 
@@ -14,7 +11,7 @@ from ...views import Batch
 from .descriptor import describe, descriptor_dim
 from .sampling import GroundTruth, Queries, SlotSampler
 
-_MIN_SIDE = 1e-3  # pixels; a box below has no area to speak of
+_MIN_SIDE = 1e-3  # pixels; a box with a smaller side counts as one without area
 
 
 class InstanceQueries(nn.Module):
@@ -38,34 +35,22 @@ class InstanceQueries(nn.Module):
 
         Raises:
             KeyError: an image has no annotations at all.
-            ValueError: a class that is none of ``classes``.
+            ValueError: a class is not below ``classes``.
         """
-        images = self.ground_truth(batch.inputs, batch.image_sizes)
-        device = batch.inputs[0]["image"].device
-        return self.sampler.sample(images, np.random.default_rng(seed)).to(device)
+        slots = self.sampler.sample(self.ground_truth(batch), np.random.default_rng(seed))
+        return slots.to(batch.device)
 
     def forward(self, queries: Queries) -> torch.Tensor:
         """(N, K, C)."""
         return self.encoder(describe(queries, self.classes, self.with_scale))
 
-    def ground_truth(
-        self, inputs: Sequence[dict], sizes: Sequence[tuple[int, int]]
-    ) -> list[GroundTruth]:
-        """Boxes and classes of N images, on the host; boxes without area are left out.
-
-        Args:
-            sizes: N (height, width) in pixels.
-        """
+    def ground_truth(self, batch: Batch) -> list[GroundTruth]:
+        """Boxes and classes of N images, on the host; boxes without area are left out."""
+        truth = batch.truth_on_host
+        all_boxes, all_classes = truth.boxes.double().numpy(), truth.classes.numpy()
         images = []
-        for item, size in zip(inputs, sizes):
-            if "instances" not in item:
-                raise KeyError(
-                    f"image {item.get('file_name', '')} has no annotations, which "
-                    "InstanceConditionalDistillation needs; leave unlabelled images out"
-                )
-            instances: Instances = item["instances"]
-            boxes = instances.gt_boxes.tensor.cpu().double().numpy()
-            classes = instances.gt_classes.cpu().numpy()
+        for index, (item, size, count) in enumerate(zip(batch.inputs, batch.image_sizes, truth.counts)):
+            boxes, classes = all_boxes[index, :count], all_classes[index, :count]
             self._check_classes(classes, item)
             with_area = ((boxes[:, 2:] - boxes[:, :2]) > _MIN_SIDE).all(axis=1)
             images.append(GroundTruth(boxes[with_area], classes[with_area], size))

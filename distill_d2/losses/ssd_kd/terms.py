@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...transfer import upload
 from ...views import Batch, Predictions
 from ...views.matching import hard_negatives
 
@@ -72,27 +71,18 @@ def targets_of(
         (N, R) bool objects, (N, R) bool background, (N, R) int64 classes of the objects' rows (K of
         others), (N, R, 4) deltas.
     """
-    boxes, valid = batch.padded_boxes()
-    labels = padded_classes(batch, boxes.shape[1], predictions.num_classes)
-    matched = predictions.match(boxes, valid)
+    truth = batch.truth
+    labels = truth.classes.clamp(max=predictions.num_classes - 1)  # an RPN's one class is "object"
+    matched = predictions.match(truth.boxes, truth.valid)
     objects, background = matched == 1, matched == 0
     if predictions.valid is not None:
         objects, background = objects & predictions.valid, background & predictions.valid
-    index = predictions.assign(boxes, valid)
+    index = predictions.assign(truth.boxes, truth.valid)
     anchors = predictions.anchors.expand(*index.shape, 4)
-    wanted = boxes.gather(1, index[..., None].expand_as(anchors))
+    boxes = truth.boxes.gather(1, index[..., None].expand_as(anchors))
     classes = torch.where(objects, labels.gather(1, index), predictions.num_classes)
-    deltas = predictions.encode(wanted, anchors)
+    deltas = predictions.encode(boxes, anchors)
     return objects, background, classes, torch.where(objects[..., None], deltas, 0.0)
-
-
-def padded_classes(batch: Batch, length: int, background: int) -> torch.Tensor:
-    """The ground-truth classes (N, length), filled up with ``background``; 0 for "object" of an RPN."""
-    rows = []
-    for item in batch.inputs:
-        classes = item["instances"].gt_classes.clamp(max=background - 1)
-        rows.append(F.pad(classes, (0, length - len(classes)), value=background))
-    return upload(torch.stack(rows), batch.inputs[0]["image"].device)
 
 
 def selected_rows(

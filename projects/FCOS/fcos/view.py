@@ -58,9 +58,8 @@ class OneStageDetectorView(FCOSView):
     def _assign(
         self, boxes: torch.Tensor, valid: torch.Tensor, anchors: Sequence[Boxes]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """FCOS' own rule, once per step for the same boxes; they are kept, so that the id is theirs."""
-        key = ("assign", id(boxes), id(valid))
-        return self.once(key, lambda: (boxes, valid, self._assigned(boxes, valid, anchors)))[2]
+        """FCOS' own rule, once per step for the same tensors."""
+        return self.once(("assign", boxes, valid), lambda: self._assigned(boxes, valid, anchors))
 
     def _assigned(
         self, boxes: torch.Tensor, valid: torch.Tensor, anchors: Sequence[Boxes]

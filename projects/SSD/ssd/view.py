@@ -36,9 +36,8 @@ class SSDView(RetinaNetView):
         )
 
     def _match_once(self, boxes: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of ``match`` and ``assign``; the boxes are kept, so that no others have their id in this step."""
-        _, found = self.once(("match", id(boxes)), lambda: (boxes, self._match_priors(boxes, valid)))
-        return found
+        """For ``match`` and ``assign``: once per step for the same tensor of boxes."""
+        return self.once(("match", boxes), lambda: self._match_priors(boxes, valid))
 
     def _match_priors(
         self, boxes: torch.Tensor, valid: torch.Tensor

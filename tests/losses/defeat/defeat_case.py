@@ -208,6 +208,7 @@ class Case:
         inputs = []
         for boxes in self.truth:
             instances = Instances(self.padded, gt_boxes=Boxes(boxes))
+            instances.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
             inputs.append({"image": torch.empty(3, *self.padded), "instances": instances})
         return Batch(inputs, self.padded, self.iteration, self.max_iter)
 

@@ -461,7 +461,7 @@ def test_neck_terms(family):
             mask = torch.stack(
                 [
                     covered(truth.gt_boxes.tensor.tolist(), ours.shape[-2:], stride, 3, index)
-                    for truth in batch.instances
+                    for truth in batch.instances()
                 ]
             )[:, None]
             squares = (ours - theirs) ** 2

@@ -271,7 +271,7 @@ def test_unlabelled_image_is_an_error():
     batch = case.batch()
     del batch.inputs[1]["instances"]
     batch.inputs[1]["file_name"] = "some.jpg"
-    with pytest.raises(KeyError, match="some.jpg has no annotations"):
+    with pytest.raises(KeyError, match="some.jpg' has no annotations"):
         case.loss(*case.views(), batch)
 
 

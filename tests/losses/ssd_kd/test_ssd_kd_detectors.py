@@ -276,7 +276,7 @@ def test_all_anchors_of_the_rpn():
     def spy(forward, student, teacher, batch):
         ours, theirs = student.rpn(), teacher.rpn()
         anchors = rpn.anchor_generator([student.features[name] for name in rpn.in_features])
-        labels, boxes = rpn.label_and_sample_anchors(anchors, batch.instances)
+        labels, boxes = rpn.label_and_sample_anchors(anchors, batch.instances())
         soft = bound = 0.0
         for image, of_image in enumerate(labels):
             for row in (of_image >= 0).nonzero().flatten().tolist():
