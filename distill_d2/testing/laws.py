@@ -219,7 +219,9 @@ def leaves_the_teacher_alone(cell: Cell) -> None:
     _check(not any(m.training for m in teacher.modules()), "parts of the teacher are in training mode")
     _check(all(p.grad is None for p in teacher.parameters()), "the teacher has gradients")
     tensors = {id(t) for t in (*teacher.parameters(), *teacher.buffers())}
-    _check(not tensors & {id(t) for t in (*model.parameters(), *model.buffers())}, "seen by the Distiller")
+    _check(
+        not tensors & {id(t) for t in (*model.parameters(), *model.buffers())}, "seen by the Distiller"
+    )
     _check(not set(teacher.modules()) & set(model.modules()), "a module of the Distiller")
 
 

@@ -62,6 +62,8 @@ def _set(node: CfgNode, keys: Mapping[str, Any]) -> None:
 
 
 _ROI_POOLER = "detectron2.modeling.poolers.ROIPooler.forward"  # it waits
+# detectron2 selects and samples them.
+_TEACHERS_PROPOSALS = (_ROI_POOLER, "distill_d2.views.rcnn.RCNNView.own_proposals")
 _FGFI = {"FGFI.IN_FEATURES": "levels"}
 _GHND = {"GHND.IN_FEATURES": "stages"}
 _GID = {"GID.IN_FEATURES": "pooled"}
@@ -87,21 +89,35 @@ RECIPES = {
         levels={"DEFEAT.BB_FEATURES": "stages"},
         equal={"DEFEAT.NECK_ADAPT": False},
         host=(_ROI_POOLER,),
+        only=("RetinaNet", "FCOS (detectron2)", "Faster R-CNN"),
     ),
     "DeFeat: all proposals": Recipe(
         "DeFeat",
         {**_DEFEAT_HEADS, "DEFEAT.PROPOSALS": "both", "DEFEAT.MASK": "roi"},
         equal={"DEFEAT.NECK_ADAPT": False},
-        # detectron2 samples the teacher's proposals.
-        host=(_ROI_POOLER, "distill_d2.views.rcnn.RCNNView.own_proposals"),
+        host=_TEACHERS_PROPOSALS,
         family="Faster R-CNN",
+        only=("Faster R-CNN", "Mask R-CNN"),
     ),
     "FGFI": Recipe("FGFI", levels=_FGFI, equal={"FGFI.ADAPTER": False}),
     "GHND": Recipe("GHND", levels=_GHND),
     "GID": Recipe("GID", levels=_GID, host=(_ROI_POOLER,)),
-    "GID: features": Recipe("GID", _GID_FEATURES, levels=_GID, equal={"GID.ADAPTER": False}),
-    "GID: RPN": Recipe("GID", {"GID.PREDICTIONS": "rpn"}, family="Faster R-CNN"),
+    "GID: features": Recipe(
+        "GID",
+        _GID_FEATURES,
+        levels=_GID,
+        equal={"GID.ADAPTER": False},
+        only=("RetinaNet", "Faster R-CNN"),
+    ),
+    "GID: RPN": Recipe("GID", {"GID.PREDICTIONS": "rpn"}, family="Faster R-CNN", only=("Faster R-CNN",)),
     "HeadKD": Recipe("HeadKD", host=(_ROI_POOLER,), family="Faster R-CNN"),
+    "HeadKD: the teacher's proposals": Recipe(
+        "HeadKD",
+        {"HEAD_KD.PROPOSALS": "teacher"},
+        host=_TEACHERS_PROPOSALS,
+        family="Mask R-CNN",
+        only=("Mask R-CNN",),
+    ),
     "InstanceConditionalDistillation": Recipe(
         "InstanceConditionalDistillation",
         # The student is reached from the first iteration on.
@@ -124,6 +140,7 @@ RECIPES = {
         not_zero=("loss_ssd_kd_soft",),
         host=(_ROI_POOLER,),
         family="Faster R-CNN",
+        only=("Faster R-CNN", "SSD"),
     ),
 }
 

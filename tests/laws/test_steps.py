@@ -4,7 +4,7 @@ import pytest
 
 from distill_d2.testing import LAWS, Cell, families, recipes
 
-CELLS = [(recipe, family) for recipe in recipes() for family in families()]
+CELLS = [(name, family) for name, recipe in recipes().items() for family in recipe.only or families()]
 
 
 @pytest.fixture(scope="module", params=CELLS, ids=", ".join)
