@@ -77,10 +77,12 @@ def add_distill_config(cfg: CN) -> None:
     distiller.TEACHER_WEIGHTS = ""
     # Regular expressions of checkpoint keys that may be missing, unexpected or mis-shaped.
     distiller.TEACHER_ALLOW_MISSING = []
-    # Fold frozen normalisation into convolutions and use the faster memory layout (same outputs).
+    # Run a copy of the teacher with frozen normalization folded into convolutions and with the faster
+    # memory layout (same outputs).
     distiller.TEACHER_PREPARE = True
-    # Autocast of the teacher: "" (float32), "float16" or "bfloat16".
-    distiller.TEACHER_AUTOCAST = ""
+    # Precision of the teacher: "auto" (on a GPU that of the student's step, see SOLVER.AMP, else
+    # float32), "float32" (or ""), "float16" or "bfloat16".
+    distiller.TEACHER_AUTOCAST = "auto"
     # torch.compile of the teacher's backbone; each new input shape costs a compilation.
     distiller.TEACHER_COMPILE = False
     # Evaluate the teacher on DATASETS.TEST too, on the student's images: with --eval-only, and before
