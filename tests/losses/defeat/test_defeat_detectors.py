@@ -112,9 +112,9 @@ def box_head_rows(student, teacher, batch, proposals):
     for view in (student, teacher):
         heads = view.model.roi_heads
         features = [view.level(name) for name in heads.box_in_features]
-        view.taps.recording = False
-        scores.append(heads.box_predictor(heads.box_head(heads.box_pooler(features, proposals)))[0])
-        view.taps.recording = True
+        with view.taps.paused():
+            found = heads.box_predictor(heads.box_head(heads.box_pooler(features, proposals)))
+        scores.append(found[0])
     truth = [item["instances"] for item in batch.inputs]
     return row_set([labels_by_matcher(*each, matcher, 3) for each in zip(truth, proposals)], *scores)
 

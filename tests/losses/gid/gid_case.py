@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Callable
 
@@ -17,8 +16,8 @@ from naive_gid import Heads, Rows
 from torch import Tensor
 
 from distill_d2.losses.gid import GID
-from distill_d2.testing import view_of
-from distill_d2.views import Batch, DetectorView, Predictions
+from distill_d2.testing.maps import GivenView, view_of
+from distill_d2.views import Batch, Predictions
 from distill_d2.views.matching import match_by_iou
 from distill_d2.views.predictions import decoder_of
 
@@ -81,37 +80,24 @@ def naive_step(
 # --------------------------------------------------------------------------------------- random steps
 
 
-class HeadsView(DetectorView):
+class HeadsView(GivenView):
     """A view of given maps and predictions, called dense, rpn and box_head."""
 
     offers = ("dense", "rpn", "box_head")
     has_centerness = True
-    predictions: Callable[[], Predictions]
-    classes = 3
 
-    @property
-    def num_classes(self) -> int:
-        return self.classes
+    def rpn(self) -> Predictions:
+        return self.predictions
 
-    def dense(self) -> Predictions:
-        return self.predictions()
-
-    rpn = dense
-
-    def box_head(self, proposals=None) -> Predictions:
+    def box_head(self, proposals=None, classes=None) -> Predictions:
         assert (proposals is None) == (self.role == "student")
-        return self.predictions()
+        return self.predictions
 
     def sampled_proposals(self) -> list[Boxes]:
         return []
 
-    def sample_boxes(self, capability: str):
-        predictions = self.predictions()
-        anchors = predictions.anchors[..., :2, :]
-        return anchors, predictions.decode(torch.full_like(anchors, 0.1), anchors)
 
-
-def heads_view(maps: dict[str, Tensor], role: str, predictions: Callable[[], Predictions]) -> HeadsView:
+def heads_view(maps: dict[str, Tensor], role: str, predictions: Predictions) -> HeadsView:
     view = HeadsView(view_of(maps, role).model, role)
     view.predictions = predictions
     view.taps.start()
@@ -153,7 +139,7 @@ class Case:
             settings: arguments of the loss, other than EVEN.
         """
         random = np.random.default_rng(seed)
-        self.classes, self.strides = classes, {f"p{int(np.log2(s))}": s for s in strides}
+        self.strides = {f"p{int(np.log2(s))}": s for s in strides}
         self.sizes, self.padded = list(sizes[: len(objects)]), padded
         self.truth = [random_boxes(random, n, z) for n, z in zip(objects, self.sizes)]
         self.settings = {**EVEN, **settings}
@@ -248,9 +234,7 @@ class Case:
     def views(self) -> tuple[HeadsView, HeadsView]:
         views = []
         for role, model in (("student", self.student), ("teacher", self.teacher)):
-            views.append(heads_view(model.maps, role, functools.partial(self.predictions, model)))
-        for view in views:
-            view.classes = self.classes
+            views.append(heads_view(model.maps, role, self.predictions(model)))
         return views[0], views[1]
 
     def forward(self) -> dict[str, Tensor]:
