@@ -46,10 +46,11 @@ from distill_d2 import Distiller
 from distill_d2.checkpoint import SafeCheckpointer
 from distill_d2.data import NamedReadErrors, build_mapper, check_datasets
 from distill_d2.engine.setup import check_output_dir, choose_device, load_config
+from distill_d2.imports import add_import_argument, import_modules
 
 logger = logging.getLogger("distill_d2.visualize")
 
-_WRONG_INPUT = (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+_WRONG_INPUT = (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def main(arguments: list[str] | None = None) -> list[str]:
@@ -73,6 +74,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="path or packaged name (yaml)")
+    add_import_argument(parser)
     parser.add_argument("--method", required=True, choices=sorted(load_methods()))
     parser.add_argument("--output", required=True, help="folder for the pictures")
     parser.add_argument("--images", type=int, default=4, help="how many, spread over DATASETS.TEST")
@@ -105,10 +107,11 @@ def prepare(args: argparse.Namespace) -> Job:
     """Read and build everything.
 
     Raises:
-        AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError: something is wrong with
-            what was given.
+        AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError: an argument, the
+            config or a file is wrong.
     """
     method = load_methods()[args.method]
+    import_modules(args.imports)
     cfg = read_config(args.config_file, args.opts, method)
     check_output_dir(args.output, "--output")
     check_datasets(cfg, train=False)
