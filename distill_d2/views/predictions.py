@@ -87,7 +87,7 @@ class Predictions:
         """(N, R, 4): the deltas for the given (N, R) class of each row; not read unless
         ``class_specific``."""
         deltas = self.deltas
-        if not self.class_specific:
+        if not self.class_specific or classes is None:
             return deltas
         deltas = deltas.unflatten(-1, (-1, 4))
         index = classes[..., None, None].expand(*classes.shape, 1, 4)
