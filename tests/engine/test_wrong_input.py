@@ -162,7 +162,7 @@ def test_gpu_that_is_not_there(job):
 
 
 def test_emulated_bfloat16_is_refused(job, monkeypatch):
-    monkeypatch.setattr("distill_d2.teacher.native_bfloat16", lambda device: False)
+    monkeypatch.setattr("distill_d2.teacher.running.native_bfloat16", lambda device: False)
     monkeypatch.setattr("distill_d2.engine.settings.native_bfloat16", lambda device: False)
     job.fails(ValueError, "SOLVER.AMP.ENABLED", opts=["SOLVER.AMP.ENABLED", True])
     job.node.TEACHER_AUTOCAST = "bfloat16"

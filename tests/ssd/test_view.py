@@ -23,6 +23,7 @@ from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
 from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views import Batch, DetectorView, build_view
+from distill_d2.views.probe import level_shapes
 
 
 def grown(network, seed=0):
@@ -70,7 +71,7 @@ def test_probe_size_of_other_detectors():
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_probe(network):
-    shapes = build_view(ssd(network), "student").probe(300, 300)
+    shapes = level_shapes(build_view(ssd(network), "student"), 300, 300)
     widths = WIDTHS[network] if network == "A" else (38, *WIDTHS[network])
     assert [shape[1:] for shape in shapes.values()] == [(width, width) for width in widths]
 
@@ -127,8 +128,8 @@ def test_anchors(network):
     flat = torch.cat([level.flatten(0, 2) for level in anchors.values()])
     assert torch.equal(flat, view.dense().anchors)
     # Column after column inside a row.
-    centre = (anchors["s16"][2, 5, 0, :2] + anchors["s16"][2, 5, 0, 2:]) / 2
-    torch.testing.assert_close(centre, torch.tensor([5.5 * 16, 2.5 * 16]))
+    center = (anchors["s16"][2, 5, 0, :2] + anchors["s16"][2, 5, 0, 2:]) / 2
+    torch.testing.assert_close(center, torch.tensor([5.5 * 16, 2.5 * 16]))
 
 
 def test_match_is_that_of_the_detectors_own_loss():
