@@ -11,7 +11,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from runs import ROOT, Job, checkpoint, last_losses, run_commands
-from voc_folder import write_voc
+from small_datasets import write_voc
 
 from distill_d2.testing import tiny_batch, tiny_config, tiny_detector
 

@@ -3,15 +3,14 @@
 import pytest
 import torch
 from detectron2 import model_zoo as detectron2_zoo
-from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_backbone
 from runs import checkpoint, metrics
 
-from distill_d2 import add_distill_config, model_zoo
-from distill_d2.config import load_yaml
+from distill_d2 import model_zoo
 from distill_d2.data import register_custom_datasets
 from distill_d2.distiller import Distiller
-from distill_d2.engine import argument_parser, main
+from distill_d2.engine import argument_parser, load_config, main
 from distill_d2.engine.settings import distiller_node
 from distill_d2.losses.base import build_losses
 from distill_d2.testing.tiny import save_teacher, tiny_config, write_dataset
@@ -40,9 +39,7 @@ def teacher_levels(node):
         assert detectron2_zoo.get_checkpoint_url(node.MODEL_DISTILLER_CONFIG).startswith("https://")
         official = detectron2_zoo.get_config(node.MODEL_DISTILLER_CONFIG)
         return instantiate(official.model.backbone).output_shape()
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, model_zoo.find_config(node.MODEL_DISTILLER_CONFIG))
+    cfg = load_config(node.MODEL_DISTILLER_CONFIG)
     assert cfg.MODEL.WEIGHTS.startswith("https://")
     return build_backbone(cfg).output_shape()
 

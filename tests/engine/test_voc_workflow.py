@@ -10,7 +10,7 @@ import sys
 import pytest
 from coco_case import SMALL, write_weights
 from runs import ROOT, checkpoint, metrics, run_commands
-from voc_folder import write_voc
+from small_datasets import write_voc
 
 PAGE = ROOT / "configs" / "Distillation-DeFeat" / "README.md"
 VOC = "PascalVOC-Detection/faster_rcnn_R_{}_FPN_voc.yaml"
