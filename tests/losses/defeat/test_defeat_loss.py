@@ -324,7 +324,7 @@ def test_terms_of_both_proposals_have_names_of_their_own():
 def as_on_a_gpu(monkeypatch):
     """Let the class terms take the way that they take on a GPU, where no rows are picked."""
     masked_sum = rows.masked_sum
-    monkeypatch.setattr(rows, "masked_sum", lambda *values, few: masked_sum(*values, few=False))
+    monkeypatch.setattr(rows, "masked_sum", lambda *values, sparse: masked_sum(*values, sparse=False))
 
 
 @pytest.mark.parametrize("row_kinds", ["decouple", "all", "correct", "cfore"])

@@ -193,7 +193,7 @@ def _equal_draws_of_last(*cases):
 
         def fixed(count, random, draw=draw):
             draws = draw(count, random)
-            draws.classes[-1], draws.sizes[-1], draws.centres[-1] = 2, 0.3, 0.5
+            draws.classes[-1], draws.sizes[-1], draws.centers[-1] = 2, 0.3, 0.5
             return draws
 
         case.loss.queries.sampler.draw = fixed
