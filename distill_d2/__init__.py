@@ -1,6 +1,6 @@
 """Knowledge distillation of object detectors on detectron2."""
 
-from .quiet import silence_known_warnings
+from .known_warnings import silence_known_warnings
 
 silence_known_warnings()
 

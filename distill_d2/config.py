@@ -33,8 +33,11 @@ def add_distill_config(cfg: CN) -> None:
     # More arguments of that class, such as {betas: [0.9, 0.99]}.
     cfg.SOLVER.OPTIMIZER_ARGS = CN(new_allowed=True)
 
-    # Augmentations in training: "default", detectron2's, or "ssd": photometric distortion, expansion with
-    # the mean colour, and a random crop, before detectron2's flip.
+    # The dataset mapper, a name in distill_d2.data.DATASET_MAPPER_REGISTRY; "": detectron2's, with the
+    # augmentations below.
+    cfg.INPUT.MAPPER = ""
+    # Augmentations in training: "default", detectron2's, or a name in AUGMENTATION_REGISTRY, such as "ssd":
+    # photometric distortion, expansion with the mean color, and a random crop, before detectron2's flip.
     cfg.INPUT.AUGMENTATIONS = "default"
     # [height, width]: images are resized to exactly this, instead of by MIN_SIZE_* and MAX_SIZE_*.
     cfg.INPUT.FIXED_SIZE = []
@@ -74,10 +77,12 @@ def add_distill_config(cfg: CN) -> None:
     distiller.TEACHER_WEIGHTS = ""
     # Regular expressions of checkpoint keys that may be missing, unexpected or mis-shaped.
     distiller.TEACHER_ALLOW_MISSING = []
-    # Fold frozen normalisation into convolutions and use the faster memory layout (same outputs).
+    # Run a copy of the teacher with frozen normalization folded into convolutions and with the faster
+    # memory layout (same outputs).
     distiller.TEACHER_PREPARE = True
-    # Autocast of the teacher: "" (float32), "float16" or "bfloat16".
-    distiller.TEACHER_AUTOCAST = ""
+    # Precision of the teacher: "auto" (on a GPU that of the student's step, see SOLVER.AMP, else
+    # float32), "float32" (or ""), "float16" or "bfloat16".
+    distiller.TEACHER_AUTOCAST = "auto"
     # torch.compile of the teacher's backbone; each new input shape costs a compilation.
     distiller.TEACHER_COMPILE = False
     # Evaluate the teacher on DATASETS.TEST too, on the student's images: with --eval-only, and before

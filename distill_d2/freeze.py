@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .views import DetectorView
+from .views.probe import reached_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def freeze_unreached(view: DetectorView) -> None:
 
     Without a gradient such a parameter would stop DDP, and with one of zero it would decay.
     """
-    reached = view.reached_parameters()
+    reached = reached_parameters(view)
     unreached = {
         name: parameter
         for name, parameter in view.model.named_parameters()

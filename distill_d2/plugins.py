@@ -54,7 +54,10 @@ from typing import Any, Callable
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
+from detectron2.utils.logger import log_first_n
 from fvcore.common.registry import Registry
+
+from . import projects
 
 logger = logging.getLogger(__name__)
 
@@ -136,13 +139,13 @@ def register_if_free(registry: Registry) -> Callable:
 
 
 def detectors() -> dict[str, Detector]:
-    """All known detectors by name: detectron2's, those of projects/ and those of installed packages.
+    """All known detectors by name, sorted: detectron2's, those of projects/ and those of installed packages.
 
     Raises:
         ImportError: an installed package's module cannot be imported.
     """
     _find()
-    return dict(_DETECTORS)
+    return dict(sorted(_DETECTORS.items()))
 
 
 def import_detectors(cfg: CfgNode) -> None:
@@ -156,9 +159,8 @@ def import_detectors(cfg: CfgNode) -> None:
         taken = {name: owner for name in sorted(named) if (owner := _owner(name))}
         if len(taken) == len(named):
             listing = ", ".join(f"'{name}' (by {owner})" for name, owner in taken.items())
-            logger.info(
-                f"{listing} registered already and left alone; {detector.modules[0]} is not imported"
-            )
+            text = f"{listing} registered already and left alone; {detector.modules[0]} is not imported"
+            log_first_n(logging.INFO, text, name=__name__, key="message")
             continue
         for module in detector.modules:
             importlib.import_module(module)
@@ -203,13 +205,15 @@ def _find() -> None:
     if _found:
         return
     _found = True  # first: these modules may call add_distill_config
-    from . import projects
-
     for module in pkgutil.iter_modules(projects.__path__):
         if module.name.endswith("_plugin"):
             importlib.import_module(f"{projects.__name__}.{module.name}")
-    for point in _entry_points():
-        _import(point.value, f"entry point {point.name} of {GROUP}")
+    try:
+        for point in _entry_points():
+            _import(point.value, f"entry point {point.name} of {GROUP}")
+    except ImportError:
+        _found = False
+        raise
 
 
 def _entry_points() -> Iterable[metadata.EntryPoint]:

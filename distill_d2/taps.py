@@ -104,6 +104,18 @@ class Taps:
         for path in self._paths:
             self._attach(path)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No hooks inside; what was recorded remains."""
+        recording, calls = self._recording, self._calls.copy()
+        self.release()
+        try:
+            yield
+        finally:
+            if recording:
+                self.start()
+                self._calls.update(calls)
+
     def release(self) -> None:
         """Take all hooks off the model and forget the outputs."""
         self._recording = False

@@ -423,7 +423,7 @@ def test_compiled_teacher_gives_the_same_losses(tmp_path):
 
 
 def test_autocast_of_the_teacher(tmp_path, monkeypatch):
-    monkeypatch.setattr("distill_d2.teacher.native_bfloat16", lambda device: True)
+    monkeypatch.setattr("distill_d2.teacher.running.native_bfloat16", lambda device: True)
     cfg = distiller_config(tiny_config(), save_teacher(tiny_config(width=16), tmp_path))
     exact, dtypes = step(build_model(cfg), tiny_batch())["loss_pkd"], set()
     cfg.MODEL.DISTILLER.TEACHER_AUTOCAST = "bfloat16"

@@ -1,4 +1,6 @@
-"""A prepared teacher computes what the unprepared one does."""
+"""A prepared copy computes what the loaded model does, and leaves it as it is."""
+
+import copy
 
 import pytest
 import torch
@@ -8,15 +10,16 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import Boxes
 from torch import nn
+from torch.nn import functional as F
 
-from distill_d2 import prepare
-from distill_d2.prepare import fold_norms, native_bfloat16
-from distill_d2.teacher import Teacher
+from distill_d2.precision import native_bfloat16
+from distill_d2.teacher import Teacher, prepare
+from distill_d2.teacher.prepare import fold_norms
 from distill_d2.testing.tiny import tiny_config, tiny_detector
 from distill_d2.views.predictions import rows_of
 
 
-def randomise(norm):
+def randomize(norm):
     """Statistics and weights that are far from the identity."""
     for name, value in [*norm.named_parameters(), *norm.named_buffers()]:
         if value.is_floating_point():
@@ -45,23 +48,17 @@ NORMS = {
 @pytest.mark.parametrize("norm", NORMS.values(), ids=list(NORMS))
 @torch.no_grad()
 def test_folding_changes_nothing(norm, groups, bias):
-    conv = Conv2d(4, 6, 3, padding=1, groups=groups, bias=bias, norm=randomise(norm(6)))
+    conv = Conv2d(
+        4, 6, 3, padding=1, groups=groups, bias=bias, norm=randomize(norm(6)), activation=F.relu
+    )
     conv = conv.eval()
     image = torch.randn(2, 4, 8, 8)
     expected = conv(image)
-    assert fold_norms(conv) == 1
-    assert conv.norm is None and conv.bias.shape == (6,)
-    assert relative_error(conv(image), expected) < 1e-5
-
-
-@torch.no_grad()
-def test_activation_stays():
-    conv = Conv2d(4, 6, 3, norm=randomise(nn.BatchNorm2d(6)), activation=nn.functional.relu).eval()
-    image = torch.randn(2, 4, 8, 8)
-    expected = conv(image)
-    fold_norms(conv)
+    assert fold_norms(conv) == 1 and fold_norms(conv) == 0
     assert (expected == 0).any()
-    torch.testing.assert_close(conv(image), expected, rtol=1e-4, atol=1e-5)
+    assert conv.norm is None and conv.bias.shape == (6,)
+    assert not any(p.requires_grad for p in conv.parameters())
+    assert relative_error(conv(image), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -73,23 +70,6 @@ def test_other_norms_are_left_alone(norm):
     conv = Conv2d(4, 6, 3, norm=norm).eval()
     assert fold_norms(conv) == 0
     assert conv.norm is norm
-
-
-def test_counts_the_folded_layers():
-    model = nn.Sequential(
-        Conv2d(3, 4, 1, norm=FrozenBatchNorm2d(4)),
-        Conv2d(4, 4, 1),
-        Conv2d(4, 4, 1, norm=nn.BatchNorm2d(4)),
-    )
-    assert fold_norms(model.eval()) == 2
-    assert fold_norms(model) == 0
-
-
-def test_folded_parameters_stay_frozen():
-    conv = Conv2d(4, 6, 3, bias=False, norm=nn.BatchNorm2d(6)).eval().requires_grad_(False)
-    fold_norms(conv)
-    assert not any(p.requires_grad for p in conv.parameters())
-    assert {name for name, _ in conv.named_parameters()} == {"weight", "bias"}
 
 
 @torch.no_grad()
@@ -110,28 +90,6 @@ def test_folding_detectron2s_resnet_50_fpn():
     assert max(relative_error(actual[name], expected[name]) for name in expected) < 1e-5
 
 
-def detector_outputs(teacher, images):
-    teacher.view.require("dense")
-    with teacher.view.recording():
-        teacher.observe(images, (64, 64))
-        dense = teacher.view.dense()
-        return {**teacher.view.features, "logits": dense.logits, "deltas": dense.deltas}
-
-
-def test_prepared_teacher_equals_the_unprepared():
-    model = build_model(tiny_config())
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            randomise(module)
-    images = [torch.rand(3, 64, 64) * 255, torch.rand(3, 48, 56) * 255]
-    plain = detector_outputs(Teacher(model, prepare=False), images)
-    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    ready = detector_outputs(Teacher(model, prepare=True), images)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    assert list(ready) == ["p2", "p3", "p4", "logits", "deltas"]
-    assert max(relative_error(ready[name], plain[name]) for name in plain) < 1e-5
-
-
 OUTPUTS = {
     "retinanet": ["dense"],
     "fcos": ["dense"],
@@ -145,7 +103,7 @@ PROPOSALS = [
 
 def head_outputs(teacher, capability, images):
     with teacher.view.recording():
-        teacher.observe(images, (64, 64))
+        teacher.observe(images, (64, 96))
         arguments = (PROPOSALS,) if capability == "box_head" else ()
         predictions = getattr(teacher.view, capability)(*arguments)
         outputs = {"logits": predictions.logits, "deltas": predictions.deltas}
@@ -158,18 +116,17 @@ def test_heads_of_a_prepared_teacher_equal_the_unprepared(family, capabilities):
     model = tiny_detector(family)
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
-            randomise(module)
+            randomize(module)
         elif isinstance(module, (nn.Conv2d, nn.Linear)) and not name.startswith("backbone"):
             nn.init.normal_(module.weight, std=0.1)  # a new head gives the same everywhere
-    images = [torch.rand(3, 64, 64) * 255, torch.rand(3, 48, 56) * 255]
+    images = [torch.rand(3, 64, 80) * 255, torch.rand(3, 48, 96) * 255]
     outputs = []
     for prepare_it in (False, True):
         teacher = Teacher(model, prepare=prepare_it)
         for capability in capabilities:
             teacher.view.require(capability)
         outputs.append([head_outputs(teacher, capability, images) for capability in capabilities])
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert ("centerness" in outputs[0][0]) is (family == "fcos")
     for plain, ready in zip(*outputs):
         for name in plain:
@@ -177,26 +134,66 @@ def test_heads_of_a_prepared_teacher_equal_the_unprepared(family, capabilities):
             assert varied and relative_error(ready[name], plain[name]) < 1e-5
 
 
-def test_channels_last_equals_contiguous(monkeypatch):
-    model, seen = build_model(tiny_config()), []
-    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    images = [torch.rand(3, 64, 64) * 255, torch.rand(3, 48, 56) * 255]
-    outputs = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        teacher = Teacher(model)
-        monkeypatch.setattr(teacher, "_memory_format", lambda memory_format=memory_format: memory_format)
-        outputs.append(detector_outputs(teacher, images))
-        assert seen[-1].is_contiguous(memory_format=memory_format)
-    assert torch.equal(seen[0], seen[1])
-    plain, last = outputs
-    assert max(relative_error(last[name], plain[name]) for name in plain) < 1e-5
-
-
 def test_channels_last_is_what_a_cpu_gets():
-    teacher = Teacher(build_model(tiny_config()))
-    teacher.observe([torch.zeros(3, 64, 64)], (64, 64))
-    weight = teacher.model.backbone.bottom_up.stem.conv1.weight
+    teacher, seen = Teacher(build_model(tiny_config())), []
+    teacher.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    teacher.observe([torch.zeros(3, 64, 96)], (64, 96))
+    weight = teacher.view.model.backbone.bottom_up.stem.conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+# The loaded model stays as it is.
+
+
+def tensors_of(module):
+    return [*module.parameters(), *module.buffers()]
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("family", ["retinanet", "faster", "fcos"])
+def test_prepared_copy_shares_what_it_does_not_change(family, heads):
+    model = tiny_detector(family).eval().requires_grad_(False)
+    before = {name: (tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
+    dilations = [m.dilation for m in model.modules() if isinstance(m, nn.Conv2d)]
+    copied = prepare.prepared_copy(model, torch.channels_last, heads=heads)
+
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name][0]) and tensor.stride() == before[name][1]
+    assert dilations == [m.dilation for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert not set(copied.modules()) & set(model.modules())
+
+    prepared = copied if heads else copied.backbone
+    own = {id(tensor) for tensor in tensors_of(model)}
+    new = {id(tensor) for tensor in tensors_of(copied) if id(tensor) not in own}
+    assert new <= {id(tensor) for tensor in tensors_of(prepared)}
+    memory = {tensor.data_ptr() for tensor in tensors_of(model)}
+    for name, module in prepared.named_modules():
+        if isinstance(module, nn.Conv2d):
+            folded = isinstance(module, Conv2d) and module.norm is None and module.bias is not None
+            shared = module.weight.data_ptr() in memory
+            original = model.get_submodule(name if heads else f"backbone.{name}")
+            if folded and getattr(original, "norm", None) is not None:
+                assert not shared
+            else:
+                assert shared is (module.kernel_size == (1, 1))  # which has every layout
+        elif list(module.parameters(recurse=False)):
+            assert all(id(tensor) in own for tensor in module.parameters(recurse=False))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_layout_alone_equals_modules_to(layout):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 1, 3), nn.Linear(2, 3))
+    expected = copy.deepcopy(model).to(memory_format=layout)
+    prepare._use_memory_format(model, layout)
+    for name, tensor in expected.state_dict().items():
+        actual = model.state_dict()[name]
+        assert torch.equal(actual, tensor) and actual.stride() == tensor.stride()
+
+
+# Reduced precision.
 
 
 def test_native_bfloat16_is_a_bool():

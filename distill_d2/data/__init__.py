@@ -1,6 +1,6 @@
 """Datasets: those a config names, the generated shapes, and reading them in an order that resumes."""
 
-from .augmentation import build_mapper
+from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_mapper
 from .builtin_voc import register_builtin_voc
 from .check import NamedReadErrors, check_dataset, check_datasets
 from .custom import datasets_root, register_custom_datasets
@@ -10,6 +10,8 @@ from .shapes import generate_shapes, register_shapes
 from .statistics import BoxStatistics, box_statistics
 
 __all__ = [
+    "AUGMENTATION_REGISTRY",
+    "DATASET_MAPPER_REGISTRY",
     "BoxStatistics",
     "NamedReadErrors",
     "ResumableTrainingSampler",

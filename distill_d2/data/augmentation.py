@@ -11,7 +11,16 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
+from detectron2.utils.registry import Registry
 from fvcore.transforms.transform import CropTransform, NoOpTransform, Transform
+
+DATASET_MAPPER_REGISTRY = Registry("DATASET_MAPPER")
+DATASET_MAPPER_REGISTRY.__doc__ = """Mappers, chosen by INPUT.MAPPER: classes or functions of (cfg, is_train)
+that return a function from a dataset dict to an input of the model."""
+
+AUGMENTATION_REGISTRY = Registry("AUGMENTATION")
+AUGMENTATION_REGISTRY.__doc__ = """Functions from a config to a list of detectron2's augmentations, chosen by
+INPUT.AUGMENTATIONS. They come first in training; an augmentation may ask for ``boxes``."""
 
 _IGNORED = 255  # of semantic segmentation
 _HUE_DEGREES = 18.0
@@ -215,16 +224,19 @@ class _WithBoxes(T.AugmentationList):
         return super().__call__(aug_input)
 
 
-def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
-    """The mapper with the augmentations of INPUT.
+def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict[str, Any]], Any]:
+    """The mapper that INPUT.MAPPER names, or detectron2's with the augmentations of INPUT.
 
     Raises:
-        ValueError: INPUT.AUGMENTATIONS, FIXED_SIZE, CROP, MASK_FORMAT or IS_ROTATE cannot be.
+        ValueError: INPUT.MAPPER, AUGMENTATIONS, FIXED_SIZE, CROP, MASK_FORMAT or IS_ROTATE is wrong.
     """
+    if cfg.INPUT.MAPPER:
+        _check_registered(DATASET_MAPPER_REGISTRY, "INPUT.MAPPER", cfg.INPUT.MAPPER, "''")
+        return DATASET_MAPPER_REGISTRY.get(cfg.INPUT.MAPPER)(cfg, is_train)
     cfg = _heed_flip_keys(cfg)
     kind, size = cfg.INPUT.AUGMENTATIONS, list(cfg.INPUT.FIXED_SIZE)
-    if kind not in ("default", "ssd"):
-        raise ValueError(f"INPUT.AUGMENTATIONS is '{kind}'; expected 'default' or 'ssd'")
+    if kind != "default":
+        _check_registered(AUGMENTATION_REGISTRY, "INPUT.AUGMENTATIONS", kind, "'default'")
     if size and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"INPUT.FIXED_SIZE is {size}; expected [height, width], or [] for none")
     if kind == "default" and not size:
@@ -235,20 +247,17 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     if not is_train:
         return DatasetMapper(cfg, is_train, augmentations=[resize, *others])
     crop = cfg.INPUT.CROP
+    crops = [T.RandomCrop(crop.TYPE, crop.SIZE)] if crop.ENABLED else []
     if kind == "default":
-        crops = [T.RandomCrop(crop.TYPE, crop.SIZE)] if crop.ENABLED else []
         return DatasetMapper(cfg, is_train, augmentations=[*crops, resize, *others])
-    if crop.ENABLED:
-        raise ValueError(
-            "INPUT.CROP.ENABLED is True, but INPUT.AUGMENTATIONS 'ssd' has a crop of its own; set the first "
-            "to False, or the second to 'default'"
-        )
-    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "bitmask":
-        raise ValueError(
-            "INPUT.AUGMENTATIONS is 'ssd', which expands polygons but not bit masks; set INPUT.MASK_FORMAT to "
-            "'polygon', or AUGMENTATIONS to 'default'"
-        )
-    return BoxAwareMapper(cfg, is_train, augmentations=[*_ssd_augmentations(cfg), *others, resize])
+    first = AUGMENTATION_REGISTRY.get(kind)(cfg)
+    return BoxAwareMapper(cfg, is_train, augmentations=[*first, *crops, *others, resize])
+
+
+def _check_registered(registry: Registry, key: str, name: str, default: str) -> None:
+    known = [f"'{known}'" for known, _ in registry]
+    if name not in registry:
+        raise ValueError(f"{key} is '{name}'; expected {' or '.join([default, *known])}")
 
 
 def _heed_flip_keys(cfg: CfgNode) -> CfgNode:
@@ -263,7 +272,23 @@ def _heed_flip_keys(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _ssd_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+@AUGMENTATION_REGISTRY.register()
+def ssd(cfg: CfgNode) -> list[T.Augmentation]:
+    """Photometric distortion, expansion and a random crop, with the settings of INPUT.SSD.
+
+    Raises:
+        ValueError: another key asks for a second crop, or for bit masks.
+    """
+    if cfg.INPUT.CROP.ENABLED:
+        raise ValueError(
+            "INPUT.CROP.ENABLED is True, but INPUT.AUGMENTATIONS 'ssd' has a crop of its own; set the first "
+            "to False, or the second to 'default'"
+        )
+    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "bitmask":
+        raise ValueError(
+            "INPUT.AUGMENTATIONS is 'ssd', which expands polygons but not bit masks; set INPUT.MASK_FORMAT to "
+            "'polygon', or AUGMENTATIONS to 'default'"
+        )
     node = cfg.INPUT.SSD
     return [
         PhotometricDistortion(cfg.INPUT.FORMAT),

@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from ..losses import DistillLoss
 from ..views import DetectorView
+from ..views.probe import level_shapes
 
 _HEADER = ["loss", "level", "stride", "student (C, H, W)", "teacher (C, H, W)", "adapter"]
 
@@ -24,7 +25,7 @@ def describe_levels(
         losses: by registered name, bound to both views.
         size: (H, W) in pixels of the image whose shapes are shown.
     """
-    of_student, of_teacher = student.probe(*size), teacher.probe(*size)
+    of_student, of_teacher = level_shapes(student, *size), level_shapes(teacher, *size)
     rows = [
         [name, *row]
         for name, loss in losses.items()

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterable
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import get_event_storage
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .interrupt import Interrupted
 
-logger = logging.getLogger(__name__)
 
-
-class _AfterPretraining:
-    """Mixed into a hook of the student: nothing to do while only losses are pretrained.
+class _AfterPretraining(HookBase):
+    """Mixed into a hook of the student, which does nothing while only losses are trained.
 
     The hooks keep detectron2's names, which are keys in checkpoints.
     """
@@ -39,39 +36,6 @@ class PreciseBN(_AfterPretraining, hooks.PreciseBN):
 
 class EvalHook(_AfterPretraining, hooks.EvalHook):
     """detectron2's."""
-
-
-class SolverSchedules(HookBase):
-    """Log and advance the learning rates of losses that have a solver of their own."""
-
-    def after_step(self) -> None:
-        trainer = self.trainer
-        for name, solver in trainer.solvers.items():
-            trainer.storage.put_scalar(f"{name}/lr", solver.lr, smoothing_hint=False)
-            if not trainer.pretraining:
-                solver.advance(trainer.iter - trainer.pretrain_iters)
-
-
-class SolverPrinter(EventWriter):
-    """One line in the log: gradient norms, and the learning rates of losses' own solvers."""
-
-    def __init__(self, losses: Iterable[str]):
-        """
-        Args:
-            losses: names of those with a solver of their own.
-        """
-        self._scalars = ["grad_norm", *(f"{n}/{s}" for n in losses for s in ("lr", "grad_norm"))]
-        self._last_write = -1
-
-    def write(self) -> None:
-        latest = get_event_storage().latest_with_smoothing_hint()
-        found = {name: latest[name] for name in self._scalars if name in latest}
-        new = {name: value for name, (value, when) in found.items() if when > self._last_write}
-        if not new:
-            return
-        self._last_write = max(when for _, when in found.values())
-        values = "  ".join(f"{name}: {value:.4g}" for name, value in new.items())
-        logger.info(f" iter: {self._last_write}  {values}")
 
 
 class Checkpoints(HookBase):

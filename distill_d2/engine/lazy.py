@@ -143,8 +143,8 @@ def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
 
 def _locate_teacher(cfg: DictConfig, folder: str) -> None:
     """Make a teacher file beside the config absolute: later code does not know where the config is."""
-    node = cfg.get("distiller") or {}
-    if "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
+    node = cfg.get("distiller")
+    if node and "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
         node.MODEL_DISTILLER_CONFIG = file_in([folder], node.MODEL_DISTILLER_CONFIG)
 
 

@@ -1,8 +1,7 @@
-"""The student's optimizer, and what all optimizers share: their names and gradient clipping."""
+"""The student's optimizer, and what all optimizers share: names, arguments and gradient clipping."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any, Callable
 
@@ -42,8 +41,8 @@ def create_optimizer(solver: CfgNode, params: list[dict[str, Any]], key: str) ->
         key: the node's name, for messages.
 
     Raises:
-        ValueError: an OPTIMIZER that torch.optim lacks, or that does not suit; OPTIMIZER_ARGS that it does
-            not take; an unknown CLIP_GRADIENTS.CLIP_TYPE.
+        ValueError: torch.optim has no such OPTIMIZER, or it takes no weight decay; it does not take
+            OPTIMIZER_ARGS; CLIP_GRADIENTS.CLIP_TYPE is unknown.
     """
     kind = _optimizer_type(solver.OPTIMIZER, key)
     elsewhere = {"lr", "weight_decay"} & set(solver.OPTIMIZER_ARGS)
@@ -67,8 +66,8 @@ def create_optimizer(solver: CfgNode, params: list[dict[str, Any]], key: str) ->
 
 
 def _optimizer_type(name: str, key: str) -> type[torch.optim.Optimizer]:
-    """The class of torch.optim of this name, in capitals or not; one that takes a weight decay, which
-    leaves out those for sparse gradients and those that run the model themselves."""
+    """The class of torch.optim with this name, in any case. It must take a weight decay, which excludes
+    optimizers for sparse gradients and those that run the model themselves."""
     kinds = {
         kind.__name__.lower(): kind
         for kind in vars(torch.optim).values()
@@ -83,34 +82,39 @@ def _optimizer_type(name: str, key: str) -> type[torch.optim.Optimizer]:
 
 
 def trained_with_student(model: nn.Module) -> nn.Module:
-    """What the student's optimizer trains, as one module, under the student's own names.
+    """A module of all that the student's optimizer trains: the student, and losses without a solver.
 
-    Names matter to a LazyConfig whose rates depend on them (the layers of a vision transformer).
+    Parameters have the names that they have in the student, because the learning rates of a LazyConfig
+    may depend on them (layers of a vision transformer); those of losses follow under "distiller.".
     """
     if not isinstance(model, Distiller):
         return model
+    trained = nn.Module()
+    for name, parameter in model.student.named_parameters(recurse=False):
+        trained.register_parameter(name, parameter)
+    for name, child in model.student.named_children():
+        trained.add_module(name, child)
     losses = {name: loss for name, loss in model.losses.items() if not has_own_solver(loss)}
-    trained = copy.copy(model.student)  # shares everything but the dict of its children
-    trained._modules = {**model.student._modules, "distiller": nn.ModuleDict(losses)}
+    trained.add_module("distiller", nn.ModuleDict(losses))
     return trained
 
 
-def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    """What must agree for one optimizer's state to fit another: "Adam of 25 tensors"."""
+def optimizer_signature(optimizer: torch.optim.Optimizer) -> str:
+    """What must be equal for an optimizer to load the state of another: "Adam of 25 tensors"."""
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     return f"{type(optimizer).__name__} of {count} tensors"
 
 
 def has_own_solver(loss: DistillLoss) -> bool:
-    """Whether this loss asks for a solver, and has something to train."""
+    """Whether the loss asks for a solver and has parameters to train."""
     wanted = isinstance(loss, TrainedLoss) and loss.solver is not None
     return wanted and any(p.requires_grad for p in loss.parameters())
 
 
 def _add_clipping(optimizer: torch.optim.Optimizer, node: CfgNode, key: str) -> None:
-    """Clip before each step, as a CLIP_GRADIENTS node says.
+    """Clip gradients before each step, according to a CLIP_GRADIENTS node.
 
-    detectron2's own clipping fails on parameters without a gradient, as frozen ones are.
+    detectron2's own clipping fails on parameters without a gradient, such as frozen ones.
     """
     if not node.ENABLED:
         return

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..config import add_distill_config
-from ..prepare import native_bfloat16
+from ..precision import native_bfloat16
 
 # Iterations between two lines in the log; a yaml config has no key for it.
 LOG_PERIOD = 20

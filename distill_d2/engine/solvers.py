@@ -1,4 +1,4 @@
-"""The optimizers of losses that train their parameters by one of their own."""
+"""Optimizers and learning rate schedules of losses that have their own."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.solver import build_lr_scheduler
-from omegaconf import OmegaConf
-from torch import nn
+from omegaconf import DictConfig, OmegaConf
 
 from ..config import solver_config
-from ..distiller import Distiller
-from ..losses import TrainedLoss
-from .optimizer import create_optimizer, has_own_solver, kind_of
+from ..losses import DistillLoss, TrainedLoss
+from .optimizer import create_optimizer, has_own_solver, optimizer_signature
 
 _KEY = "MODEL.DISTILLER.SOLVER"
 _SCHEDULES = ("WarmupCosineLR", "WarmupMultiStepLR")
@@ -24,14 +22,15 @@ class LossSolver:
     """Optimizer and learning rate schedule of one loss's parameters.
 
     Attributes:
-        optimizer: of all trainable parameters of the loss, with one rate and one weight decay.
+        optimizer: trains all trainable parameters of the loss, with one learning rate and weight decay.
     """
 
     def __init__(self, loss: TrainedLoss, max_iter: int, steps: Sequence[int] | None):
         """
         Args:
-            loss: with ``solver``, whose missing keys get their defaults.
-            max_iter, steps: MAX_ITER and STEPS of the student's SOLVER; steps None: the loss's own.
+            loss: has a ``solver``, whose missing keys get their defaults.
+            max_iter: MAX_ITER of the student's SOLVER.
+            steps: STEPS of the student's SOLVER; None for those of the loss's solver.
 
         Raises:
             KeyError, ValueError: the loss's solver has an unknown key or value.
@@ -51,54 +50,53 @@ class LossSolver:
         return self.optimizer.param_groups[0]["lr"]
 
     def advance(self, iteration: int) -> None:
-        """Go on to the next iteration's learning rate, unless the loss says no."""
+        """Advance the schedule, if the loss allows it."""
         if self._loss.solver_advances(iteration):
             self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "kind": kind_of(self.optimizer),
+            "kind": optimizer_signature(self.optimizer),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the state is of another optimizer, or of other parameters."""
-        kind = kind_of(self.optimizer)
-        if state["kind"] != kind:
+        """Raises ValueError if the state is that of another optimizer or of other parameters."""
+        signature = optimizer_signature(self.optimizer)
+        if state["kind"] != signature:
             raise ValueError(
                 f"--resume: the checkpoint's optimizer of {type(self._loss).__name__} is "
-                f"{state['kind']}, this run's is {kind} ({_KEY}.OPTIMIZER, and the loss's "
+                f"{state['kind']}, this run's is {signature} ({_KEY}.OPTIMIZER, and the loss's "
                 "settings). Use the checkpoint's settings, another OUTPUT_DIR, or start without --resume"
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
 
 
-def build_solvers(model: nn.Module, max_iter: int, steps: Sequence[int] | None) -> dict[str, LossSolver]:
-    """A LossSolver for each loss of a Distiller that asks for one, by the loss's name.
+def build_solvers(
+    losses: Mapping[str, DistillLoss], max_iter: int, steps: Sequence[int] | None
+) -> dict[str, LossSolver]:
+    """A LossSolver for each loss that asks for one, by the loss's name.
 
     Raises:
         KeyError, ValueError: see LossSolver.
     """
-    if not isinstance(model, Distiller):
-        return {}
     return {
         name: LossSolver(loss, max_iter, steps)
-        for name, loss in model.losses.items()
-        if has_own_solver(loss)
+        for name, loss in losses.items()
+        if isinstance(loss, TrainedLoss) and has_own_solver(loss)
     }
 
 
-def _plain(solver: Mapping[str, Any]) -> CfgNode:
-    """A node of plain values; one of a LazyConfig is OmegaConf's."""
-    if OmegaConf.is_config(solver):
-        solver = OmegaConf.to_container(solver, resolve=True)
-    return CfgNode(solver)
+def _plain(solver: Mapping[str, Any] | None) -> CfgNode:
+    """A node of plain values, also for the DictConfig of a LazyConfig."""
+    values = OmegaConf.to_container(solver, resolve=True) if isinstance(solver, DictConfig) else solver
+    return CfgNode(values)
 
 
 def _check(node: CfgNode) -> None:
-    """Raises ValueError for what would fail in the schedule, some of it only at its end."""
+    """Raises ValueError for values that would fail in the schedule, some only at its end."""
     if node.LR_SCHEDULER_NAME not in _SCHEDULES:
         raise ValueError(
             f"{_KEY}.LR_SCHEDULER_NAME is '{node.LR_SCHEDULER_NAME}'; expected one of {list(_SCHEDULES)}"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -40,15 +39,13 @@ from .hooks import (
     LRScheduler,
     PreciseBN,
     ProgressBar,
-    SolverPrinter,
-    SolverSchedules,
     StopOnRequest,
 )
 from .interrupt import Interrupted, StopRequest, stop_request
-from .optimizer import build_optimizer, kind_of
+from .loss_training import LossTraining
+from .optimizer import build_optimizer, optimizer_signature
 from .random_state import random_state, set_random_state
 from .settings import RunSettings
-from .solvers import build_solvers
 from .step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -65,8 +62,10 @@ class DistillTrainer(DefaultTrainer):
     ``trainer.resume_or_load(resume)`` and ``trainer.train()`` follow.
 
     Attributes:
-        pretrain_iters: iterations before the student's first; ``iter`` and ``max_iter`` count them.
-        solvers: the LossSolver of each loss that has one, by the loss's name.
+        settings: what it read of the config.
+        plain_model: the model, not wrapped in DistributedDataParallel.
+        loss_training: of losses themselves; ``iter`` and ``max_iter`` count iterations of their
+            pretraining, too.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -80,9 +79,9 @@ class DistillTrainer(DefaultTrainer):
         self.settings = RunSettings.from_config(cfg)
         model = self.build_model(cfg)
         self.plain_model = model
-        self.pretrain_iters = self._prepare_phases(model)
-        self.start_iter, self.max_iter = 0, self.settings.max_iter + self.pretrain_iters
-        self.solvers = build_solvers(model, self.settings.max_iter, self.settings.steps)
+        self.loss_training = LossTraining(model, self.settings)
+        self.start_iter = 0
+        self.max_iter = self.settings.max_iter + self.loss_training.pretrain_iters
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self.sampler = _find_sampler(data_loader)
@@ -91,8 +90,8 @@ class DistillTrainer(DefaultTrainer):
             data_loader,
             optimizer,
             autocast_dtype=self.settings.autocast_dtype(),
-            own_optimizers={name: solver.optimizer for name, solver in self.solvers.items()},
-            frozen_parameters=_frozen_parameters(model),
+            own_optimizers=self.loss_training.optimizers,
+            frozen_parameters=self.loss_training.frozen_parameters,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self._build_checkpointer(model)
@@ -152,12 +151,12 @@ class DistillTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
-        ret = [hooks.IterationTimer(), LRScheduler(), SolverSchedules()]
+        ret: list[HookBase] = [hooks.IterationTimer(), LRScheduler(), *self.loss_training.hooks()]
         ret += self._precise_bn()
         ret += [Checkpoints(self.settings.checkpoint_period), StopOnRequest()]
         ret.append(EvalHook(self.settings.eval_period, self._evaluate))
         if comm.is_main_process():
-            writers = self.build_writers() + ([SolverPrinter(self.solvers)] if self.solvers else [])
+            writers = self.build_writers() + self.loss_training.writers()
             ret.append(hooks.PeriodicWriter(writers, period=self.settings.log_period))
         if ProgressBar.wanted():
             ret.append(ProgressBar())
@@ -174,17 +173,10 @@ class DistillTrainer(DefaultTrainer):
 
     # Training.
 
-    @staticmethod
-    def _prepare_phases(model: nn.Module) -> int:
-        if not isinstance(model, Distiller):
-            return 0
-        model.phases.supported_by_trainer = True
-        return model.phases.pretrain_iters
-
     @property
     def pretraining(self) -> bool:
-        """Whether this iteration trains losses only."""
-        return self.iter < self.pretrain_iters
+        """Whether this iteration trains losses alone."""
+        return self.iter < self.loss_training.pretrain_iters
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS at iteration 0.
@@ -270,9 +262,8 @@ class DistillTrainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["random"] = self._random_states
-        state["pretrain_iters"] = self.pretrain_iters
-        state["optimizer_kind"] = kind_of(self._trainer.optimizer)
-        state["solvers"] = {name: solver.state_dict() for name, solver in self.solvers.items()}
+        state["optimizer_kind"] = optimizer_signature(self._trainer.optimizer)
+        state.update(self.loss_training.state_dict())
         if self.sampler is not None:
             state["sampler_seed"] = self.sampler.seed
         student = self._student()
@@ -282,10 +273,11 @@ class DistillTrainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._check_optimizers(state_dict)
+        # Before anything is loaded: with other solvers the student's optimizer differs, too.
+        self.loss_training.check(state_dict)
+        self._check_optimizer(state_dict)
         super().load_state_dict(state_dict)
-        for name, solver in self.solvers.items():
-            solver.load_state_dict(state_dict["solvers"][name])
+        self.loss_training.load_state_dict(state_dict)
         states = state_dict.get("random")
         if states is not None and len(states) == comm.get_world_size():
             self._random_states = states
@@ -296,26 +288,13 @@ class DistillTrainer(DefaultTrainer):
             if name in state_dict:
                 setattr(student, name, state_dict[name])
 
-    def _check_optimizers(self, state_dict: dict[str, Any]) -> None:
-        """Before anything is loaded: with other solvers the student's optimizer differs, too."""
-        found, expected = sorted(state_dict.get("solvers", {})), sorted(self.solvers)
-        if found != expected:
-            raise ValueError(
-                f"--resume: the checkpoint has optimizers of the losses {found}, this run has them of "
-                f"{expected}. Use the checkpoint's losses, another OUTPUT_DIR, or start without --resume"
-            )
-        kind = kind_of(self._trainer.optimizer)
-        if state_dict.get("optimizer_kind", kind) != kind:
+    def _check_optimizer(self, state_dict: dict[str, Any]) -> None:
+        signature = optimizer_signature(self._trainer.optimizer)
+        if state_dict.get("optimizer_kind", signature) != signature:
             raise ValueError(
                 f"--resume: the checkpoint's optimizer is {state_dict['optimizer_kind']}, this run's is "
-                f"{kind} (SOLVER.OPTIMIZER, MODEL.DISTILLER.FREEZE, MODEL.BACKBONE.FREEZE_AT). Use the "
+                f"{signature} (SOLVER.OPTIMIZER, MODEL.DISTILLER.FREEZE, MODEL.BACKBONE.FREEZE_AT). Use the "
                 "checkpoint's settings, another OUTPUT_DIR, or start without --resume"
-            )
-        pretrained = state_dict.get("pretrain_iters", 0)
-        if pretrained != self.pretrain_iters:
-            raise ValueError(
-                f"--resume: MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS is {self.pretrain_iters}, but the "
-                f"checkpoint's run has {pretrained}; iterations are counted from there"
             )
 
     def _student(self) -> nn.Module:
@@ -343,9 +322,8 @@ class DistillTrainer(DefaultTrainer):
 
     def _evaluate(self) -> dict[str, Any]:
         state = random_state()  # evaluation must not change what training draws afterwards
-        handle = self.model.register_forward_pre_hook(lambda *_: self._leave_evaluation())
-        self._last_eval_results = self.test(self.cfg, self.model)
-        handle.remove()
+        with self.model.register_forward_pre_hook(lambda *_: self._leave_evaluation()):
+            self._last_eval_results = self.test(self.cfg, self.model)
         set_random_state(state)
         return self._last_eval_results
 
@@ -369,12 +347,6 @@ def distributed(model: nn.Module, **options: Any) -> nn.Module:
     if not next(model.parameters()).is_cuda:
         options["device_ids"] = None
     return create_ddp_model(model, **options)
-
-
-def _frozen_parameters(model: nn.Module) -> Callable[[], Sequence[nn.Parameter]]:
-    if not isinstance(model, Distiller):
-        return tuple
-    return lambda: model.phases.frozen_parameters(model.iteration)
 
 
 def _find_sampler(loader: Any) -> ResumableTrainingSampler | None:

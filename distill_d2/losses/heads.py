@@ -29,7 +29,7 @@ def require_heads(
 
     Raises:
         TypeError: a detector has no such head.
-        ValueError: classes, anchors or box parametrisations differ.
+        ValueError: classes, anchors or box parametrizations differ.
     """
     try:
         for view in (student, teacher):

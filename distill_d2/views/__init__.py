@@ -1,14 +1,8 @@
 """Views: what a distillation loss may ask of a detector, whichever detector it is."""
 
-from .base import (
-    DetectorView,
-    build_view,
-    register_view,
-    require_same_boxes,
-    require_same_classes,
-    view_type,
-)
+from .base import DetectorView, build_view, register_view, view_type
 from .batch import Batch
+from .checks import require_same_boxes, require_same_classes
 from .fcos import FCOSView
 from .predictions import Predictions
 from .rcnn import RCNNView

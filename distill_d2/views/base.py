@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import (
-    Any,
-    Callable,
-)
+from typing import Any, Callable
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -15,7 +12,7 @@ from detectron2.structures import Boxes
 from torch import nn
 
 from ..taps import Taps, map_tensors
-from ..transfer import contiguous
+from ..upload import contiguous
 from .batch import Batch
 from .predictions import Predictions
 
@@ -41,58 +38,6 @@ def view_type(model: nn.Module) -> type[DetectorView]:
     """The class of ``build_view(model, ...)``; nothing is attached to the model."""
     registered = (_VIEWS[ancestor] for ancestor in type(model).__mro__ if ancestor in _VIEWS)
     return next(registered, DetectorView)
-
-
-def require_same_classes(student: DetectorView, teacher: DetectorView, loss: str) -> None:
-    """Check, for a loss that compares class logits, that both detectors have the same classes.
-
-    Raises:
-        ValueError: the numbers of classes differ.
-    """
-    if student.num_classes == teacher.num_classes:
-        return
-    raise ValueError(
-        f"{loss} compares class logits, but the student has {student.num_classes} classes and the "
-        f"teacher {teacher.num_classes}. Use a teacher trained on the student's classes, or a loss "
-        "on features (MODEL.DISTILLER.TYPES)"
-    )
-
-
-def require_same_boxes(student: DetectorView, teacher: DetectorView, capability: str, loss: str) -> None:
-    """Check, for a loss that compares predictions row by row, that both detectors have the same
-    anchors and box parametrisation.
-
-    Raises:
-        ValueError: they differ.
-    """
-    ours, theirs = student.sample_boxes(capability), teacher.sample_boxes(capability)
-    for what, a, b in zip(("anchors", "box parametrisations"), ours, theirs):
-        if a.shape != b.shape or not torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-3):
-            raise ValueError(
-                f"{loss} compares the {capability} predictions of student and teacher row by row, but "
-                f"their {what} differ: in a sample of them the student has {_listing(a)}, the teacher "
-                f"{_listing(b)}. Use a teacher of the student's kind with the same "
-                "MODEL.ANCHOR_GENERATOR and BBOX_REG_WEIGHTS, or a loss on features (MODEL.DISTILLER.TYPES)"
-            )
-
-
-def _listing(boxes: torch.Tensor) -> str:
-    first = ", ".join(f"{number:.1f}" for number in boxes[0].tolist())
-    last = ", ".join(f"{number:.1f}" for number in boxes[-1].tolist())
-    return f"{len(boxes)} boxes, from [{first}] to [{last}]"
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """All of ``model`` in eval mode and without gradients; afterwards each module's mode is back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class DetectorView:
@@ -131,7 +76,7 @@ class DetectorView:
         """
         if not isinstance(getattr(model, "backbone", None), nn.Module):
             raise TypeError(f"the {role}, a {type(model).__name__}, has no module 'backbone'")
-        self.model = model
+        self.model: Any = model  # a Module, whose annotations know none of a detector's attributes
         self.role = role
         self.required: set[str] = set()
         self._levels_read: set[str] = set()
@@ -141,6 +86,11 @@ class DetectorView:
         #: Wraps whatever part of the detector the view runs by itself (the teacher's heads).
         self.context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         self._of_step: dict[Any, Any] = {}
+
+    def replace_model(self, model: nn.Module) -> None:
+        """Look at this detector instead, which has the same modules and computes the same."""
+        with self.taps.paused():
+            self.model = self.taps.model = model
 
     # What the detector has, known when it is built.
 
@@ -230,35 +180,14 @@ class DetectorView:
         inside = all(path.split(".")[0] == "backbone" for path in paths)
         return sorted(paths) if inside and not self.required else []
 
+    def outputs_read(self) -> list[Any]:
+        """The recorded outputs, levels and taps, that losses have stated to read."""
+        levels = [self.level(name) for name in self._levels_read]
+        return levels + [self.taps.output(path) for path in self._taps_read]
+
     def until_read(self) -> contextlib.AbstractContextManager:
         """While recording, a forward of the detector inside ends with the last of ``backbone_reads``."""
         return self.taps.stopping_after(self.backbone_reads, last="backbone")
-
-    def probe(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """Run the backbone once on a black image; the shape (C, H, W) of every level by name."""
-        with evaluating(self.model.backbone), self.recording():
-            self.model.backbone(self._black_image(height, width))
-            names = list(self.neck_shapes) + [
-                name for name in self.stage_shapes if self.taps.has(self._stage_path(name))
-            ]
-            return {name: tuple(self.level(name).shape[1:]) for name in names}
-
-    def reached_parameters(self) -> set[nn.Parameter]:
-        """Parameters that the levels and taps which losses read depend on; runs the backbone once."""
-        backbone = self.model.backbone
-        parameters = [p for p in backbone.parameters() if p.requires_grad]
-        sums: list[torch.Tensor] = []
-        with evaluating(backbone), torch.enable_grad(), self.recording():
-            with self.until_read():
-                backbone(self._black_image(*self.probe_size))
-            outputs = [self.level(name) for name in self._levels_read]
-            outputs += [self.taps.output(path) for path in self._taps_read]
-            map_tensors(lambda tensor: sums.append(tensor.sum()), outputs)
-        trained = [value for value in sums if value.requires_grad]
-        if not trained:
-            return set()
-        gradients = torch.autograd.grad(trained, parameters, allow_unused=True)
-        return {p for p, gradient in zip(parameters, gradients) if gradient is not None}
 
     # What the detector computed in this step.
 
@@ -280,7 +209,7 @@ class DetectorView:
     def bottom_up(self) -> dict[str, torch.Tensor]:
         """The required stages of the bottom-up network by name, each (N, C, H/stride, W/stride)."""
         return {
-            name: self.level(name) for name in self.stage_shapes if self.taps.has(self._stage_path(name))
+            name: self.level(name) for name in self.stage_shapes if self.taps.has(self.stage_path(name))
         }
 
     def level(self, name: str, *, contiguous: bool = True) -> torch.Tensor:
@@ -359,18 +288,13 @@ class DetectorView:
         return getattr(self.model.backbone, "bottom_up", self.model.backbone)
 
     def _level_path(self, name: str) -> str:
-        return "backbone" if name in self.neck_shapes else self._stage_path(name)
+        return "backbone" if name in self.neck_shapes else self.stage_path(name)
 
-    def _stage_path(self, name: str) -> str:
+    def stage_path(self, name: str) -> str:
+        """The dotted name of the module whose output is, or has, the bottom-up stage ``name``."""
         bottom_up = self._bottom_up()
         path = "backbone" if bottom_up is self.model.backbone else "backbone.bottom_up"
         return f"{path}.{name}" if hasattr(bottom_up, name) else path
-
-    def _black_image(self, height: int, width: int) -> torch.Tensor:
-        mean = getattr(self.model, "pixel_mean", None)
-        channels = 3 if mean is None else mean.numel()
-        device = next(self.model.parameters()).device
-        return torch.zeros(1, channels, height, width, device=device)
 
 
 def _to_float(tensor: torch.Tensor) -> torch.Tensor:

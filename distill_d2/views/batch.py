@@ -10,7 +10,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch.nn.utils.rnn import pad_sequence
 
-from ..transfer import upload
+from ..upload import upload
 
 
 @dataclass(frozen=True)

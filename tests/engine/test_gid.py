@@ -444,7 +444,7 @@ def test_teacher_of_other_classes(job):
     [
         ("ANCHOR_GENERATOR.SIZES", [[16.0], [32.0], [60.0]], "their anchors"),
         ("ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 1.0]], "their anchors"),
-        ("RETINANET.BBOX_REG_WEIGHTS", [10.0, 10.0, 5.0, 5.0], "their box parametrisation"),
+        ("RETINANET.BBOX_REG_WEIGHTS", [10.0, 10.0, 5.0, 5.0], "their box parametrization"),
     ],
 )
 def test_teacher_of_other_boxes(job, key, value, what):

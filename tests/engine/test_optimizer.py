@@ -15,7 +15,7 @@ from test_wrong_input import fails
 from torch import nn
 
 from distill_d2.engine import build_optimizer, load_config
-from distill_d2.engine.optimizer import kind_of
+from distill_d2.engine.optimizer import optimizer_signature
 from distill_d2.testing.tiny import tiny_config, use_ghnd
 
 OPTIMIZER, ARGUMENTS = "SOLVER.OPTIMIZER", "SOLVER.OPTIMIZER_ARGS"
@@ -83,7 +83,7 @@ def test_what_is_not_trained_is_left_out():
     optimizer = built(model, OPTIMIZER="Adam")
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for module in model[1:] for p in module.parameters()}
-    assert kind_of(optimizer) == "Adam of 4 tensors"
+    assert optimizer_signature(optimizer) == "Adam of 4 tensors"
 
 
 def test_first_adam_step_by_hand():

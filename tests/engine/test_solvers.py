@@ -207,7 +207,7 @@ def test_student_optimizer_leaves_these_parameters_out(probe):
     model = trainer.plain_model
     expected = [*model.student.parameters(), *model.losses["FeatureMimic"].parameters()]
     assert {id(p) for p in theirs} == {id(p) for p in expected} and len(theirs) == len(expected)
-    own = trainer.solvers["ProbeLoss"].optimizer.param_groups[0]["params"]
+    own = trainer.loss_training.solvers["ProbeLoss"].optimizer.param_groups[0]["params"]
     assert {id(p) for p in own} == {id(p) for p in model.losses["ProbeLoss"].parameters()}
 
 

@@ -208,7 +208,7 @@ def test_unknown_optimizer(job):
 
 
 def test_emulated_bfloat16_is_refused(job, monkeypatch):
-    monkeypatch.setattr("distill_d2.teacher.native_bfloat16", lambda device: False)
+    monkeypatch.setattr("distill_d2.teacher.running.native_bfloat16", lambda device: False)
     monkeypatch.setattr("distill_d2.engine.settings.native_bfloat16", lambda device: False)
     fails(job, ValueError, "SOLVER.AMP.ENABLED", opts=["SOLVER.AMP.ENABLED", True])
     job.config.MODEL.DISTILLER.TEACHER_AUTOCAST = "bfloat16"

@@ -19,8 +19,9 @@ from torch import nn
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.model_zoo import get_config_file
-from distill_d2.prepare import fold_norms
+from distill_d2.teacher.prepare import fold_norms
 from distill_d2.views import build_view
+from distill_d2.views.probe import level_shapes
 
 RESNET = "build_fcos_resnet_fpn_backbone"
 BIFPN = "build_fcos_resnet_bifpn_backbone"
@@ -201,7 +202,7 @@ def test_stages_below_a_bifpn_are_there_for_losses():
     view = build_view(model, "student")
     assert list(view.stage_shapes) == ["res3", "res4", "res5", "res6", "res7"]
     assert view.require_level("res5").channels == 128 and view.require_level("res7").stride == 128
-    shapes = view.probe(64, 128)
+    shapes = level_shapes(view, 64, 128)
     assert shapes["res5"] == (128, 2, 4) and shapes["res7"] == shapes["p7"] == (16, 1, 1)
 
 

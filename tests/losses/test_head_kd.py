@@ -362,7 +362,7 @@ def test_other_coding_of_boxes():
         detector("faster"),
         configured("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", [20.0, 20.0, 10.0, 10.0]),
     )
-    message = r"HEAD_KD compares the box_head .* their box parametrisations differ.*BBOX_REG_WEIGHTS"
+    message = r"HEAD_KD compares the box_head .* their box parametrizations differ.*BBOX_REG_WEIGHTS"
     with pytest.raises(ValueError, match=message):
         bind(student, teacher)
     bind(student, teacher, reg_weight=0.0)

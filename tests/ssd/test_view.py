@@ -23,6 +23,7 @@ from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
 from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views import Batch, DetectorView, build_view
+from distill_d2.views.probe import level_shapes
 
 
 def grown(network, seed=0):
@@ -70,7 +71,7 @@ def test_probe_size_of_other_detectors():
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_probe(network):
-    shapes = build_view(ssd(network), "student").probe(300, 300)
+    shapes = level_shapes(build_view(ssd(network), "student"), 300, 300)
     widths = WIDTHS[network] if network == "A" else (38, *WIDTHS[network])
     assert [shape[1:] for shape in shapes.values()] == [(width, width) for width in widths]
 

@@ -93,7 +93,7 @@ def test_levels_that_differ():
     ],
 )
 def test_box_weights_that_differ(family, capability, key):
-    message = rf"^KD compares the {capability} .* their box parametrisations differ.*BBOX_REG_WEIGHTS"
+    message = rf"^KD compares the {capability} .* their box parametrizations differ.*BBOX_REG_WEIGHTS"
     with pytest.raises(ValueError, match=message):
         check(configured(family), configured(family, key, WEIGHTS), capability)
     check(configured(family, key, WEIGHTS), configured(family, key, WEIGHTS), capability)
@@ -124,12 +124,12 @@ def test_retinanet_with_the_anchors_of_fcos():
     fcos = detector("fcos")
     ours, theirs = (build_view(m, "student").sample_boxes("dense")[0] for m in (model, fcos))
     assert torch.equal(ours, theirs)
-    with pytest.raises(ValueError, match="their box parametrisations differ"):
+    with pytest.raises(ValueError, match="their box parametrizations differ"):
         check(model, fcos, "dense")
 
 
-def test_fcos_of_another_parametrisation():
+def test_fcos_of_another_parametrization():
     other = detector("fcos")
     other.box2box_transform = Box2BoxTransformLinear(normalize_by_size=False)
-    with pytest.raises(ValueError, match="their box parametrisations differ"):
+    with pytest.raises(ValueError, match="their box parametrizations differ"):
         check(detector("fcos"), other, "dense")

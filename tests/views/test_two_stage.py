@@ -473,7 +473,7 @@ def test_own_proposals_stay_inside_their_images():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_own_proposals_of_a_teacher_of_half_precision(monkeypatch, dtype):
-    monkeypatch.setattr("distill_d2.teacher.native_bfloat16", lambda device: True)
+    monkeypatch.setattr("distill_d2.teacher.running.native_bfloat16", lambda device: True)
     with seeing(tiny_batch(), autocast=dtype) as (view, seen):
         outputs = last_output(view.model.proposal_generator.rpn_head)
         boxes, _ = view.own_proposals(seen)

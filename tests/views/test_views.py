@@ -21,6 +21,7 @@ from distill_d2.views import (
 )
 from distill_d2.views import base as views_base
 from distill_d2.views.predictions import rows_of
+from distill_d2.views.probe import level_shapes, reached_parameters
 
 FAMILIES = ["retinanet", "fcos", "faster", "mask"]
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
@@ -475,7 +476,7 @@ def test_heads_run_in_the_teachers_autocast(family, capability, layer):
 def test_probe_gives_all_levels():
     view = build_view(detector(), "student")
     view.require_level("res3")
-    assert view.probe(64, 96) == {
+    assert level_shapes(view, 64, 96) == {
         "p2": (16, 16, 24),
         "p3": (16, 8, 12),
         "p4": (16, 4, 6),
@@ -491,7 +492,7 @@ def test_probe_leaves_no_trace():
     modes = {name: module.training for name, module in model.named_modules()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     assert any(name.endswith("running_mean") for name in state)
-    view.probe(64, 64)
+    level_shapes(view, 64, 64)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert not view.taps.has("backbone")
@@ -500,7 +501,7 @@ def test_probe_leaves_no_trace():
 def test_probe_restores_training_after_an_error():
     view = build_view(detector().train(), "student")
     with pytest.raises(RuntimeError):
-        view.probe(65, 65)  # the FPN cannot add levels of odd sizes
+        level_shapes(view, 65, 65)  # the FPN cannot add levels of odd sizes
     assert all(module.training for module in view.model.modules())
 
 
@@ -623,7 +624,7 @@ def test_parameters_that_gradients_reach(levels, reached):
     for name in levels:
         view.require_level(name)
     known = {parameter: name for name, parameter in view.model.backbone.named_parameters()}
-    found = {known[parameter] for parameter in view.reached_parameters()}
+    found = {known[parameter] for parameter in reached_parameters(view)}
     assert found == {name for name in known.values() if name.startswith(tuple(reached))}
 
 
@@ -632,7 +633,7 @@ def test_parameters_that_gradients_of_taps_reach():
     view.require_tap("backbone.fpn_lateral3")
     view.require_level("res2")
     known = {parameter: name for name, parameter in view.model.backbone.named_parameters()}
-    parts = {known[parameter].rpartition(".")[0] for parameter in view.reached_parameters()}
+    parts = {known[parameter].rpartition(".")[0] for parameter in reached_parameters(view)}
     parts = {name if "fpn" in name else ".".join(name.split(".")[:2]) for name in parts}
     assert parts == {"bottom_up.stem", "bottom_up.res2", "bottom_up.res3", "fpn_lateral3"}
 
@@ -642,8 +643,8 @@ def test_frozen_parameters_are_not_reached():
     view.require_level("res3")
     view.model.backbone.bottom_up.stem.requires_grad_(False)
     bottom_up = view.model.backbone.bottom_up
-    assert view.reached_parameters() == {*bottom_up.res2.parameters(), *bottom_up.res3.parameters()}
+    assert reached_parameters(view) == {*bottom_up.res2.parameters(), *bottom_up.res3.parameters()}
     bottom_up.requires_grad_(False)
-    assert view.reached_parameters() == set()
+    assert reached_parameters(view) == set()
     view.model.requires_grad_(False)
-    assert view.reached_parameters() == set()
+    assert reached_parameters(view) == set()

@@ -68,7 +68,7 @@ def facts(args: Any, cfg: CfgNode, meter: Meter) -> dict[str, Any]:
         "config": " ".join([args.config_file, *args.opts]),
         "teacher": f"{node.MODEL_DISTILLER_CONFIG}, "
         + ("prepared" if node.TEACHER_PREPARE else "not prepared")
-        + (f", autocast {node.TEACHER_AUTOCAST}" if node.TEACHER_AUTOCAST else "")
+        + f", autocast {node.TEACHER_AUTOCAST or 'float32'}"
         + (", compiled" if node.TEACHER_COMPILE else ""),
         "losses": ", ".join(node.TYPES),
         "batch": f"{args.batch} images of {height}x{width}, {args.objects} objects each",

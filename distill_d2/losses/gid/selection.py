@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...transfer import upload
+from ...upload import upload
 from ...views import Predictions
 from ...views.matching import batched_iou
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...transfer import upload
+from ...upload import upload
 
 Size = tuple[int, int]
 

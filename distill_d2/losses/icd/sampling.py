@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...transfer import upload
+from ...upload import upload
 
 SAMPLE_RULES = ("relative", "fixed")
 SCALE_BINS = 5

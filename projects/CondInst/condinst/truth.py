@@ -12,7 +12,7 @@ from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.structures.masks import polygons_to_bitmask
 from fvcore.nn import sigmoid_focal_loss_jit
 
-from distill_d2.transfer import upload
+from distill_d2.upload import upload
 
 
 class MaskTruth(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, pairwise_point_box_distance
 
-from distill_d2.transfer import upload
+from distill_d2.upload import upload
 
 
 class Pairs(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 
-from distill_d2.transfer import upload
+from distill_d2.upload import upload
 
 from .chunks import masks_at_once
 

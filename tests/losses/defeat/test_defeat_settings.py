@@ -206,7 +206,7 @@ def test_different_anchors_matter_to_dense_heads_alone():
         bind(family, build_model(cfg), **NECK, mask="roi")
 
 
-def test_classes_of_proposals_do_not_care_for_box_parametrisations():
+def test_classes_of_proposals_do_not_care_for_box_parametrizations():
     cfg = tiny_config("faster")
     cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS = (2.0, 2.0, 3.0, 3.0)
     bind("faster", build_model(cfg), **HEAD)

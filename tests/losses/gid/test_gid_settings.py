@@ -102,11 +102,11 @@ def test_different_anchors(family, predictions):
         ("RETINANET", "retinanet", "dense"),
     ],
 )
-def test_different_box_parametrisation(node, family, predictions):
+def test_different_box_parametrization(node, family, predictions):
     cfg = tiny_config(family)
     cfg.MODEL[node].BBOX_REG_WEIGHTS = (2.0, 2.0, 3.0, 3.0)
     with pytest.raises(
-        ValueError, match=f"the {predictions} predictions .* box parametrisations differ"
+        ValueError, match=f"the {predictions} predictions .* box parametrizations differ"
     ):
         bind(tiny_detector(family), build_model(cfg), predictions=predictions)
 

@@ -1,9 +1,9 @@
-"""distill_d2.transfer: copies between devices and memory layouts."""
+"""distill_d2.upload: copies between devices and memory layouts."""
 
 import pytest
 import torch
 
-from distill_d2.transfer import contiguous, upload
+from distill_d2.upload import contiguous, upload
 
 LAST = torch.channels_last
 

@@ -1,0 +1,19 @@
+"""Teachers: build, load, verify, freeze and run one."""
+
+from .loading import (
+    build_teacher,
+    load_teacher,
+    load_teacher_weights,
+    teacher_of,
+    untrained_teacher,
+)
+from .running import Teacher
+
+__all__ = [
+    "Teacher",
+    "build_teacher",
+    "load_teacher",
+    "load_teacher_weights",
+    "teacher_of",
+    "untrained_teacher",
+]

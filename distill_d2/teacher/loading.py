@@ -1,0 +1,194 @@
+"""Find, build, load and verify a teacher."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2 import model_zoo as detectron2_zoo
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+from torch import nn
+
+from .. import model_zoo
+from ..checkpoint import SafeCheckpointer
+from ..config import add_distill_config, load_yaml, student_config
+from ..plugins import import_detectors
+from .running import Teacher
+
+# Keys that never change what a detector computes: normalisation constants and anchors, which come
+# from the config, and batch normalisation's step counter, which evaluation does not use.
+_NEUTRAL_KEYS = (r"(^|\.)pixel_(mean|std)$", r"anchor_generator\.cell_anchors", r"num_batches_tracked$")
+
+
+def build_teacher(cfg: CfgNode) -> Teacher:
+    """The teacher that MODEL.DISTILLER of a student's config describes; see ``load_teacher``."""
+    return teacher_of(cfg.MODEL.DISTILLER, cfg.MODEL.DEVICE)
+
+
+def teacher_of(distiller: CfgNode, device: str) -> Teacher:
+    """The teacher that a MODEL.DISTILLER node describes; see ``load_teacher``."""
+    return load_teacher(
+        distiller.MODEL_DISTILLER_CONFIG,
+        official=distiller.MODEL_LOAD_OFFICIAL,
+        weights=distiller.TEACHER_WEIGHTS,
+        allow_missing=distiller.TEACHER_ALLOW_MISSING,
+        device=device,
+        prepare=distiller.TEACHER_PREPARE,
+        autocast=distiller.TEACHER_AUTOCAST,
+        compile=distiller.TEACHER_COMPILE,
+    )
+
+
+def load_teacher(
+    config: str,
+    *,
+    official: bool = True,
+    weights: str = "",
+    allow_missing: Sequence[str] = (),
+    device: str = "cpu",
+    **options: Any,
+) -> Teacher:
+    """Build a teacher from a config's name or file, whole and frozen.
+
+    Args:
+        config: with ``official`` a name in detectron2's model zoo, whose published weights are used;
+            otherwise a .yaml or .py (LazyConfig) file that names its own weights.
+        weights: path or URL that replaces those of the config.
+        allow_missing: regular expressions of checkpoint keys that need not fit.
+        device: where to build it.
+        options: prepare, autocast, compile of Teacher.
+
+    Raises:
+        FileNotFoundError: its config or weights do not exist.
+        ValueError: its weights cannot be read, or do not fit the model (law 3).
+    """
+    plan = _plan(config, official)
+    path = _find_weights(weights or plan.weights, plan.config_file)
+    model = plan.build(device)
+    loaded = load_teacher_weights(model, path, allow_missing)
+    source = f"{plan.config_file}, {loaded} keys loaded from {path}"
+    teacher = Teacher(model, input_format=plan.format_of(model), source=source, **options)
+    teacher.check_device(torch.device(device))
+    return teacher
+
+
+def untrained_teacher(distiller: CfgNode, device: str) -> tuple[nn.Module, str]:
+    """The model, with random weights, of the teacher that a MODEL.DISTILLER node describes, and its
+    input format: for measurements, which need neither training nor a download."""
+    plan = _plan(distiller.MODEL_DISTILLER_CONFIG, distiller.MODEL_LOAD_OFFICIAL)
+    model = plan.build(device)
+    return model, plan.format_of(model)
+
+
+def load_teacher_weights(model: nn.Module, path: str, allow: Sequence[str] = ()) -> int:
+    """Load ``path`` into ``model`` and insist that every key fits; the number of keys loaded.
+
+    Args:
+        allow: regular expressions of keys that may be missing, unexpected or mis-shaped.
+
+    Raises:
+        ValueError: some key does not fit; the message lists them.
+    """
+    checkpointer = SafeCheckpointer(model)
+    checkpointer.load(path)
+    keys = checkpointer.incompatible
+    problems = {
+        "missing in the file": keys.missing_keys,
+        "not in the model": keys.unexpected_keys,
+        "of another shape (file, model)": [f"{k} {a} {b}" for k, a, b in keys.incorrect_shapes],
+    }
+    allowed = [re.compile(pattern) for pattern in (*_NEUTRAL_KEYS, *allow)]
+    problems = {
+        kind: [name for name in names if not any(p.search(name.split(" ")[0]) for p in allowed)]
+        for kind, names in problems.items()
+    }
+    mis_shaped = {key for key, _, _ in keys.incorrect_shapes}
+    problems["missing in the file"] = [
+        name for name in problems["missing in the file"] if name not in mis_shaped
+    ]
+    if any(problems.values()):
+        raise ValueError(
+            f"the teacher's weights '{path}' do not fit its config ({type(model).__name__}):\n"
+            + "\n".join(_listing(kind, names) for kind, names in problems.items() if names)
+            + "\nA teacher must be whole: give the weights that belong to the config "
+            "(MODEL.DISTILLER.TEACHER_WEIGHTS), or excuse keys with regular expressions in "
+            "MODEL.DISTILLER.TEACHER_ALLOW_MISSING"
+        )
+    return len(model.state_dict()) - len(set(keys.missing_keys))
+
+
+def _listing(kind: str, names: list[str], most: int = 10) -> str:
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return f"  {len(names)} keys {kind}: {', '.join(names[:most])}{more}"
+
+
+@dataclass
+class _Plan:
+    """Where a teacher comes from, before it is built."""
+
+    config_file: str
+    config: Any
+    weights: str
+    input_format: str | None
+
+    def build(self, device: str) -> nn.Module:
+        if isinstance(self.config, CfgNode):
+            config = student_config(self.config)
+            config.MODEL.DEVICE = device
+            import_detectors(config)
+            return build_model(config)
+        return instantiate(self.config.model).to(device)
+
+    def format_of(self, model: nn.Module) -> str:
+        """Channel order of the input of ``model``, built from this plan."""
+        return self.input_format or getattr(model, "input_format", None) or "BGR"
+
+
+def _plan(name: str, official: bool) -> _Plan:
+    if official:
+        try:
+            config = detectron2_zoo.get_config(name, trained=True)
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"MODEL.DISTILLER.MODEL_DISTILLER_CONFIG '{name}': {error} With MODEL_LOAD_OFFICIAL "
+                "True it must be a config of detectron2's model zoo with published weights; for a "
+                "file of your own set MODEL.DISTILLER.MODEL_LOAD_OFFICIAL False"
+            ) from error
+        return _Plan(name, config, *_weights_and_format(config))
+    path = model_zoo.find_config(name)
+    if path.endswith(".py"):
+        config = LazyConfig.load(path)
+    else:
+        config = get_cfg()
+        add_distill_config(config)
+        load_yaml(config, path)
+    return _Plan(path, config, *_weights_and_format(config))
+
+
+def _weights_and_format(config: Any) -> tuple[str, str | None]:
+    if isinstance(config, CfgNode):
+        return config.MODEL.WEIGHTS, config.INPUT.FORMAT
+    train: dict[str, Any] = config.get("train", {})
+    return train.get("init_checkpoint", ""), None
+
+
+def _find_weights(weights: str, config_file: str) -> str:
+    if not weights:
+        raise ValueError(
+            f"the teacher '{config_file}' names no weights; set MODEL.WEIGHTS there (in a .py "
+            "config train.init_checkpoint), or MODEL.DISTILLER.TEACHER_WEIGHTS"
+        )
+    beside = os.path.join(os.path.dirname(config_file), weights)
+    if "://" in weights or os.path.isfile(weights):
+        return weights
+    if os.path.isfile(beside):
+        return beside
+    raise FileNotFoundError(
+        f"the teacher's weights '{weights}' do not exist (looked in {os.getcwd()} and beside "
+        f"{config_file}); set MODEL.DISTILLER.TEACHER_WEIGHTS"
+    )

@@ -1,0 +1,123 @@
+"""Make a faster copy of a frozen detector that computes the same."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+
+def prepared_copy(model: nn.Module, memory_format: torch.memory_format, *, heads: bool) -> nn.Module:
+    """A copy of ``model`` with folded norms, the given layout, and, on a CPU, oneDNN's convolutions.
+
+    The copy has modules of its own, and shares with ``model`` every parameter and buffer that it does not
+    change. Outputs stay equal within float error.
+
+    Args:
+        model: a frozen detector in eval mode, with a ``backbone``.
+        memory_format: of the weights.
+        heads: whether more than the backbone is prepared.
+    """
+    copied = share_copy(model)
+    part = copied if heads else copied.backbone
+    fold_norms(part)
+    _use_memory_format(part, memory_format)
+    if next(model.parameters()).device.type == "cpu":
+        prefer_onednn(part)
+    return copied
+
+
+def share_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules with the same parameters and buffers, not copies of them."""
+    return copy.deepcopy(
+        model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    )
+
+
+def fold_norms(model: nn.Module) -> int:
+    """Fold every batch norm with fixed statistics into its convolution, a detectron2 Conv2d.
+
+    The weights are computed in float64 and replaced, not changed in place. The model must stay in eval
+    mode.
+
+    Returns:
+        the number of folded norms.
+    """
+    folded = 0
+    for conv in model.modules():
+        if isinstance(conv, Conv2d) and _has_fixed_statistics(conv.norm):
+            _fold(conv)
+            folded += 1
+    return folded
+
+
+def prefer_onednn(model: nn.Module) -> int:
+    """Let oneDNN compute the 1x1 convolutions on a CPU, too.
+
+    With one thread and less than 16 images torch computes them as a matrix product instead, which is a
+    tenth slower where oneDNN has kernels of its own (x86 with AVX2 or more). It does not do so with a
+    dilation, which changes nothing in a kernel of one pixel.
+
+    Returns:
+        the number of layers changed.
+    """
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return 0
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
+    for conv in convs:
+        conv.dilation = (2, 2)
+    return len(convs)
+
+
+def _has_fixed_statistics(norm: nn.Module | None) -> bool:
+    kinds = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    return isinstance(norm, kinds) and norm.running_var is not None
+
+
+@torch.no_grad()
+def _fold(conv: Conv2d) -> None:
+    norm = conv.norm
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight.double(),
+        _double(conv.bias),
+        norm.running_mean.double(),
+        norm.running_var.double(),
+        norm.eps,
+        _double(norm.weight),
+        _double(norm.bias),
+    )
+    dtype = conv.weight.dtype
+    conv.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    conv.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    conv.norm = None
+
+
+def _double(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.double()
+
+
+@torch.no_grad()
+def _use_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """As ``model.to(memory_format=...)``, but tensors of another layout are replaced, not changed."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() in (4, 5):
+                tensor = _in_memory_format(parameter, memory_format)
+                if tensor is not parameter:
+                    setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.dim() in (4, 5):
+                setattr(module, name, _in_memory_format(buffer, memory_format))
+
+
+def _in_memory_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """The tensor itself if it has this layout; the same memory, or else a copy, with these strides."""
+    strides = torch.empty_like(tensor, device="meta", memory_format=memory_format).stride()
+    if tensor.stride() == strides:
+        return tensor
+    if tensor.is_contiguous(memory_format=memory_format):  # a kernel of one pixel has every layout
+        return tensor.detach().as_strided(tensor.shape, strides)
+    return tensor.detach().to(memory_format=memory_format)

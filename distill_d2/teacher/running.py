@@ -1,0 +1,225 @@
+"""Run a frozen teacher, as much of it as losses read."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable
+
+import torch
+from torch import nn
+
+from ..precision import native_bfloat16
+from ..views import build_view
+from .prepare import prepared_copy
+
+logger = logging.getLogger(__name__)
+
+_KEY = "MODEL.DISTILLER.TEACHER_AUTOCAST"
+_DTYPES = {"": None, "float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_CHOICES = ("auto", *_DTYPES)
+
+
+class Teacher:
+    """A frozen detector and its view.
+
+    It is no Module, so that it is in no parameters(), state_dict(), optimizer, DDP or EMA of the model
+    that holds it. A copy shares the frozen weights, until one of the two is moved.
+
+    Attributes:
+        model: the whole detector, in eval mode, without gradients; it stays as it was loaded. Do not
+            change its weights after the first step.
+        view: what losses may ask of it in a step.
+        input_format: channel order of its input, "BGR" or "RGB".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_format: str = "BGR",
+        source: str = "",
+        prepare: bool = True,
+        autocast: str = "auto",
+        compile: bool = False,
+    ):
+        """
+        Args:
+            model: a detectron2 detector with its weights loaded.
+            input_format: "BGR" or "RGB".
+            source: where model and weights come from, for the log.
+            prepare: run a copy with normalization folded into convolutions and the faster memory
+                layout, made before the first step. Outputs stay equal within float error.
+            autocast: "auto", on a GPU the precision of the student's step, else float32; "float32" or "",
+                "float16", or "bfloat16".
+            compile: torch.compile the backbone.
+
+        Raises:
+            ValueError: unknown input_format or autocast.
+        """
+        if input_format not in ("BGR", "RGB"):
+            raise ValueError(f"teacher input format '{input_format}'; expected 'BGR' or 'RGB'")
+        if autocast not in _CHOICES:
+            raise ValueError(f"{_KEY} is '{autocast}'; expected one of {list(_CHOICES)}")
+        self.model = model.eval().requires_grad_(False)
+        self.input_format = input_format
+        self.source = source
+        self.view = build_view(model, "teacher")
+        self.view.context = self._context
+        self._prepare = prepare
+        self._autocast = autocast
+        self._dtype = _DTYPES.get(autocast)  # of this step; None: float32
+        self._compile = compile
+        self._backbone: Callable[[torch.Tensor], Any] | None = None  # what runs; None: not ready yet
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """(size divisibility, square size or 0) in pixels of the input that its backbone takes."""
+        backbone = self.model.backbone
+        constraints = backbone.padding_constraints or {}
+        divisibility = constraints.get("size_divisibility", backbone.size_divisibility)
+        return max(divisibility, 1), constraints.get("square_size", 0)
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply what ``nn.Module._apply`` applies (a move, a cast) to the teacher."""
+        self._discard_prepared()
+        self.model._apply(function)
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises ValueError if the autocast type is only emulated on ``device``."""
+        if _DTYPES.get(self._autocast) is torch.bfloat16 and not native_bfloat16(device):
+            raise ValueError(
+                f"{_KEY} is 'bfloat16', which this {device.type} device only emulates, slower than float32; "
+                "use 'float32'" + (" or 'float16'" if device.type == "cuda" else "")
+            )
+
+    def check_taps(self) -> None:
+        """Raises ValueError if losses tap modules inside a backbone that is to be compiled."""
+        inside = [path for path in self.view.taps.paths if path.startswith("backbone.")]
+        if self._compile and inside:
+            raise ValueError(
+                f"MODEL.DISTILLER.TEACHER_COMPILE is True, but losses read {inside}, inside the "
+                "compiled backbone; use levels of the neck, or set it to False"
+            )
+
+    def observe(self, images: Sequence[torch.Tensor], padded_size: tuple[int, int]) -> None:
+        """Run backbone and neck, or as much of them as losses read.
+
+        The view remembers the outputs, if it is recording.
+
+        Args:
+            images: N images (3, H_i, W_i) in this teacher's channel order. Each is normalized with the
+                teacher's mean and std and padded with zeros, at bottom and right.
+            padded_size: (H, W) of the padded images in pixels.
+        """
+        self._dtype = self._precision()
+        backbone = self._backbone or self._make_ready()
+        batch = self._batch(images, padded_size)
+        with self._context(), self._until_read():
+            features = backbone(batch)
+            if self._compile:  # hooks of the backbone itself are not part of its compiled forward
+                self.view.taps.put("backbone", features)
+
+    def predictor(self, input_format: str) -> nn.Module:
+        """The detector, with its usual predictions, for images in the channel order ``input_format``."""
+        if input_format == self.input_format:
+            return self.model
+        return _ReversedChannels(self.model).eval()
+
+    def describe(self) -> str:
+        """One line: where it comes from, its size, and which part of it runs in each step."""
+        heads, reads = sorted(self.view.required), self.view.backbone_reads
+        part = "backbone and neck" + (f", and its head for {', '.join(heads)}" if heads else "")
+        if self._ends_early:
+            part = f"its backbone up to {', '.join(reads)}"
+        count = sum(p.numel() for p in self.model.parameters())
+        source = f"{self.source}; " if self.source else ""
+        return f"{source}{type(self.model).__name__}, {count / 1e6:.1f} M parameters; runs {part}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._discard_prepared()  # it is made again when needed
+        return self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        # Parameters of its own, so that a move of one does not move the other, but the same memory.
+        for parameter in self.model.parameters():
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        memo.update((id(buffer), buffer) for buffer in self.model.buffers())
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    @property
+    def _ends_early(self) -> bool:
+        """Whether losses read stages of the bottom-up network alone."""
+        reads = self.view.backbone_reads
+        return bool(reads) and "backbone" not in reads
+
+    def _until_read(self) -> contextlib.AbstractContextManager:
+        return self.view.until_read() if self._ends_early else contextlib.nullcontext()
+
+    def _precision(self) -> torch.dtype | None:
+        """The autocast type for this step; None is float32."""
+        if self._autocast != "auto":
+            return _DTYPES[self._autocast]
+        if self.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+            return None
+        return torch.get_autocast_dtype("cuda")
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        autocast = torch.autocast(
+            self.device.type, dtype=self._dtype or torch.bfloat16, enabled=self._dtype is not None
+        )
+        with torch.no_grad(), autocast:
+            yield
+
+    def _make_ready(self) -> Callable[[torch.Tensor], Any]:
+        """Prepare and compile what runs; returns the backbone."""
+        self.check_device(self.device)
+        model = self.model
+        if self._prepare:
+            with self.view.taps.paused():
+                heads = bool(self.view.required)
+                model = prepared_copy(self.model, self._memory_format(), heads=heads)
+            self.view.replace_model(model)
+        self._backbone = torch.compile(model.backbone.forward) if self._compile else model.backbone
+        precision = str(self._dtype or torch.float32).rpartition(".")[2]
+        logger.info(f"The teacher runs in {precision} ({_KEY} is '{self._autocast}').")
+        return self._backbone
+
+    def _discard_prepared(self) -> None:
+        self._backbone = None
+        self.view.replace_model(self.model)
+
+    def _memory_format(self) -> torch.memory_format:
+        # Faster on CPUs; on GPUs only with half-precision kernels.
+        if self._prepare and (self.device.type == "cpu" or self._dtype is not None):
+            return torch.channels_last
+        return torch.contiguous_format
+
+    def _batch(self, images: Sequence[torch.Tensor], padded_size: tuple[int, int]) -> torch.Tensor:
+        mean, std = self.model.pixel_mean, self.model.pixel_std
+        batch = torch.zeros(
+            (len(images), mean.numel(), *padded_size), dtype=mean.dtype, device=mean.device
+        ).contiguous(memory_format=self._memory_format())
+        for padded, image in zip(batch, images):
+            padded[:, : image.shape[1], : image.shape[2]] = (image - mean) / std
+        return batch
+
+
+class _ReversedChannels(nn.Module):
+    """A detector for images whose channels come in the opposite order."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batched_inputs: list[dict[str, Any]]):
+        return self.model([{**item, "image": item["image"].flip(0)} for item in batched_inputs])
