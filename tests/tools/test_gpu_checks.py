@@ -88,7 +88,7 @@ class Overflowing(PKD):
 )
 def test_a_cell(monkeypatch, loss, broken):
     family = families()["RetinaNet"]
-    cell = Cell(family, lambda: loss(in_features=["p3"]))
+    cell = Cell(family, loss(in_features=["p3"]))
     monkeypatch.setattr(cells.Cell, "of_recipe", lambda *_: cell)
     monkeypatch.setattr(cells, "LAWS", [])
     results = cells.check_cell(("PKD", "RetinaNet"), "cpu")
@@ -113,7 +113,7 @@ def test_checks_on_a_gpu():
     """In place of equality bit for bit, closeness, which holds on a CPU, too."""
     assert not set(cells.EXACT_LAWS) & set(cells.checks("cuda"))
     assert {"off_is_close_to_the_baseline", "finite_in_float16"} < set(cells.checks("cuda"))
-    cell = Cell(families()["RetinaNet"], lambda: PKD(in_features=["p3"]))
+    cell = Cell(families()["RetinaNet"], PKD(in_features=["p3"]))
     cells.off_is_close_to_the_baseline(cell)
 
 
