@@ -50,9 +50,9 @@ class WheatView(RetinaNetView):
 class WheatLoss(DistillLoss):
     NODE = "WHEAT_LOSS"
 
-    def __init__(self, *, in_features=("p3",), **schedule):
-        super().__init__(**schedule)
-        self.pairs = FeaturePairs(in_features)
+    def __init__(self, **keys):
+        super().__init__(**keys)
+        self.pairs = FeaturePairs(["p3"])
 
     def forward(self, student, teacher, batch):
         assert type(student) is type(teacher) is WheatView

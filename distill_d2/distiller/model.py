@@ -200,6 +200,11 @@ class Distiller(nn.Module):
             norm.eval()
         return self
 
+    def release(self) -> None:
+        """Take all hooks off student and teacher; outside a training step there are none."""
+        self.student_view.taps.release()
+        self.teacher.view.taps.release()
+
     # A training step.
 
     def _train(

@@ -13,15 +13,15 @@ def add_condinst_config(cfg: CN) -> None:
     cfg.MODEL.CONDINST = node = CN()
     # Stride in pixels of the predicted masks, a divisor of 8.
     node.MASK_OUT_STRIDE = 4
-    # Training: at most so many instances of a batch have a mask loss, by chance; or so many of an image,
-    # the best of each object (-1: no limit; only one of both).
+    # Training: the largest number of instances that have a mask loss, per batch, drawn at random, or per
+    # image, the best ones of each object. -1: no limit; set at most one of the two.
     node.MAX_PROPOSALS = -1
     node.TOPK_PROPOSALS_PER_IM = -1
     node.MASK_HEAD = head = CN()
     head.CHANNELS = 8
     head.NUM_LAYERS = 3
     head.DISABLE_REL_COORDS = False
-    # Evaluation: so many masks of an image are computed together, which bounds memory.
+    # Evaluation: the number of masks of an image that are computed together, which bounds memory.
     head.MAX_INSTANCES_PER_PASS = 100
     node.MASK_BRANCH = branch = CN()
     branch.IN_FEATURES = ["p3", "p4", "p5"]
@@ -31,7 +31,7 @@ def add_condinst_config(cfg: CN) -> None:
     branch.NORM = "BN"
     # A semantic segmentation as an auxiliary task.
     branch.SEMANTIC_LOSS_ON = False
-    # Read by nothing, there as here.
+    # Not used, as in AdelaiDet.
     node.BOTTOM_PIXELS_REMOVED = -1
     head.USE_FP16 = False
 

@@ -27,8 +27,8 @@ def add_fcos_config(cfg: CN) -> None:
     node.USE_DEFORMABLE = False
     node.USE_SCALE = True
     node.PRIOR_PROB = 0.01
-    # Targets: locations near the centre of an object, so many strides, or anywhere in its box; largest
-    # distance to a side, in pixels, that belongs to each level but the last.
+    # Targets: locations at most POS_RADIUS strides from the center of an object, or (CENTER_SAMPLE False)
+    # anywhere in its box; the largest distance to a side, in pixels, on each level but the last.
     node.CENTER_SAMPLE = True
     node.POS_RADIUS = 1.5
     node.SIZES_OF_INTEREST = [64, 128, 256, 512]
@@ -40,8 +40,8 @@ def add_fcos_config(cfg: CN) -> None:
     node.LOSS_WEIGHT_CLS = 1.0
     node.LOC_LOSS_TYPE = "giou"
     node.BOX_QUALITY = "ctrness"
-    # Inference: candidates' scores are above this (times the quality if THRESH_WITH_CTR), so many per
-    # level before non-maximum suppression and per image after. The TRAIN ones are for YIELD_PROPOSAL.
+    # Inference: the lowest score (times the quality if THRESH_WITH_CTR), the largest number of candidates
+    # per level before non-maximum suppression, and per image after it. TRAIN is for YIELD_PROPOSAL.
     node.THRESH_WITH_CTR = False
     node.INFERENCE_TH_TRAIN = 0.05
     node.INFERENCE_TH_TEST = 0.05
@@ -53,7 +53,7 @@ def add_fcos_config(cfg: CN) -> None:
     # Also return proposals in training, or the box tower's features.
     node.YIELD_PROPOSAL = False
     node.YIELD_BOX_FEATURES = False
-    # Read by nothing, there as here: the head always has ReLU.
+    # Not used, as in AdelaiDet: the head always has ReLU.
     node.USE_RELU = True
 
     cfg.MODEL.BiFPN = node = CN()

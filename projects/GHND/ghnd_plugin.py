@@ -17,7 +17,7 @@ def add_bottleneck_config(cfg: CN) -> None:
     # Channels inside: after the encoder's first three convolutions, the decoder's first two.
     node.ENCODER_WIDTHS = [64, 256, 64]
     node.DECODER_WIDTHS = [64, 128]
-    # In evaluation, round what is sent as 8 or 16 bits per number do; 0: float32.
+    # In evaluation, round what is sent to 8 or 16 bits per number; 0: float32.
     node.QUANT_BITS = 0
     # 8 bits as the reference implementation has them, see ghnd/quantizer.py.
     node.REFERENCE_BUGS = False

@@ -17,7 +17,8 @@ def add_poto_config(cfg: CN) -> None:
     node.NUM_CONVS = 4
     node.NORM = "GN"
     node.PRIOR_PROB = 0.01
-    # The assignment: quality p^(1 - ALPHA) IoU^ALPHA, of locations within so many strides of a centre.
+    # The assignment: quality p^(1 - ALPHA) IoU^ALPHA, of locations at most CENTER_SAMPLING_RADIUS strides
+    # from the center of an object.
     node.ALPHA = 0.8
     node.CENTER_SAMPLING_RADIUS = 1.5
     # Losses: focal loss, and the weight of the box loss.
@@ -29,11 +30,11 @@ def add_poto_config(cfg: CN) -> None:
     node.FILTER_KERNEL_SIZE = 3
     node.FILTER_TAU = 2
     node.FILTER_NORM = "GN"
-    # The auxiliary loss, with so many candidates per object and level.
+    # The auxiliary loss, and its number of candidates per object and level.
     node.USE_AUX = False
     node.AUX_TOPK = 9
-    # Inference: scores are above this, so many per level, and TEST.DETECTIONS_PER_IMAGE per image; there
-    # is no non-maximum suppression.
+    # Inference: the lowest score, and the largest number of detections per level; per image it is
+    # TEST.DETECTIONS_PER_IMAGE. There is no non-maximum suppression.
     node.SCORE_THRESH_TEST = 0.05
     node.TOPK_CANDIDATES_TEST = 1000
 

@@ -39,8 +39,8 @@ def add_solov2_config(cfg: CN) -> None:
     node.MASK_IN_CHANNELS = 256
     node.MASK_CHANNELS = 128
     node.NUM_MASKS = 256
-    # Training: at most so many masks of a batch, drawn by chance, have a loss (-1: all). A mask takes
-    # about 20 bytes for each of its cells, one per 4 x 4 pixels.
+    # Training: the largest number of masks of a batch, drawn at random, that have a loss (-1: all). A mask
+    # takes about 20 bytes for each of its cells, one per 4 x 4 pixels.
     node.MAX_INSTANCES_TRAIN = -1
     # Inference: scores before and after non-maximum suppression, instances likewise, threshold of masks.
     node.SCORE_THR = 0.1

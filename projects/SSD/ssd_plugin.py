@@ -26,12 +26,14 @@ def add_ssd_config(cfg: CN) -> None:
     node.LITE_HEAD = True
     # Channels of the backbone are those of the paper times this.
     node.WIDTH = 1.0
-    # VGG16: read conv4_3 (normalised) as the first level, as the original SSD300 does.
+    # VGG16: read conv4_3 (normalized) as the first level, as the original SSD300 does.
     node.CONV4_3 = False
-    # Training: a prior is an object from this IoU on; so many negatives, the hardest, per positive.
+    # Training: the lowest IoU at which a prior is an object; the number of negatives, the hardest ones, per
+    # positive.
     node.IOU_THRESHOLD = 0.5
     node.NEGATIVES_PER_POSITIVE = 3.0
-    # Inference: scores above this, so many of them per class, before non-maximum suppression.
+    # Inference: the lowest score, the largest number of candidates per class, and the threshold of
+    # non-maximum suppression.
     node.SCORE_THRESH_TEST = 0.01
     node.TOPK_CANDIDATES_TEST = 200
     node.NMS_THRESH_TEST = 0.45

@@ -20,7 +20,7 @@ def add_small_resnet_config(cfg: CN) -> None:
     node.OUT_FEATURES = ["res2", "res3", "res4"]
     # Add one max-pooled level on top of p5 (needs res5), as Faster R-CNN's p6.
     node.TOP_BLOCK = False
-    # Normalisation of stem and blocks: "BN", "GN" (widths divisible by 32), "FrozenBN", "SyncBN".
+    # Normalization of stem and blocks: "BN", "GN" (widths divisible by 32), "FrozenBN", "SyncBN".
     node.NORM = "BN"
 
 

@@ -97,7 +97,7 @@ def test_bit_masks_are_as_polygons():
 
 
 def test_objects_without_masks_have_no_mask_loss():
-    """All else is learned of them, with the centres of their boxes."""
+    """All else is learned of them, with the centers of their boxes."""
     model = condinst(MASK_BRANCH__SEMANTIC_LOSS_ON=True).train()
     inputs = batch()
     seen = []
@@ -134,7 +134,7 @@ def test_annotations_are_not_changed():
     assert set(inputs[0]["instances"].get_fields()) == {"gt_boxes", "gt_classes", "gt_masks"}
 
 
-def test_centres_are_those_of_masks():
+def test_centers_are_those_of_masks():
     inputs = batch(1, 1)
     mask = torch.zeros(1, 48, 80, dtype=torch.bool)
     mask[0, 4:10, 6:12] = True

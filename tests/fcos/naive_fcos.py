@@ -80,7 +80,7 @@ def focal(logits, label: int, alpha: float, gamma: float) -> float:
 
 
 def losses(logits, ltrb, quality, labels, wanted, *, alpha=0.25, gamma=2.0, box="giou", kind="ctrness"):
-    """The class loss before its normaliser, and the two others; per location, labels K where
+    """The class loss before its normalizer, and the two others; per location, labels K where
     background."""
     background = len(logits[0])
     rows = [i for i, label in enumerate(labels) if label != background]

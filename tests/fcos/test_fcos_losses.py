@@ -148,7 +148,7 @@ def test_float32_whatever_comes(dtype):
 
 
 @pytest.mark.parametrize("kind", module.NORMALIZERS)
-def test_does_not_synchronise(kind):
+def test_does_not_synchronize(kind):
     leaves, targets = case()
     loss = FCOSLoss(normalizer_cls=kind)
     with no_synchronization():

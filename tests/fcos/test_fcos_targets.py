@@ -31,7 +31,7 @@ def random_objects(count, seed, size=64):
     random = np.random.default_rng(seed)
     corner = random.uniform(0, 0.7, (count, 2)) * size
     boxes = np.concatenate([corner, corner + random.uniform(0.03, 0.6, (count, 2)) * size], axis=1)
-    # Some sides and centres on locations, where comparisons are between equal numbers.
+    # Some sides and centers on locations, where comparisons are between equal numbers.
     boxes[::2] = (boxes[::2] / 2).round() * 2
     return objects(boxes.tolist(), random.integers(0, 3, count).tolist(), (size, size))
 
@@ -65,7 +65,7 @@ def test_by_hand():
     found = targets_of(fcos(), [objects([[4, 4, 16, 16]], [2])])
     on_first = found.positive[0, :256].view(16, 16)
     expected = torch.zeros(16, 16, dtype=torch.bool)
-    expected[1:4, 1:4] = True  # centres at 6, 10, 14
+    expected[1:4, 1:4] = True  # centers at 6, 10, 14
     assert torch.equal(on_first, expected) and not found.positive[0, 256:].any()
     row = 2 * 16 + 1  # x 6, y 10
     assert found.ltrb[0, :, row].tolist() == [0.5, 1.5, 2.5, 1.5] and found.classes[0, row] == 2
@@ -100,7 +100,7 @@ def test_the_smallest_and_of_equal_ones_the_first():
     assert found.objects[0, row] == 1 and found.classes[0, row] == 1
 
 
-def test_centres_of_masks():
+def test_centers_of_masks():
     gt = objects([[0, 0, 40, 12], [0, 40, 14, 54]], [0, 1])
     gt.gt_centers = torch.tensor([[8.0, 6.0], [0.0, 0.0]])
     found = targets_of(fcos(), [gt])
@@ -110,7 +110,7 @@ def test_centres_of_masks():
     assert found.positive[0].any() and not (found.classes[0] == 1).any()
 
 
-def test_a_first_centre_at_zero_hides_no_other_object():
+def test_a_first_center_at_zero_hides_no_other_object():
     gt = objects([[0, 20, 14, 34], [4, 4, 16, 16]], [0, 1])
     gt.gt_centers = torch.tensor([[0.0, 27.0], [10.0, 10.0]])
     found = targets_of(fcos(), [gt])
@@ -163,7 +163,7 @@ def test_boxes_that_are_not_there_count_nothing():
     assert not assigner.assign(points, boxes, torch.zeros(6, dtype=torch.bool))[1].any()
 
 
-def test_does_not_synchronise():
+def test_does_not_synchronize():
     model, gt = fcos(), [random_objects(4, 1), objects([], [])]
     with no_synchronization():
         targets_of(model, gt)

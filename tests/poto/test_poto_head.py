@@ -101,7 +101,7 @@ def test_filter_by_hand():
     # Bilinear, the coarse level is -5, -3.5, -0.5, 1 in each row of the fine one.
     expected = torch.tensor([[2.0, 2.0, 1.0, 1.0], [4.0, 2.0, 1.0, 1.0], [2.0, 2.0, 1.0, 0.0]])
     torch.testing.assert_close(first[0, 0], expected)
-    # The fine one, at the centres of its pairs of columns in the middle row, is 1 and 0.
+    # The fine one, at the centers of its pairs of columns in the middle row, is 1 and 0.
     torch.testing.assert_close(second[0, 0], torch.tensor([[0.0, 2.0]]))
 
 
@@ -139,7 +139,7 @@ def test_filter_convolves_first_and_norms_last():
         ({"FILTER_TAU": -2}, "FILTER_TAU is -2; expected an even"),
     ],
 )
-def test_windows_without_a_centre(keys, message):
+def test_windows_without_a_center(keys, message):
     with pytest.raises(ValueError, match="MODEL.POTO." + message):
         poto("3dmf", **keys)
     poto("plain", **keys)  # nothing reads them

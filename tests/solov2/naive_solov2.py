@@ -8,7 +8,7 @@ import numpy as np
 
 
 def downscale(mask, stride, canvas):
-    """Bilinear with half-pixel centres, to rounded sizes; a half counts."""
+    """Bilinear with half-pixel centers, to rounded sizes; a half counts."""
     height, width = mask.shape
     rows, columns = (math.floor(side / stride + 0.5) for side in mask.shape)
     found = np.zeros(canvas, dtype=bool)
@@ -38,10 +38,10 @@ def targets(boxes, classes, masks, padded, grids, ranges, sigma, num_classes):
                 continue
             x, y = (sum(pixel[axis] for pixel in pixels) / len(pixels) for axis in (0, 1))
 
-            def span(centre, length, side):
+            def span(center, length, side):
                 middle, first, last = (
                     math.floor(position / side * grid)  # noqa: B023
-                    for position in (centre, centre - length / 2, centre + length / 2)
+                    for position in (center, center - length / 2, center + length / 2)
                 )
                 first, last = max(first, 0, middle - 1), min(last, grid - 1, middle + 1)  # noqa: B023
                 return range(first, last + 1)

@@ -57,8 +57,8 @@ def random_objects(
     corner = random.uniform(0, 1, (count, 2)) * (np.array([width, height]) - sides)
     boxes = np.concatenate([corner, corner + sides], axis=1).astype(np.float32)
     y, x = np.mgrid[:height, :width] + 0.5
-    centre, half = corner + sides / 2, sides / 2
-    masks = [((x - cx) / w) ** 2 + ((y - cy) / h) ** 2 <= 1 for (cx, cy), (w, h) in zip(centre, half)]
+    center, half = corner + sides / 2, sides / 2
+    masks = [((x - cx) / w) ** 2 + ((y - cy) / h) ** 2 <= 1 for (cx, cy), (w, h) in zip(center, half)]
     return boxes, np.array(masks, dtype=bool).reshape(count, height, width)
 
 

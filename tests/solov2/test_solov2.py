@@ -159,7 +159,7 @@ def test_nothing_is_drawn_without_a_limit():
 
 
 @pytest.mark.parametrize("most", [-1, 20])
-def test_a_step_does_not_synchronise(most, monkeypatch):
+def test_a_step_does_not_synchronize(most, monkeypatch):
     """Once the ground truth is on the device; how much of it there is, is known on the host."""
     model, inputs = solov2(MAX_INSTANCES_TRAIN=most).train(), batch(9, 0, 4)
     images = model.preprocess_image(inputs)

@@ -22,8 +22,8 @@ def outputs(seed=0, cells=60, classes=3, size=(12, 16)):
     """Scores, kernels, least areas and features of an image; blobs that overlap much."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[: size[0], : size[1]]
-    centres = random.uniform(0, 1, (6, 2)) * size
-    features = [2 - np.hypot(y - cy, x - cx) / random.uniform(1, 2) for cy, cx in centres]
+    centers = random.uniform(0, 1, (6, 2)) * size
+    features = [2 - np.hypot(y - cy, x - cx) / random.uniform(1, 2) for cy, cx in centers]
     kernels = np.eye(6)[random.integers(0, 6, cells)] + random.normal(0, 0.15, (cells, 6))
     scores = random.uniform(0, 1, (cells, classes)) ** 3
     return scores, kernels, random.choice([4, 16, 40], cells), np.array(features)

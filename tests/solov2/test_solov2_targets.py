@@ -10,7 +10,7 @@ from distill_d2.projects.solov2.targets import (
     GridTargets,
     Objects,
     bit_masks,
-    centres,
+    centers,
     downscale,
     draw_slots,
 )
@@ -79,7 +79,7 @@ def targets_of(*boxes, classes=None, **settings):
 
 
 def test_by_hand():
-    """A square of 24 pixels at (36, 12): centre of mass (47.5, 23.5), region 4.8 pixels wide. Cells are
+    """A square of 24 pixels at (36, 12): center of mass (47.5, 23.5), region 4.8 pixels wide. Cells are
     9.6 pixels: columns 4 (from 38.4) and 5 (from 48), rows 2 (21.1 to 25.9 lies in 19.2 to 28.8)."""
     image = targets_of((36, 12, 24), grids=[10], ranges=[(1, 96)])
     assert entries_of(image) == [(24, 0), (25, 0)]
@@ -95,11 +95,11 @@ def test_ends_of_a_levels_range_belong_to_it():
         assert sorted({cell // 16 for cell, _ in entries_of(image)}) == levels
 
 
-def test_at_most_the_cells_around_the_centre():
+def test_at_most_the_cells_around_the_center():
     """A region of all the image touches all cells."""
     image = targets_of((0, 0, 96), grids=[8], ranges=[(1, 96)], sigma=1.0)
-    centre = [3 * 8 + 3 + 8 * row + column for row in (-1, 0, 1) for column in (-1, 0, 1)]
-    assert [cell for cell, _ in entries_of(image)] == centre
+    center = [3 * 8 + 3 + 8 * row + column for row in (-1, 0, 1) for column in (-1, 0, 1)]
+    assert [cell for cell, _ in entries_of(image)] == center
 
 
 def test_regions_end_at_the_border():
@@ -229,7 +229,7 @@ def test_bound_where_regions_end_on_borders_of_cells():
         boxes = torch.cat([corners, corners + side], dim=1)
         masks = torch.zeros(len(boxes), 200, 200, dtype=torch.bool)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist()):
-            mask[y1 : y2 + 1, x1 : x2 + 1] = True  # the centre of mass is the centre
+            mask[y1 : y2 + 1, x1 : x2 + 1] = True  # the center of mass is the center
         objects = Objects(boxes.float(), torch.zeros(len(boxes)).long(), masks, 0)
         for each, there in zip(boxes, targets.cells(objects, PADDED)[1][0]):
             assert there.sum() <= targets.most_entries(each[None].float(), PADDED)
@@ -290,18 +290,18 @@ def test_downscaling_a_part_at_a_time(monkeypatch):
     assert torch.equal(downscale(masks, 4, (12, 12)), expected)
 
 
-def test_centres():
+def test_centers():
     masks = torch.zeros(3, 6, 9, dtype=torch.bool)
     masks[0, 2, 5] = masks[1, 0, 0] = masks[1, 3, 8] = True
-    (x, y), there = centres(masks)
+    (x, y), there = centers(masks)
     assert x.tolist()[:2] == [5.0, 4.0] and y.tolist()[:2] == [2.0, 1.5]
     assert there.tolist() == [True, True, False] and x.isfinite().all()
 
 
-def test_centre_of_a_large_mask():
+def test_center_of_a_large_mask():
     """Sums of positions exceed what float32 counts one by one."""
     masks = torch.ones(1, 1001, 3001, dtype=torch.bool)
-    (x, y), _ = centres(masks)
+    (x, y), _ = centers(masks)
     assert (x.item(), y.item()) == (1500.0, 500.0)
 
 

@@ -51,7 +51,7 @@ def test_levels_are_what_the_heads_read():
 
 
 def test_anchors_by_hand():
-    """Squares of 8 strides around the centre of each cell."""
+    """Squares of 8 strides around the center of each cell."""
     model = solov2().train()
     view = build_view(model, "student")
     with view.recording():

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def priors(widths, strides, lows, highs, ratios, size):
-    """(R, 4) centre, width and height, relative to the image."""
+    """(R, 4) center, width and height, relative to the image."""
     rows = []
     for width, stride, low, high, level in zip(widths, strides, lows, highs, ratios):
         sides = [(low, low), (math.sqrt(low * high), math.sqrt(low * high))]
@@ -25,7 +25,7 @@ def priors(widths, strides, lows, highs, ratios, size):
 
 
 def corners(boxes):
-    """XYXY of centre, width, height."""
+    """XYXY of center, width, height."""
     return np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
 
 

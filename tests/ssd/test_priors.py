@@ -43,11 +43,11 @@ def test_literals():
     ]
     torch.testing.assert_close(boxes.tensor[:4], torch.tensor(expected, dtype=torch.float32))
     # x runs before y.
-    centres = boxes.get_centers()[::4]
-    assert centres[:4].round().tolist() == [[50, 50], [150, 50], [250, 50], [50, 150]]
+    centers = boxes.get_centers()[::4]
+    assert centers[:4].round().tolist() == [[50, 50], [150, 50], [250, 50], [50, 150]]
 
 
-def test_sides_and_centres_are_those_of_the_image_at_most():
+def test_sides_and_centers_are_those_of_the_image_at_most():
     generator = SSDPriors(100, [80], [90], [400], [[4.0]])
     (boxes,) = generator(maps([2]))
     sides = boxes.tensor[:, 2:] - boxes.tensor[:, :2]

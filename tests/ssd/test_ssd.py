@@ -270,7 +270,7 @@ def test_background_is_never_detected():
     assert len(output["instances"]) == 0
 
 
-def test_images_are_normalised():
+def test_images_are_normalized():
     model = ssd("A").eval()
     images = [{"image": torch.full((3, 300, 300), 130.0)}]
     found = model.preprocess_image(images).tensor[0, :, 0, 0]

@@ -128,8 +128,8 @@ def test_anchors(network):
     flat = torch.cat([level.flatten(0, 2) for level in anchors.values()])
     assert torch.equal(flat, view.dense().anchors)
     # Column after column inside a row.
-    centre = (anchors["s16"][2, 5, 0, :2] + anchors["s16"][2, 5, 0, 2:]) / 2
-    torch.testing.assert_close(centre, torch.tensor([5.5 * 16, 2.5 * 16]))
+    center = (anchors["s16"][2, 5, 0, :2] + anchors["s16"][2, 5, 0, 2:]) / 2
+    torch.testing.assert_close(center, torch.tensor([5.5 * 16, 2.5 * 16]))
 
 
 def test_match_is_that_of_the_detectors_own_loss():

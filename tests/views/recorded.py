@@ -35,6 +35,20 @@ def detector_from_p3():
     return build_model(cfg)
 
 
+def c4_config():
+    """A Faster R-CNN without FPN: one level of stride 16, and res5 on each proposal."""
+    cfg = tiny_config("faster")
+    resnets = cfg.MODEL.RESNETS
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    resnets.OUT_FEATURES = ["res4"]
+    resnets.STEM_OUT_CHANNELS = resnets.RES2_OUT_CHANNELS = 8
+    resnets.WIDTH_PER_GROUP = 4
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16.0, 32.0, 64.0]]
+    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
+    cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"
+    return cfg
+
+
 @contextlib.contextmanager
 def trained_on(view, batch):
     """One training forward of the student, recorded."""

@@ -3,7 +3,6 @@
 main      arguments, and the order of the work
 inputs    generated images with objects
 subjects  student, teachers, losses and training steps
-replay    what the losses read in one step, recorded and given to them again
 rows      what each round measures
 parts     parts of losses that are measured alone
 naive     plain formulas that a loss is compared with

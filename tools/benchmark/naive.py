@@ -11,8 +11,6 @@ from typing import Any, Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from plain_defeat import plain_defeat
-from plain_gid import plain_gid
 
 from distill_d2 import DistillLoss
 
@@ -115,16 +113,21 @@ def load_oracle(name: str) -> ModuleType:
     if not path.is_file():
         sys.exit(f"benchmark: --against-naive needs {path}, which is in a checkout of the repository")
     spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def of_oracle(name: str) -> NaiveFormula:
+    """The function ``formula`` of an oracle."""
+    return lambda loss: load_oracle(name).formula(loss)
 
 
 # By a loss's registered name.
 NAIVE: dict[str, NaiveFormula] = {"PKD": of_pairs(naive_pkd)}
 # Those that take longer than the loss itself.
 SLOW_NAIVE: dict[str, NaiveFormula] = {
-    "DeFeat": plain_defeat,
-    "GID": plain_gid,
+    "DeFeat": of_oracle("naive_defeat"),
+    "GID": of_oracle("naive_gid"),
     "InstanceConditionalDistillation": naive_icd,
 }

@@ -8,10 +8,10 @@ from typing import Any, Callable
 import torch
 
 from distill_d2 import DistillLoss, Teacher
+from distill_d2.testing.replay import Records, Replay, record
 
 from .naive import NAIVE, SLOW_NAIVE, NaiveFormula
 from .parts import PARTS, Compute
-from .replay import Records, Replay, record
 from .subjects import DISTILLED, STUDENT, Subjects, own_optimizer
 
 PART, PREPARED, WHOLE = "teacher part, plain", "teacher part, prepared", "teacher whole, plain"

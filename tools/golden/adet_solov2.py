@@ -19,7 +19,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from distill_d2.projects.solov2 import SOLOv2
 from distill_d2.projects.solov2.losses import dice_loss
 from distill_d2.projects.solov2.nms import mask_ious, mask_nms, matrix_nms, point_nms
-from distill_d2.projects.solov2.targets import centres, downscale
+from distill_d2.projects.solov2.targets import centers, downscale
 
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
@@ -244,7 +244,7 @@ def _compare_functions(fixture: Fixture) -> None:
 def _compare_nms(fixture: Fixture) -> None:
     masks, classes = fixture.tensor("fn/nms/masks").bool(), fixture.tensor("fn/nms/labels")
     scores, ious = fixture.tensor("fn/nms/scores"), mask_ious(masks, classes)
-    (x, y), _ = centres(masks)
+    (x, y), _ = centers(masks)
     fixture.compare("fn/com/x", x)
     fixture.compare("fn/com/y", y)
     for name in fixture.names("fn/nms/gaussian_s*"):

@@ -6,9 +6,7 @@ numbers, to be divided by 64. Losses "<case>_loss" are of the settings of CASES.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,10 +18,10 @@ from distill_d2 import DistillLoss
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.fgfi import FGFI
 from distill_d2.losses.masks import ObjectMasks, level_of_boxes, stage_mask
+from distill_d2.testing.maps import Maps, view_of
 from distill_d2.views import Batch, DetectorView, Predictions
 
 from . import Fixture, FixtureError, golden_kind
-from .replay import Maps, replayed
 
 _NO_NECK = {"hint_neck_w": 0.0, "hint_neck_back_w": 0.0}
 _NO_BACK = {"hint_neck_w": 3.0, "hint_neck_back_w": 0.0}
@@ -84,25 +82,25 @@ def _compare_masks(fixture: Fixture) -> None:
     for image, per_image in enumerate(boxes):
         found = level_of_boxes(per_image[None], len(levels))[0]
         fixture.compare(f"mask_level_of_box_{image}", found, **_EXACT)
-    with replayed({}, {}, "student", anchors=_anchors(sizes, strides)) as student:
-        for level, mask in ObjectMasks("gt")(student, batch, sizes, strides).items():
-            fixture.compare(f"gt_mask_{level}", mask, **_EXACT)
-        for kind in sorted({name.rpartition("_")[0] for name in fixture.names("roi_mask_phi*_P*")}):
-            threshold = float(kind[len("roi_mask_phi") :])
-            masks = ObjectMasks("roi", threshold=threshold)(student, batch, sizes, strides)
-            for level, mask in masks.items():
-                fixture.compare(f"{kind}_{level}", mask, **_EXACT)
+    student = view_of({}, "student", anchors=_anchors(sizes, strides))
+    for level, mask in ObjectMasks("gt")(student, batch, sizes, strides).items():
+        fixture.compare(f"gt_mask_{level}", mask, **_EXACT)
+    for kind in sorted({name.rpartition("_")[0] for name in fixture.names("roi_mask_phi*_P*")}):
+        threshold = float(kind[len("roi_mask_phi") :])
+        masks = ObjectMasks("roi", threshold=threshold)(student, batch, sizes, strides)
+        for level, mask in masks.items():
+            fixture.compare(f"{kind}_{level}", mask, **_EXACT)
     fixture.compare("bb_gt_mask_stride4", stage_mask(batch), **_EXACT)
 
 
 def _compare_case(fixture: Fixture, case: str) -> None:
     run = _Run(fixture, case)
-    with run.views() as (student, teacher):
-        terms = run.loss(student, teacher, run.batch)
-        terms = {name: run.loss.factor(run.batch.iteration) * term for name, term in terms.items()}
-        masks = fixture.names(f"{case}_mask_*")
-        if masks:
-            found = run.loss.masks(student, run.batch, run.sizes, run.strides)
+    student, teacher = run.views()
+    terms = run.loss(student, teacher, run.batch)
+    terms = {name: run.loss.factor(run.batch.iteration) * term for name, term in terms.items()}
+    masks = fixture.names(f"{case}_mask_*")
+    if masks:
+        found = run.loss.masks(student, run.batch, run.sizes, run.strides)
     fixture.compare(f"{case}_loss", sum(terms.values()))
     sum(terms.values()).backward()
     for name in fixture.names(f"{case}_losskd_*"):
@@ -168,17 +166,16 @@ class _Run:
             classes=self.fixture.tensor("cls_labels").view(1, rows),
         )
 
-    @contextlib.contextmanager
-    def views(self) -> Iterator[tuple[DetectorView, DetectorView]]:
+    def views(self) -> tuple[DetectorView, DetectorView]:
         """The views of student and teacher, to which the loss is bound."""
         strides = {name: _stride(name) for name in self.student}
         heads: list[Predictions | None] = self.predictions or [None, None]
         anchors = _anchors(self.sizes, self.strides)
-        with replayed(self.student, strides, "student", heads[0], anchors) as student:
-            with replayed(self.teacher, strides, "teacher", heads[1], anchors) as teacher:
-                self.loss.bind(student, teacher)
-                self._load_adapters()
-                yield student, teacher
+        student = view_of(self.student, "student", strides, heads[0], anchors)
+        teacher = view_of(self.teacher, "teacher", strides, heads[1], anchors)
+        self.loss.bind(student, teacher)
+        self._load_adapters()
+        return student, teacher
 
     def _load_adapters(self) -> None:
         pairs = getattr(self.loss, "neck", None) or getattr(self.loss, "pairs", None)

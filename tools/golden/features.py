@@ -12,9 +12,9 @@ import numpy as np
 from distill_d2 import DistillLoss
 from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.pkd import PKD
+from distill_d2.testing.maps import Maps, compare
 
 from . import Fixture, golden_kind
-from .replay import feature_loss, read_maps
 
 _INPUTS = ["student/*", "teacher/*"]
 
@@ -34,10 +34,19 @@ def feature_mimic(fixture: Fixture) -> None:
 
 def _compare(fixture: Fixture, loss: DistillLoss, folder: str) -> None:
     student = read_maps(fixture, "student", requires_grad=True)
-    total = sum(feature_loss(loss, student, read_maps(fixture, "teacher")).values())
+    strides = {name: 2**index for index, name in enumerate(student)}  # only compared for equality
+    total = sum(compare(loss, student, read_maps(fixture, "teacher"), strides).values())
     total.backward()
     fixture.compare(f"{folder}/loss", total)
     for level, maps in student.items():
         name = f"{folder}/grad/{level}"
         # The larger the maps, the smaller each gradient.
         fixture.compare(name, maps.grad, atol=1e-6 * np.nanmax(abs(fixture[name])))
+
+
+def read_maps(fixture: Fixture, folder: str, requires_grad: bool = False) -> Maps:
+    """The arrays "folder/level" by level name."""
+    names = fixture.names(f"{folder}/*")
+    return {
+        name.rpartition("/")[2]: fixture.tensor(name).requires_grad_(requires_grad) for name in names
+    }

@@ -28,15 +28,16 @@ from distill_d2.losses.base import build_losses
 from distill_d2.losses.ghnd import GHND
 from distill_d2.model_zoo import get_config_file
 from distill_d2.taps import Taps
+from distill_d2.testing import replay
+from distill_d2.testing.maps import compare
+from distill_d2.views import Batch, DetectorView
 
 from . import Comparison, Fixture, FixtureError, golden_kind
-from .replay import feature_loss
 
 Tensors = dict[str, torch.Tensor]
 
 _CONFIG = "Distillation-GHND/Base-GHND.yaml"
 _STAGES = ("res2", "res3", "res4", "res5")
-_BODY = "backbone.bottom_up."
 _PRECISION = 1e-4  # of an array's largest number
 _EXACT = {"rtol": 0, "atol": 0}
 # The next norm removes what they add: their gradients are rounding errors.
@@ -96,7 +97,8 @@ def _compare_stage(
     out = stage.train()(x)
     sent = taps.output("encoder")
     sent.retain_grad()
-    loss = feature_loss(GHND(in_features=["res2"]), {"res2": out}, {"res2": teacher})["loss_ghnd_res2"]
+    maps = {"res2": out}, {"res2": teacher}
+    loss = compare(GHND(in_features=["res2"]), *maps, strides={"res2": 4})["loss_ghnd_res2"]
     loss.backward()
     for name, tensor in {"z": sent, "out": out, "loss": loss}.items():
         _compare(fixture, f"{folder}/train.{name}", tensor)
@@ -142,8 +144,8 @@ def _compare_step(fixture: Fixture) -> None:
     for stage in _STAGES:
         layer = _torchvision_name(stage)
         _compare(fixture, f"full/loss/{layer}", losses[f"loss_ghnd_{stage}"])
-        for role, taps in step.taps.items():
-            _compare(fixture, f"full/{role}/{layer}", taps.output(_BODY + stage))
+        for role, maps in step.maps.items():
+            _compare(fixture, f"full/{role}/{layer}", maps[stage])
     _compare_gradients(fixture, step.parameters)
     for name, buffer in step.stage.named_buffers():
         _compare(fixture, f"full/after/layer1.{name}", buffer)
@@ -173,7 +175,7 @@ class _Step:
     Attributes:
         weights: of both, before the step.
         parameters: of the student.
-        taps: remember the outputs of _STAGES, by role.
+        maps: what the loss reads, the outputs of _STAGES by role.
         padded: the batch that the student's backbone gets.
     """
 
@@ -186,7 +188,6 @@ class _Step:
         self.student, teacher = build_model(self.cfg), build_model(plain)
         self.parameters = {_torchvision_name(n): p for n, p in self.student.named_parameters()}
         self.weights = _fill(teacher.backbone.bottom_up, _torchvision_name)
-        self.taps = {"teacher": _tapped(teacher), "student": _tapped(self.student)}
         self.distiller = self._distiller(teacher)
         self.distiller.preload_student()
         self.weights.update(_fill(self.stage, lambda name: f"layer1.{name}"))
@@ -214,11 +215,16 @@ class _Step:
 
     def run(self) -> Tensors:
         """Forward and backward; the terms."""
-        for taps in self.taps.values():
-            taps.start()
-        losses = self.distiller.train()(self.batch)
-        sum(losses.values()).backward()
-        return losses
+        (loss,) = self.distiller.losses.values()
+        with replay.intercepted(loss, self._note):
+            return replay.step(self.distiller.train(), self.batch)
+
+    def _note(
+        self, forward: Callable, student: DetectorView, teacher: DetectorView, batch: Batch
+    ) -> Tensors:
+        views = {"student": student, "teacher": teacher}
+        self.maps = {role: {n: view.level(n) for n in _STAGES} for role, view in views.items()}
+        return forward(student, teacher, batch)
 
 
 def _config(channels: int) -> CfgNode:
@@ -231,14 +237,6 @@ def _config(channels: int) -> CfgNode:
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     cfg.MODEL.BOTTLENECK.CHANNELS = channels
     return cfg
-
-
-def _tapped(model: nn.Module) -> Taps:
-    """Before the Distiller's own hooks, which may end a forward."""
-    taps = Taps(model)
-    for stage in _STAGES:
-        taps.add(_BODY + stage)
-    return taps
 
 
 def _torchvision_name(name: str) -> str:

@@ -6,9 +6,7 @@ authors' code, whose score is "max_first"; "paper_gi_*" are selections by the pa
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,12 +17,12 @@ from detectron2.structures import Boxes, Instances
 
 from distill_d2.losses.gid import GID, GeneralInstances
 from distill_d2.losses.gid.pooling import level_of
-from distill_d2.views import Batch, Predictions
+from distill_d2.testing.maps import view_of
+from distill_d2.views import Batch, DetectorView, Predictions
 from distill_d2.views.matching import batched_iou, match_by_iou
 from distill_d2.views.predictions import decoder_of
 
 from . import Fixture, golden_kind
-from .replay import replayed
 
 # By the name of a term in the fixture: ours, and the argument of its weight.
 _TERMS = {
@@ -79,25 +77,23 @@ class _Run:
             self.inputs[name] = tensor
         return tensor
 
-    @contextlib.contextmanager
-    def views(self) -> Iterator[tuple[Any, Any]]:
+    def views(self) -> tuple[DetectorView, DetectorView]:
         """The views of student and teacher, to which the loss is bound."""
         strides = dict(zip(self.teacher, self.fixture["strides"].tolist()))
-        heads = (self._predictions(role, role == "student") for role in ("student", "teacher"))
-        with replayed(self.student, strides, "student", next(heads)) as student:
-            with replayed(self.teacher, strides, "teacher", next(heads)) as teacher:
-                self.loss.bind(student, teacher)
-                if self.loss.settings.pools:
-                    _load_adapter(self.fixture, self.loss)
-                yield student, teacher
+        student, teacher = (
+            view_of(maps, role, strides, self._predictions(role, role == "student"))
+            for role, maps in (("student", self.student), ("teacher", self.teacher))
+        )
+        self.loss.bind(student, teacher)
+        if self.loss.settings.pools:
+            _load_adapter(self.fixture, self.loss)
+        return student, teacher
 
     def forward(self) -> dict[str, torch.Tensor]:
-        with self.views() as (student, teacher):
-            return self.loss(student, teacher, self.batch)
+        return self.loss(*self.views(), self.batch)
 
     def predictions(self) -> tuple[Predictions, Predictions]:
-        with self.views() as (student, teacher):
-            return self.loss.predictions(student, teacher)
+        return self.loss.predictions(*self.views())
 
     def instances(self) -> GeneralInstances:
         return self.loss.instances(self.predictions(), self.batch)
@@ -216,9 +212,9 @@ def _compare_selection(fixture: Fixture, prefix: str) -> None:
     fixture.compare(
         f"{prefix}gi_level", level_of(instances.boxes[valid], strides) + first, rtol=0, atol=0
     )
-    with run.views() as (student, teacher):
-        masks = run.loss.response_masks(student.dense(), instances, run.batch)
-        pooled = run.loss.pooled(student, teacher, instances)
+    student, teacher = run.views()
+    masks = run.loss.response_masks(student.dense(), instances, run.batch)
+    pooled = run.loss.pooled(student, teacher, instances)
     fixture.compare(f"{prefix}response_mask", masks[0], rtol=0, atol=0)
     for role, features in zip(("student", "teacher"), pooled):
         fixture.compare(f"{prefix}pooled_{role}", features[valid])
@@ -284,9 +280,9 @@ def _compare_paper(fixture: Fixture, prefix: str) -> None:
 
 def _compare_adapter(fixture: Fixture, prefix: str) -> None:
     run = _Run(fixture, prefix, adapter=True)
-    with run.views() as (student, teacher):
-        instances = run.loss.instances(run.loss.predictions(student, teacher), run.batch)
-        features, _ = run.loss.pooled(student, teacher, instances)
+    student, teacher = run.views()
+    instances = run.loss.instances(run.loss.predictions(student, teacher), run.batch)
+    features, _ = run.loss.pooled(student, teacher, instances)
     fixture.compare(f"adapter_{prefix}pooled_student", features[instances.valid])
     for name in ("feature", "relation"):
         _compare_alone(fixture, prefix, name, adapter=True)

@@ -24,10 +24,10 @@ from distill_d2.losses.icd.reference import from_reference
 from distill_d2.losses.icd.sampling import Draws, SlotSampler
 from distill_d2.losses.icd.settings import ICDSettings
 from distill_d2.losses.settings import keys_of
+from distill_d2.testing.maps import view_of
 from distill_d2.views import Batch
 
 from . import Fixture, golden_kind
-from .replay import replayed
 
 _GRADIENT = {"rtol": 1e-4, "atol": 1e-6}
 # Our terms by their names in the fixture; layers are counted.
@@ -85,14 +85,13 @@ class _Run:
         }
         strides = dict(zip(self.levels, meta["strides"]))
         self.batch = _batch(fixture, iteration, meta["MAX_ITER"])
-        with replayed(self.student, strides, "student") as ours:
-            with replayed(teacher, strides, "teacher") as theirs:
-                self.loss.use_statistics(lambda: _statistics(fixture))
-                self.loss.bind(ours, theirs)
-                _record(self.loss, fixture)
-                _load(self.loss, fixture)
-                self.terms = self.loss(ours, theirs, self.batch)
-                self.maps, self.queries, self.geometry = self.loss.read(theirs, self.batch)
+        views = view_of(self.student, "student", strides), view_of(teacher, "teacher", strides)
+        self.loss.use_statistics(lambda: _statistics(fixture))
+        self.loss.bind(*views)
+        _record(self.loss, fixture)
+        _load(self.loss, fixture)
+        self.terms = self.loss(*views, self.batch)
+        self.maps, self.queries, self.geometry = self.loss.read(views[1], self.batch)
         self.total = sum(self.terms.values())
         self.total.backward()
 

@@ -63,9 +63,10 @@ class CondInst(OneStageDetector):
         Args:
             controller: from the box tower's outputs to ``mask_head``'s parameters.
             num_classes: foreground classes.
-            max_proposals: so many positive locations of a batch, by chance, have a mask loss; or
-                topk_proposals_per_image: of each image, the best of each object. -1: all.
-            max_instances_per_pass: so many masks are computed together in evaluation.
+            max_proposals: the number of positive locations of a batch, drawn at random, that have a mask
+                loss; -1: all. Or topk_proposals_per_image: the number per image, the best ones of each
+                object.
+            max_instances_per_pass: the number of masks that are computed together in evaluation.
             focal_alpha, focal_gamma: of the semantic segmentation's loss.
             kwargs: of OneStageDetector.
 

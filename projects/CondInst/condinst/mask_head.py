@@ -115,7 +115,7 @@ class DynamicMaskHead(nn.Module):
         return x + (by_y.unsqueeze(-1) + by_x.unsqueeze(-2)).flatten(2)
 
     def _relative(self, length: int, centers: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        """(M, 1, length): from each of so many cells to the instance, along one axis."""
+        """(M, 1, length): from each of ``length`` cells to the instance, along one axis."""
         cells = torch.arange(length, device=centers.device) * self.in_stride + self.in_stride // 2
         sizes = self.sizes_of_interest[levels].to(centers.dtype)
         return ((centers - cells) / sizes[:, None]).unsqueeze(1)

@@ -6,7 +6,7 @@ import torch
 
 
 def random_subset(count: int, most: int, device: torch.device) -> torch.Tensor:
-    """Sorted indices of at most so many of ``count`` instances, by chance."""
+    """Sorted indices of at most ``most`` of ``count`` instances, drawn at random."""
     if count <= most:
         return torch.arange(count, device=device)
     return torch.randperm(count, device=device)[:most].sort().values

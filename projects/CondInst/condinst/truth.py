@@ -20,7 +20,7 @@ class MaskTruth(NamedTuple):
 
     Attributes:
         masks: (G, H / stride, W / stride) float, at the resolution of predicted masks.
-        centers: (G, 2) centres of mass, x, y in pixels; (0, 0) of an empty mask.
+        centers: (G, 2) centers of mass, x, y in pixels; (0, 0) of an empty mask.
         classes: (H / s, W / s) int64, at the mask branch's resolution: the class of the smallest object
             on each pixel, or K.
     """

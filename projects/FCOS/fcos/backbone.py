@@ -68,7 +68,7 @@ def check_adet_keys(cfg: CfgNode) -> None:
 
 
 def top_block(levels: int, channels: int) -> nn.Module | None:
-    """The convolutions that make so many levels (0, 1 or 2) from p5."""
+    """The convolutions that make 0, 1 or 2 levels from p5."""
     if levels == 2:
         return LastLevelP6P7(channels, channels, in_feature="p5")
     return LastLevelP6(channels) if levels else None

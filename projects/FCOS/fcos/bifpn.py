@@ -171,7 +171,9 @@ def _half(x: torch.Tensor) -> torch.Tensor:
 
 def _conv(in_channels: int, out_channels: int, size: int, norm: str, bias: bool = True) -> Conv2d:
     conv = Conv2d(
-        *(in_channels, out_channels, size),
+        in_channels,
+        out_channels,
+        size,
         padding=size // 2,
         bias=bias,
         norm=get_norm(norm, out_channels),

@@ -84,7 +84,8 @@ class DeformBottleneckBlock(BottleneckBlock):
         nn.init.zeros_(self.conv2_offset.weight)
         nn.init.zeros_(self.conv2_offset.bias)
         self.conv2 = DeformConv2d(
-            *(old.in_channels, old.out_channels),
+            old.in_channels,
+            old.out_channels,
             **geometry,
             groups=old.groups,
             bias=False,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Callable
+
 import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
@@ -10,7 +13,12 @@ from torch import nn
 
 from .targets import Targets
 
-BOX_LOSSES = ("giou", "iou", "linear_iou")
+# Of IoU and GIoU.
+BOX_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "giou": lambda _iou, giou: 1 - giou,
+    "iou": lambda iou, _giou: -iou.log(),
+    "linear_iou": lambda iou, _giou: 1 - iou,
+}
 QUALITIES = ("ctrness", "iou")
 NORMALIZERS = ("fg", "moving_fg", "all")
 
@@ -73,7 +81,7 @@ class FCOSLoss(nn.Module):
         count, weights = rank_mean(positive.sum(), centerness.sum())
         count = count.clamp(min=1)
         iou, giou = smoothed_ious(ltrb, wanted)
-        box_losses = {"giou": 1 - giou, "linear_iou": 1 - iou, "iou": -iou.log()}[self.box_loss]
+        box_losses = BOX_LOSSES[self.box_loss](iou, giou)
         losses = {"loss_fcos_cls": self._class_loss(logits, targets.classes, count)}
         if self.quality == "ctrness":
             losses["loss_fcos_loc"] = (box_losses * centerness).sum() / weights.clamp(min=1e-6)
@@ -147,6 +155,6 @@ def _bce(logits: torch.Tensor, wanted: torch.Tensor, positive: torch.Tensor) -> 
     return (losses * positive).sum()
 
 
-def _check(key: str, value: str, choices: tuple[str, ...]) -> None:
+def _check(key: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"MODEL.FCOS.{key} is '{value}'; expected one of {list(choices)}")

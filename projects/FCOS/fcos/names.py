@@ -36,7 +36,7 @@ _RULES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"^(base_layer|level\d)\.", rf"{_BODY}.\1."),
 )
 _TO_DETECTRON2 = {"cls_tower": "cls_subnet", "bbox_tower": "bbox_subnet", "cls_logits": "cls_score"}
-_FROM_DETECTRON2 = {theirs: ours for ours, theirs in _TO_DETECTRON2.items()}
+_FROM_DETECTRON2 = {new: old for old, new in _TO_DETECTRON2.items()}
 _SCALES = 1e-6  # differences between them that do not count
 
 
@@ -55,10 +55,10 @@ def from_public(weights: Weights) -> tuple[Weights, list[str]]:
 
 
 def to_detectron2(weights: Weights) -> Weights:
-    """The tensors of an FCOS of ours by the names of detectron2's own, which has no scales per level.
+    """The tensors of this FCOS under the names of detectron2's own, which has no scales per level.
 
     Raises:
-        ValueError: the head is of a kind that detectron2's is not; the message says of which.
+        ValueError: detectron2's FCOS has no such head; the message says what differs.
     """
     prefix = f"{HEAD}."
     head = {name[len(prefix) :]: t for name, t in weights.items() if name.startswith(prefix)}
@@ -79,8 +79,8 @@ def is_detectron2s(weights: Weights) -> bool:
 
 
 def from_detectron2(weights: Weights, num_scales: int) -> Weights:
-    """The tensors of detectron2's own FCOS by their names here, and so many scales per level of 1, or none,
-    with which an FCOS of ours predicts the same."""
+    """The tensors of detectron2's own FCOS under their names here, with scales of 1 for ``num_scales``
+    levels; the predictions are the same."""
     converted = {f"{HEAD}.scales.{level}.scale": torch.ones(1) for level in range(num_scales)}
     for name, tensor in weights.items():
         part, _, rest = name.partition(".")

@@ -42,7 +42,7 @@ class Targets(NamedTuple):
 
 
 class FCOSAssigner:
-    """Objects belong to locations near their centres, on the level of their size; of several objects the
+    """Objects belong to locations near their centers, on the level of their size; of several objects the
     smallest (arXiv 2006.09214, section 3.1 and "center sampling")."""
 
     def __init__(self, sizes_of_interest: Sequence[float], radius: float | None):
@@ -57,7 +57,7 @@ class FCOSAssigner:
         self.radius = radius
 
     def points(self, anchors: Sequence[Boxes]) -> Points:
-        """The centres of squares of their stride's size, per level."""
+        """The centers of squares of their stride's size, per level."""
         squares = torch.cat([level.tensor for level in anchors])
         counts = [len(level) for level in anchors]
         lowest, highest, levels = (
@@ -73,7 +73,7 @@ class FCOSAssigner:
 
     @torch.no_grad()
     def targets(self, points: Points, gt_instances: Sequence[Instances], num_classes: int) -> Targets:
-        """Of N images; objects' centres are "gt_centers" (G, 2), x and y in pixels, where an image has
+        """Of N images; objects' centers are "gt_centers" (G, 2), x and y in pixels, where an image has
         them, and otherwise those of their boxes."""
         found = [_image_targets(self, points, image, num_classes) for image in gt_instances]
         return Targets(*map(torch.stack, zip(*found)))

@@ -45,8 +45,7 @@ class BottleneckStage(nn.Module):
                 ``channels``).
             decoder_widths: channels after the decoder's first two convolutions (the last two have
                 ``out_channels``).
-            quant_bits: 8 or 16: in evaluation, what is sent is rounded as so many bits per number
-                round it; 0: float32.
+            quant_bits: in evaluation, round what is sent to 8 or 16 bits per number; 0: float32.
             reference_bugs: of ``quantizer.quantize``.
 
         Raises:
@@ -100,7 +99,7 @@ class BottleneckStage(nn.Module):
 
 
 def _convolution(in_channels: int, out_channels: int, padding: int = 0) -> nn.Conv2d:
-    # torch's own initialisation, as in torchdistill, which the published results are of.
+    # torch's own initialization, as in torchdistill, which made the published results.
     return nn.Conv2d(in_channels, out_channels, kernel_size=2, padding=padding, bias=False)
 
 

@@ -36,16 +36,16 @@ def match_quality(logits: torch.Tensor, iou: torch.Tensor, alpha: float) -> torc
 
 
 def inside(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """(G, R) bool: which centres of anchors (R, 4) are inside boxes (G, 4)."""
+    """(G, R) bool: which centers of anchors (R, 4) are inside boxes (G, 4)."""
     distances = pairwise_point_box_distance(Boxes(anchors).get_centers(), Boxes(boxes))
     return (distances.amin(dim=-1) > 0).t()
 
 
-def near_centre(boxes: torch.Tensor, anchors: torch.Tensor, radius: float) -> torch.Tensor:
-    """(G, R) bool: which centres of anchors (R, 4), squares with their strides as sides, are inside
-    boxes (G, 4) and, in x and in y, less than ``radius`` strides from the centres of these."""
-    centres = Boxes(boxes).get_centers()[:, None]
-    distances = (Boxes(anchors).get_centers() - centres).abs().amax(dim=-1)
+def near_center(boxes: torch.Tensor, anchors: torch.Tensor, radius: float) -> torch.Tensor:
+    """(G, R) bool: which centers of anchors (R, 4), squares with their strides as sides, are inside
+    boxes (G, 4) and, in x and in y, less than ``radius`` strides from the centers of these."""
+    centers = Boxes(boxes).get_centers()[:, None]
+    distances = (Boxes(anchors).get_centers() - centers).abs().amax(dim=-1)
     return inside(boxes, anchors) & (distances < radius * (anchors[:, 2] - anchors[:, 0]))
 
 

@@ -24,7 +24,7 @@ class MaxFiltering(nn.Module):
             tau: how many levels next to a level, finer and coarser together, belong to it; even.
 
         Raises:
-            ValueError: the window has no centre.
+            ValueError: the window has no center.
         """
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:

@@ -20,7 +20,7 @@ from fvcore.nn import sigmoid_focal_loss_jit
 from distill_d2.plugins import register_if_free
 from distill_d2.views.matching import batched_iou, giou_distance
 
-from .assignment import Pairs, inside, match_quality, near_centre, one_to_many, one_to_one
+from .assignment import Pairs, inside, match_quality, near_center, one_to_many, one_to_one
 from .head import POTOHead
 
 Levels = list[torch.Tensor]
@@ -186,7 +186,7 @@ class POTO(DenseDetector):
             boxes, classes = gt.gt_boxes.tensor, gt.gt_classes
             iou = batched_iou(boxes, self._decode(rows.deltas[image], rows.anchors))
             quality = match_quality(rows.filtered[image].t()[classes], iou, self.alpha)
-            near = near_centre(boxes, rows.anchors, self.center_sampling_radius)
+            near = near_center(boxes, rows.anchors, self.center_sampling_radius)
             qualities.append(torch.where(near, quality, -1.0))
             if self.aux_topk:
                 quality = match_quality(rows.logits[image].t()[classes], iou, self.alpha)

@@ -10,7 +10,7 @@ from detectron2.structures import Boxes
 from distill_d2.views import FCOSView, Predictions
 from distill_d2.views.base import register_view
 
-from .assignment import near_centre
+from .assignment import near_center
 from .poto import POTO, product_logits
 
 
@@ -30,7 +30,7 @@ class POTOView(FCOSView):
         return replace(found, logit_levels=logits, centerness_levels=())
 
     def _match(self, boxes: torch.Tensor, valid: torch.Tensor, anchors: list[Boxes]) -> torch.Tensor:
-        """Near the centre of a box, on any level: the locations among which POTO chooses one."""
+        """Near the center of a box, on any level: the locations among which POTO chooses one."""
         rows, radius = Boxes.cat(anchors).tensor, self.model.center_sampling_radius
-        near = torch.stack([near_centre(per_image, rows, radius) for per_image in boxes])
+        near = torch.stack([near_center(per_image, rows, radius) for per_image in boxes])
         return (near & valid[..., None]).any(dim=1).to(torch.int8)

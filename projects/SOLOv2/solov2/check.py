@@ -20,7 +20,7 @@ def check_solov2_config(node: CN, levels: Mapping[str, ShapeSpec], divisibility:
         levels, divisibility: output_shape() and size_divisibility of the backbone.
 
     Raises:
-        ValueError: a value that cannot be; the message names the key.
+        ValueError: a value is out of range, or does not fit the backbone; the message names the key.
     """
     _check_choices(node)
     _check_numbers(node)

@@ -55,7 +55,7 @@ class SOLOv2InstanceHead(nn.Module):
         self.kernel_tower = _tower(in_channels + 2 * coordinates, channels, num_convs, norm)
         self.cate_pred = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
         self.kernel_pred = nn.Conv2d(channels, num_kernels, kernel_size=3, padding=1)
-        _initialise(self)
+        _initialize(self)
         nn.init.constant_(self.cate_pred.bias, -math.log((1 - prior_prob) / prior_prob))
 
     def forward(self, features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -105,7 +105,7 @@ class SOLOv2MaskHead(nn.Module):
             for level in range(num_levels)
         )
         self.conv_pred = nn.Sequential(*_block(channels, num_masks, "GN", kernel_size=1))
-        _initialise(self)
+        _initialize(self)
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
         """From levels (N, C, H / 2^i, W / 2^i) to (N, D, H, W)."""
@@ -161,7 +161,7 @@ def _block(in_channels: int, channels: int, norm: str, kernel_size: int = 3) -> 
     return [convolution, *norms, nn.ReLU(inplace=True)]
 
 
-def _initialise(head: nn.Module) -> None:
+def _initialize(head: nn.Module) -> None:
     for layer in head.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=0.01)

@@ -27,9 +27,9 @@ class InstanceSelection:
         score_threshold: class scores before NMS are above it.
         mask_threshold: of a mask's pixels; with nms_type "mask" also of the IoU.
         nms_type: of NMS_TYPES; nms_kernel: of KERNELS, with nms_sigma, for matrix NMS.
-        pre_nms: so many instances before NMS.
+        pre_nms: the largest number of instances before NMS.
         update_threshold: scores after matrix NMS are not below it.
-        max_instances: so many in the end.
+        max_instances: the largest number of detections.
     """
 
     score_threshold: float = 0.1

@@ -162,7 +162,7 @@ class SOLOv2(nn.Module):
         return [{"instances": per_image} for per_image in found]
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        """Normalised images, padded to one size."""
+        """Normalized images, padded to one size."""
         images = [move_device_like(item["image"], self.pixel_mean) for item in batched_inputs]
         return ImageList.from_tensors(
             [(image - self.pixel_mean) / self.pixel_std for image in images],

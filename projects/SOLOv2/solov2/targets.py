@@ -2,7 +2,7 @@
 assignment of objects to cells is SOLO's, arXiv 1912.04488, section 3.3.1).
 
 An object belongs to the levels whose range has the root of its box's area, and there to the cells that
-its central region touches: sigma times its box, around its mask's centre of mass, and at most the 3 x 3
+its central region touches: sigma times its box, around its mask's center of mass, and at most the 3 x 3
 cells around that. Each object and cell is an entry of the mask loss; the class of a cell is its last
 object's.
 """
@@ -121,13 +121,13 @@ class GridTargets:
         return ImageTargets(classes, cell[chosen], index[chosen], valid[chosen], masks)
 
     def cells(self, objects: Objects, padded_size: Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """The 3 x 3 cells around each object's centre, row by row.
+        """The 3 x 3 cells around each object's center, row by row.
 
         Returns:
             (L, G, 9) int64, their numbers among the cells of all levels, and (L, G, 9) bool, which of
             them are the object's; the numbers of others are 0.
         """
-        (x, y), there = centres(objects.masks)
+        (x, y), there = centers(objects.masks)
         width, height = (objects.boxes[:, 2:] - objects.boxes[:, :2]).unbind(1)
         numbers, valid, offset = [], [], 0
         for grid, _ in self.levels:
@@ -141,7 +141,7 @@ class GridTargets:
         return torch.where(found, torch.stack(numbers), 0), found
 
     def most_entries(self, boxes: torch.Tensor, padded_size: Size) -> int:
-        """No fewer than the entries of objects with these boxes (G, 4), wherever their centres are.
+        """No fewer than the entries of objects with these boxes (G, 4), wherever their centers are.
 
         A region that is r cells long touches at most ceil(r) + 1 of them.
         """
@@ -170,7 +170,7 @@ class GridTargets:
 
 
 def draw_slots(slots: Sequence[int], most: int) -> list[int]:
-    """Of the slots of N images at most so many (-1: all), drawn by chance: how many each image keeps."""
+    """Draw at most ``most`` (-1: all) of the slots of N images at random; the number that each image keeps."""
     if most < 0 or sum(slots) <= most:
         return list(slots)
     image = torch.arange(len(slots)).repeat_interleave(torch.tensor(slots))
@@ -197,8 +197,8 @@ def bit_masks(instances: Instances) -> torch.Tensor:
     return masks.tensor
 
 
-def centres(masks: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Centres of mass of masks (G, H, W): x and y, each (G,), in pixels from the centre of the first
+def centers(masks: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Centers of mass of masks (G, H, W): x and y, each (G,), in pixels from the center of the first
     one; and (G,) bool, which masks have one."""
     parts = [
         (part.sum(dim=1), part.sum(dim=2))
@@ -229,15 +229,15 @@ def downscale(masks: torch.Tensor, stride: int, canvas: Size) -> torch.Tensor:
 
 
 def _cells_of_axis(
-    centre: torch.Tensor, length: torch.Tensor, side: int, grid: int
+    center: torch.Tensor, length: torch.Tensor, side: int, grid: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The three cells around each of G centres along an axis of so many pixels, (G, 3) int64, and which
-    of them the region of this length around it touches."""
+    """The three cells around each of G centers along an axis of ``side`` pixels, (G, 3) int64, and which
+    of them the region of this length around the center touches."""
 
     def cell_of(position: torch.Tensor) -> torch.Tensor:
         return (position / side // (1 / grid)).long()[:, None]
 
-    cells = cell_of(centre) + torch.arange(-1, 2, device=centre.device)
-    first = cell_of(centre - 0.5 * length).clamp(min=0)
-    last = cell_of(centre + 0.5 * length).clamp(max=grid - 1)
+    cells = cell_of(center) + torch.arange(-1, 2, device=center.device)
+    first = cell_of(center - 0.5 * length).clamp(min=0)
+    last = cell_of(center + 0.5 * length).clamp(max=grid - 1)
     return cells, (cells >= first) & (cells <= last)

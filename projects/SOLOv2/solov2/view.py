@@ -38,6 +38,6 @@ class SOLOv2View(DetectorView):
 def _squares(size: tuple[int, int], stride: int, device: torch.device) -> torch.Tensor:
     """(H, W, 1, 4), absolute XYXY."""
     y, x = ((torch.arange(side, device=device) + 0.5) * stride for side in size)
-    centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+    center = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
     half = ANCHOR_STRIDES * stride / 2
-    return torch.cat([centre - half, centre + half], dim=-1)[:, :, None]
+    return torch.cat([center - half, center + half], dim=-1)[:, :, None]

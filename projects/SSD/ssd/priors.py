@@ -13,9 +13,9 @@ from torch import nn
 class SSDPriors(nn.Module):
     """The anchors of an SSD, in the order of its head's outputs, as detectron2's anchor generators give them.
 
-    On cell (row i, column j) of a level with stride s, centred at ((j + 0.5) s, (i + 0.5) s): squares of
+    On cell (row i, column j) of a level with stride s, centered at ((j + 0.5) s, (i + 0.5) s): squares of
     side min and sqrt(min max), then per aspect ratio r boxes of (min sqrt(r), min / sqrt(r)) and
-    (min / sqrt(r), min sqrt(r)); centres and sides are clamped to the image.
+    (min / sqrt(r), min sqrt(r)); centers and sides are clamped to the image.
     """
 
     def __init__(
@@ -87,5 +87,5 @@ def _level(
     boxes[..., 0] = x[None, :, None]
     boxes[..., 1] = y[:, None, None]
     boxes[..., 2:] = torch.tensor(sides, dtype=torch.float64)
-    centres, whole = (boxes / size).float().clamp_(0, 1).view(-1, 4).split(2, dim=1)
-    return torch.cat([centres - whole / 2, centres + whole / 2], dim=1)
+    centers, whole = (boxes / size).float().clamp_(0, 1).view(-1, 4).split(2, dim=1)
+    return torch.cat([centers - whole / 2, centers + whole / 2], dim=1)

@@ -37,7 +37,7 @@ class L2Norm(nn.Module):
 class SSDVGG16(Backbone):
     """VGG16 to conv5_3, fc6 and fc7 as convolutions, and four or five pairs of extra convolutions.
 
-    With ``conv4_3`` the original SSD300: levels s8 (conv4_3, normalised), s16 (fc7), s32, s64, s100 and
+    With ``conv4_3`` the original SSD300: levels s8 (conv4_3, normalized), s16 (fc7), s32, s64, s100 and
     s300, 38 to 1 cells wide. Without, the teacher of MobileNetV2-SSDLite: s16 to s300 over s150, 19 to 1
     cells, and s8 (conv4_3 as it is) for losses on features. Named by their strides for images of 300.
     """
@@ -62,7 +62,7 @@ class SSDVGG16(Backbone):
         self._out_features = names
         self._out_feature_channels = dict(zip(names, channels))
         self._out_feature_strides = {name: int(name[1:]) for name in names}
-        _initialise(self)
+        _initialize(self)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """From images (N, 3, H, W) to levels by name, from fine to coarse."""
@@ -111,7 +111,7 @@ def _extras(channels: int, outs: Sequence[int], strides: Sequence[int], width: f
     return layers
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

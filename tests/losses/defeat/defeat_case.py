@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import naive_defeat as naive
-import naive_masks
 import numpy as np
 import torch
 from detectron2.layers import ShapeSpec
@@ -174,7 +173,7 @@ class Case:
         self.proposals = {
             source: [Boxes(torch.zeros(count, 4)) for count in self.rows] for source in self.labels
         }
-        self.anchors = naive_masks.square_anchors(
+        self.anchors = naive.square_anchors(
             {name: tuple(self.maps["teacher"][name].shape[-2:]) for name in self.strides}, self.strides
         )
         for leaf in self.leaves().values():
@@ -282,7 +281,7 @@ class Case:
             strides={name: s for name, s in self.strides.items() if name in self._necks()},
             stages=getattr(self.settings, "bb_features", ()),
             anchors=self.anchors,
-            truth=naive_masks.numbers(self.truth),
+            truth=self.truth,
             padded=self.padded,
             adapters=_adapters(parameters),
             rows={source: self._naive_rows(leaves, source) for source in self.labels},
@@ -299,18 +298,14 @@ class Case:
     def _necks(self) -> Sequence[str]:
         return self.settings.in_features or list(self.strides)
 
-    def _naive_rows(self, leaves: dict[str, Tensor], source: str) -> list[naive.Row]:
-        rows = []
-        for image in self.images:
-            both = leaves[f"{source}'s rows {image}"], self.logits["teacher"][source][image].double()
-            for *logits, label in zip(*both, self.labels[source][image]):
-                if self.dense:
-                    kind = {1: "object", 0: "background", -1: "ignored"}[label]
-                    rows.append(naive.Row(*logits, kind))
-                else:
-                    kind = "background" if label == self.classes else "object"
-                    rows.append(naive.Row(*logits, kind, label))
-        return rows
+    def _naive_rows(self, leaves: dict[str, Tensor], source: str) -> naive.RowSet:
+        ours = torch.cat([leaves[f"{source}'s rows {image}"] for image in self.images])
+        theirs = torch.cat(self.logits["teacher"][source]).double()
+        labels = torch.cat(self.labels_of(source))
+        if self.dense:
+            return naive.RowSet(ours, theirs, labels == 1, labels == 0)
+        background = labels == self.classes
+        return naive.RowSet(ours, theirs, ~background, background, labels)
 
     def compare(self) -> dict[str, Tensor]:
         """All terms and gradients with the naive version's; the terms."""

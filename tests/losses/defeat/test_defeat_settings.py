@@ -1,56 +1,15 @@
-"""What DeFeat and FGFI refuse: values that cannot be, and detectors that they cannot compare."""
-
-import math
+"""What DeFeat and FGFI refuse: values of several settings, and detectors that they cannot compare."""
 
 import pytest
 import torch
-from defeat_case import ALL, HEAD, NECK, OFF, WEIGHTS
-from detectron2.config import get_cfg
+from defeat_case import ALL, HEAD, NECK, OFF
 from detectron2.modeling import build_model
 
-from distill_d2 import add_distill_config
-from distill_d2.losses import build_losses
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.fgfi import FGFI
 from distill_d2.testing.maps import view_of
 from distill_d2.testing.tiny import tiny_config, tiny_detector
 from distill_d2.views import build_view
-
-NOT_A_SIZE = (-0.1, math.inf, math.nan)
-
-# Values
-
-WRONG = [
-    *((DeFeat, "mask", "all"), (DeFeat, "level_assign", "one"), (DeFeat, "loss_form", "l2")),
-    *((DeFeat, "head_cls_rows", "fore"), (DeFeat, "predictions", "rpn"), (DeFeat, "proposals", "duo")),
-    *((DeFeat, "decay", "step"), (DeFeat, "decay", "")),
-    *((DeFeat, name, value) for name in (*WEIGHTS, "adapt_init_std") for value in NOT_A_SIZE),
-    *((DeFeat, "finest_scale", value) for value in (0.0, *NOT_A_SIZE)),
-    *((DeFeat, name, v) for name in ("head_cls_t", "head_cls_back_t") for v in (0.0, *NOT_A_SIZE)),
-    *((loss, "roi_phi", v) for loss in (DeFeat, FGFI) for v in (-0.1, 1.0, 1.5, math.nan)),
-    *((FGFI, "level_assign", "none"), (FGFI, "finest_scale", 0.0), (FGFI, "finest_scale", -56.0)),
-    *((FGFI, "finest_scale", math.nan), (FGFI, "finest_scale", math.inf)),
-    *((FGFI, "adapter_init_std", value) for value in NOT_A_SIZE),
-    *((DeFeat, "adapt_kernel_size", value) for value in (0, 2, -1)),
-    *((FGFI, "adapter_kernel_size", value) for value in (0, 2, -1)),
-]
-
-
-@pytest.mark.parametrize("loss, name, value", WRONG)
-def test_wrong_value_is_named(loss, name, value):
-    with pytest.raises(ValueError) as error:
-        loss(**{name: value})
-    message = f"MODEL.DISTILLER.{loss.NODE}.{name.upper()} is {value!r}; expected "
-    assert str(error.value).startswith(message) and len(str(error.value)) > len(message)
-
-
-@pytest.mark.parametrize("loss", [DeFeat, FGFI])
-@pytest.mark.parametrize("name", ["weight", "warmup_iters"])
-def test_wrong_schedule(loss, name):
-    with pytest.raises(
-        ValueError, match=rf"MODEL.DISTILLER.{loss.NODE}.{name.upper()} is -1; expected .*at least 0"
-    ):
-        loss(**{name: -1})
 
 
 def test_some_weight_must_be_above_zero():
@@ -66,64 +25,6 @@ def test_one_class_term_has_one_weight(head_cls_rows):
             DeFeat(**{**others, "head_cls_rows": head_cls_rows, "head_cls_back_w": 1.0})
     DeFeat(**{**HEAD, "head_cls_rows": head_cls_rows, "head_cls_back_w": 0.0})
     DeFeat(**NECK, head_cls_rows=head_cls_rows)
-
-
-EXTREMES = [
-    *((DeFeat, {**OFF, weight: 1e-9}) for weight in WEIGHTS),
-    *((DeFeat, {"roi_phi": 0.0}), (DeFeat, {"adapt_init_std": 0.0}), (DeFeat, {"finest_scale": 1e-9})),
-    *((FGFI, {"roi_phi": 0.999}), (FGFI, {"adapter_init_std": 0.0}), (FGFI, {"weight": 0.0})),
-]
-
-
-@pytest.mark.parametrize("loss, settings", EXTREMES, ids=str)
-def test_extreme_values_are_allowed(loss, settings):
-    loss(**settings)
-
-
-def test_every_key_reaches_the_loss():
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    node = cfg.MODEL.DISTILLER
-    for loss in (DeFeat, FGFI):
-        assert set(node[loss.NODE]) == {name.upper() for name in vars(loss.Settings())}
-    values = {
-        "IN_FEATURES": ["p4"],
-        "HINT_NECK_W": 1.0,
-        "HINT_NECK_BACK_W": 2.0,
-        "MASK": "gaussian",
-        "LEVEL_ASSIGN": "all",
-        "FINEST_SCALE": 5.0,
-        "ROI_PHI": 0.1,
-        "LOSS_FORM": "L1",
-        "NECK_ADAPT": False,
-        "BB_FEATURES": ["res4"],
-        "HINT_BB_W": 3.0,
-        "HINT_BB_BACK_W": 4.0,
-        "BB_ADAPT": True,
-        "ADAPT_INIT_STD": 0.5,
-        "HEAD_CLS_W": 5.0,
-        "HEAD_CLS_BACK_W": 6.0,
-        "HEAD_CLS_T": 7.0,
-        "HEAD_CLS_BACK_T": 8.0,
-        "HEAD_CLS_ROWS": "all",
-        "PREDICTIONS": "box_head",
-        "PROPOSALS": "both",
-        "DECAY": "cos",
-        "REFERENCE_BUGS": True,
-        "ADAPT_KERNEL_SIZE": 1,
-    }
-    schedule = {"WEIGHT": 9.0, "START_ITER": 3, "STOP_ITER": 8, "WARMUP_ITERS": 2}
-    node.merge_from_list(
-        [x for pair in {**values, **schedule}.items() for x in ("DEFEAT." + pair[0], pair[1])]
-    )
-    assert set(values) | set(schedule) == set(node.DEFEAT)
-    node.TYPES = ["DeFeat", "FGFI"]
-    loss = build_losses(node)["DeFeat"]
-    expected = {name.lower(): value for name, value in {**values, **schedule}.items()}
-    assert vars(loss.settings) == expected
-    masks = loss.masks
-    found = masks.kind, masks.level_assign, masks.finest_scale, masks.threshold
-    assert found == ("gaussian", "all", 5.0, 0.1)
 
 
 # Detectors

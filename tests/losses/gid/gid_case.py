@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Callable
 
 import naive_gid as naive
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
+from naive_gid import Heads, Rows
 from torch import Tensor
 
 from distill_d2.losses.gid import GID
-from distill_d2.testing.maps import view_of
-from distill_d2.views import Batch, DetectorView, Predictions
+from distill_d2.testing.maps import GivenView, view_of
+from distill_d2.views import Batch, Predictions
 from distill_d2.views.matching import match_by_iou
 from distill_d2.views.predictions import decoder_of
 
-TERMS = {
-    "loss_gid_feature": "feature_weight",
-    "loss_gid_relation": "relation_weight",
-    "loss_gid_response_cls": "response_cls_weight",
-    "loss_gid_response_reg": "response_reg_weight",
-}
-# Terms of one magnitude, and pooling that the naive version does in milliseconds.
-EVEN = {
-    "feature_weight": 1.0,
-    "relation_weight": 1.0,
-    "response_cls_weight": 1.0,
-    "response_reg_weight": 1.0,
-    "pooler_resolution": 2,
-}
+TERMS = naive.TERMS
+# Terms of one magnitude.
+EVEN = {**dict.fromkeys(TERMS.values(), 1.0), "pooler_resolution": 2}
 OFF = dict.fromkeys(TERMS.values(), 0.0)
-RETINANET_MATCHER = ((0.4, 0.5), (0, -1, 1), True)
-BOX_HEAD_MATCHER = ((0.5,), (0, 1), False)
+DENSE_MATCHER = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
+BOX_HEAD_MATCHER = Matcher([0.5], [0, 1])
 
 
 def only(*names: str, **settings) -> dict[str, float]:
@@ -65,217 +53,51 @@ def random_boxes(random: np.random.Generator, count: int, size: tuple[int, int],
     return torch.tensor(boxes * np.tile(size[::-1], 2)).float().reshape(-1, 4)
 
 
-# ------------------------------------------------------------------------------------- a naive step
-
-
-@dataclass
-class Model:
-    """One detector's predictions: logits (N, R, K or K + 1), deltas (N, R, 4 or 4 K), centerness (N, R)
-    logits, and the maps by level name."""
-
-    logits: Tensor
-    deltas: Tensor
-    maps: dict[str, Tensor]
-    centerness: Tensor | None = None
-
-
-@dataclass
-class Rows:
-    """What the rows of N images are.
-
-    Attributes:
-        anchors: (N, R, 4); counts: how many of them each image has, the others only fill up.
-        background: whether probabilities are a softmax with background.
-        decode: (anchor, deltas) -> box, of the naive version.
-        label: (anchors, boxes) -> a label for each anchor of one image.
-    """
-
-    anchors: Tensor
-    counts: Sequence[int]
-    background: bool
-    decode: Callable
-    label: Callable[[list[list], list[list]], list[int]]
-
-
-def labels_by_iou(matcher) -> Callable[[list[list], list[list]], list[int]]:
-    return lambda anchors, boxes: [label for _, label in naive.match(anchors, boxes, *matcher)]
-
-
-def naive_instances(
-    teacher: Model, student: Model, rows: Rows, sizes, truth: list[Tensor], s: SimpleNamespace
-) -> list[list[naive.Instance]]:
-    if s.gi_mode.lower() == "gt":
-        return [[naive.Instance(box, 1.0, -1, False) for box in naive.numbers(gt)] for gt in truth]
-    names = ("score", "nms_thresh", "pre_nms_topk", "post_nms_topk", "min_side")
-    options = {name: getattr(s, f"gi_{name}") for name in names}
-    found = []
-    for image, size in enumerate(sizes):
-        both = [_image_predictions(model, rows, image, s.gi_centerness) for model in (teacher, student)]
-        probabilities, boxes = zip(*both)
-        instances = naive.select_image(*probabilities, *boxes, size, **options)
-        found.append(_of_mode(instances, rows, image, truth[image], s))
-    return found
-
-
-def _image_predictions(model: Model, rows: Rows, image: int, centerness: bool):
-    """One image's probabilities and boxes."""
-    count = rows.counts[image]
-    logits, deltas = model.logits[image, :count], model.deltas[image, :count]
-    if rows.background:
-        probabilities = naive.softmax_probabilities(logits)
-    else:
-        factors = model.centerness[image] if centerness and model.centerness is not None else None
-        probabilities = naive.sigmoid_probabilities(logits, factors)
-    deltas = naive.deltas_of_classes(deltas, [naive.highest_class(p) for p in probabilities])
-    return probabilities, naive.decode_rows(rows.anchors[image, :count], deltas, rows.decode)
-
-
-def _of_mode(instances, rows: Rows, image: int, truth: Tensor, s: SimpleNamespace):
-    if s.gi_mode.lower() == "all":
-        return instances
-    kinds = naive_categories(instances, rows, image, truth, s.iou_thresholds)
-    return [instance for instance, kind in zip(instances, kinds) if kind == s.gi_mode.lower()]
-
-
-def naive_categories(instances, rows: Rows, image: int, truth: Tensor, thresholds) -> list[str]:
-    boxes = naive.numbers(truth)
-    labels = rows.label(naive.numbers(rows.anchors[image, : rows.counts[image]]), boxes)
-    return [
-        naive.category(i.box, 0 if labels[i.row] == 1 else -1, boxes, 1, thresholds) for i in instances
-    ]
-
-
-def naive_masks(instances, rows: Rows, truth: list[Tensor], s: SimpleNamespace):
-    """Of each image, for the classification and for the box term."""
-    cls_masks, reg_masks = [], []
-    for image, boxes in enumerate(naive.boxes_of(instances)):
-        anchors = naive.numbers(rows.anchors[image, : rows.counts[image]])
-        if s.response_mask == "inside":
-            mask = naive.inside_mask(anchors, boxes)
-        else:
-            labels = rows.label(anchors, boxes) if boxes else [0] * len(anchors)
-            mask = [label == 1 for label in labels]
-        cls_masks.append(mask)
-        if s.response_reg_mask == "gi_pos":
-            truly = rows.label(anchors, naive.numbers(truth[image]))
-            mask = [flag and label == 1 for flag, label in zip(mask, truly)]
-        reg_masks.append(mask)
-    return cls_masks, reg_masks
-
-
 def naive_step(
-    teacher: Model,
-    student: Model,
+    teacher: Heads,
+    student: Heads,
     rows: Rows | None,
     sizes: Sequence[tuple[int, int]],
     truth: list[Tensor],
     strides: dict[str, int],
     settings: dict,
     adapter: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda maps: maps,
-) -> tuple[dict[str, Tensor], Model]:
-    """The weighted terms, after their backward, and the student's inputs as float64 leaves."""
-    s = SimpleNamespace(**{**vars(GID.Settings()), **settings})
-    instances = naive_instances(teacher, student, rows, sizes, truth, s)
-    leaf = lambda x: None if x is None else x.detach().double().requires_grad_()  # noqa: E731
-    leaves = Model(
-        leaf(student.logits), leaf(student.deltas), {n: leaf(x) for n, x in student.maps.items()}
-    )
-    terms = {}
-    if s.feature_weight or s.relation_weight:
-        terms.update(_naive_features(teacher, adapter(leaves.maps), instances, strides, s))
-    if s.response_cls_weight or s.response_reg_weight:
-        terms.update(_naive_responses(teacher, leaves, instances, rows, truth, s))
-    terms = {n: getattr(s, TERMS[n]) * term for n, term in terms.items() if getattr(s, TERMS[n])}
+) -> tuple[dict[str, Tensor], Heads]:
+    """The weighted terms in float64, after their backward, and the student's inputs as leaves."""
+    s = GID.Settings(**settings)
+    instances = naive.all_instances(teacher, student, rows, sizes, truth, s)
+    leaf = lambda x: x.detach().double().requires_grad_()  # noqa: E731
+    maps = {name: leaf(level) for name, level in student.maps.items()}
+    leaves = Heads(leaf(student.logits), leaf(student.deltas), maps)
+    adapted = leaves._replace(maps=adapter(maps) if s.feature_weight or s.relation_weight else maps)
+    terms = naive.terms(teacher.double(), adapted, instances, rows, truth, strides, s)
     total = sum(terms.values())
     if total.requires_grad:
         total.backward()
     return terms, leaves
 
 
-def _naive_features(teacher: Model, ours: dict[str, Tensor], instances, strides, s: SimpleNamespace):
-    names = sorted(strides, key=strides.get)
-    theirs, ours = (
-        naive.pool(
-            [maps[name].double() for name in names],
-            [strides[name] for name in names],
-            naive.boxes_of(instances),
-            s.pooler_resolution,
-            s.pooler_sampling_ratio,
-        )
-        for maps in (teacher.maps, ours)
-    )
-    images = [image for image, found in enumerate(instances) for _ in found]
-    mode, beta = s.feature_mode, s.feature_smooth_l1_beta
-    scope = s.relation_scope
-    relation = naive.relation_loss(theirs, ours, images, s.relation_smooth_l1_beta, scope)
-    return {
-        "loss_gid_feature": naive.feature_loss(theirs, ours, mode, beta),
-        "loss_gid_relation": relation,
-    }
-
-
-def _naive_responses(teacher: Model, student: Model, instances, rows: Rows, truth, s: SimpleNamespace):
-    cls_masks, reg_masks = naive_masks(instances, rows, truth, s)
-    mode = "CE" if rows.background and s.response_cls_mode == "BCE" else s.response_cls_mode
-    beta = s.response_cls_smooth_l1_beta
-    logits = teacher.logits.double(), student.logits
-    deltas = _compared_deltas(teacher, student, rows)
-    if s.response_reg_mode == "GIoU":
-        anchors = rows.anchors.double()
-        reg = naive.response_giou_loss(*deltas, reg_masks, anchors, rows.decode)
-    else:
-        modes = s.response_reg_mode, s.response_reg_smooth_l1_beta
-        reg = naive.response_loss(*deltas, reg_masks, *modes)
-    return {
-        "loss_gid_response_cls": naive.response_loss(*logits, cls_masks, mode, beta),
-        "loss_gid_response_reg": reg,
-    }
-
-
-def _compared_deltas(teacher: Model, student: Model, rows: Rows) -> list[Tensor]:
-    """Of the teacher's highest foreground class."""
-    foreground = teacher.logits[..., :-1] if rows.background else teacher.logits
-    classes = [[naive.highest_class(row) for row in naive.numbers(image)] for image in foreground]
-    return [
-        torch.stack([naive.deltas_of_classes(d, c) for d, c in zip(model.deltas.double(), classes)])
-        for model in (teacher, student)
-    ]
-
-
 # --------------------------------------------------------------------------------------- random steps
 
 
-class HeadsView(DetectorView):
+class HeadsView(GivenView):
     """A view of given maps and predictions, called dense, rpn and box_head."""
 
     offers = ("dense", "rpn", "box_head")
     has_centerness = True
-    predictions: Callable[[], Predictions]
-    classes = 3
 
-    @property
-    def num_classes(self) -> int:
-        return self.classes
+    def rpn(self) -> Predictions:
+        return self.predictions
 
-    def dense(self) -> Predictions:
-        return self.predictions()
-
-    rpn = dense
-
-    def box_head(self, proposals=None) -> Predictions:
+    def box_head(self, proposals=None, classes=None) -> Predictions:
         assert (proposals is None) == (self.role == "student")
-        return self.predictions()
+        return self.predictions
 
     def sampled_proposals(self) -> list[Boxes]:
         return []
 
-    def sample_boxes(self, capability: str):
-        predictions = self.predictions()
-        anchors = predictions.anchors[..., :2, :]
-        return anchors, predictions.decode(torch.full_like(anchors, 0.1), anchors)
 
-
-def heads_view(maps: dict[str, Tensor], role: str, predictions: Callable[[], Predictions]) -> HeadsView:
+def heads_view(maps: dict[str, Tensor], role: str, predictions: Predictions) -> HeadsView:
     view = HeadsView(view_of(maps, role).model, role)
     view.predictions = predictions
     view.taps.start()
@@ -317,7 +139,7 @@ class Case:
             settings: arguments of the loss, other than EVEN.
         """
         random = np.random.default_rng(seed)
-        self.classes, self.strides = classes, {f"p{int(np.log2(s))}": s for s in strides}
+        self.strides = {f"p{int(np.log2(s))}": s for s in strides}
         self.sizes, self.padded = list(sizes[: len(objects)]), padded
         self.truth = [random_boxes(random, n, z) for n, z in zip(objects, self.sizes)]
         self.settings = {**EVEN, **settings}
@@ -332,7 +154,7 @@ class Case:
         models = []
         for count in channels:
             models.append(
-                Model(
+                Heads(
                     base + tensor(*shape, columns, scale=0.7),
                     tensor(*shape, 4 * classes if class_specific else 4, scale=0.2) + 0.4 * ltrb,
                     {
@@ -354,7 +176,7 @@ class Case:
 
     def _rows(self, random, ltrb: bool, proposals: Sequence[int]) -> Rows:
         decode = naive.decode_ltrb if ltrb else naive.decode_deltas
-        label = labels_by_iou(BOX_HEAD_MATCHER if proposals else RETINANET_MATCHER)
+        label = naive.labels_by(BOX_HEAD_MATCHER if proposals else DENSE_MATCHER)
         images = len(self.sizes)
         if not proposals:
             anchors = torch.cat([_anchors(self.padded, s) for s in self.strides.values()])
@@ -382,11 +204,11 @@ class Case:
             inputs.append({"image": torch.empty(3, *size), "instances": instances})
         return Batch(inputs, self.padded, iteration=0, max_iter=1)
 
-    def predictions(self, model: Model) -> Predictions:
+    def predictions(self, model: Heads) -> Predictions:
         anchors, counts, valid = self.rows.anchors, self.rows.counts, None
-        matcher = Matcher([0.4, 0.5], [0, -1, 1], True)
+        matcher = DENSE_MATCHER
         if self.rows.background:
-            matcher = Matcher([0.5], [0, 1], False)
+            matcher = BOX_HEAD_MATCHER
             valid = torch.arange(anchors.shape[1]) < torch.tensor(counts)[:, None]
         else:
             anchors = anchors[0]
@@ -412,9 +234,7 @@ class Case:
     def views(self) -> tuple[HeadsView, HeadsView]:
         views = []
         for role, model in (("student", self.student), ("teacher", self.teacher)):
-            views.append(heads_view(model.maps, role, functools.partial(self.predictions, model)))
-        for view in views:
-            view.classes = self.classes
+            views.append(heads_view(model.maps, role, self.predictions(model)))
         return views[0], views[1]
 
     def forward(self) -> dict[str, Tensor]:
@@ -435,9 +255,9 @@ class Case:
 
     # The naive version.
 
-    def naive_instances(self) -> list[list[naive.Instance]]:
-        s = SimpleNamespace(**{**vars(GID.Settings()), **self.settings})
-        return naive_instances(self.teacher, self.student, self.rows, self.sizes, self.truth, s)
+    def naive_instances(self) -> list[naive.Instances]:
+        inputs = self.teacher, self.student, self.rows, self.sizes, self.truth
+        return naive.all_instances(*inputs, GID.Settings(**self.settings))
 
     def naive(self):
         """Terms by name, and the student's inputs with their gradients."""
@@ -451,8 +271,11 @@ class Case:
             name: [p.detach().double().requires_grad_() for p in (adapter.weight, adapter.bias)]
             for name, adapter in self.loss.pairs.adapters.items()
         }
-        of_level = [self.adapters.get(name) or self.adapters["shared"] for name in maps]
-        return dict(zip(maps, naive.adapt(list(maps.values()), *zip(*of_level))))
+        adapted = {}
+        for name, level in maps.items():
+            weight, bias = self.adapters.get(name) or self.adapters["shared"]
+            adapted[name] = F.conv2d(level, weight, bias, padding=weight.shape[-1] // 2)
+        return adapted
 
     def compare(self) -> dict[str, Tensor]:
         """All terms and gradients with the naive version's; the terms."""
@@ -483,27 +306,6 @@ def compare_terms(terms: dict[str, Tensor], expected: dict[str, Tensor]) -> None
     for name, term in terms.items():
         assert term.dtype == torch.float32 and term.shape == (), name
         close(term, expected[name], name)
-
-
-def permuted_images(case: Case, order: Sequence[int]) -> Case:
-    """The same case with its images in another order."""
-    other = Case.__new__(Case)
-    other.__dict__.update(case.__dict__)
-    order = list(order)
-    other.truth, other.sizes = ([part[i] for i in order] for part in (case.truth, case.sizes))
-    other.rows = replace(
-        case.rows, anchors=case.rows.anchors[order], counts=[case.rows.counts[i] for i in order]
-    )
-    other.student, other.teacher = (_permuted(model, order) for model in (case.student, case.teacher))
-    for leaf in other.leaves().values():
-        leaf.requires_grad_()
-    return other
-
-
-def _permuted(model: Model, order: list[int]) -> Model:
-    centerness = None if model.centerness is None else model.centerness[order]
-    maps = {name: level.detach()[order] for name, level in model.maps.items()}
-    return Model(model.logits.detach()[order], model.deltas.detach()[order], maps, centerness)
 
 
 def _grid(padded: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -542,17 +344,6 @@ def refuse(*_, **__):
     raise AssertionError("this is not needed")
 
 
-def pad_instances(instances: list[list[naive.Instance]], slots: int):
-    """Boxes (N, slots, 4) and valid (N, slots) of lists of instances."""
-    boxes = torch.zeros(len(instances), slots, 4)
-    valid = torch.zeros(len(instances), slots, dtype=torch.bool)
-    for image, found in enumerate(instances):
-        for slot, instance in enumerate(found):
-            boxes[image, slot] = torch.tensor([float(side) for side in instance.box])
-            valid[image, slot] = True
-    return boxes, valid
-
-
 def dense_rows(outputs: Sequence[Tensor], length: int) -> Tensor:
     """A head's levels (N, A length, H, W) as (N, R, length), in the order (level, y, x, anchor)."""
     rows = []
@@ -564,24 +355,3 @@ def dense_rows(outputs: Sequence[Tensor], length: int) -> Tensor:
             .reshape(images, -1, length)
         )
     return torch.cat(rows, dim=1)
-
-
-def fcos_labels(strides: Sequence[int], counts: Sequence[int], radius: float) -> Callable:
-    """FCOS's own assignment: 1 for points near the middle of a box whose size is of their level."""
-    of_row = [level for level, count in enumerate(counts) for _ in range(count)]
-
-    def label(anchors: list[list], boxes: list[list]) -> list[int]:
-        labels = []
-        for (x0, y0, x1, y1), level in zip(anchors, of_row):
-            x, y, stride = (x0 + x1) / 2, (y0 + y1) / 2, strides[level]
-            low = 0 if level == 0 else 4 * stride
-            high = float("inf") if level == len(strides) - 1 else 8 * stride
-            near = []
-            for box in boxes:
-                off = max(abs(x - (box[0] + box[2]) / 2), abs(y - (box[1] + box[3]) / 2))
-                sides = x - box[0], y - box[1], box[2] - x, box[3] - y
-                near.append(off < radius * stride and min(sides) > 0 and low < max(sides) < high)
-            labels.append(int(any(near)))
-        return labels
-
-    return label

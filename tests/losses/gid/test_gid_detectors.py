@@ -1,43 +1,35 @@
-"""GID in a Distiller of each kind of detector: a whole step against the naive version, gradients, what
-runs, and numbers of half precision."""
+"""GID in a Distiller of each kind of detector: a whole step against the naive version, and what runs."""
 
-import contextlib
 import functools
 
 import naive_gid as naive
 import pytest
 import torch
-from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
+from detectron2.modeling.matcher import Matcher
 from gid_case import (
     BOX_HEAD_MATCHER,
+    DENSE_MATCHER,
     EVEN,
-    RETINANET_MATCHER,
-    TERMS,
-    Model,
+    Heads,
     Rows,
     close,
     compare_terms,
     dense_rows,
-    fcos_labels,
-    labels_by_iou,
     naive_step,
     only,
     or_zero,
 )
-from recorded import detector
-from test_distiller import count_calls, step
-from test_gid_response import as_on_a_gpu  # noqa: F401  a fixture
+from recorded import count_calls, detector
 from torch.nn.utils.rnn import pad_sequence
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.gid import GID
 from distill_d2.teacher import Teacher
-from distill_d2.testing.synchronization import no_synchronization
-from distill_d2.testing.tiny import tiny_batch, tiny_config
+from distill_d2.testing import tiny_batch
+from distill_d2.testing.replay import intercepted, step
 
 RPN, PREDICTOR = "proposal_generator.rpn_head", "roi_heads.box_predictor"
-RPN_MATCHER = ((0.3, 0.7), (0, -1, 1), True)
+RPN_MATCHER = Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)
 # Kinds of predictions by family.
 KINDS = [
     ("retinanet", "dense"),
@@ -66,15 +58,6 @@ def batch_for(family, objects=2):
     return tiny_batch(masks=family == "mask", objects=objects)
 
 
-@contextlib.contextmanager
-def spied(model, spy):
-    """``spy(loss's own forward, student, teacher, batch)`` in the place of the loss's forward."""
-    loss = model.losses["GID"]
-    loss.forward = functools.partial(spy, loss.forward)
-    yield
-    del loss.forward
-
-
 # Against the naive version
 
 
@@ -94,7 +77,7 @@ class Seen:
 
     def _model(self, view, logits, deltas, centerness=None):
         maps = {name: view.level(name, contiguous=False).detach() for name in self.names}
-        return Model(logits.detach(), deltas.detach(), maps, centerness)
+        return Heads(logits.detach(), deltas.detach(), maps, centerness)
 
     def _of_anchors(self, student, teacher, predictions):
         path, count = (RPN, 1) if predictions == "rpn" else ("head", 3)
@@ -119,10 +102,10 @@ class Seen:
         anchors = torch.cat([boxes.tensor for boxes in anchors]).expand(2, sum(sizes), 4)
         if self.student.centerness is not None:
             strides = [student.strides[name] for name in names]
-            label = fcos_labels(strides, sizes, student.model.center_sampling_radius)
+            label = naive.fcos_labels(strides, sizes, student.model.center_sampling_radius)
             self.rows = Rows(anchors, [sum(sizes)] * 2, False, naive.decode_ltrb, label)
             return
-        label = labels_by_iou(RPN_MATCHER if predictions == "rpn" else RETINANET_MATCHER)
+        label = naive.labels_by(RPN_MATCHER if predictions == "rpn" else DENSE_MATCHER)
         self.rows = Rows(anchors, [sum(sizes)] * 2, False, naive.decode_deltas, label)
 
     def _of_boxes(self, student, teacher, _):
@@ -142,7 +125,7 @@ class Seen:
         self.as_rows = dict.fromkeys(self.heads, lambda found: padded(found[0]))
         anchors = pad_sequence([per_image.tensor for per_image in boxes], batch_first=True)
         decode = functools.partial(naive.decode_deltas, weights=(10, 10, 5, 5))
-        self.rows = Rows(anchors, counts, True, decode, labels_by_iou(BOX_HEAD_MATCHER))
+        self.rows = Rows(anchors, counts, True, decode, naive.labels_by(BOX_HEAD_MATCHER))
 
 
 def gradients(term, tensors):
@@ -171,7 +154,7 @@ def compare_with_naive(family, predictions, objects=2, **settings):
         found.append(terms)
         return terms
 
-    with spied(model, compared):
+    with intercepted(model.losses["GID"], compared):
         losses = step(model, batch_for(family, objects))
     assert all(torch.isfinite(loss) for loss in losses.values()) and len(found) == 1
     return found[0]
@@ -215,54 +198,6 @@ def test_naive_step_without_ground_truth(family, predictions, mode):
         assert (terms["loss_gid_feature"] > 0) == (mode == "all")
 
 
-# Gradients
-
-
-@pytest.mark.parametrize("family, predictions", KINDS[:5])
-def test_gradients_reach_the_student_alone(family, predictions):
-    model = distiller(family, predictions=predictions, adapter=True)
-    with EventStorage(0):
-        losses = model(batch_for(family))
-    sum(losses[name] for name in TERMS).backward()
-    gradients = {name: or_zero(p) for name, p in model.student.named_parameters()}
-    reached = {name for name, gradient in gradients.items() if gradient.any()}
-    heads = {
-        ("retinanet", "dense"): ("head.cls_score.weight", "head.bbox_pred.weight"),
-        ("fcos", "dense"): ("head.cls_score.weight", "head.bbox_pred.weight"),
-        ("faster", "rpn"): (f"{RPN}.objectness_logits.weight", f"{RPN}.anchor_deltas.weight"),
-        ("faster", "box_head"): (f"{PREDICTOR}.cls_score.weight", f"{PREDICTOR}.bbox_pred.weight"),
-        ("mask", "box_head"): (f"{PREDICTOR}.cls_score.weight", f"{PREDICTOR}.bbox_pred.weight"),
-    }
-    expected = {"backbone.fpn_output2.weight", "backbone.bottom_up.stem.conv1.weight"}
-    assert expected | set(heads[family, predictions]) <= reached
-    assert all(p.grad.any() for p in model.losses.parameters()) and list(model.losses.parameters())
-    assert all(p.grad is None for p in model.teacher.model.parameters())
-    other = {"rpn": "roi_heads.", "box_head": "proposal_generator."}.get(predictions, "-")
-    assert not any(name.startswith(other) for name in reached)
-
-
-@pytest.mark.parametrize("family, predictions", KINDS[:5])
-def test_images_without_objects_are_finite(family, predictions):
-    for mode in ("all", "pos", "gt"):
-        model = distiller(family, predictions=predictions, gi_mode=mode)
-        losses = step(model, batch_for(family, objects=0))
-        assert TERMS.keys() <= losses.keys()
-        assert all(torch.isfinite(loss) for loss in losses.values())
-        found = [p.grad for p in model.parameters() if p.grad is not None]
-        assert all(gradient.isfinite().all() for gradient in found)
-
-
-def test_student_equal_to_teacher_has_no_loss():
-    """FrozenBN does the same in training; a teacher as it was built rounds as its student does."""
-    cfg = tiny_config()
-    cfg.MODEL.SMALL_RESNET.NORM = "FrozenBN"
-    student, teacher = build_model(cfg), build_model(cfg)
-    student.load_state_dict(teacher.state_dict())
-    model = Distiller(student=student, teacher=Teacher(teacher, prepare=False), losses=[GID()]).train()
-    losses = step(model, tiny_batch())
-    assert all(losses[name] == 0 for name in TERMS)
-
-
 # What runs
 
 
@@ -290,46 +225,3 @@ def test_ground_truth_alone_needs_no_head_of_any_kind():
     losses = step(model, tiny_batch())
     assert losses["loss_gid_feature"] > 0 and not rpn
     assert not model.student_view.required and not model.teacher.view.required
-
-
-@pytest.mark.parametrize("family, predictions", KINDS[:4])
-def test_a_step_does_not_synchronise(as_on_a_gpu, family, predictions):
-    model = distiller(family, predictions=predictions, gi_mode="semi_pos")
-
-    def guarded(forward, student, teacher, batch):
-        if predictions == "box_head":  # detectron2's own pooling of the proposals waits
-            heads = model.losses["GID"].predictions(student, teacher)
-            model.losses["GID"].predictions = lambda *_: heads
-        with as_on_a_gpu(), no_synchronization():
-            return forward(student, teacher, batch)
-
-    with spied(model, guarded):
-        step(model, batch_for(family))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family, predictions", KINDS[:4])
-def test_terms_are_float32_under_autocast(family, predictions, dtype):
-    model, seen, rounded = distiller(family, predictions=predictions, adapter=True), [], []
-    model.student.backbone.register_forward_hook(lambda *args: rounded.extend(args[-1].values()))
-    if family == "fcos":  # detectron2's own loss cannot be computed in half precision
-        model.student.losses = lambda *_: {}
-
-    def spy(forward, student, teacher, batch):
-        loss = model.losses["GID"]
-        heads = loss.predictions(student, teacher)
-        instances = loss.instances(heads, batch)
-        seen.extend([*heads[0].logit_levels, *heads[1].logit_levels, *heads[0].delta_levels])
-        seen.extend([heads[1].deltas, instances.boxes, instances.scores])
-        seen.extend(loss.pooled(student, teacher, instances))
-        terms = forward(student, teacher, batch)
-        seen.extend(terms.values())
-        return terms
-
-    with spied(model, spy), torch.autocast("cpu", dtype=dtype), EventStorage(0):
-        losses = model(batch_for(family))
-    sum(losses.values()).backward()
-    assert {level.dtype for level in rounded} == {dtype}
-    assert len(seen) > 10 and {tensor.dtype for tensor in seen} == {torch.float32}
-    assert all(losses[name].isfinite() and losses[name] > 0 for name in TERMS)
-    assert all(p.grad.isfinite().all() for p in model.losses.parameters())

@@ -36,24 +36,15 @@ def term(name, *features, **settings):
     return {"feature": feature_term, "relation": relation_term}[name](*features, **settings)
 
 
-def naive_term(name, student, teacher, valid, **settings):
-    """In float64; the gradient of the student's features too."""
-    leaf = student.detach().double().requires_grad_()
-    theirs, ours = teacher.double()[valid], leaf[valid]
-    if name == "feature":
-        loss = naive.feature_loss(theirs, ours, **settings)
-    else:
-        loss = naive.relation_loss(theirs, ours, valid.nonzero()[:, 0].tolist(), **settings)
-    return loss, torch.autograd.grad(loss, leaf, allow_unused=True)[0]
-
-
 def compare(name, student, teacher, valid, **settings):
+    """With the naive term in float64; the gradient of the student's features too."""
     found = term(name, student, teacher, valid, **settings)
-    expected, expected_gradient = naive_term(name, student, teacher, valid, **settings)
+    leaf = student.detach().double().requires_grad_()
+    images = () if name == "feature" else (valid.nonzero()[:, 0],)
+    function = naive.feature_loss if name == "feature" else naive.relation_loss
+    expected = function(teacher.double()[valid], leaf[valid], *images, **settings)
     close(found, expected, name)
-    (gradient,) = torch.autograd.grad(found, student)
-    close(gradient, expected_gradient, name)
-    return found
+    close(*(torch.autograd.grad(loss, x)[0] for loss, x in ((found, student), (expected, leaf))), name)
 
 
 COUNTS = {
@@ -62,7 +53,6 @@ COUNTS = {
     "an image without": (4, 0, 5),
     "two and one": (2, 1, 0),
     "one": (0, 1, 0),
-    "two": (0, 2, 0),
     "three": (1, 1, 1),
     "none": (0, 0, 0),
 }
@@ -81,20 +71,6 @@ def test_naive_feature_term(mode, beta, counts):
 def test_naive_relation_term(beta, scope, counts):
     student, teacher = pooled(3, 6, 4, 3, 2)
     compare("relation", student, teacher, scattered(counts, 6), beta=beta, scope=scope)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_naive_terms_of_random_sizes(seed):
-    generator = torch.Generator().manual_seed(seed)
-    images, slots, channels = torch.randint(1, 7, (3,), generator=generator).tolist()
-    sides = torch.randint(1, 5, (2,), generator=generator).tolist()
-    counts = torch.randint(0, slots + 1, (images,), generator=generator).tolist()
-    student, teacher = pooled(images, slots, channels, *sides, seed=seed)
-    valid = scattered(counts, slots, seed)
-    for mode, beta in FEATURE:
-        compare("feature", student, teacher, valid, mode=mode, beta=beta)
-    for scope in SCOPES:
-        compare("relation", student, teacher, valid, scope=scope)
 
 
 def test_relation_of_real_sizes():
@@ -149,28 +125,6 @@ def test_relation_of_each_image():
     assert loss.item() == pytest.approx(2 / 3 * 0.25**2 / 2 / 2)
 
 
-# Nothing to compare
-
-
-@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (1, 1), (2, 0)], ids=str)
-@pytest.mark.parametrize("scope", SCOPES)
-def test_fewer_than_three_have_no_relation(scope, counts):
-    student, teacher = pooled(2, 3, 2, 2, 2)
-    loss = relation_term(student, teacher, mask(counts, 3), scope=scope)
-    assert loss == 0 and loss.shape == ()
-    (gradient,) = torch.autograd.grad(loss, student)
-    assert gradient.isfinite().all() and not gradient.any()
-
-
-@pytest.mark.parametrize("mode, beta", FEATURE)
-def test_no_instances_have_no_feature_loss(mode, beta):
-    student, teacher = pooled(2, 3, 2, 2, 2)
-    loss = feature_term(student, teacher, mask((0, 0), 3), mode=mode, beta=beta)
-    assert loss == 0 and loss.shape == ()
-    (gradient,) = torch.autograd.grad(loss, student)
-    assert gradient.isfinite().all() and not gradient.any()
-
-
 EVERY = [("feature", {"mode": m, "beta": b}) for m, b in FEATURE]
 EVERY += [("relation", {"scope": scope, "beta": beta}) for scope in SCOPES for beta in (0.0, 1.0)]
 
@@ -197,16 +151,6 @@ def test_empty_slots_do_not_count(name, settings):
     torch.testing.assert_close(other, loss)
 
 
-@pytest.mark.parametrize("name, settings", EVERY, ids=str)
-def test_order_of_instances_and_images_does_not_matter(name, settings):
-    student, teacher = pooled(3, 6, 3, 2, 2)
-    valid = scattered((4, 3, 6), 6)
-    loss = term(name, student, teacher, valid, **settings)
-    images, slots = torch.tensor([2, 0, 1]), torch.randperm(6)
-    moved = (part[images][:, slots] for part in (student, teacher, valid))
-    torch.testing.assert_close(term(name, *moved, **settings), loss)
-
-
 @pytest.mark.parametrize("scope", SCOPES)
 def test_equal_instances_have_finite_gradients(scope):
     """Distances of 0, in the student, in the teacher, and in both."""
@@ -221,12 +165,3 @@ def test_equal_instances_have_finite_gradients(scope):
     student = torch.ones(1, 4, 3, 2, 2, requires_grad=True)
     loss = relation_term(student, features[1], mask((4,), 4), scope=scope)
     assert loss.isfinite() and torch.autograd.grad(loss, student)[0].isfinite().all()
-
-
-def test_scale_of_features_has_no_relation():
-    student, teacher = pooled(2, 5, 3, 2, 2)
-    valid = mask((5, 3), 5)
-    for scope in SCOPES:
-        loss = relation_term(student, teacher, valid, scope=scope)
-        other = relation_term(3 * student, 0.2 * teacher, valid, scope=scope)
-        torch.testing.assert_close(other, loss, rtol=1e-4, atol=1e-7)

@@ -1,17 +1,43 @@
-"""What the losses read in one step of a Distiller, recorded and given to them again."""
+"""Steps of a Distiller: one step, what its losses read in it, and losses on what was recorded."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
 import torch
 from detectron2.structures import Boxes
+from detectron2.utils.events import EventStorage
 from torch import nn
 
-from distill_d2 import Distiller
-from distill_d2.taps import Taps, map_tensors
-from distill_d2.views import Batch, DetectorView, Predictions
+from ..distiller import Distiller
+from ..losses import DistillLoss
+from ..taps import Taps, map_tensors
+from ..views import Batch, DetectorView, Predictions
+
+
+def step(
+    distiller: Distiller, batch: list[dict[str, Any]], iteration: int = 0
+) -> dict[str, torch.Tensor]:
+    """One training step without an optimizer: the losses by name, after their backward."""
+    with EventStorage(iteration):
+        losses = distiller(batch)
+    sum(losses.values()).backward()
+    return losses
+
+
+@contextlib.contextmanager
+def intercepted(loss: DistillLoss, function: Callable) -> Iterator[None]:
+    """Inside, ``function(forward, student, teacher, batch)`` is called in place of the loss's ``forward``,
+    which it gets as its first argument; it returns the terms."""
+    loss.forward = functools.partial(function, loss.forward)
+    try:
+        yield
+    finally:
+        del loss.forward  # the class's is back
 
 
 @dataclass
