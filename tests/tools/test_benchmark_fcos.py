@@ -26,15 +26,18 @@ def test_both_compute_the_same():
 
 def test_rounds_alternate():
     order = []
-    models = {tool.OURS: "ours", tool.THEIRS: "theirs"}
+    models = {tool.PROJECT: "ours", tool.DETECTRON2: "theirs"}
     args = arguments("--rounds", "3")
     times = tool.measure(lambda model, _batch: order.append(model), models, [], args)
-    assert {name: len(seconds) for name, seconds in times.items()} == {tool.OURS: 3, tool.THEIRS: 3}
+    assert {name: len(seconds) for name, seconds in times.items()} == {
+        tool.PROJECT: 3,
+        tool.DETECTRON2: 3,
+    }
     assert order[:2] == order[2:4][::-1] and len(order) == 8
 
 
 def test_what_is_printed(capsys):
-    tool.print_phase("inference", {tool.OURS: [1.0, 3.0, 2.0], tool.THEIRS: [2.0, 2.0, 2.0]})
+    tool.print_phase("inference", {tool.PROJECT: [1.0, 3.0, 2.0], tool.DETECTRON2: [2.0, 2.0, 2.0]})
     output = capsys.readouterr().out
-    assert "inference: ours / detectron2's 1.000 (0.500 to 1.500 in 3 rounds)" in output
+    assert "inference: projects/FCOS / detectron2 1.000 (0.500 to 1.500 in 3 rounds)" in output
     assert re.search(r"projects/FCOS +\| +2000 +\| +1000 +\| +3000", output)
