@@ -20,6 +20,7 @@ from promises import (
     resumes_exactly,
     trains_and_saves,
 )
+from small_datasets import write_voc
 from test_distiller import count_calls
 from test_icd import trainer_of
 from test_lazy import checkpoint as lazy_checkpoint
@@ -28,7 +29,6 @@ from test_lazy import run as run_lazy
 from test_processes import ROOT, SMALL, command, run, write_coco, write_weights
 from test_training import checkpoint
 from test_wrong_input import fails
-from voc_folder import write_voc
 
 from distill_d2.testing.tiny import save_teacher, tiny_batch, tiny_config, tiny_detector
 

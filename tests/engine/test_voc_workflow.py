@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_datasets import write_voc
 from test_processes import ROOT, SMALL, run, write_weights
 from test_training import checkpoint
-from voc_folder import write_voc
 
 PAGE = ROOT / "configs" / "Distillation-DeFeat" / "README.md"
 VOC = "PascalVOC-Detection/faster_rcnn_R_{}_FPN_voc.yaml"
