@@ -6,8 +6,8 @@
     tools/compatibility.py --write      # put the table into README.md
 
 A cell is "yes" where a step of the Distiller gives finite terms whose gradients reach the student, and
-"no" where the Distiller says, when it is built, why that cannot be. Anything else is an error of ours,
-and ends this program.
+"no" where the Distiller says, when it is built, why it refuses the two. Anything else is an error, which
+ends this program. Losses are set as distill_d2/testing/recipes.py says.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
-from distill_d2 import DISTILL_LOSS_REGISTRY, Distiller, DistillLoss, add_distill_config
-from distill_d2.teacher import Teacher
-from distill_d2.testing.family import Family, families
+from distill_d2 import DISTILL_LOSS_REGISTRY
+from distill_d2.testing import Cell, Family, families, recipes
+from distill_d2.testing.laws import trains_the_student
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 MARKERS = ("<!-- compatibility -->\n", "<!-- /compatibility -->\n")
@@ -64,44 +61,10 @@ def refusal(name: str, family: Family) -> str:
     Raises:
         AssertionError: the step was taken, but its terms are not finite, or do not reach the student.
     """
-    torch.manual_seed(0)
-    student, teacher = family.build(8), Teacher(family.build(16))
-    try:
-        model = Distiller(student=student, teacher=teacher, losses=[configured(name, family)])
-    except (KeyError, TypeError, ValueError) as error:
-        return str(error.args[0])
-    own = set(terms_of(student, family))
-    terms = terms_of(model, family)
-    distilled = [term for key, term in terms.items() if key not in own]
-    assert distilled and all(term.isfinite() for term in terms.values()), terms
-    sum(distilled).backward()
-    gradients = [p.grad for p in student.parameters() if p.grad is not None]
-    assert all(gradient.isfinite().all() for gradient in gradients)
-    assert any(gradient.any() for gradient in gradients), f"{terms} do not depend on the student"
-    return ""
-
-
-def configured(name: str, family: Family) -> DistillLoss:
-    """The loss, as its keys are set for small detectors, on levels that this kind has."""
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    node = cfg.MODEL.DISTILLER
-    _small_icd(node)
-    node.GHND.IN_FEATURES = list(family.stages)
-    node.FGFI.IN_FEATURES = list(family.levels)
-    node.GID.IN_FEATURES = list(family.pooled)
-    return DISTILL_LOSS_REGISTRY.get(name).from_config(node)
-
-
-def _small_icd(node: CfgNode) -> None:
-    node.INS.HIDDEN_DIM = 16
-    node.BYPASS_DISTILL = 0  # the student is reached from the first iteration on
-
-
-def terms_of(model: torch.nn.Module, family: Family) -> dict[str, torch.Tensor]:
-    """What a training step computes."""
-    with EventStorage(0):
-        return model.train()(family.batch())
+    cell = Cell.of_recipe(recipes()[name], family)
+    if not cell.refusal:
+        trains_the_student(cell)
+    return cell.refusal
 
 
 def table(refusals: dict[tuple[str, str], str]) -> str:

@@ -10,8 +10,10 @@
 """
 
 from .family import Family, bitmasks, dense_config, families, polygons
+from .laws import LAWS, Cell, check_loss, step
 from .maps import MapDetector, compare, plane, view_of
-from .synchronization import no_synchronization
+from .recipes import RECIPES, Recipe, recipes
+from .synchronization import as_on_a_gpu, no_synchronization
 from .tiny import (
     CLASSES,
     distiller_config,
@@ -25,9 +27,15 @@ from .tiny import (
 
 __all__ = [
     "CLASSES",
+    "LAWS",
+    "RECIPES",
+    "Cell",
     "Family",
     "MapDetector",
+    "Recipe",
+    "as_on_a_gpu",
     "bitmasks",
+    "check_loss",
     "compare",
     "dense_config",
     "distiller_config",
@@ -35,7 +43,9 @@ __all__ = [
     "no_synchronization",
     "plane",
     "polygons",
+    "recipes",
     "save_teacher",
+    "step",
     "tiny_batch",
     "tiny_config",
     "tiny_detector",

@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin, load_voc_instances, register_pascal_voc
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from detectron2.engine import defaults
-from voc_folder import OBJECT, write_voc
+from small_datasets import OBJECT, write_voc
 
 from distill_d2.data import box_statistics, check_dataset, register_builtin_voc
 from distill_d2.engine import argument_parser, lazy, load_config

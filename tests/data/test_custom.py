@@ -11,7 +11,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_voc_instances
 from detectron2.structures import BoxMode
-from voc_folder import write_voc
+from small_datasets import assert_fails, load, write_voc
 
 from distill_d2.data import register_custom_datasets
 
@@ -47,18 +47,6 @@ def write_coco(folder, **changes):
 def coco_entry(**changes):
     entry = dict(FORMAT="coco", JSON="pets/train.json", IMAGES="pets/images")
     return {"NAME": f"custom_coco_{next(_numbers)}", **entry, **changes}
-
-
-def load(entry):
-    register_custom_datasets([entry])
-    return DatasetCatalog.get(entry["NAME"])
-
-
-def assert_fails(entry, *texts, error=ValueError):
-    """Loading it fails, and the message holds all texts."""
-    with pytest.raises(error) as caught:
-        load(entry)
-    assert all(text in str(caught.value) for text in texts), caught.value
 
 
 @pytest.fixture
@@ -213,7 +201,7 @@ def test_name_of_a_builtin_dataset(voc):
         (dict(CLASSES=["cat", "cat"]), ["CLASSES", "different names"]),
         (dict(CLASSES=["cat", False]), ["False", "in quotes"]),
         (dict(YEAR=2010), ["YEAR", "2010", "2007 (11-point AP) or 2012 (area AP)"]),
-        (dict(SPLIT=7), ["SPLIT is 7", "expected a text"]),
+        (dict(SPLIT=7), ["SPLIT is 7", "expected a string"]),
     ],
 )
 def test_wrong_entries(voc, changes, texts):
@@ -267,7 +255,7 @@ def test_voc_class_that_is_not_in_classes(voc):
         "['dog']",
         "'1.xml'",
         "['cat', 'bird']",
-        "found: ['cat', 'dog']",
+        "annotations hold ['cat', 'dog']",
     )
 
 

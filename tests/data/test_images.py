@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
-from data.test_custom import assert_fails, load
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from PIL import Image
+from small_datasets import assert_fails, load
 
 from distill_d2.data import images, register_custom_datasets
 from distill_d2.data.images import load_images
@@ -147,7 +147,7 @@ def test_wrong_entries(tmp_path):
     without = entry_of(tmp_path)
     del without["IMAGES"]
     assert_fails(without, "missing keys ['IMAGES']", keys)
-    assert_fails(entry_of(tmp_path, IMAGES=3), "IMAGES is 3", "expected a text")
+    assert_fails(entry_of(tmp_path, IMAGES=3), "IMAGES is 3", "expected a string")
     assert_fails(entry_of(tmp_path, FORMAT="image"), "'image'", "'images'", "'coco'", "'voc'")
     assert_fails("unlabeled", "expected {NAME: ..., FORMAT: voc, coco or images, ...}")
     first = entry_of(tmp_path)

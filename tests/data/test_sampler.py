@@ -129,7 +129,10 @@ def test_iterating_leaves_the_random_state_alone():
     [
         (dict(size=0, batch_size=1), "positive int. Got 0"),
         (dict(size=5, batch_size=0), "batch_size is 0; expected at least 1"),
-        (dict(size=5, batch_size=1, wide=[True]), "'wide' is of 1 images, expected 5"),
+        (
+            dict(size=5, batch_size=1, wide=[True]),
+            "'wide' has 1 entries, expected one for each of the 5",
+        ),
     ],
 )
 def test_wrong_arguments(arguments, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from voc_folder import write_voc
+from small_datasets import write_voc
 
 from distill_d2.data import box_statistics, register_custom_datasets
 

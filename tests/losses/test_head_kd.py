@@ -15,7 +15,7 @@ from distill_d2 import add_distill_config
 from distill_d2.losses.base import build_losses
 from distill_d2.losses.head_kd import HeadKD
 from distill_d2.testing.tiny import tiny_config, tiny_detector
-from distill_d2.views import Predictions, build_view
+from distill_d2.views import Batch, Predictions, build_view
 
 CLASSES = 3
 CLS, REG = "loss_head_kd_cls", "loss_head_kd_reg"
@@ -72,7 +72,7 @@ class Head:
 
 
 def terms_of(student, teacher, **settings):
-    return HeadKD(**settings)(student, teacher, None)
+    return HeadKD(**settings)(student, teacher, Batch([], (64, 64), 0, 1))
 
 
 def rows_of(head):

@@ -1,0 +1,410 @@
+"""The laws that every loss keeps on every kind of detector, each one written once.
+
+Each law is a function of a Cell, a loss and a kind of detector, and takes some training steps of the two.
+``LAWS`` lists them; ``check_loss`` holds a loss to all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Callable
+
+import torch
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from distill_d2 import Distiller, DistillLoss, Teacher
+
+from .family import Family, families
+from .recipes import Recipe
+from .synchronization import as_on_a_gpu, no_synchronization
+
+Terms = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """A step of a new Distiller on two images with objects.
+
+    Attributes:
+        model: the Distiller; its parameters have the gradients of all losses.
+        losses: of the step, by name.
+        own: names of those that are the student's own.
+        reaches_student: whether a gradient of the loss's terms at a parameter of the student is not 0.
+        calls: how often parts of the teacher ran, by their names in it.
+        teacher: copies of the tensors of the teacher's state before the step.
+    """
+
+    model: Distiller
+    losses: Terms
+    own: set[str]
+    reaches_student: bool
+    calls: Mapping[str, int]
+    teacher: Terms
+
+    @property
+    def terms(self) -> Terms:
+        """The loss's terms."""
+        return {name: loss for name, loss in self.losses.items() if name not in self.own}
+
+
+class Cell:
+    """A loss and a kind of detector.
+
+    Attributes:
+        family: the kind of detector.
+        refusal: why the Distiller refuses the two; "" where it does not.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        loss: DistillLoss,
+        *,
+        equal: DistillLoss | None = None,
+        not_zero: Sequence[str] = (),
+        host: Sequence[str] = (),
+        device: str = "cpu",
+    ):
+        """
+        Args:
+            loss: not yet used with a Distiller.
+            equal: a loss that is 0 where student and teacher are equal; None: ``loss``.
+            not_zero, host: see Recipe.
+            device: where the steps are computed.
+        """
+        self.family = family
+        self.not_zero = tuple(not_zero)
+        self.host = tuple(host)
+        self.device = device
+        self._loss = loss
+        self._equal = equal or loss
+        torch.manual_seed(0)
+        self._student, self._teacher = family.build(8), family.build(16)
+        self.refusal = ""
+        try:
+            self.distiller()
+        except (KeyError, TypeError, ValueError) as error:
+            self.refusal = str(error.args[0])
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, family: Family, device: str = "cpu") -> Cell:
+        """The recipe's loss."""
+        equal = recipe.build(family, equal=True)
+        options = {"not_zero": recipe.not_zero, "host": recipe.host, "device": device}
+        return cls(family, recipe.build(family), equal=equal, **options)
+
+    def student(self) -> nn.Module:
+        """A new student, in training mode; the same at each call."""
+        return copy.deepcopy(self._student).to(self.device).train()
+
+    def distiller(self, **options: float) -> Distiller:
+        """A new Distiller, in training mode; the same at each call.
+
+        Args:
+            options: of Distiller.
+        """
+        teacher = Teacher(copy.deepcopy(self._teacher))
+        return self._distiller(self.student(), teacher, self._loss, **options)
+
+    def distiller_of_equals(self) -> Distiller:
+        """One whose student and teacher compute the same: they have the same weights, and batch norms and
+        dropout are in evaluation mode in both."""
+        student = self.student()
+        teacher = Teacher(copy.deepcopy(student), prepare=False)
+        model = self._distiller(student, teacher, self._equal)
+        for module in student.modules():
+            if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+                module.eval()
+        return model
+
+    def _distiller(self, student: nn.Module, teacher: Teacher, loss: DistillLoss, **options):
+        torch.manual_seed(0)
+        losses = [copy.deepcopy(loss)]
+        model = Distiller(student=student, teacher=teacher, losses=losses, max_iter=2, **options)
+        return model.to(self.device).train()
+
+    @cached_property
+    def alone(self) -> tuple[nn.Module, Terms]:
+        """A student after a step without distillation, and its losses."""
+        student = self.student()
+        return student, step(student, self.family.batch())
+
+    @cached_property
+    def first(self) -> FirstStep:
+        """A step that several laws look at."""
+        model = self.distiller()
+        teacher = model.teacher.model
+        before = {name: value.clone() for name, value in teacher.state_dict().items()}
+        with _counting(_parts(teacher)) as calls, EventStorage(0):
+            losses = model(self.family.batch())
+        own = set(self.alone[1])
+        terms = [loss for name, loss in losses.items() if name not in own]
+        if any(term.requires_grad for term in terms):
+            sum(terms).backward(retain_graph=True)
+        gradients = [p.grad for p in model.student.parameters() if p.grad is not None]
+        reached = any(bool(gradient.any()) for gradient in gradients)
+        sum(losses[name] for name in own).backward()
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        return FirstStep(model, losses, own, reached, calls, before)
+
+
+def step(model: nn.Module, batch: list[dict]) -> Terms:
+    """The losses of a training step; afterwards the parameters have their gradients."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    with EventStorage(0):
+        losses = model(batch)
+    sum(losses.values()).backward()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+# The laws.
+
+
+def trains_the_student(cell: Cell) -> None:
+    """The terms are finite, and their gradients reach the student."""
+    first = cell.first
+    _check(bool(first.terms), "the loss returned no terms")
+    _check_finite(first.losses)
+    _check_gradients(first.model)
+    _check(first.reaches_student, f"no gradient of the terms {first.terms} reaches the student")
+
+
+def reaches_all_that_is_trained(cell: Cell) -> None:
+    """Law 8: DDP, with find_unused_parameters=False, needs a gradient of each parameter in each step; also
+    without the student's own losses, and without objects."""
+    _check_all_have_gradients(cell.first.model, "")
+    for weight, objects in ((1.0, 0), (0.0, 2), (0.0, 0)):
+        model = cell.distiller(task_loss_weight=weight)
+        step(model, cell.family.batch(objects=objects))
+        where = f" with TASK_LOSS_WEIGHT {weight} and {objects} objects per image"
+        _check_all_have_gradients(model, where)
+
+
+def off_equals_the_baseline(cell: Cell) -> None:
+    """Law 1: while the loss is off, the student's losses and gradients are bit for bit those of the student
+    alone, the teacher does not run, and what the loss trains has a gradient of zero."""
+    student, alone = cell.alone
+    model = cell.distiller()
+    (loss,) = model.losses.values()
+    loss.factor = lambda iteration: 0.0
+    with _counting(_parts(model.teacher.model)) as calls:
+        losses = step(model, cell.family.batch())
+    _check(not calls, f"the teacher ran {sorted(calls)}")
+    different = [name for name, term in alone.items() if not torch.equal(term, losses[name])]
+    own = dict(student.named_parameters())
+    different += [n for n, p in model.student.named_parameters() if not _equal(p.grad, own[n].grad)]
+    _check(not different, f"differ from those of the student alone: {different}")
+    trained = [p for p in loss.parameters() if p.requires_grad]
+    _check(all(p.grad is not None and not p.grad.any() for p in trained), "the loss is trained")
+
+
+def leaves_the_teacher_alone(cell: Cell) -> None:
+    """Law 2: the teacher is in no parameters, buffers, modules and state of the Distiller, in evaluation
+    mode, without gradients, and its state is bit for bit the same after a step."""
+    model, before = cell.first.model, cell.first.teacher
+    teacher = model.teacher.model
+    after = teacher.state_dict()
+    _check(before.keys() == after.keys(), "the names of the teacher's state changed")
+    changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+    _check(not changed, f"the teacher's {changed} changed")
+    _check(not any(m.training for m in teacher.modules()), "parts of the teacher are in training mode")
+    _check(all(p.grad is None for p in teacher.parameters()), "the teacher has gradients")
+    tensors = {id(t) for t in (*teacher.parameters(), *teacher.buffers())}
+    _check(
+        not tensors & {id(t) for t in (*model.parameters(), *model.buffers())}, "seen by the Distiller"
+    )
+    _check(not set(teacher.modules()) & set(model.modules()), "a module of the Distiller")
+
+
+def keeps_the_student_plain(cell: Cell) -> None:
+    """Laws 2 and 9: the state is the student's own, with the loss's own parameters apart; the student can be
+    saved and is a plain detector then; a copy of the Distiller trains."""
+    model = cell.distiller()
+    state = {name for name in model.state_dict() if not name.startswith("distiller.")}
+    _check(state == set(cell.alone[0].state_dict()), "the student's state has other names")
+    losses = step(copy.deepcopy(model), cell.family.batch())
+    _check(losses.keys() == cell.first.losses.keys(), "a copy of the Distiller has other losses")
+    with io.BytesIO() as file:
+        torch.save(model.student, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=False)
+    losses = step(saved, cell.family.batch())
+    _check(losses.keys() == cell.first.own, "the saved student has other losses")
+
+
+def asks_for_no_more_than_it_needs(cell: Cell) -> None:
+    """Law 4: in a step the teacher's backbone runs once, and its other parts only where the loss has stated
+    to need them."""
+    calls = cell.first.calls
+    _check(calls["backbone"] == 1, f"the teacher's backbone ran {calls['backbone']} times")
+    others = sorted(calls.keys() - {"backbone"})
+    if not cell.first.model.teacher.view.required:
+        _check(not others, f"the teacher ran {others}, which the loss does not need")
+
+
+def is_float32_without_waiting(cell: Cell) -> None:
+    """Law 7: under autocast the terms are float32 and finite, with finite gradients, and the loss does not
+    make the host wait for the device."""
+    model = cell.distiller()
+    (loss,) = model.losses.values()
+    forward = loss.forward
+    terms: Terms = {}
+
+    def guarded(*args):
+        with as_on_a_gpu(), no_synchronization(host=cell.host):
+            terms.update(forward(*args))
+        return terms
+
+    loss.forward = guarded
+    with torch.autocast(cell.device, dtype=torch.bfloat16):
+        losses = step(model, cell.family.batch())
+    other = {name: term.dtype for name, term in terms.items() if term.dtype != torch.float32}
+    _check(not other, f"terms that are not float32: {other}")
+    _check_finite(losses)
+    _check_gradients(model)
+
+
+def takes_images_without_objects(cell: Cell) -> None:
+    """Law 7: terms and gradients are finite where some or all of the images have no objects."""
+    model = cell.distiller()
+    none = cell.family.batch(objects=0)
+    for batch in (none, [*cell.family.batch(1), none[1]]):
+        _check_finite(step(model, batch))
+        _check_gradients(model)
+
+
+def is_zero_for_equals(cell: Cell) -> None:
+    """A student that computes what its teacher computes has no loss."""
+    losses = step(cell.distiller_of_equals(), cell.family.batch())
+    compared = losses.keys() - cell.first.own
+    excused = {name for name in compared if name.startswith(cell.not_zero)}
+    large = {name: losses[name].item() for name in compared - excused if losses[name].abs() > 1e-6}
+    _check(not large, f"of equal detectors: {large}")
+
+
+LAWS: list[Callable[[Cell], None]] = [
+    trains_the_student,
+    reaches_all_that_is_trained,
+    off_equals_the_baseline,
+    leaves_the_teacher_alone,
+    keeps_the_student_plain,
+    asks_for_no_more_than_it_needs,
+    is_float32_without_waiting,
+    takes_images_without_objects,
+    is_zero_for_equals,
+]
+
+
+def check_loss(
+    loss: DistillLoss,
+    *,
+    on: Sequence[str] | None = None,
+    equal: DistillLoss | None = None,
+    not_zero: Sequence[str] = (),
+    host: Sequence[str] = (),
+) -> dict[str, str]:
+    """Hold a loss of yours to all laws, on every kind of detector with which it works.
+
+        from distill_d2.testing import check_loss
+
+        def test_my_loss():
+            check_loss(MyLoss(in_features=["p3"]))
+
+    Args:
+        loss: not yet used with a Distiller.
+        on: names of kinds of detectors, see ``families``: on these it is tested, and has to work; None: it
+            is tested on all, and has to work on some.
+        equal: the loss, set so that it is 0 where student and teacher are equal (without adapters, say);
+            None: ``loss`` itself is.
+        not_zero: what the names of terms begin with that are not 0 even so.
+        host: see ``no_synchronization``.
+
+    Returns:
+        by kind of detector the reason why it is refused, "" where it works.
+
+    Raises:
+        AssertionError: a law is broken; the message names the law and the kind of detector.
+    """
+    kinds = families()
+    unknown = set(on or ()) - kinds.keys()
+    _check(not unknown, f"on={sorted(unknown)}: expected some of {list(kinds)}")
+    refusals = {}
+    for name in kinds if on is None else on:
+        cell = Cell(kinds[name], loss, equal=equal, not_zero=not_zero, host=host)
+        refusals[name] = cell.refusal
+        for law in () if cell.refusal else LAWS:
+            with _naming(law, name):
+                law(cell)
+    refused = {name: reason for name, reason in refusals.items() if reason}
+    works = len(refused) < len(refusals) if on is None else not refused
+    _check(works, f"the loss is refused: {refused}")
+    return refusals
+
+
+@contextlib.contextmanager
+def _naming(law: Callable, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        summary = (law.__doc__ or "").strip()
+        raise AssertionError(f"{law.__name__}, on {name}: {error!r}\n{summary}") from error
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise AssertionError(message)
+
+
+def _check_finite(losses: Terms) -> None:
+    broken = {name: loss.item() for name, loss in losses.items() if not loss.isfinite()}
+    _check(not broken, f"not finite: {broken}")
+
+
+def _check_gradients(model: nn.Module) -> None:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    broken = [name for name, gradient in found.items() if not gradient.isfinite().all()]
+    _check(not broken, f"gradients that are not finite: {broken}")
+
+
+def _check_all_have_gradients(model: nn.Module, where: str) -> None:
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    _check(not missing, f"no gradient of {missing}{where}")
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    """A detector's modules, but for those inside of its backbone and those that have no parameters."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not name.startswith("backbone.") and any(True for _ in module.parameters())
+    }
+
+
+@contextlib.contextmanager
+def _counting(modules: dict[str, nn.Module]) -> Iterator[Counter]:
+    """How often each of the modules runs inside, by its name."""
+    calls: Counter[str] = Counter()
+
+    def counter(name):
+        return lambda *_: calls.update([name])
+
+    handles = [module.register_forward_pre_hook(counter(name)) for name, module in modules.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
