@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from distill_d2.losses.head_kd import HeadKD
 from distill_d2.testing.tiny import tiny_config, tiny_detector
-from distill_d2.views import Predictions, build_view
+from distill_d2.views import Batch, Predictions, build_view
 
 CLASSES = 3
 CLS, REG = "loss_head_kd_cls", "loss_head_kd_reg"
@@ -69,7 +69,7 @@ class Head:
 
 
 def terms_of(student, teacher, **settings):
-    return HeadKD(**settings)(student, teacher, None)
+    return HeadKD(**settings)(student, teacher, Batch([], (64, 64), 0, 1))
 
 
 def rows_of(head):

@@ -128,6 +128,13 @@ def test_literal_means():
     assert outside.item() == pytest.approx((0.5 + 3 + 0.5) / 9)
 
 
+def test_small_counts_are_taken_for_one():
+    """2 C sum(M) below 1: a Gaussian's tail, one channel."""
+    mask = torch.tensor([[[0.25, 0], [0, 0]]])
+    inside, _ = region_means(torch.full((1, 2, 2), 8.0), mask, 1)
+    assert inside.item() == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("form, inverted", LITERALS)
 @pytest.mark.parametrize("soft", [False, True])
 def test_means_by_loops(form, inverted, soft):

@@ -139,11 +139,11 @@ def gradients(term, *levels):
 
 
 @BOTH
-@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("mask", MASKS)
-def test_class_mean_by_loops(background, few, mask):
+def test_class_mean_by_loops(background, sparse, mask):
     student, teacher = predictions(0), predictions(1)
-    found = class_mean(divergence(background, 2.0), student, teacher, MASKS[mask], few=few)
+    found = class_mean(divergence(background, 2.0), student, teacher, MASKS[mask], sparse=sparse)
     total, count = 0.0, 0
     for image in range(SHAPE[0]):
         for row in range(SHAPE[1]):
@@ -160,8 +160,8 @@ def test_class_mean_by_loops(background, few, mask):
 def test_few_rows_and_many_are_masked_alike(background, mask):
     student, teacher = predictions(0), predictions(1)
     results = []
-    for few in (True, False):
-        found = class_mean(divergence(background, 2.0), student, teacher, MASKS[mask], few=few)
+    for sparse in (True, False):
+        found = class_mean(divergence(background, 2.0), student, teacher, MASKS[mask], sparse=sparse)
         results.append([found, *gradients(found, *student.logit_levels)])
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs)
@@ -214,24 +214,24 @@ def test_gradients_of_box_mean(class_specific):
         assert torch.equal(touched, expected)
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_masked_sum_of_more_than_two_values(few):
+@pytest.mark.parametrize("sparse", [True, False])
+def test_masked_sum_of_more_than_two_values(sparse):
     values = [torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(3)]
     mask = torch.rand(2, 3, 4) < 0.5
-    found = masked_sum(lambda a, b, c: (a * b - c).sum(dim=-1), mask, *values, few=few)
+    found = masked_sum(lambda a, b, c: (a * b - c).sum(dim=-1), mask, *values, sparse=sparse)
     expected = ((values[0] * values[1] - values[2]).sum(dim=-1))[mask].sum()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients(found, *values), gradients(expected, *values))
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_rows_beside_the_mask_may_be_anything(few):
+@pytest.mark.parametrize("sparse", [True, False])
+def test_rows_beside_the_mask_may_be_anything(sparse):
     """Of rows that fill up nothing is known."""
     values = [torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 3)]
     mask = torch.tensor([True, False, True, False]).view(1, 4, 1)
-    expected = masked_sum(divergence(True, 1.0), mask, *values, few=few)
+    expected = masked_sum(divergence(True, 1.0), mask, *values, sparse=sparse)
     values[0][0, 1], values[1][0, 3] = torch.inf, torch.nan
     values[0].requires_grad_()
-    found = masked_sum(divergence(True, 1.0), mask, *values, few=few)
+    found = masked_sum(divergence(True, 1.0), mask, *values, sparse=sparse)
     assert found == expected
     assert gradients(found, values[0])[0].isfinite().all()
