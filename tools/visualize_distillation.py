@@ -10,7 +10,7 @@
     gid     the selected general instances with their scores, by kind
     icd     the decoder's attention to each of the largest instances, on each level
     mimic   FeatureMimic's distance on each level
-    pkd     PKD's: the squared difference of the standardised maps on each level
+    pkd     PKD's: the squared difference of the standardized maps on each level
 
 The method replaces MODEL.DISTILLER.TYPES; its settings are the config's. MODEL.WEIGHTS is a checkpoint
 of the student; parameters of the loss (ICD's decoder, adapters) come from the same file, or, where it

@@ -170,7 +170,7 @@ def naive_queries(images, sampler, draws):
     counts = [sampler.num_slots(len(image.boxes)) for image in images]
     ends = np.cumsum(counts)[:-1]
     normal = np.hstack([np.zeros_like(draws.sizes), draws.sizes])
-    parts = [np.split(a, ends) for a in (draws.classes, normal, draws.centres, draws.jitter)]
+    parts = [np.split(a, ends) for a in (draws.classes, normal, draws.centers, draws.jitter)]
     tables = [np.hstack([np.zeros((4, 2)), table]) for table in (PRIOR.mean, PRIOR.std)]
     return queries_from_slots(
         [Slots(*image) for image in zip(*parts)],
