@@ -75,6 +75,7 @@ def build_train_loader(
             drop_last=True,
             num_workers=num_workers,
             collate_fn=trivial_batch_collator,
+            pin_memory=torch.cuda.is_available(),  # images go to a GPU while the step before still runs
             worker_init_fn=worker_init_reset_seed,
             # Workers draw their seeds from here, not from the generator that training uses.
             generator=torch.Generator().manual_seed(sampler.seed + comm.get_rank()),

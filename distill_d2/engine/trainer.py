@@ -96,6 +96,7 @@ class DistillTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self._build_checkpointer(model)
         self.stop = StopRequest()
+        self._has_trained = False
         self._random_states: list[dict[str, Any]] | None = None
         self.register_hooks(self.build_hooks())
 
@@ -215,7 +216,17 @@ class DistillTrainer(DefaultTrainer):
 
         Returns:
             the last evaluation's results; None if it was stopped.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+            RuntimeError: it has trained before.
         """
+        if self._has_trained:
+            raise RuntimeError(
+                "a DistillTrainer trains only once: its hooks end with the training. Build a new one, and "
+                "go on with resume_or_load(resume=True)"
+            )
+        self._has_trained = True
         with stop_request(self.stop):
             try:
                 TrainerBase.train(self, self.start_iter, self.max_iter)

@@ -1,18 +1,16 @@
 """The VOC workflow of DeFeat's page: teacher, student, distilled student, test; on VOC's own layout with
 the real configs, and on the cells of BCCD with small models."""
 
-import json
 import math
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from coco_case import SMALL, write_weights
+from runs import ROOT, checkpoint, metrics, run_commands
 from small_datasets import write_voc
-from test_processes import ROOT, SMALL, run, write_weights
-from test_training import checkpoint
 
 PAGE = ROOT / "configs" / "Distillation-DeFeat" / "README.md"
 VOC = "PascalVOC-Detection/faster_rcnn_R_{}_FPN_voc.yaml"
@@ -35,9 +33,9 @@ def as_run_here(words, *opts):
     return [sys.executable, *words, *opts]
 
 
-def metrics(folder):
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.json").read_text().splitlines()]
-    return {key: value for line in lines for key, value in line.items()}
+def values(folder):
+    """All that was logged, by name."""
+    return {key: value for line in metrics(folder) for key, value in line.items()}
 
 
 @pytest.mark.slow
@@ -50,17 +48,17 @@ def test_the_pages_commands(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     files = {depth: write_weights(VOC.format(depth), tmp_path / f"{depth}.pth") for depth in (50, 101)}
     teacher, student, distil, test = page_commands()
-    run(as_run_here(teacher, *STEPS, "MODEL.WEIGHTS", files[101]))
-    run(as_run_here(student, *STEPS, "MODEL.WEIGHTS", files[50]))
-    run(as_run_here(distil, *STEPS, "MODEL.WEIGHTS", files[50]))
+    run_commands(as_run_here(teacher, *STEPS, "MODEL.WEIGHTS", files[101]))
+    run_commands(as_run_here(student, *STEPS, "MODEL.WEIGHTS", files[50]))
+    run_commands(as_run_here(distil, *STEPS, "MODEL.WEIGHTS", files[50]))
     for folder in ("work/voc/r101", "work/voc/r50", "work/kd/r101-50-DeFeat"):
-        assert all(0 <= metrics(folder)[rule] <= 100 for rule in RULES)
-    found = metrics("work/kd/r101-50-DeFeat")
-    assert all(0 < found[f"loss_defeat_{name}"] < math.inf for name in ("neck", "neck_back"))
+        assert all(0 <= values(folder)[rule] <= 100 for rule in RULES)
+    logged = values("work/kd/r101-50-DeFeat")
+    assert all(0 < logged[f"loss_defeat_{name}"] < math.inf for name in ("neck", "neck_back"))
     saved = checkpoint("work/kd/r101-50-DeFeat")
     assert len(saved["distiller"]) == 2 * 5  # adapters of p2 to p6, weight and bias
     assert set(saved["model"]) == set(checkpoint("work/voc/r50")["model"])
-    (lines,) = run(as_run_here(test, *SMALL))
+    (lines,) = run_commands(as_run_here(test, *SMALL))
     assert "copypaste: AP,AP50,AP75,AP50_11point,AP50_area" in lines and "Teacher: " not in lines
 
 
@@ -75,9 +73,9 @@ def test_cells(shared, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("teacher", "student", *methods):
         assert (tmp_path / name / "model_final.pth").is_file()
-        assert all(0 <= metrics(tmp_path / name)[rule] <= 100 for rule in RULES)
+        assert all(0 <= values(tmp_path / name)[rule] <= 100 for rule in RULES)
         assert re.search(rf"^\| {name} +\|", done.stdout, re.MULTILINE)
-    logged = {name: set(metrics(tmp_path / name)) for name in methods}
+    logged = {name: set(values(tmp_path / name)) for name in methods}
     neck, classes = {"loss_defeat_neck", "loss_defeat_neck_back"}, {"loss_defeat_hcls"}
     assert neck < logged["defeat-neck"] and not classes & logged["defeat-neck"]
     assert neck | classes < logged["defeat"]
