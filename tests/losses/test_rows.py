@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from distill_d2.losses.rows import box_mean, class_mean, divergence, masked_sum, row_loss
-from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views import Predictions
 
 BOTH = pytest.mark.parametrize("background", [True, False], ids=["softmax", "sigmoid"])
@@ -71,15 +70,6 @@ def test_naive_divergence(background, temperature):
 
 
 @BOTH
-def test_divergence_in_float32(background):
-    student, teacher = torch.randn(2, 4, 6) * 3
-    found = divergence(background, 2.0)(student, teacher)
-    assert found.dtype == torch.float32
-    expected = divergence(background, 2.0)(student.double(), teacher.double())
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@BOTH
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
 def test_gradcheck(background, temperature):
     student, teacher = torch.randn(2, 4, 3, dtype=torch.float64)
@@ -99,15 +89,6 @@ def test_equal_logits_give_exactly_nothing(background, temperature, scale):
 
 
 @BOTH
-def test_never_below_zero_and_blind_to_what_probabilities_do_not_show(background):
-    student, teacher = torch.randn(2, 50, 5, dtype=torch.float64)
-    found = divergence(background, 1.0)(student, teacher)
-    assert (found > 0).all()
-    moved = divergence(background, 1.0)(student + 7, teacher - 3)
-    assert torch.allclose(moved, found) == background
-
-
-@BOTH
 @pytest.mark.parametrize("sign", [1, -1])
 def test_extreme_logits_are_finite(background, sign):
     student = torch.tensor([[1e4, -1e4, 0.0], [3e4, 3e4, -3e4], [0.0, 0, 0]]).requires_grad_()
@@ -115,18 +96,6 @@ def test_extreme_logits_are_finite(background, sign):
     found = divergence(background, 1.0)(student, teacher)
     found.sum().backward()
     assert found.isfinite().all() and student.grad.isfinite().all()
-
-
-@BOTH
-def test_gradients_do_not_vanish_with_the_temperature(background):
-    """T^2 makes up for what 1 / T takes off both the gradients and the differences."""
-    student, teacher = torch.randn(2, 30, 4, dtype=torch.float64)
-    student.requires_grad_()
-    sizes = [
-        torch.autograd.grad(divergence(background, t)(student, teacher).sum(), student)[0].norm().item()
-        for t in (20.0, 200.0)
-    ]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
 
 # Means over rows
@@ -200,13 +169,6 @@ def test_few_rows_and_many_are_masked_alike(background, mask):
     assert torch.equal(rows.any(dim=2), MASKS[mask])  # and no row beside the mask has a gradient
 
 
-@BOTH
-def test_many_rows_do_not_wait_for_the_device(background):
-    student, teacher = predictions(0), predictions(1)
-    with no_synchronization():
-        class_mean(divergence(background, 1.0), student, teacher, MASKS["some"], sparse=False)
-
-
 def test_class_mean_is_over_the_rows_of_all_levels():
     """Not the mean of each level's: a level without rows does not count."""
     student, teacher = predictions(0), predictions(1)
@@ -250,13 +212,6 @@ def test_gradients_of_box_mean(class_specific):
             own = torch.nn.functional.one_hot(classes, 3).bool() & mask[..., None]
             expected = own.repeat_interleave(4, dim=2)
         assert torch.equal(touched, expected)
-
-
-def test_box_mean_reads_no_classes_where_they_share_deltas():
-    student, teacher = predictions(0), predictions(1)
-    found = box_mean(row_loss("L1", 0.0), student, teacher, MASKS["all"], None)
-    expected = (student.deltas - teacher.deltas).abs().sum(dim=2).mean()
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("sparse", [True, False])
