@@ -10,6 +10,7 @@ import yaml
 from detectron2.config import CfgNode as CN
 
 from . import plugins
+from .imports import check_note
 from .losses import DISTILL_LOSS_REGISTRY, key_comments
 
 
@@ -176,11 +177,13 @@ def load_yaml(cfg: CN, path: str) -> None:
     """Merge a yaml file, and its _BASE_, into ``cfg``; plain values only.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file; it is not yaml, or holds a python tag.
+        FileNotFoundError, ValueError: there is no such file; it is not yaml, or holds a python tag; it is of a
+            run that was started with an --import which is missing.
         KeyError: a key that does not exist.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"config file '{path}' does not exist")
+    check_note(os.path.dirname(path))
     try:
         cfg.merge_from_file(path, allow_unsafe=False)
     except yaml.constructor.ConstructorError as error:

@@ -40,16 +40,12 @@ read it, and a ``Detector``, which brings its config keys. A whole package::
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
-import os
 import pkgutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from types import ModuleType
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
@@ -58,10 +54,13 @@ from detectron2.utils.logger import log_first_n
 from fvcore.common.registry import Registry
 
 from . import projects
+from .imports import import_entry_points
+
+if TYPE_CHECKING:
+    from .testing import Family
 
 logger = logging.getLogger(__name__)
 
-GROUP = "distill_d2.plugins"
 _REGISTRIES = (META_ARCH_REGISTRY, BACKBONE_REGISTRY, PROPOSAL_GENERATOR_REGISTRY)
 
 
@@ -99,15 +98,13 @@ class Detector:
         """All that it registers."""
         return {self.architecture, *self.registers} - {""}
 
-    def load_family(self) -> Any:
-        """The object that ``family`` names; its module is imported."""
+    def load_family(self) -> Family:
+        """The small instance; its module is imported."""
         module, _, attribute = self.family.partition(":")
         return getattr(importlib.import_module(module), attribute)
 
 
 _DETECTORS: dict[str, Detector] = {}
-# What was imported from outside, and who asked for it.
-_IMPORTED: dict[str, str] = {}
 _found = False
 
 
@@ -174,31 +171,6 @@ def of_student(cfg: CfgNode) -> list[Detector]:
     return [detector for detector in detectors().values() if detector.architecture == architecture]
 
 
-def import_plugins(names: Sequence[str] = ()) -> None:
-    """Import modules and files of users, then those of installed packages. Call it before a config is read, in
-    every process.
-
-    Args:
-        names: of modules, or paths of .py files; a file's folder is added to the end of ``sys.path``.
-
-    Raises:
-        ImportError: the message says which one failed, who named it, and why.
-    """
-    for name in names:
-        _import(name, f"--import {name}")
-    _find()
-
-
-def imported() -> list[str]:
-    """One line for each module that ``import_plugins`` imported: the module, its file, and who named it."""
-    return [f"{name} ({sys.modules[name].__file__}; {who})" for name, who in _IMPORTED.items()]
-
-
-def module_name(name: str) -> str:
-    """The module that ``--import name`` imports: of a file its name without the ending."""
-    return os.path.splitext(os.path.basename(name))[0] if name.endswith(".py") else name
-
-
 def _find() -> None:
     """Import the descriptions of projects/, then the modules of entry points, once."""
     global _found
@@ -209,44 +181,10 @@ def _find() -> None:
         if module.name.endswith("_plugin"):
             importlib.import_module(f"{projects.__name__}.{module.name}")
     try:
-        for point in _entry_points():
-            _import(point.value, f"entry point {point.name} of {GROUP}")
+        import_entry_points()
     except ImportError:
         _found = False
         raise
-
-
-def _entry_points() -> Iterable[metadata.EntryPoint]:
-    points: Any = metadata.entry_points()
-    if hasattr(points, "select"):
-        return points.select(group=GROUP)
-    return points.get(GROUP, ())  # Python 3.9
-
-
-def _import(name: str, who: str) -> None:
-    try:
-        module = _import_file(name) if name.endswith(".py") else importlib.import_module(name)
-    except Exception as error:  # whatever a user's module raises
-        raise ImportError(
-            f"{who}: {type(error).__name__}: {error}. Expected a module that can be imported (its folder is in "
-            "PYTHONPATH, or its package is installed) or the path of a .py file"
-        ) from error
-    _IMPORTED.setdefault(module.__name__, who)
-
-
-def _import_file(path: str) -> ModuleType:
-    """Under the file's own name, so that other processes find its classes by it."""
-    path, name = os.path.abspath(path), module_name(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"'{path}' does not exist")
-    folder = os.path.dirname(path)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    module = importlib.import_module(name)
-    found = getattr(module, "__file__", None)
-    if found is None or not os.path.samefile(found, path):
-        raise ValueError(f"another module has the name '{name}' ({found}); rename '{path}'")
-    return module
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -74,6 +74,20 @@ class Job:
         """Another teacher, with random weights, in the folder "other"."""
         self.node.MODEL_DISTILLER_CONFIG = save_teacher(cfg, self.folder / "other")
 
+    def use_detecting_teacher(self, image_format: str = "BGR") -> CfgNode:
+        """A RetinaNet whose scores differ from box to box, unlike those of a new detector; it and the student
+        return boxes of any score. Its config."""
+        cfg = tiny_config(width=16)
+        cfg.INPUT.FORMAT = image_format
+        for config in (cfg, self.config):
+            config.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+        self.use_teacher(cfg)
+        path = self.folder / "other" / "teacher.pth"
+        saved = torch.load(path, weights_only=True)
+        saved["model"]["head.cls_score.weight"].mul_(10)
+        torch.save(saved, path)
+        return cfg
+
     def arguments(self, *arguments: Any, opts: Sequence[Any] = ()) -> argparse.Namespace:
         """The command line's, parsed; writes the config file."""
         Path(self.config_file).write_text(self.text or self.config.dump())
@@ -159,6 +173,12 @@ def last_losses(folder: Path | str) -> dict[str, float]:
     """The losses that were logged last."""
     last = [line for line in metrics(folder) if "total_loss" in line][-1]
     return {name: value for name, value in last.items() if name.startswith("loss_")}
+
+
+def detections(folder: Path | str) -> list[dict[str, Any]]:
+    """The detections of an evaluation, as in COCO's json."""
+    (file,) = Path(folder).glob("inference/*/coco_instances_results.json")
+    return json.loads(file.read_text())
 
 
 def assert_equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> None:

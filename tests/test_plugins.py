@@ -15,6 +15,7 @@ import yaml
 import distill_d2
 from distill_d2 import plugins
 from distill_d2.engine import argument_parser, main
+from distill_d2.imports import import_modules
 from distill_d2.testing import distiller_config, save_teacher, tiny_config, write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,7 +204,7 @@ def test_what_cannot_be_imported(tmp_path, monkeypatch):
         str(tmp_path / "json.py"): "another module has the name 'json'",
     }.items():
         with pytest.raises(ImportError) as caught:
-            plugins.import_plugins([name])
+            import_modules([name])
         assert str(caught.value).startswith(f"--import {name}: ") and text in str(caught.value)
 
 

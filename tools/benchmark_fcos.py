@@ -5,9 +5,9 @@
 
 Both have the same backbone and head (R50, but for --depth; no scales per level), the same generated
 images and objects, and in inference the same candidates. In each round their training steps (forward and
-backward) and inferences run in turn, in alternating order; the ratios ours / detectron2's are taken in
-each round, and their median and range printed. On a CPU they are of process time, which other work on
-the machine disturbs least; on a GPU of wall-clock time, with the device synchronised.
+backward) and inferences run in turn, in alternating order; the ratios projects/FCOS / detectron2 are taken
+in each round, and their median and range printed. On a CPU they are of process time, which other work on
+the machine disturbs least; on a GPU of wall-clock time, with the device synchronized.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.model_zoo import get_config_file
 
-OURS, THEIRS = "projects/FCOS", "detectron2"
+PROJECT, DETECTRON2 = "projects/FCOS", "detectron2"
 THRESHOLD = 0.05
 
 
@@ -44,12 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    ours, theirs = build_pair(args)
-    batch = generated_batch(args, ours.proposal_generator.num_classes)
+    project, detectron2s = build_pair(args)
+    batch = generated_batch(args, project.proposal_generator.num_classes)
     for phase, run in (("training step", training_step), ("inference", inference)):
-        times = measure(run, {OURS: ours, THEIRS: theirs}, batch, args)
+        times = measure(run, {PROJECT: project, DETECTRON2: detectron2s}, batch, args)
         print_phase(phase, times)
-    print_setting(args, {OURS: ours, THEIRS: theirs}, batch)
+    print_setting(args, {PROJECT: project, DETECTRON2: detectron2s}, batch)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def config(args: argparse.Namespace) -> CfgNode:
-    """Of ours."""
+    """The config of projects/FCOS."""
     cfg = get_cfg()
     add_distill_config(cfg)
     load_yaml(cfg, get_config_file("FCOS-Detection/R_50_1x.yaml"))
@@ -86,12 +86,12 @@ def config(args: argparse.Namespace) -> CfgNode:
 
 
 def build_pair(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
-    """Ours and detectron2's, with the same weights, which make many candidates."""
+    """The detectors of projects/FCOS and of detectron2, with the same weights, which make many candidates."""
     cfg = config(args)
-    ours, backbone = build_model(cfg), build_backbone(cfg)
+    project, backbone = build_model(cfg), build_backbone(cfg)
     node, shapes = cfg.MODEL.FCOS, backbone.output_shape()
     levels = [shapes[name] for name in node.IN_FEATURES]
-    theirs = FCOS(
+    detectron2s = FCOS(
         backbone=backbone,
         head=FCOSHead(
             input_shape=levels,
@@ -105,11 +105,11 @@ def build_pair(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
     ).to(args.device)
-    head = ours.proposal_generator.fcos_head
+    head = project.proposal_generator.fcos_head
     nn.init.normal_(head.cls_logits.weight, std=0.05)
     nn.init.constant_(head.bbox_pred.bias, 2.0)
-    theirs.load_state_dict(to_detectron2(ours.state_dict()))  # strict
-    return ours, theirs
+    detectron2s.load_state_dict(to_detectron2(project.state_dict()))  # strict
+    return project, detectron2s
 
 
 def generated_batch(args: argparse.Namespace, num_classes: int) -> list[dict[str, Any]]:
@@ -164,14 +164,14 @@ def now(device: str) -> float:
 
 
 def print_phase(phase: str, times: dict[str, list[float]]) -> None:
-    ratios = [ours / theirs for ours, theirs in zip(times[OURS], times[THEIRS])]
+    ratios = [a / b for a, b in zip(times[PROJECT], times[DETECTRON2])]
     rows = [
         [name, *(f"{1000 * value:.1f}" for value in (statistics.median(s), min(s), max(s)))]
         for name, s in times.items()
     ]
     print(tabulate(rows, headers=[f"{phase}, ms", "median", "least", "most"], tablefmt="pipe"))
     print(
-        f"{phase}: ours / detectron2's {statistics.median(ratios):.3f} "
+        f"{phase}: {PROJECT} / {DETECTRON2} {statistics.median(ratios):.3f} "
         f"({min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} rounds)\n"
     )
 

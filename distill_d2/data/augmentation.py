@@ -1,18 +1,24 @@
-"""SSD's augmentations, and images of one fixed size, for any detector: INPUT.AUGMENTATIONS, FIXED_SIZE."""
+"""SSD's augmentations and images of one fixed size, for any detector: INPUT.AUGMENTATIONS, FIXED_SIZE.
+
+torchvision's v2 transforms draw what happens, from torch's generator, which a checkpoint holds and which
+is seeded in each worker; detectron2's and fvcore's transforms apply it, to polygons too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Callable
 
-import cv2
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from detectron2.utils.registry import Registry
 from fvcore.transforms.transform import CropTransform, NoOpTransform, Transform
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 DATASET_MAPPER_REGISTRY = Registry("DATASET_MAPPER")
 DATASET_MAPPER_REGISTRY.__doc__ = """Mappers, chosen by INPUT.MAPPER: classes or functions of (cfg, is_train)
@@ -23,13 +29,13 @@ AUGMENTATION_REGISTRY.__doc__ = """Functions from a config to a list of detectro
 INPUT.AUGMENTATIONS. They come first in training; an augmentation may ask for ``boxes``."""
 
 _IGNORED = 255  # of semantic segmentation
-_HUE_DEGREES = 18.0
 _TRIES = 50
+_SMALLEST = 4  # pixels of a side; a crop of 0.3 times less may be empty
 
 
 class PhotometricDistortion(T.Augmentation):
-    """Random brightness, contrast, saturation, hue and order of channels (Liu et al., SSD; as its PyTorch
-    versions do): each with probability 0.5, contrast before or after the two of HSV."""
+    """torchvision's RandomPhotometricDistort (Liu et al., SSD, section 2.2, "Data augmentation"): random
+    brightness, contrast, saturation, hue and order of the channels, each with probability 0.5."""
 
     def __init__(self, input_format: str = "BGR"):
         """
@@ -37,71 +43,35 @@ class PhotometricDistortion(T.Augmentation):
             input_format: order of the images' channels, "BGR" or "RGB".
         """
         super().__init__()
-        self.to_hsv, self.from_hsv = _HSV[input_format]
+        self.step = -1 if input_format == "BGR" else 1
+        self.distort = v2.RandomPhotometricDistort()
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """For an image (H, W, 3), uint8."""
-        steps: list[Callable[[np.ndarray], np.ndarray]] = []
-        if _coin():
-            brightness = np.random.uniform(-32, 32)
-            steps.append(lambda x: x + np.float32(brightness))
-        contrast, first = np.random.uniform(0.5, 1.5) if _coin() else 1.0, _coin()
-        saturation = np.random.uniform(0.5, 1.5) if _coin() else 1.0
-        hue = np.random.uniform(-_HUE_DEGREES, _HUE_DEGREES) if _coin() else 0.0
-        colours = [
-            lambda x: x * np.float32(contrast),
-            lambda x: self._change_hsv(x, saturation, hue),
-        ]
-        steps += colours if first else reversed(colours)
-        if _coin():
-            order = np.random.permutation(3)
-            steps.append(lambda x: x[..., order])
-        return T.ColorTransform(lambda image: _apply(steps, image))
-
-    def _change_hsv(self, image: np.ndarray, saturation: float, hue: float) -> np.ndarray:
-        if saturation == 1.0 and hue == 0.0:
-            return image
-        hsv = cv2.cvtColor(
-            image.clip(0, 255), self.to_hsv
-        )  # of float32: hue in degrees, saturation 0 to 1
-        hsv[..., 0] = (hsv[..., 0] + hue) % 360
-        hsv[..., 1] = (hsv[..., 1] * saturation).clip(0, 1)
-        return cv2.cvtColor(hsv, self.from_hsv)
-
-
-_HSV = {
-    "BGR": (cv2.COLOR_BGR2HSV, cv2.COLOR_HSV2BGR),
-    "RGB": (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB),
-}
-
-
-def _coin() -> bool:
-    return np.random.rand() < 0.5
-
-
-def _apply(steps: Sequence[Callable], image: np.ndarray) -> np.ndarray:
-    changed = image.astype(np.float32)
-    for step in steps:
-        changed = step(changed)
-    return changed.round().clip(0, 255).astype(image.dtype)
+        """The distortion of this image (H, W, 3), uint8."""
+        rgb = torch.from_numpy(image[..., :: self.step].transpose(2, 0, 1).copy())
+        changed = np.ascontiguousarray(self.distort(rgb).permute(1, 2, 0).numpy()[..., :: self.step])
+        return T.ColorTransform(lambda _: changed)
 
 
 class ExpandTransform(Transform):
-    """Put an image (H, W, C) somewhere on a larger canvas of one colour."""
+    """Put an image (H, W, C) somewhere on a larger canvas of one color."""
 
     def __init__(self, left: int, top: int, height: int, width: int, fill: Sequence[float]):
         """
         Args:
-            left, top: where; height, width: of the canvas, in pixels.
-            fill: the colour, one number per channel.
+            left: where the image's first column is on the canvas, in pixels.
+            top: where its first row is.
+            height: of the canvas, in pixels.
+            width: of the canvas.
+            fill: the color, one number per channel.
         """
         super().__init__()
-        self._set_attributes(locals())
+        self.left, self.top, self.height, self.width, self.fill = left, top, height, width, fill
 
-    def apply_image(self, image: np.ndarray) -> np.ndarray:
-        canvas = np.empty((self.height, self.width, *image.shape[2:]), dtype=image.dtype)
-        canvas[...] = np.asarray(self.fill).round() if image.ndim == 3 else 0
-        return self._place(image, canvas)
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        canvas = np.empty((self.height, self.width, *img.shape[2:]), dtype=img.dtype)
+        canvas[...] = np.asarray(self.fill).round() if img.ndim == 3 else 0
+        return self._place(img, canvas)
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         canvas = np.full((self.height, self.width), _IGNORED, dtype=segmentation.dtype)
@@ -110,9 +80,6 @@ class ExpandTransform(Transform):
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return coords + np.asarray([self.left, self.top], dtype=coords.dtype)
 
-    def inverse(self) -> Transform:
-        raise NotImplementedError("ExpandTransform: not needed, it is for training")
-
     def _place(self, image: np.ndarray, canvas: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]
         canvas[self.top : self.top + height, self.left : self.left + width] = image
@@ -120,89 +87,76 @@ class ExpandTransform(Transform):
 
 
 class Expand(T.Augmentation):
-    """With probability 0.5, zoom out: the image somewhere on a canvas of up to ``max_ratio`` times its sides."""
+    """torchvision's RandomZoomOut: with probability 0.5 the image is put somewhere on a canvas of up to
+    ``max_ratio`` times its sides."""
 
     def __init__(self, max_ratio: float = 4.0, fill: Sequence[float] = (127.0, 127.0, 127.0)):
         super().__init__()
-        self.max_ratio = max_ratio
+        self.zoom_out = v2.RandomZoomOut(side_range=(1.0, max_ratio))
         self.fill = list(fill)
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        if not _coin():
+        """For an image (H, W, C)."""
+        size = image.shape[:2]
+        placed = self.zoom_out(_boxes([[0, 0, size[1], size[0]]], size))
+        if tuple(placed.canvas_size) == size:
             return NoOpTransform()
-        height, width = image.shape[:2]
-        ratio = np.random.uniform(1, self.max_ratio)
-        left, top = np.random.uniform(0, width * (ratio - 1)), np.random.uniform(0, height * (ratio - 1))
-        return ExpandTransform(
-            int(left), int(top), int(np.ceil(height * ratio)), int(np.ceil(width * ratio)), self.fill
-        )
+        left, top = placed[0, :2].int().tolist()
+        height, width = placed.canvas_size
+        return ExpandTransform(left, top, height, width, self.fill)
 
 
-class CropToCentres(CropTransform):
-    """A crop that drops the boxes whose centres are outside: they become empty."""
+class CropToCenters(CropTransform):
+    """A crop that drops the boxes whose centers are outside: they become empty."""
 
     def apply_box(self, box: np.ndarray) -> np.ndarray:
         box = np.asarray(box, dtype=np.float64).reshape(-1, 4)
-        inside = _centres_inside(box, (self.x0, self.y0, self.x0 + self.w, self.y0 + self.h))
-        cropped = super().apply_box(box)
-        cropped = cropped.clip(0, [self.w, self.h, self.w, self.h])
+        centers = (box[:, :2] + box[:, 2:]) / 2 - [self.x0, self.y0]
+        inside = np.all((centers > 0) & (centers < [self.w, self.h]), axis=1)
+        cropped = super().apply_box(box).clip(0, [self.w, self.h, self.w, self.h])
         return np.where(inside[:, None], cropped, 0.0)
 
 
 class RandomCropByIoU(T.Augmentation):
-    """SSD's crop: the whole image, or a patch, free or of which some object has an IoU above a limit.
+    """torchvision's RandomIoUCrop: the whole image, or a patch, free or with an IoU above a limit with
+    some object whose center is inside.
 
-    Patches have sides of 0.3 to 1 times the image's, an aspect ratio of 0.5 to 2, and the centre of some
+    Patches have sides of 0.3 to 1 times the image's, an aspect ratio of 0.5 to 2, and the center of some
     object inside. All choices are equally likely; if 50 tries find none, another choice is drawn.
     """
 
     def __init__(self, min_ious: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9)):
         super().__init__()
-        self.choices: list[float | None] = [None, 0.0, *min_ious]
+        # 1.0 stands for the whole image.
+        self.crop = v2.RandomIoUCrop(sampler_options=[0.0, *min_ious, 1.0], trials=_TRIES)
 
     def get_transform(self, image: np.ndarray, boxes: np.ndarray) -> Transform:
         """For an image (H, W, C) and its objects' boxes (M, 4), absolute XYXY."""
         height, width = image.shape[:2]
-        while True:
-            limit = self.choices[np.random.randint(len(self.choices))]
-            if limit is None or not len(boxes):
-                return NoOpTransform()
-            for _ in range(_TRIES):
-                patch = _random_patch(height, width)
-                if patch and _fits(patch, boxes, limit):
-                    x1, y1, x2, y2 = patch
-                    return CropToCentres(x1, y1, x2 - x1, y2 - y1, width, height)
+        if not len(boxes) or min(height, width) < _SMALLEST:
+            return NoOpTransform()
+        # The patch of a picture of coordinates says where it lies.
+        columns = tv_tensors.Image(torch.arange(width).expand(1, height, width))
+        rows = tv_tensors.Image(torch.arange(height)[:, None].expand(1, height, width))
+        columns, rows, _ = self.crop(columns, rows, _boxes(boxes, (height, width)))
+        h, w = rows.shape[1:]
+        if (h, w) == (height, width):
+            return NoOpTransform()
+        return CropToCenters(int(columns[0, 0, 0]), int(rows[0, 0, 0]), w, h, width, height)
 
 
-def _random_patch(height: int, width: int) -> tuple[int, int, int, int] | None:
-    w, h = np.random.uniform(0.3, 1) * width, np.random.uniform(0.3, 1) * height
-    if not 0.5 <= h / w <= 2 or min(w, h) < 1:
-        return None
-    left, top = np.random.uniform(0, width - w), np.random.uniform(0, height - h)
-    return int(left), int(top), int(left + w), int(top + h)
-
-
-def _fits(patch: tuple[int, int, int, int], boxes: np.ndarray, limit: float) -> bool:
-    if min(patch[2] - patch[0], patch[3] - patch[1]) < 1:
-        return False
-    return _iou(patch, boxes).max() >= limit and _centres_inside(boxes, patch).any()
-
-
-def _iou(patch: Sequence[float], boxes: np.ndarray) -> np.ndarray:
-    sides = np.minimum(patch[2:], boxes[:, 2:]) - np.maximum(patch[:2], boxes[:, :2])
-    common = sides.clip(0).prod(axis=1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    area = (patch[2] - patch[0]) * (patch[3] - patch[1])
-    return common / (area + areas - common)
-
-
-def _centres_inside(boxes: np.ndarray, patch: Sequence[float]) -> np.ndarray:
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    return ((centres > patch[:2]) & (centres < patch[2:])).all(axis=1)
+def _boxes(boxes: Any, size: tuple[int, int]) -> tv_tensors.BoundingBoxes:
+    return tv_tensors.BoundingBoxes(
+        torch.as_tensor(boxes, dtype=torch.float64),
+        format=tv_tensors.BoundingBoxFormat.XYXY,
+        canvas_size=size,
+    )
 
 
 class BoxAwareMapper(DatasetMapper):
     """detectron2's mapper, whose augmentations may also look at the objects' boxes."""
+
+    augmentations: T.AugmentationList
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         boxes = [
@@ -228,7 +182,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict[str, Any]], Any
     """The mapper that INPUT.MAPPER names, or detectron2's with the augmentations of INPUT.
 
     Raises:
-        ValueError: INPUT.MAPPER, AUGMENTATIONS, FIXED_SIZE, CROP, MASK_FORMAT or IS_ROTATE is wrong.
+        ValueError: a value of INPUT is out of range; the message names its key.
     """
     if cfg.INPUT.MAPPER:
         _check_registered(DATASET_MAPPER_REGISTRY, "INPUT.MAPPER", cfg.INPUT.MAPPER, "''")
@@ -277,7 +231,7 @@ def ssd(cfg: CfgNode) -> list[T.Augmentation]:
     """Photometric distortion, expansion and a random crop, with the settings of INPUT.SSD.
 
     Raises:
-        ValueError: another key asks for a second crop, or for bit masks.
+        ValueError: another key asks for a second crop or bit masks, or a setting is out of range.
     """
     if cfg.INPUT.CROP.ENABLED:
         raise ValueError(
@@ -290,6 +244,14 @@ def ssd(cfg: CfgNode) -> list[T.Augmentation]:
             "'polygon', or AUGMENTATIONS to 'default'"
         )
     node = cfg.INPUT.SSD
+    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+        raise ValueError(
+            f"INPUT.FORMAT is '{cfg.INPUT.FORMAT}'; INPUT.AUGMENTATIONS 'ssd' needs 'BGR' or 'RGB'"
+        )
+    if node.EXPAND_MAX_RATIO < 1:
+        raise ValueError(
+            f"INPUT.SSD.EXPAND_MAX_RATIO is {node.EXPAND_MAX_RATIO}; expected at least 1 (1: no expansion)"
+        )
     return [
         PhotometricDistortion(cfg.INPUT.FORMAT),
         Expand(node.EXPAND_MAX_RATIO, cfg.MODEL.PIXEL_MEAN),

@@ -1,4 +1,4 @@
-"""detectron2's own VOC datasets (voc_2007_trainval, ...), also as the official archives lay them out."""
+"""detectron2's own VOC datasets (voc_2007_trainval, ...), also in the layout of the official archives."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ _NAMES = {f"voc_{year}_{split}": year for year, splits in _SPLITS.items() for sp
 
 
 def register_builtin_voc() -> None:
-    """Point detectron2's VOC datasets to where they lie below $DETECTRON2_DATASETS as it is now.
+    """Point detectron2's VOC datasets to their folders below the current $DETECTRON2_DATASETS.
 
-    detectron2 knows VOC<year> alone, below what the variable was when it was imported; here
-    VOCdevkit/VOC<year> is taken where only that exists. Names that the user has registered stay as
-    they are, and so do detectron2's where they are right. Calling it again changes nothing else.
+    detectron2 only looks for VOC<year>, below the value of the variable at import; this function also
+    finds VOCdevkit/VOC<year>. Datasets that the user has registered under these names stay as they are.
     """
     for name in _NAMES:
         places = builtin_voc_places(name)
@@ -31,8 +30,8 @@ def register_builtin_voc() -> None:
 
 
 def builtin_voc_places(name: str) -> list[str]:
-    """The folders in which a VOC dataset of detectron2's may lie, first the one that detectron2
-    expects; none for another dataset, and for one that the user has registered under its name."""
+    """The folders in which one of detectron2's VOC datasets may lie, first the one that detectron2
+    expects; empty for other datasets, and if the user has registered this name."""
     if name not in _NAMES or not _is_builtin(name):
         return []
     folder = f"VOC{_NAMES[name]}"
@@ -40,10 +39,10 @@ def builtin_voc_places(name: str) -> list[str]:
 
 
 def _is_builtin(name: str) -> bool:
-    """Whether detectron2 registered the name when it was imported, or ``_point_to`` did later."""
+    """Whether detectron2 registered the name at import, or ``_point_to`` did later."""
     module = DatasetCatalog[name].__module__ if name in DatasetCatalog else None
     if module == register_pascal_voc.__module__:
-        # The user may have called it too, for a folder of his own.
+        # The user may have called register_pascal_voc for another folder.
         folder = os.path.join(builtin._root, f"VOC{_NAMES[name]}")
         return MetadataCatalog.get(name).get("dirname") == folder
     return module == __name__
@@ -54,6 +53,6 @@ def _point_to(name: str, folder: str) -> None:
     metadata = MetadataCatalog.get(name)
     split, classes = metadata.split, metadata.thing_classes
     DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)  # its values cannot be changed
+    MetadataCatalog.remove(name)  # set values are constant
     DatasetCatalog.register(name, lambda: load_voc(name, folder, split, classes))
     MetadataCatalog.get(name).set(**{**metadata.as_dict(), "dirname": folder})

@@ -33,7 +33,8 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
         train: also those of DATASETS.TRAIN.
 
     Raises:
-        ValueError, OSError: the message names the dataset and what is wrong.
+        ValueError: a dataset does not fit the config or the model; see ``check_dataset``.
+        OSError: annotations or images do not exist or cannot be read.
     """
     if train and not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name at least one dataset")
@@ -59,18 +60,18 @@ def check_dataset(
 ) -> None:
     """Check that a dataset is registered, has annotations and images, and fits the model.
 
-    That every image file exists costs one listing per folder, not one call per file.
+    Folders are listed to see whether all image files exist: one call per folder, not per file.
 
     Args:
         name: of the dataset.
         classes: config key and value of the model's number of classes; None: not known.
-        check_images: decode a sample, always the same, of at most this many images.
-        need_annotations: at least one image must have one.
+        check_images: the number of images to decode, at most; the sample is always the same.
+        need_annotations: whether at least one image must have an annotation.
 
     Raises:
         ValueError: unknown name, no images, no annotations, another number of classes, an image
             that is unreadable or not as large as its annotation says.
-        OSError: the annotations, or images, do not exist or cannot be read.
+        OSError: annotations or images do not exist or cannot be read.
     """
     _check_registered(name, "the list of datasets")
     dicts = _load(name)
@@ -78,8 +79,8 @@ def check_dataset(
         raise ValueError(f"dataset '{name}' has no images")
     if need_annotations and not any(record.get("annotations") for record in dicts):
         raise ValueError(
-            f"dataset '{name}' has no annotations: {len(dicts)} images and no boxes. Images alone teach by "
-            "losses on features, with train_distill.py, MODEL.DISTILLER.TASK_LOSS_WEIGHT 0 and "
+            f"dataset '{name}' has no annotations: {len(dicts)} images and no boxes. Images alone are enough "
+            "only for losses on features: with train_distill.py, MODEL.DISTILLER.TASK_LOSS_WEIGHT 0 and "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
     _check_classes(name, classes)
@@ -94,23 +95,23 @@ def check_image(record: dict[str, Any]) -> None:
     """Decode the image of a dataset dict as detectron2 does.
 
     Raises:
-        ValueError: that fails, or its size is not as annotated; the message names the file.
+        ValueError: the image cannot be read, or its size differs from the annotation's.
     """
     path = record["file_name"]
     try:
         check_image_size(dict(record), read_image(path, format="BGR"))
-    except Exception as error:  # Pillow's decoders raise whatever comes
+    except Exception as error:  # Pillow's decoders raise many types
         raise ValueError(f"the image '{path}' cannot be used: {error}") from error
 
 
 class NamedReadErrors:
-    """A dataset mapper whose errors name the image they are about."""
+    """A dataset mapper whose errors name the image."""
 
     def __init__(self, mapper: Callable[[dict[str, Any]], Any]):
         self.mapper = mapper
 
     def __call__(self, record: dict[str, Any]) -> Any:
-        """As the mapper. Raises RuntimeError, with the mapper's own error as its cause."""
+        """Call the mapper; its errors become a RuntimeError, with the original as the cause."""
         try:
             return self.mapper(record)
         except Exception as error:
@@ -121,7 +122,7 @@ class NamedReadErrors:
 
 
 def _need_annotations(cfg: CfgNode) -> bool:
-    """Whether images without any are of no use: there is no distillation, or they are filtered out."""
+    """Whether training needs annotations: for task losses, or because images without are filtered out."""
     distils_alone = (
         cfg.MODEL.META_ARCHITECTURE == "Distiller" and not cfg.MODEL.DISTILLER.TASK_LOSS_WEIGHT
     )

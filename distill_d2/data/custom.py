@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Callable
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -34,7 +34,7 @@ def datasets_root() -> str:
 
 
 def register_custom_datasets(entries: Sequence[dict[str, Any]]) -> None:
-    """Register the datasets of DATASETS.CUSTOM; twice the same is once.
+    """Register the datasets of DATASETS.CUSTOM; registering the same entry again changes nothing.
 
     Paths and keys are checked here, annotations when they are loaded (``check_datasets``).
 
@@ -44,7 +44,7 @@ def register_custom_datasets(entries: Sequence[dict[str, Any]]) -> None:
             {NAME, FORMAT: "images", IMAGES}. Relative paths are below $DETECTRON2_DATASETS.
 
     Raises:
-        ValueError: an entry has missing or unknown keys, values that cannot be, or a name that is
+        ValueError: an entry has missing or unknown keys, a value out of range, or a name that is
             already taken.
         FileNotFoundError: a folder or file does not exist; the message says what was found.
     """
@@ -92,7 +92,7 @@ def _check_entry(entry: Any) -> None:
 def _check_values(entry: dict[str, Any]) -> None:
     for key in _TEXTS:
         if key in entry and not (isinstance(entry[key], str) and entry[key]):
-            raise ValueError(f"DATASETS.CUSTOM: {key} is {entry[key]!r} in {entry}; expected a text")
+            raise ValueError(f"DATASETS.CUSTOM: {key} is {entry[key]!r} in {entry}; expected a string")
     classes = entry.get("CLASSES", ["any"])
     is_list = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
     if not is_list or not classes or len(set(classes)) < len(classes):
@@ -116,7 +116,7 @@ def _with_paths(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _require(path: str, name: str, is_there=os.path.isdir) -> str:
+def _require(path: str, name: str, is_there: Callable[[str], bool] = os.path.isdir) -> str:
     if is_there(path):
         return path
     kind = "folder" if is_there is os.path.isdir else "file"

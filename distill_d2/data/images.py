@@ -10,20 +10,19 @@ from PIL import Image
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _READERS = 8  # threads
-_ORIENTATION, _TURNED = (
-    0x0112,
-    (5, 6, 7, 8),
-)  # the EXIF tag, and its values with height and width exchanged
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNED = (5, 6, 7, 8)  # its values that exchange height and width
 
 
 def load_images(name: str, folder: str) -> list[dict[str, Any]]:
-    """detectron2's dicts, without objects, of all images in a folder and the folders inside it.
+    """detectron2's dicts of all images in a folder and its subfolders, without annotations.
 
     Args:
         name: of the dataset, for messages.
+        folder: to search.
 
     Raises:
-        ValueError: there are none, or one is no image.
+        ValueError: there are no images, or a file is not an image.
     """
     paths = [
         os.path.join(place, file)

@@ -23,8 +23,8 @@ _iterators: weakref.WeakSet = weakref.WeakSet()
 class ShieldedLoader:
     """A DataLoader whose workers ignore SIGINT and SIGTERM.
 
-    A terminal's Ctrl-C and a scheduler's SIGTERM go to all processes of a job; the training process
-    still needs its workers to end the step that runs. ``end_workers()`` ends them.
+    Ctrl-C in a terminal and SIGTERM from a scheduler go to all processes of a job, but the training
+    process still needs its workers to finish the current step. ``end_workers()`` ends them.
     """
 
     def __init__(self, loader: DataLoader):
@@ -44,11 +44,11 @@ class ShieldedLoader:
 def end_workers() -> None:
     """End the workers of all loaders that are still being read.
 
-    They ignore the signal with which python ends its children, so it would wait for them for ever,
-    in particular after an error, whose traceback keeps the loader alive.
+    The workers ignore the signal with which Python ends its children. Without this call Python would wait
+    for them forever, in particular after an error, because the traceback keeps the loader alive.
     """
     for iterator in list(_iterators):
-        # Of DataLoader's iterators only those with workers have it; there is no public name.
+        # Only iterators with workers have this method; there is no public one.
         getattr(iterator, "_shutdown_workers", lambda: None)()
         _iterators.discard(iterator)
 
@@ -59,13 +59,13 @@ def build_train_loader(
     sampler: ResumableTrainingSampler,
     num_workers: int,
 ) -> ShieldedLoader:
-    """As detectron2's ``build_detection_train_loader``; an endless loader of lists of dicts.
+    """Like detectron2's ``build_detection_train_loader``: an endless loader of lists of dicts.
 
     Args:
         dataset: detectron2's dicts.
-        mapper: makes of one dict what the model reads.
+        mapper: turns one of them into an input of the model.
         sampler: order and batch size.
-        num_workers: processes that load; 0: in the training process.
+        num_workers: number of loading processes; 0: the training process loads.
     """
     mapped = MapDataset(DatasetFromList(dataset, copy=False), mapper)
     return ShieldedLoader(
@@ -75,6 +75,7 @@ def build_train_loader(
             drop_last=True,
             num_workers=num_workers,
             collate_fn=trivial_batch_collator,
+            pin_memory=torch.cuda.is_available(),  # images go to a GPU while the step before still runs
             worker_init_fn=worker_init_reset_seed,
             # Workers draw their seeds from here, not from the generator that training uses.
             generator=torch.Generator().manual_seed(sampler.seed + comm.get_rank()),

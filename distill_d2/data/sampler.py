@@ -34,17 +34,20 @@ class ResumableTrainingSampler(TrainingSampler):
             size: number of images.
             batch_size: images per process and step.
             wide: per image whether width > height; None: no grouping.
-            shuffle, seed: of TrainingSampler; only a resumed run with the same seed, processes and
-                batch size has the same order.
+            shuffle: of TrainingSampler.
+            seed: of TrainingSampler. A resumed run has the same order only with the same seed, number of
+                processes and batch size.
 
         Raises:
-            ValueError: no images, no batch, or ``wide`` is of other images.
+            ValueError: there are no images, batch_size is below 1, or ``wide`` has another length.
         """
         super().__init__(size, shuffle=shuffle, seed=seed)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
         if wide is not None and len(wide) != size:
-            raise ValueError(f"'wide' is of {len(wide)} images, expected {size}")
+            raise ValueError(
+                f"'wide' has {len(wide)} entries, expected one for each of the {size} images"
+            )
         self.batch_size = batch_size
         self.wide = None if wide is None else [bool(flag) for flag in wide]
         self.skipped_batches = 0
@@ -62,13 +65,15 @@ class ResumableTrainingSampler(TrainingSampler):
         self.skipped_batches = count
 
     def __iter__(self) -> Iterator[int]:
-        indices = super().__iter__() if self.wide is None else self._grouped(super().__iter__())
+        indices = super().__iter__()
+        if self.wide is not None:
+            indices = self._grouped(indices, self.wide)
         return itertools.islice(indices, self.skipped_batches * self.batch_size, None)
 
-    def _grouped(self, indices: Iterator[int]) -> Iterator[int]:
+    def _grouped(self, indices: Iterator[int], wide: Sequence[bool]) -> Iterator[int]:
         groups: list[list[int]] = [[], []]
         for index in indices:
-            group = groups[self.wide[index]]
+            group = groups[wide[index]]
             group.append(index)
             if len(group) == self.batch_size:
                 yield from group

@@ -1,7 +1,7 @@
-"""The "shapes" dataset: coloured shapes over textured backgrounds, with boxes and masks, generated.
+"""The "shapes" dataset: generated images of colored shapes on textured backgrounds, with boxes and masks.
 
-shapes_train and shapes_val need no download and are learnt from scratch in minutes, yet teachers and
-students of different size differ on them. COCO format, below $DETECTRON2_DATASETS/shapes.
+shapes_train and shapes_val need no download. A detector learns them from scratch in minutes, and larger
+detectors learn them better. They are in COCO format, below $DETECTRON2_DATASETS/shapes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ CLASSES = ("circle", "square", "triangle", "star", "cross")
 #: Images and seed of each split.
 SPLITS = {"train": (2000, 1), "val": (200, 2)}
 
-_RECIPE = 1  # count it up when the same seed gives other images
-_MIN_COLOUR_DISTANCE = 160  # sum over channels of |shape - mean background|, of 765
+_RECIPE = 1  # increase it when the same seed gives other images
+_MIN_COLOR_DISTANCE = 160  # sum over channels of |shape - mean background|, of 765
 _POINTS_OF_CIRCLE = 32
 _ARM = 0.33  # half width of the cross's arms, for a half length of 1
 _SUBPIXEL_BITS = 4  # precision of drawn corners: 1/16 pixel
@@ -39,7 +39,7 @@ _SMOOTHING = 4  # shapes are drawn this much larger and averaged: smooth edges, 
 def register_shapes() -> None:
     """Register shapes_train and shapes_val, below $DETECTRON2_DATASETS as it is now.
 
-    They are generated when first loaded. Calling it again changes nothing but that folder.
+    They are generated when first loaded. Another call only changes the folder.
     """
     root = os.path.join(datasets_root(), "shapes")
     for split in SPLITS:
@@ -81,7 +81,8 @@ def generate_shapes(
     Args:
         root: folder of the dataset.
         split: name of the part; it becomes <root>/<split>/ with annotations.json and images/.
-        num_images, seed: what is generated.
+        num_images: number of images.
+        seed: of the random numbers.
         image_size: side in pixels.
 
     Returns:
@@ -123,12 +124,12 @@ def _info(json_file: str) -> dict[str, int] | None:
 
 
 def _unfinished(split: str) -> str:
-    """How folders under construction are called."""
+    """The first part of the names of folders under construction."""
     return f".{split}.unfinished-"
 
 
 def _remove_unfinished(root: Path, split: str) -> None:
-    """Remove what killed processes left; under the lock, so nobody is at work there."""
+    """Remove folders that killed processes left. The caller holds the lock, so no other process writes."""
     for folder in root.glob(f"{_unfinished(split)}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -147,7 +148,8 @@ def _generate(root: Path, split: str, info: dict[str, int]) -> None:
 
 def _write_images(folder: Path, info: dict[str, int]) -> dict[str, Any]:
     size = info["image_size"]
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in range(info["num_images"]):
         pixels, objects = draw_image(np.random.RandomState([info["seed"], index]), size)
         file = f"{index:05d}.jpg"
@@ -178,22 +180,22 @@ def draw_image(
         corners = _free_place(random, label, taken)
         if corners is None:
             continue
-        colour = random.randint(0, 256, 3)
-        while np.abs(colour - mean).sum() < _MIN_COLOUR_DISTANCE:
-            colour = random.randint(0, 256, 3)
+        color = random.randint(0, 256, 3)
+        while np.abs(color - mean).sum() < _MIN_COLOR_DISTANCE:
+            color = random.randint(0, 256, 3)
         cover = _cover(corners, size)
-        canvas += cover[:, :, None] * (colour - canvas)
+        canvas += cover[:, :, None] * (color - canvas)
         taken |= cover > 0
         objects.append((label, corners))
     return np.clip(np.round(canvas), 0, 255).astype(np.uint8), objects
 
 
 def _background(random: np.random.RandomState, size: int) -> np.ndarray:
-    """Greyish noise of several scales, and up to two thin lines, which are no objects."""
+    """Grayish noise of several scales, and up to two thin lines, which are not objects."""
     canvas = np.full((size, size, 3), random.uniform(60, 190), np.float32)
     for cells in (3, 8, 24):
-        grey = random.normal(0, 12, (cells, cells, 1)) + random.normal(0, 4, (cells, cells, 3))
-        canvas += cv2.resize(grey.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+        gray = random.normal(0, 12, (cells, cells, 1)) + random.normal(0, 4, (cells, cells, 3))
+        canvas += cv2.resize(gray.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
     for _ in range(random.randint(0, 3)):
         start, end = random.randint(0, size, (2, 2)).tolist()
         cv2.line(canvas, start, end, random.uniform(0, 255, 3).tolist(), 1)
@@ -203,14 +205,14 @@ def _background(random: np.random.RandomState, size: int) -> np.ndarray:
 def _free_place(
     random: np.random.RandomState, label: int, taken: np.ndarray, attempts: int = 20
 ) -> np.ndarray | None:
-    """Corners (P, 2) of a whole shape that touches no other; None if there is no room."""
+    """Corners (P, 2) of a shape inside the image that touches no other; None if no place was found."""
     size = len(taken)
     for _ in range(attempts):
         radius = size * np.exp(random.uniform(np.log(0.1), np.log(0.25)))
-        centre = random.uniform(radius, size - radius, 2)
+        center = random.uniform(radius, size - radius, 2)
         angle = random.uniform(-0.6, 0.6)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        corners = _outline(label) @ turn.T * radius + centre
+        corners = _outline(label) @ turn.T * radius + center
         place = cv2.dilate((_cover(corners, size) > 0).astype(np.uint8), np.ones((3, 3), np.uint8))
         if not (place & taken).any():
             return corners
@@ -237,9 +239,9 @@ def _outline(label: int) -> np.ndarray:
 
 
 def _cover(corners: np.ndarray, size: int) -> np.ndarray:
-    """How much of each pixel a shape covers, (size, size), 0 to 1."""
+    """The fraction of each pixel that a shape covers, (size, size), 0 to 1."""
     large = np.zeros((size * _SMOOTHING, size * _SMOOTHING), np.uint8)
-    # OpenCV puts a pixel's centre at whole coordinates; its edge is half a pixel before.
+    # OpenCV puts a pixel's center at whole coordinates; its edge is half a pixel before.
     points = np.round((corners * _SMOOTHING - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32)
     cv2.fillPoly(large, [points], 255, shift=_SUBPIXEL_BITS)
     return cv2.resize(large, (size, size), interpolation=cv2.INTER_AREA) / np.float32(255)

@@ -1,4 +1,4 @@
-"""Read annotations in VOC layout, also those of tools that know it only roughly."""
+"""Read annotations in VOC layout, also incomplete ones that other tools write."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ _IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 @dataclass
 class VocObject:
-    """One object: its class, its corners as in the file (from 1, inclusive), and whether it is
-    "difficult", that is, counts neither as found nor as missed."""
+    """One object of an xml file.
+
+    Attributes:
+        label: its class.
+        corners: xmin, ymin, xmax, ymax as in the file: pixels count from 1, the last one is inside.
+        difficult: whether it counts neither as found nor as missed.
+    """
 
     label: str
     corners: tuple[float, float, float, float]
@@ -29,7 +34,7 @@ class VocObject:
 
 @dataclass
 class VocImage:
-    """What one xml file says: size in pixels, objects, and how many more had no area."""
+    """Content of an xml file: the size in pixels, the objects, and the number of boxes without area."""
 
     width: int
     height: int
@@ -38,7 +43,7 @@ class VocImage:
 
 
 def read_split(file: str) -> list[str]:
-    """The image ids of an ImageSets/Main/<split>.txt, each once; further columns are ignored."""
+    """The image ids in ImageSets/Main/<split>.txt, each once; further columns are ignored."""
     with open(file, encoding="utf-8") as lines:
         return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
 
@@ -47,7 +52,7 @@ def read_annotation(file: str) -> VocImage:
     """Read an xml file of Annotations/.
 
     Raises:
-        ValueError: it does not exist, is no xml, or lacks a size, a name or a number; it is named.
+        ValueError: the file does not exist, is not xml, or lacks a size, a name or a number.
     """
     try:
         tree = ElementTree.parse(file)
@@ -61,14 +66,13 @@ def read_annotation(file: str) -> VocImage:
     return VocImage(width, height, objects, len(found) - len(objects))
 
 
-def _read_object(element: ElementTree.Element, width: int, height: int):
-    """The object; None if its box, or what of it lies in the image, has no area."""
-    corners = tuple(float(_text(element, f"bndbox/{corner}")) for corner in _CORNERS)
-    x1, y1, x2, y2 = corners
+def _read_object(element: ElementTree.Element, width: int, height: int) -> VocObject | None:
+    """The object; None if its box, clipped to the image, has no area."""
+    x1, y1, x2, y2 = (float(_text(element, f"bndbox/{corner}")) for corner in _CORNERS)
     if x2 <= max(x1, 0) or y2 <= max(y1, 0) or x1 > width or y1 > height:
         return None
     difficult = float(element.findtext("difficult") or 0) != 0
-    return VocObject(_text(element, "name"), corners, difficult)
+    return VocObject(_text(element, "name"), (x1, y1, x2, y2), difficult)
 
 
 def _text(element: Any, path: str) -> str:
@@ -81,8 +85,8 @@ def _text(element: Any, path: str) -> str:
 def load_voc(name: str, root: str, split: str, classes: Sequence[str]) -> list[dict[str, Any]]:
     """detectron2's dicts of a VOC folder: Annotations/, ImageSets/Main/<split>.txt, JPEGImages/.
 
-    As detectron2's ``load_voc_instances``, which cannot read a split of one image and knows neither
-    other suffixes than .jpg nor the file that an error is about. Boxes without area are dropped.
+    Like detectron2's ``load_voc_instances``, but it also reads splits of one image and other suffixes
+    than .jpg, its errors name the file, and it drops boxes without area.
 
     Raises:
         ValueError: an annotation cannot be read, or has a class that is not in ``classes``; the
@@ -114,7 +118,7 @@ def load_voc(name: str, root: str, split: str, classes: Sequence[str]) -> list[d
 
 
 def _image_files(folder: str) -> dict[str, str]:
-    """{image id: file name}; none where there is no folder: what misses is checked elsewhere."""
+    """{image id: file name}; empty without the folder, because missing files are reported elsewhere."""
     files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     named = [(os.path.splitext(file), file) for file in files]
     return {key: file for (key, suffix), file in named if suffix.lower() in _IMAGE_SUFFIXES}
@@ -123,7 +127,7 @@ def _image_files(folder: str) -> dict[str, str]:
 def _check_classes(
     name: str, ids: Sequence[str], images: Sequence[VocImage], classes: Sequence[str]
 ) -> None:
-    first_image = {}
+    first_image: dict[str, str] = {}
     for key, image in zip(ids, images):
         for item in image.objects:
             first_image.setdefault(item.label, key)
@@ -131,8 +135,8 @@ def _check_classes(
     if unknown:
         raise ValueError(
             f"dataset '{name}': the annotations hold classes {unknown} (the first is in "
-            f"'{first_image[unknown[0]]}.xml') that are not in CLASSES {list(classes)}; all that were "
-            f"found: {sorted(first_image)}"
+            f"'{first_image[unknown[0]]}.xml') that are not in CLASSES {list(classes)}; the "
+            f"annotations hold {sorted(first_image)}"
         )
     absent = [label for label in classes if label not in first_image]
     if absent:

@@ -48,6 +48,10 @@ class Distiller(nn.Module):
         phases: what is trained when; a trainer reads it.
     """
 
+    # Any, because Module's annotations know none of a detector's attributes, nor ModuleDict's of its values.
+    student: Any
+    losses: Any
+
     @configurable
     def __init__(
         self,
@@ -121,7 +125,7 @@ class Distiller(nn.Module):
             fix_backbone_before=fix_backbone_before,
             fix_head_before=fix_head_before,
         )
-        self.padding = CommonPadding(student.backbone, *teacher.padding)
+        self.padding = CommonPadding(self.student.backbone, *teacher.padding)
         self._reverse_channels = input_format != teacher.input_format
         self._steps = 0
         with separate_randomness():
@@ -272,7 +276,8 @@ class Distiller(nn.Module):
 
     def _zero(self) -> torch.Tensor:
         """A zero that depends on every trained parameter, so that DDP gets all gradients."""
-        return sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0
+        sums = [p.sum() for p in self.parameters() if p.requires_grad]
+        return torch.stack(sums).sum() * 0.0
 
     # What is checked, chosen and logged when it is built.
 
@@ -320,13 +325,15 @@ class Distiller(nn.Module):
         )
         return self.losses.state_dict(destination=state, prefix=prefix + _PREFIX, keep_vars=keep_vars)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **kwargs):
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load what ``state_dict`` returned, or a plain student's checkpoint (with strict=False)."""
         of_losses = {k[len(_PREFIX) :]: v for k, v in state_dict.items() if k.startswith(_PREFIX)}
         of_student = {k: v for k, v in state_dict.items() if not k.startswith(_PREFIX)}
-        keys = self.student.load_state_dict(of_student, strict=strict, **kwargs)
+        keys = self.student.load_state_dict(of_student, strict=strict, assign=assign)
         if of_losses or strict:
-            loss_keys = self.losses.load_state_dict(of_losses, strict=strict, **kwargs)
+            loss_keys = self.losses.load_state_dict(of_losses, strict=strict, assign=assign)
             keys.missing_keys.extend(_PREFIX + name for name in loss_keys.missing_keys)
             keys.unexpected_keys.extend(_PREFIX + name for name in loss_keys.unexpected_keys)
         return keys

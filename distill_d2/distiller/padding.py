@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ class CommonPadding:
             teacher_square: and at least this long; 0: of any length.
         """
         self.size: tuple[int, int] = (0, 0)
-        self._backbone = backbone
+        self._backbone: Any = backbone  # Module's annotations know none of a backbone's attributes
         self._teacher_divisibility = teacher_divisibility
         self._teacher_square = teacher_square
 

@@ -6,6 +6,8 @@ All that trained losses (TrainedLoss) ask of the Distiller and of its trainer go
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +30,7 @@ class TrainingPhases:
     def __init__(
         self,
         student: nn.Module,
-        losses: nn.ModuleDict,
+        losses: Mapping[str, DistillLoss],
         *,
         pretrain_iters: int = 0,
         fix_backbone_before: int = 0,
@@ -47,7 +49,7 @@ class TrainingPhases:
         self.fix_backbone_before = fix_backbone_before
         self.fix_head_before = fix_head_before
         self.supported_by_trainer = False
-        self._student = student
+        self._student: Any = student  # Module's annotations know none of a detector's attributes
         self._losses = losses
         negative = {key: value for key, value in self._settings().items() if value < 0}
         if negative:
@@ -131,8 +133,9 @@ class TrainingPhases:
 
 def reaches_student(loss: DistillLoss, iteration: int) -> bool:
     """Whether gradients of this loss reach the student at this iteration."""
-    trained = isinstance(loss, TrainedLoss)
-    return loss.factor(iteration) > 0 and (not trained or loss.reaches_student(iteration))
+    if loss.factor(iteration) == 0:
+        return False
+    return not isinstance(loss, TrainedLoss) or loss.reaches_student(iteration)
 
 
 def add_terms(losses: dict[str, torch.Tensor], terms: dict[str, torch.Tensor], name: str) -> None:

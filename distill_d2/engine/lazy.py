@@ -29,10 +29,10 @@ from .. import model_zoo
 from ..data import register_builtin_voc, register_shapes
 from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
-from .imports import check_imports, note_imports
+from ..imports import check_note
 from .optimizer import trained_with_student
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
-from .setup import check_length, check_output_dir, choose_device, config_keys, file_in
+from .setup import check_length, check_output_dir, choose_device, config_keys, file_in, note_imports
 from .trainer import DistillTrainer
 
 
@@ -43,7 +43,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
         FileNotFoundError, ValueError, OSError: the message names the key or file.
     """
     args.config_file = model_zoo.find_config(args.config_file)
-    check_imports(args, os.path.dirname(args.config_file))
+    check_note(os.path.dirname(args.config_file))
     cfg = LazyConfig.load(args.config_file)
     _check_overrides(cfg, args.opts or [])
     cfg = LazyConfig.apply_overrides(cfg, list(args.opts or []))
@@ -51,7 +51,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     check_length(cfg.train.max_iter, "train.max_iter")
     check_output_dir(cfg.train.output_dir, "train.output_dir")
     if args.resume or args.eval_only:
-        check_imports(args, cfg.train.output_dir)
+        check_note(cfg.train.output_dir)
     cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
     if not distill or args.eval_only:
         cfg.model = _student(cfg)
@@ -68,7 +68,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     default_setup(cfg, args)
     rank = comm.get_rank()
     setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
-    note_imports(args, cfg.train.output_dir)
+    note_imports(cfg.train.output_dir, args.imports)
     return cfg
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from detectron2.utils import comm
 
-from ..plugins import import_plugins
+from .. import plugins
+from ..imports import import_modules
 from . import lazy
 from .evaluate import evaluate
 from .setup import setup
@@ -29,7 +30,8 @@ def main(args: argparse.Namespace, distill: bool) -> Any:
         ImportError: a module that --import or an installed package names cannot be imported.
         SystemExit: 128 + signal number, where SIGINT or SIGTERM stopped the training.
     """
-    import_plugins(args.imports)
+    import_modules(args.imports)
+    plugins.detectors()  # imports the modules of installed packages
     if args.config_file.endswith(".py"):
         cfg, trainer_type = lazy.setup(args, distill), lazy.LazyDistillTrainer
     else:

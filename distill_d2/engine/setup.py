@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from .. import model_zoo
 from ..config import add_distill_config, load_yaml, student_config
 from ..data import check_datasets, register_builtin_voc, register_custom_datasets, register_shapes
 from ..evaluation import evaluator_kind
+from ..imports import check_note, imported, write_note
 from ..losses import build_losses
 from ..plugins import import_detectors, of_student
-from .imports import check_imports, note_imports
+
+logger = logging.getLogger(__name__)
 
 
 def setup(args: Any, distill: bool) -> CfgNode:
@@ -32,7 +35,7 @@ def setup(args: Any, distill: bool) -> CfgNode:
     EXTRA_CFG, the command line's KEY VALUE pairs.
 
     Args:
-        args: of ``argument_parser``; config_file, eval_only, opts are read.
+        args: of ``argument_parser``.
         distill: wrap the config's model in the Distiller; False (or --eval-only): the student alone.
 
     Raises:
@@ -40,27 +43,25 @@ def setup(args: Any, distill: bool) -> CfgNode:
             what was found and what was expected.
     """
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
-    check_imports(args, os.path.dirname(args.config_file))
     cfg = _read_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
-    evaluate_only = getattr(args, "eval_only", False)
-    cfg = _with_distiller(cfg) if distill and not evaluate_only else student_config(cfg)
+    cfg = _with_distiller(cfg) if distill and not args.eval_only else student_config(cfg)
     check_length(cfg.SOLVER.MAX_ITER, "SOLVER.MAX_ITER")
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
     check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
-    if args.resume or evaluate_only:
-        check_imports(args, cfg.OUTPUT_DIR)
+    if args.resume or args.eval_only:
+        check_note(cfg.OUTPUT_DIR)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
-    note_imports(args, cfg.OUTPUT_DIR)
+    note_imports(cfg.OUTPUT_DIR, args.imports)
     import_detectors(cfg)
     for detector in of_student(cfg):
         detector.check(cfg)
     if comm.is_main_process():
-        check_datasets(cfg, train=not evaluate_only)
+        check_datasets(cfg, train=not args.eval_only)
         for name in cfg.DATASETS.TEST:
-            evaluator_kind(name)  # raises for one that cannot be evaluated
+            evaluator_kind(name)  # raises if there is no evaluator for it
     comm.synchronize()
     return cfg
 
@@ -186,7 +187,7 @@ def choose_device(device: str, num_gpus: int) -> str:
     """The device to train on: a config's "cuda" means the CPU with --num-gpus 0.
 
     Raises:
-        ValueError: there is no GPU to be had.
+        ValueError: no GPU is available.
     """
     if torch.device(device).type != "cuda" or torch.cuda.is_available():
         return device
@@ -196,6 +197,14 @@ def choose_device(device: str, num_gpus: int) -> str:
         f"--num-gpus {num_gpus} and device '{device}', but torch sees no GPU; for the CPU use "
         "--num-gpus 0"
     )
+
+
+def note_imports(folder: str, names: Sequence[str]) -> None:
+    """Log what users' modules were imported, and note those of --import beside the run's config."""
+    for line in imported():
+        logger.info(f"Imported {line}")
+    if comm.is_main_process():
+        write_note(folder, names)
 
 
 def check_length(max_iter: int, key: str) -> None:

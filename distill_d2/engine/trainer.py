@@ -62,10 +62,10 @@ class DistillTrainer(DefaultTrainer):
     ``trainer.resume_or_load(resume)`` and ``trainer.train()`` follow.
 
     Attributes:
-        settings: what it read of the config.
+        settings: the settings that it read from the config.
         plain_model: the model, not wrapped in DistributedDataParallel.
-        loss_training: of losses themselves; ``iter`` and ``max_iter`` count iterations of their
-            pretraining, too.
+        loss_training: pretraining and solvers of losses. ``iter`` and ``max_iter`` include the
+            iterations of pretraining.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -96,6 +96,7 @@ class DistillTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self._build_checkpointer(model)
         self.stop = StopRequest()
+        self._has_trained = False
         self._random_states: list[dict[str, Any]] | None = None
         self.register_hooks(self.build_hooks())
 
@@ -158,7 +159,7 @@ class DistillTrainer(DefaultTrainer):
         if comm.is_main_process():
             writers = self.build_writers() + self.loss_training.writers()
             ret.append(hooks.PeriodicWriter(writers, period=self.settings.log_period))
-        if ProgressBar.wanted():
+        if ProgressBar.is_enabled():
             ret.append(ProgressBar())
         return ret
 
@@ -196,7 +197,7 @@ class DistillTrainer(DefaultTrainer):
             self.sampler.skip_batches(self.start_iter)
 
     def evaluate_teacher(self) -> None:
-        """Evaluate the teacher before a fresh run, if MODEL.DISTILLER.EVAL_TEACHER says so.
+        """Evaluate the teacher before a fresh run, if MODEL.DISTILLER.EVAL_TEACHER is True.
 
         Raises:
             ValueError: its classes are not those of the student.
@@ -215,7 +216,17 @@ class DistillTrainer(DefaultTrainer):
 
         Returns:
             the last evaluation's results; None if it was stopped.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+            RuntimeError: it has trained before.
         """
+        if self._has_trained:
+            raise RuntimeError(
+                "a DistillTrainer trains only once: its hooks end with the training. Build a new one, and "
+                "go on with resume_or_load(resume=True)"
+            )
+        self._has_trained = True
         with stop_request(self.stop):
             try:
                 TrainerBase.train(self, self.start_iter, self.max_iter)
@@ -312,13 +323,13 @@ class DistillTrainer(DefaultTrainer):
         )
 
     def _all_have_checkpoint(self) -> bool:
-        found = comm.all_gather(self.checkpointer.has_checkpoint())
-        if any(found) and not all(found):
+        seen = comm.all_gather(self.checkpointer.has_checkpoint())
+        if any(seen) and not all(seen):
             raise RuntimeError(
-                f"--resume: only {sum(found)} of {len(found)} processes see a checkpoint in "
+                f"--resume: only {sum(seen)} of {len(seen)} processes see a checkpoint in "
                 f"{self.settings.output_dir}; OUTPUT_DIR must be shared by all machines"
             )
-        return found[0]
+        return seen[0]
 
     def _evaluate(self) -> dict[str, Any]:
         state = random_state()  # evaluation must not change what training draws afterwards

@@ -35,7 +35,7 @@ class DistillLoss(nn.Module):
             class Settings(LossSettings):
                 in_features: Sequence[str] = key(("p3", "p4"), "Neck levels by name.")
 
-            def __init__(self, **keys):
+            def __init__(self, **keys: Any):
                 super().__init__(**keys)
                 self.pairs = FeaturePairs(self.settings.in_features)
 
@@ -132,7 +132,8 @@ class DistillLoss(nn.Module):
         parameters = [p for p in self.parameters() if p.requires_grad]
         if not parameters:
             return {}
-        return {f"loss_{self.NODE.lower()}": sum(p.sum() for p in parameters) * 0.0}
+        first, *others = [parameter.sum() for parameter in parameters]
+        return {f"loss_{self.NODE.lower()}": sum(others, start=first) * 0.0}
 
     @classmethod
     def add_config(cls, distiller: CN) -> None:

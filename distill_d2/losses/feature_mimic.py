@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class FeatureMimic(DistillLoss):
     Settings = FeatureMimicSettings
     settings: FeatureMimicSettings
 
-    def __init__(self, **keys):
+    def __init__(self, **keys: Any):
         super().__init__(**keys)
         self.pairs = FeaturePairs(self.settings.in_features)
         self.distance = _DISTANCES[self.settings.loss_form]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ class FGFI(DistillLoss):
     Settings = FGFISettings
     settings: FGFISettings
 
-    def __init__(self, **keys):
+    def __init__(self, **keys: Any):
         super().__init__(**keys)
         s = self.settings
         self.masks = ObjectMasks(

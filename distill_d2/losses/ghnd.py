@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class GHND(DistillLoss):
     Settings = GHNDSettings
     settings: GHNDSettings
 
-    def __init__(self, **keys):
+    def __init__(self, **keys: Any):
         super().__init__(**keys)
         self.pairs = FeaturePairs(self.settings.in_features, key=self.config_key("in_features"))
 

@@ -65,15 +65,14 @@ class HeadKD(DistillLoss):
     ) -> dict[str, torch.Tensor]:
         """The terms whose weights are not 0, weighted: "loss_head_kd_cls", "loss_head_kd_reg"."""
         s = self.settings
-        ours, theirs = common_predictions(student, teacher, "box_head", batch, s.proposals)
+        rows = common_predictions(student, teacher, "box_head", batch, s.proposals)
         terms = {}
         if s.cls_weight > 0:
-            loss = divergence(ours.background, s.temperature)
-            term = class_mean(loss, ours, theirs, ours.valid, few=False)
+            loss = divergence(rows[0].background, s.temperature)
+            term = class_mean(loss, *rows, rows[0].row_mask, sparse=False)
             terms["loss_head_kd_cls"] = s.cls_weight * term
         if s.reg_weight > 0:
-            objects, _ = object_rows(ours, batch)
-            classes = ours.classes.clamp(max=ours.num_classes - 1)
+            objects, _ = object_rows(rows[0], batch)
             loss = row_loss(s.reg_mode, s.reg_smooth_l1_beta)
-            terms["loss_head_kd_reg"] = s.reg_weight * box_mean(loss, ours, theirs, objects, classes)
+            terms["loss_head_kd_reg"] = s.reg_weight * box_mean(loss, *rows, objects, rows[0].classes)
         return terms

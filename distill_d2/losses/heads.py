@@ -1,4 +1,4 @@
-"""Both detectors' heads on common rows, for losses that compare them."""
+"""Predictions of both detectors' heads for the same rows, for losses that compare them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from ..views import Batch, DetectorView, Predictions, require_same_boxes, require_same_classes
 
-#: Whose proposals the box heads of both detectors score.
+#: The proposals that the box heads of both detectors score.
 PROPOSALS = ("student", "teacher")
 
 
@@ -24,8 +24,8 @@ def require_heads(
     Args:
         capability: "dense", "rpn" or "box_head".
         key: config key of the loss, for messages.
-        proposals: of PROPOSALS, whose a box head scores.
-        boxes: deltas are compared too, not class logits alone.
+        proposals: one of PROPOSALS, those that a box head scores.
+        boxes: box deltas are compared, too.
 
     Raises:
         TypeError: a detector has no such head.
@@ -38,7 +38,7 @@ def require_heads(
             teacher.require("own_proposals")
     except TypeError as error:
         raise TypeError(
-            f"{key}: {error}. It compares heads of one kind, which student and teacher must both have: "
+            f"{key}: {error}. Student and teacher must both have a head of one kind: "
             "dense (one-stage detectors) or box_head (Faster and Mask R-CNN with FPN, not C4 or cascade)"
         ) from error
     if capability != "rpn":
@@ -54,16 +54,19 @@ def common_predictions(
     batch: Batch | None = None,
     proposals: str = "student",
 ) -> tuple[Predictions, Predictions]:
-    """Both heads' predictions for the same rows; the student's carry gradients and, of a box head, the
+    """Both heads' predictions for the same rows. The student's have gradients and, from a box head, the
     classes of the rows.
 
-    Args: as of ``require_heads``, and the batch, which only the teacher's own proposals need.
+    Args:
+        capability, proposals: see ``require_heads``.
+        batch: needed for the teacher's own proposals only.
     """
     if capability != "box_head":
         return getattr(student, capability)(), getattr(teacher, capability)()
     if proposals == "student":
-        ours = student.box_head()
-        return ours, teacher.box_head(student.sampled_proposals())
+        return student.box_head(), teacher.box_head(student.sampled_proposals())
+    if batch is None:
+        raise ValueError("the teacher's own proposals need the batch")
     boxes, classes = teacher.own_proposals(batch)
     return student.box_head(boxes, classes), teacher.box_head(boxes)
 
@@ -71,11 +74,11 @@ def common_predictions(
 def object_rows(student: Predictions, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Which rows (N, R) are objects, and which are background; ignored ones are neither.
 
-    By the classes of the rows where these are known, as of proposals, otherwise by the student's own
-    assignment of the ground truth to its anchors.
+    Proposals have classes; other rows are objects if the student's own assignment of the ground truth to
+    its anchors says so.
     """
     if student.classes is None:
         labels = student.match(batch.truth.boxes, batch.truth.valid)
         return labels == 1, labels == 0
     objects = student.classes < student.num_classes
-    return objects & student.valid, ~objects & student.valid
+    return objects & student.row_mask, ~objects & student.row_mask

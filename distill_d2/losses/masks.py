@@ -1,8 +1,8 @@
 """Masks of the cells of a feature level that belong to objects.
 
-Boxes are N images' ground truth (N, M, 4), absolute XYXY pixels on the padded images, with a mask
-(N, M) of those to draw. Masks are (N, H, W) float32, from 0, the background, to 1. All shapes are fixed,
-so that nothing waits for the device.
+Boxes are the ground truth of N images, (N, M, 4) absolute XYXY pixels on the padded images, with a mask
+(N, M) of those to draw. Masks are (N, H, W) float32, from 0 (background) to 1. All shapes are fixed, so
+nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ _STAGE_GRID = 4  # pixels: the stride at which the mask of backbone stages is dr
 
 
 def level_of_boxes(boxes: torch.Tensor, levels: int, finest_scale: float = 56.0) -> torch.Tensor:
-    """To which of ``levels``, from fine to coarse, each box belongs.
+    """The level, from 0 (fine) to levels - 1 (coarse), of each box.
 
-    With the scale the root of its area, a box belongs to level floor(log2(scale / finest_scale)), within
-    what there is: below 112 pixels to the first level, below 224 to the second. As in DeFeat's code
-    pixels are counted: a side is x2 - x1 + 1.
+    level = clamp(floor(log2(sqrt(area) / finest_scale)), 0, levels - 1): boxes below 112 pixels are on the
+    first level, boxes below 224 on the second. As in DeFeat's code, a side is x2 - x1 + 1.
 
     Returns:
         (N, M) int64.
@@ -72,11 +71,10 @@ def box_mask(boxes: torch.Tensor, drawn: torch.Tensor, size: Size, stride: int) 
 
 
 def gaussian_mask(boxes: torch.Tensor, drawn: torch.Tensor, size: Size, stride: int) -> torch.Tensor:
-    """In the cells of the drawn boxes a Gaussian around the box's centre, the largest of several.
+    """In the cells of the drawn boxes a Gaussian around the box's center, the largest of several.
 
-    Its deviation is half a side of the box, at least half a cell. After the adaptive Gaussian mask of
-    TADF (arXiv 2006.13108), which was not at hand: its formula, exp(-dx^2 / 2(w/2)^2 - dy^2 / 2(h/2)^2),
-    is recalled.
+    Its deviation is half a side of the box, at least half a cell. Follows the adaptive Gaussian mask of
+    TADF (arXiv 2006.13108), exp(-dx^2 / 2(w/2)^2 - dy^2 / 2(h/2)^2); not yet checked against the paper.
     """
     rows, columns = _covered(boxes, size, stride)
     x1, y1, x2, y2 = boxes.unbind(-1)
@@ -94,8 +92,9 @@ def anchor_mask(
     Args:
         anchors: (H, W, A, 4), absolute XYXY; those of a cell have the same shapes everywhere.
     """
-    across = _overlap(boxes[..., 0::2], anchors[0, ..., 0::2])  # (N, M, W, A): what boxes and anchors
-    down = _overlap(boxes[..., 1::2], anchors[:, 0, :, 1::2])  # (N, M, H, A): share along each axis
+    # Lengths that boxes and anchors share along each axis: (N, M, W, A) and (N, M, H, A).
+    across = _overlap(boxes[..., 0::2], anchors[0, ..., 0::2])
+    down = _overlap(boxes[..., 1::2], anchors[:, 0, :, 1::2])
     sides = anchors[0, 0, :, 2:] - anchors[0, 0, :, :2]
     areas = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)[..., None] + sides.prod(dim=-1)
     largest = _iou(across.amax(dim=2) * down.amax(dim=2), areas).amax(dim=-1)  # (N, M)
@@ -128,10 +127,10 @@ def _covered(boxes: torch.Tensor, size: Size, stride: int) -> tuple[torch.Tensor
 
 
 def _gaussian(low: torch.Tensor, high: torch.Tensor, length: int, stride: int) -> torch.Tensor:
-    """(N, M, length): along one axis, at the cells' centres, for boxes from ``low`` to ``high``."""
-    centres = (torch.arange(length, device=low.device) + 0.5) * stride
+    """(N, M, length): along one axis, at the cells' centers, for boxes from ``low`` to ``high``."""
+    centers = (torch.arange(length, device=low.device) + 0.5) * stride
     deviation = ((high - low) / 2).clamp(min=stride / 2)[..., None]
-    return torch.exp(-(((centres - (low + high)[..., None] / 2) / deviation) ** 2) / 2)
+    return torch.exp(-(((centers - (low + high)[..., None] / 2) / deviation) ** 2) / 2)
 
 
 def _overlap(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
@@ -141,7 +140,7 @@ def _overlap(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
 
 
 def _iou(common: torch.Tensor, areas: torch.Tensor) -> torch.Tensor:
-    """Of the area that two boxes share, and the sum of their areas."""
+    """From the area that two boxes share, and the sum of their areas."""
     return common / (areas - common)
 
 
@@ -183,15 +182,15 @@ class ObjectMasks:
         without = [name for name in levels if name not in student.anchor_levels]
         if without:
             raise ValueError(
-                f"{key}: the mask is of the student's anchors, of which there are none on the levels "
-                f"{without}; choose among {list(student.anchor_levels)}"
+                f"{key}: the mask needs the student's anchors, and there are none on the levels {without}; "
+                f"choose among {list(student.anchor_levels)}"
             )
 
     def of_pairs(
         self, student: DetectorView, batch: Batch, pairs: Pairs, strides: Mapping[str, int]
     ) -> Maps:
         """The masks for the maps of FeaturePairs."""
-        sizes = {name: teacher.shape[-2:] for name, (_, teacher) in pairs.items()}
+        sizes = {name: (t.shape[-2], t.shape[-1]) for name, (_, t) in pairs.items()}
         return self(student, batch, sizes, strides)
 
     @torch.no_grad()
@@ -209,11 +208,11 @@ class ObjectMasks:
         anchors = student.anchors() if self.kind == "roi" else {}
         levels = level_of_boxes(boxes, len(sizes), self.finest_scale)
         masks = {}
-        for index, name in enumerate(sorted(sizes, key=strides.get)):
+        for index, name in enumerate(sorted(sizes, key=lambda name: strides[name])):
             drawn = valid & (levels == index) if self.level_assign == "single" else valid
             if self.kind == "roi":
                 mask = anchor_mask(boxes, drawn, anchors[name], self.threshold)
-                masks[name] = resized(mask, sizes[name])  # where the student's map has another size
+                masks[name] = resized(mask, sizes[name])  # if the student's map has another size
                 continue
             draw = box_mask if self.kind == "gt" else gaussian_mask
             masks[name] = draw(boxes, drawn, sizes[name], strides[name])

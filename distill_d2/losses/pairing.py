@@ -50,11 +50,11 @@ class FeaturePairs(nn.Module):
             contiguous: False: maps may come in any memory layout, which saves copies.
             kernel_size: of the convolutions, an odd number.
             shared: one convolution for all levels.
-            always: convolve the student's levels even where channels agree.
+            always: convolve the student's levels even if channels agree.
             relu: after each convolution.
-            init_std: the convolutions' weights start from a normal distribution of this deviation, cut
-                off at twice that by the remainder (as DeFeat's do); 0: as torch chooses.
-            key: the config keys of all this, for messages.
+            init_std: the convolutions' weights start from a normal distribution with this deviation, of
+                which the remainder by twice the deviation is taken (as in DeFeat); 0: PyTorch's default.
+            key: config keys of these arguments, for messages.
         """
         super().__init__()
         self.in_features = list(in_features)
@@ -75,51 +75,52 @@ class FeaturePairs(nn.Module):
 
         Raises:
             KeyError: a detector lacks a level.
-            ValueError: strides differ, no level is common, a level is named twice, or levels that are to
-                share a convolution have different channels.
+            ValueError: strides differ, no level is common, a level is named twice, or levels that share
+                a convolution have different channels.
         """
         try:
             self._bind(student, teacher)
         except (KeyError, ValueError) as error:
             if not self.key:
                 raise
-            raise type(error)(f"{self.key}: {error.args[0]}") from error
+            kind = KeyError if isinstance(error, KeyError) else ValueError
+            raise kind(f"{self.key}: {error.args[0]}") from error
 
     def _bind(self, student: DetectorView, teacher: DetectorView) -> None:
         if not self.in_features:
             self.in_features = _common_levels(student, teacher)
         if len(set(self.in_features)) < len(self.in_features):
             raise ValueError(f"the levels {self.in_features} name one twice")
-        ours_to, theirs_to = {}, {}
+        student_channels, teacher_channels = {}, {}  # (input, output) of a convolution, by level
         for name in self.in_features:
-            ours, theirs = student.require_level(name), teacher.require_level(name)
-            if ours.stride != theirs.stride:
+            of_student, of_teacher = student.require_level(name), teacher.require_level(name)
+            if of_student.stride != of_teacher.stride:
                 raise ValueError(
-                    f"level '{name}' has stride {ours.stride} in the student "
-                    f"({_strides(student)}) and {theirs.stride} in the teacher "
+                    f"level '{name}' has stride {of_student.stride} in the student "
+                    f"({_strides(student)}) and {of_teacher.stride} in the teacher "
                     f"({_strides(teacher)}); levels pair by name and stride"
                 )
-            self.strides[name] = ours.stride
-            wanted = self.channels or theirs.channels
-            ours_to[name] = (ours.channels, wanted)
-            theirs_to[name] = (theirs.channels, wanted)
-        self.adapters.update(self._convolutions(ours_to, self.always))
-        self.teacher_adapters.update(self._convolutions(theirs_to, False))
+            self.strides[name] = of_student.stride
+            output = self.channels or of_teacher.channels
+            student_channels[name] = (of_student.channels, output)
+            teacher_channels[name] = (of_teacher.channels, output)
+        self.adapters.update(self._convolutions(student_channels, self.always))
+        self.teacher_adapters.update(self._convolutions(teacher_channels, False))
 
-    def _convolutions(self, channels: dict[str, tuple[int, int]], always: bool) -> nn.ModuleDict:
-        """By level, or under one name for all, those needed for its (input, output) channels."""
+    def _convolutions(self, channels: dict[str, tuple[int, int]], always: bool) -> dict[str, nn.Module]:
+        """The convolutions that are needed: one per level, or one shared by all levels."""
         needed = {name: pair for name, pair in channels.items() if always or pair[0] != pair[1]}
         if not needed or not self.shared:
-            return nn.ModuleDict({name: self._convolution(*pair) for name, pair in needed.items()})
+            return {name: self._convolution(*pair) for name, pair in needed.items()}
         if len(set(channels.values())) > 1:
             raise ValueError(
                 f"the levels {list(channels)} share one convolution, but need different (input, output) "
                 f"channels: {channels}; choose levels of equal channels, or do not share it"
             )
-        return nn.ModuleDict({_SHARED: self._convolution(*channels[self.in_features[0]])})
+        return {_SHARED: self._convolution(*channels[self.in_features[0]])}
 
-    def _convolution(self, channels: int, wanted: int) -> nn.Module:
-        convolution = nn.Conv2d(channels, wanted, self.kernel_size, padding=self.kernel_size // 2)
+    def _convolution(self, inputs: int, outputs: int) -> nn.Module:
+        convolution = nn.Conv2d(inputs, outputs, self.kernel_size, padding=self.kernel_size // 2)
         if self.init_std > 0:
             with torch.no_grad():
                 convolution.weight.normal_().fmod_(2).mul_(self.init_std)
@@ -137,7 +138,9 @@ class FeaturePairs(nn.Module):
         """
         rows = []
         for name in self.in_features:
-            kernel = f"{self.kernel_size}x{self.kernel_size} convolution" + self.relu * " and ReLU"
+            kernel = (
+                f"{self.kernel_size}x{self.kernel_size} convolution{' and ReLU' if self.relu else ''}"
+            )
             steps = [kernel] if self._adapter(self.adapters, name) else []
             if self._adapter(self.teacher_adapters, name):
                 steps = [f"{kernel} of each" if steps else f"{kernel} of the teacher's"]
@@ -148,9 +151,10 @@ class FeaturePairs(nn.Module):
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Pairs:
         """Per level name, the student's map and the teacher's, of equal shape (N, C, H, W)."""
-        theirs = self.of_teacher(teacher)
-        ours = self.of_student(student, [level.shape[-2:] for level in theirs.values()])
-        return {name: (ours[name], theirs[name]) for name in theirs}
+        teacher_maps = self.of_teacher(teacher)
+        sizes = [(level.shape[-2], level.shape[-1]) for level in teacher_maps.values()]
+        student_maps = self.of_student(student, sizes)
+        return {name: (student_maps[name], teacher_maps[name]) for name in teacher_maps}
 
     def of_teacher(self, teacher: DetectorView) -> Maps:
         """The teacher's map (N, C, H, W) by level name."""
@@ -183,8 +187,8 @@ class FeaturePairs(nn.Module):
 
 
 def _common_levels(student: DetectorView, teacher: DetectorView) -> list[str]:
-    theirs = teacher.strides
-    names = [name for name, stride in student.strides.items() if theirs.get(name) == stride]
+    strides = teacher.strides
+    names = [name for name, stride in student.strides.items() if strides.get(name) == stride]
     if not names:
         raise ValueError(
             f"student and teacher have no neck level of one name and stride: the student has "

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -88,7 +89,7 @@ class PKD(DistillLoss):
     Settings = PKDSettings
     settings: PKDSettings
 
-    def __init__(self, **keys):
+    def __init__(self, **keys: Any):
         super().__init__(**keys)
         self.pairs = FeaturePairs(self.settings.in_features)
 

@@ -10,7 +10,7 @@ FORMS = ("L2", "L1", "smoothL1")
 
 
 class _SquaredDistance(torch.autograd.Function):
-    """sum_c (s - t)^2, without keeping s - t for the gradient: maps are large, and at hand anyway."""
+    """sum_c (s - t)^2; keeps s and t for the gradient, which exist anyway, instead of s - t."""
 
     @staticmethod
     def forward(ctx, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -31,8 +31,8 @@ def distance_map(
 
     Args:
         student, teacher: (N, C, H, W) float32.
-        form: of FORMS.
-        inverted: "smoothL1" as DeFeat's code has it, |d| where |d| < 1 and d^2 elsewhere.
+        form: one of FORMS.
+        inverted: "smoothL1" as in DeFeat's code: |d| where |d| < 1, and d^2 elsewhere.
 
     Returns:
         (N, H, W), differentiable in ``student``.
@@ -60,7 +60,8 @@ def region_means(
     Returns:
         two scalars.
     """
-    return tuple(
+    inside, outside = (
         (distances * region).sum() / (2 * channels * region.sum()).clamp(min=1)
         for region in (mask, 1 - mask)
     )
+    return inside, outside

@@ -48,15 +48,15 @@ def _sigmoid_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.T
 
 
 def class_mean(
-    loss: RowLoss, student: Predictions, teacher: Predictions, mask: torch.Tensor, *, few: bool = True
+    loss: RowLoss, student: Predictions, teacher: Predictions, mask: torch.Tensor, *, sparse: bool = True
 ) -> torch.Tensor:
     """The mean of a loss on the class logits over the rows of the mask (N, R); 0 without rows.
 
     Args:
-        few: the mask has few of the rows, so that they are worth picking.
+        sparse: the mask has few of the rows, so selecting them first is faster on a CPU.
     """
     levels = zip(student.logit_levels, teacher.logit_levels, mask.split(student.level_sizes, dim=1))
-    total = sum(masked_sum(loss, part.view(s.shape[:3]), s, t, few=few) for s, t, part in levels)
+    total = sum(masked_sum(loss, part.view(s.shape[:3]), s, t, sparse=sparse) for s, t, part in levels)
     return total / mask.sum().clamp(min=1)
 
 
@@ -71,7 +71,7 @@ def box_mean(
     """The mean of a loss on the box deltas over the rows of the mask (N, R); 0 without rows.
 
     Args:
-        classes: (N, R), whose deltas are compared; not read where classes share them.
+        classes: (N, R) int64, whose deltas are compared; read only if each class has its own.
         others: (N, R, 4) each, which the loss takes as well.
     """
     values = [student.deltas_of(classes), teacher.deltas_of(classes), *others]
@@ -80,14 +80,14 @@ def box_mean(
 
 
 def masked_sum(
-    loss: RowLoss, mask: torch.Tensor, *values: torch.Tensor, few: bool = True
+    loss: RowLoss, mask: torch.Tensor, *values: torch.Tensor, sparse: bool = True
 ) -> torch.Tensor:
     """The sum of a loss per row over the rows of the mask (N, P, A), of values (N, P, A, ...)."""
-    if mask.device.type != "cpu" or not few:
-        # To pick rows, the host would have to wait for their number: all are computed, the others of 0.
-        values = (value.masked_fill(~mask[..., None], 0.0) for value in values)
-        return (loss(*values) * mask).sum()
+    if mask.device.type != "cpu" or not sparse:
+        # Selecting rows would wait for their number, so all are computed, those outside the mask from 0.
+        zeroed = [value.masked_fill(~mask[..., None], 0.0) for value in values]
+        return (loss(*zeroed) * mask).sum()
     image, position, anchor = mask.nonzero(as_tuple=True)
-    # Picked in the memory layout of a convolution's output, which the gradient then has as well.
+    # In the memory layout of a convolution's output, so that the gradient has this layout, too.
     rows = (value.permute(0, 2, 3, 1)[image, anchor, :, position] for value in values)
     return loss(*rows).sum()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any
 
 #: Comment of a setting that names levels.
@@ -54,7 +53,7 @@ class Key:
         if not number:
             return True
         return (
-            isinstance(value, Real)
+            isinstance(value, (int, float))
             and math.isfinite(value)
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -21,7 +22,7 @@ def prepared_copy(model: nn.Module, memory_format: torch.memory_format, *, heads
         memory_format: of the weights.
         heads: whether more than the backbone is prepared.
     """
-    copied = share_copy(model)
+    copied: Any = share_copy(model)
     part = copied if heads else copied.backbone
     fold_norms(part)
     _use_memory_format(part, memory_format)

@@ -63,7 +63,8 @@ class Teacher:
             raise ValueError(f"teacher input format '{input_format}'; expected 'BGR' or 'RGB'")
         if autocast not in _CHOICES:
             raise ValueError(f"{_KEY} is '{autocast}'; expected one of {list(_CHOICES)}")
-        self.model = model.eval().requires_grad_(False)
+        # Any, because Module's annotations know none of a detector's attributes.
+        self.model: Any = model.eval().requires_grad_(False)
         self.input_format = input_format
         self.source = source
         self.view = build_view(model, "teacher")
@@ -189,10 +190,11 @@ class Teacher:
                 heads = bool(self.view.required)
                 model = prepared_copy(self.model, self._memory_format(), heads=heads)
             self.view.replace_model(model)
-        self._backbone = torch.compile(model.backbone.forward) if self._compile else model.backbone
+        backbone = torch.compile(model.backbone.forward) if self._compile else model.backbone
+        self._backbone = backbone
         precision = str(self._dtype or torch.float32).rpartition(".")[2]
         logger.info(f"The teacher runs in {precision} ({_KEY} is '{self._autocast}').")
-        return self._backbone
+        return backbone
 
     def _discard_prepared(self) -> None:
         self._backbone = None

@@ -76,7 +76,7 @@ class DetectorView:
         """
         if not isinstance(getattr(model, "backbone", None), nn.Module):
             raise TypeError(f"the {role}, a {type(model).__name__}, has no module 'backbone'")
-        self.model: Any = model  # a Module, whose annotations know none of a detector's attributes
+        self.model: Any = model  # Module's annotations know none of a detector's attributes
         self.role = role
         self.required: set[str] = set()
         self._levels_read: set[str] = set()
@@ -284,7 +284,7 @@ class DetectorView:
         level = output[name] if isinstance(output, dict) else output
         return _to_float(level) if contiguous else level.float()
 
-    def _bottom_up(self) -> nn.Module:
+    def _bottom_up(self) -> Any:
         return getattr(self.model.backbone, "bottom_up", self.model.backbone)
 
     def _level_path(self, name: str) -> str:

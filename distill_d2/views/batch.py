@@ -31,8 +31,8 @@ class Truth:
 
     def to(self, device: torch.device) -> Truth:
         """The same on a device; the host does not wait for it."""
-        parts = (upload(part, device) for part in (self.boxes, self.classes, self.valid))
-        return Truth(*parts, self.counts)
+        boxes, classes, valid = (upload(part, device) for part in (self.boxes, self.classes, self.valid))
+        return Truth(boxes, classes, valid, self.counts)
 
 
 @dataclass(frozen=True)

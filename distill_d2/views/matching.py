@@ -1,7 +1,8 @@
 """Which rows belong to given boxes: detectron2's rules on a whole batch at once.
 
-detectron2's Matcher works image by image and waits for the device; these give the same labels without.
-But for a box that overlaps no row: it matches none here, and all with Matcher's low-quality matches.
+detectron2's Matcher works image by image and waits for the device. These functions give the same labels
+without waiting, except for a box that overlaps no row: it matches no row here, and every row with
+Matcher's low-quality matches.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ def batched_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     Returns:
         (..., M, R); NaN where both areas are 0.
     """
-    ours, theirs = boxes.unsqueeze(-2), others.unsqueeze(-3)
-    common = intersection(ours, theirs)
-    return common / (area(ours) + area(theirs) - common)
+    boxes, others = boxes.unsqueeze(-2), others.unsqueeze(-3)
+    common = intersection(boxes, others)
+    return common / (area(boxes) + area(others) - common)
 
 
 def batched_ioa(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """(..., M, R): the part of each of ``boxes`` inside each of ``others``; see ``batched_iou``."""
-    ours, theirs = boxes.unsqueeze(-2), others.unsqueeze(-3)
-    return intersection(ours, theirs) / area(ours)
+    boxes, others = boxes.unsqueeze(-2), others.unsqueeze(-3)
+    return intersection(boxes, others) / area(boxes)
 
 
 def match_by_iou(
@@ -68,7 +69,7 @@ def hard_negatives(losses: torch.Tensor, positive: torch.Tensor, ratio: float) -
 
     Args:
         losses: (N, R) class losses; positive: (N, R) bool.
-        ratio: so many per positive row of the same image, and at most R - 1.
+        ratio: number of negatives per positive row of the same image; at most R - 1 are chosen.
 
     Returns:
         (N, R) bool.
@@ -81,7 +82,7 @@ def hard_negatives(losses: torch.Tensor, positive: torch.Tensor, ratio: float) -
 
 
 def rows_inside(boxes: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Which rows have their centre inside a valid box.
+    """Which rows have their center inside a valid box.
 
     Args: as of ``match_by_iou``.
 
@@ -111,9 +112,9 @@ def area(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def giou_distance(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """1 - generalised IoU of boxes (..., 4) and others (..., 4), pair by pair (arXiv 1902.09630).
+    """1 - generalized IoU of boxes (..., 4) and others (..., 4), pair by pair (arXiv 1902.09630).
 
-    fvcore's and torchvision's pick the pairs that overlap, and so wait for the device.
+    fvcore and torchvision index the pairs that overlap, which waits for the device.
     """
     common = intersection(boxes, others)
     union = area(boxes) + area(others) - common

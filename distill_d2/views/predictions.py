@@ -13,6 +13,10 @@ Match = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def _not_given(*_inputs: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError("these Predictions were made without encode or assign")
+
+
 @dataclass(frozen=True)
 class Predictions:
     """A head's raw predictions for R rows of each of N images: anchors, points or proposals.
@@ -23,22 +27,22 @@ class Predictions:
 
     Attributes:
         logit_levels: per level (N, P, A, K) class logits; with ``background`` (N, P, A, K + 1).
-        delta_levels: per level (N, P, A, 4) box regression in the detector's own parametrisation;
-            (N, P, A, 4 K) where each class has its own.
+        delta_levels: per level (N, P, A, 4) box regression in the detector's own parametrization;
+            (N, P, A, 4 K) if each class has its own.
         anchors: (R, 4) or, where images differ, (N, R, 4): absolute XYXY pixels on the padded image.
         decode: (deltas (..., 4), anchors (..., 4)) -> boxes (..., 4), absolute XYXY.
         match: (boxes (N, M, 4), valid (N, M)) -> (N, R) int8: the detector's own assignment of boxes to
-            rows: 1 where a row belongs to a valid box, 0 where to none, -1 where it is ignored.
+            rows: 1 for a row that belongs to a valid box, 0 for background, -1 for an ignored row.
         centerness_levels: per level (N, P, A, 1) logits; empty where a detector has none.
         background: the probabilities are a softmax, whose last class is the background; otherwise
             each class has a sigmoid.
-        valid: (N, R) bool, False for rows that only fill up; None: all rows are.
-        classes: (N, R) int64, the class of each row for the detector's own loss, K where it is
-            background; None where a detector has none to tell.
+        valid: (N, R) bool, False for padding rows; None: there is no padding.
+        classes: (N, R) int64, the class of each row for the detector's own loss, K for the
+            background; None if the rows have no classes of their own.
         encode: (boxes (..., 4), anchors (..., 4)) -> deltas (..., 4), the inverse of ``decode``; not
             finite where a box or an anchor has no area.
-        assign: (boxes (N, M, 4), valid (N, M)) -> (N, R) int64: which of the boxes each row belongs to,
-            where ``match`` says that it belongs to one.
+        assign: (boxes (N, M, 4), valid (N, M)) -> (N, R) int64: the box that each row belongs to, if
+            ``match`` is 1 there.
     """
 
     logit_levels: Sequence[torch.Tensor]
@@ -50,8 +54,8 @@ class Predictions:
     background: bool = False
     valid: torch.Tensor | None = None
     classes: torch.Tensor | None = None
-    encode: Decode | None = None
-    assign: Match | None = None
+    encode: Decode = _not_given
+    assign: Match = _not_given
 
     @property
     def num_classes(self) -> int:
@@ -62,6 +66,14 @@ class Predictions:
     def level_sizes(self) -> list[int]:
         """Number of rows of each level; they add up to R."""
         return [level.shape[1] * level.shape[2] for level in self.logit_levels]
+
+    @property
+    def row_mask(self) -> torch.Tensor:
+        """(N, R) bool: False for padding rows."""
+        if self.valid is not None:
+            return self.valid
+        shape = len(self.logit_levels[0]), sum(self.level_sizes)
+        return self.logit_levels[0].new_ones(shape, dtype=torch.bool)
 
     @property
     def logits(self) -> torch.Tensor:
@@ -75,7 +87,7 @@ class Predictions:
 
     @property
     def class_specific(self) -> bool:
-        """Whether each class has deltas of its own."""
+        """Whether each class has its own deltas."""
         return self.delta_levels[0].shape[-1] > 4
 
     def best_class(self) -> torch.Tensor:
@@ -84,17 +96,26 @@ class Predictions:
         return (logits[..., :-1] if self.background else logits).argmax(dim=-1)
 
     def deltas_of(self, classes: torch.Tensor | None) -> torch.Tensor:
-        """(N, R, 4): the deltas for the given (N, R) class of each row; not read unless
-        ``class_specific``."""
+        """(N, R, 4): the deltas for the given class of each row.
+
+        Args:
+            classes: (N, R) int64; K, the background, counts as K - 1. Read only if ``class_specific``.
+
+        Raises:
+            ValueError: there are no classes, but each class has its own deltas.
+        """
         deltas = self.deltas
-        if not self.class_specific:
+        if not self.class_specific or classes is None:
             return deltas
+        if classes is None:
+            raise ValueError("each class has its own deltas, but the rows have no classes")
         deltas = deltas.unflatten(-1, (-1, 4))
-        index = classes[..., None, None].expand(*classes.shape, 1, 4)
+        index = classes.clamp(max=self.num_classes - 1)[..., None, None]
+        index = index.expand(*classes.shape, 1, 4)
         return deltas.gather(2, index).squeeze(2)
 
     def boxes(self) -> torch.Tensor:
-        """(N, R, 4) decoded boxes; prefer ``decode`` on the rows that you keep."""
+        """(N, R, 4) decoded boxes; if you need only some rows, call ``decode`` on them."""
         deltas = self.deltas_of(self.best_class() if self.class_specific else None)
         return self.decode(deltas, self.anchors.expand_as(deltas))
 
@@ -123,8 +144,8 @@ def encoder_of(transform) -> Decode:
 
 
 def _encode(boxes: torch.Tensor, anchors: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """Box2BoxTransform's deltas; its own method waits for the device, to refuse anchors without an area,
-    such as those of rows that fill up."""
+    """Box2BoxTransform's deltas; its own method waits for the device and refuses anchors without an area,
+    such as those of padding rows."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     left, top, right, bottom = anchors.unbind(-1)
     width, height = right - left, bottom - top

@@ -11,6 +11,7 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .anchored import AnchoredHead, decode_sample
@@ -28,15 +29,13 @@ class RCNNView(DetectorView):
     class_losses = ("loss_cls", "loss_rpn_cls")
     box_losses = ("loss_box_reg", "loss_rpn_loc")
 
-    @property
-    def offers(self) -> tuple[str, ...]:
+    def __init__(self, model: nn.Module, role: str):
+        super().__init__(model, role)
         heads, generator = self.model.roi_heads, self.model.proposal_generator
-        offers: tuple[str, ...] = ()
         if isinstance(generator, RPN) and isinstance(generator.box2box_transform, Box2BoxTransform):
-            offers += ("rpn", "anchors")  # not a rotated one
+            self.offers += ("rpn", "anchors")  # not a rotated one
         if isinstance(heads, StandardROIHeads) and not isinstance(heads, CascadeROIHeads):
-            offers += ("score_boxes", "box_head", *(("own_proposals",) if offers else ()))
-        return offers
+            self.offers += ("score_boxes", "box_head", *(("own_proposals",) if self.offers else ()))
 
     @property
     def num_classes(self) -> int:
@@ -84,7 +83,9 @@ class RCNNView(DetectorView):
             match=lambda others, kept: match_by_iou(heads.proposal_matcher, others, kept, boxes),
             background=True,
             valid=valid,
-            classes=classes and _padded_classes(classes, heads.num_classes, valid.shape[1]),
+            classes=None
+            if classes is None
+            else _padded_classes(classes, heads.num_classes, valid.shape[1]),
             encode=encoder_of(heads.box_predictor.box2box_transform),
             assign=lambda others, kept: assign_by_iou(others, kept, boxes),
         )
@@ -93,9 +94,9 @@ class RCNNView(DetectorView):
         return self.once("sampled", lambda: [each.proposal_boxes for each in self._sampled()])
 
     def own_proposals(self, batch: Batch) -> tuple[list[Boxes], list[torch.Tensor]]:
-        """Those of its RPN in evaluation, with the ground truth and sampled as its box head's loss does.
+        """The proposals of its RPN in evaluation and the ground truth, sampled as for its box head's loss.
 
-        Both are detectron2's own and wait for the device.
+        Both steps are detectron2's own and wait for the device.
         """
         return self.once("own proposals", lambda: self._own_proposals(batch))
 
@@ -161,16 +162,29 @@ class RCNNView(DetectorView):
 def _padded(
     boxes: list[torch.Tensor], logits: list[torch.Tensor], deltas: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """N images' rows, filled up with zeros to the longest, at least one, and which are there."""
+    """Pad N images' rows with zeros to the largest number R of rows, at least 1.
+
+    Args:
+        boxes: (R_i, 4) of each image.
+        logits: (R_i, K) of each image.
+        deltas: (R_i, D) of each image.
+
+    Returns:
+        boxes (N, R, 4), logits (N, R, K), deltas (N, R, D), and (N, R) bool, False in padding.
+    """
     counts = [len(per_image) for per_image in boxes]
     full = torch.ones(len(boxes), max(1, *counts), dtype=torch.bool, device=boxes[0].device)
     for row, count in zip(full, counts):
         row[count:] = False
-    one_more = [[*part, part[0].new_zeros(1, part[0].shape[1])] for part in (boxes, logits, deltas)]
-    return (*(pad_sequence(part, batch_first=True)[:-1] for part in one_more), full)
+    padded_boxes, padded_logits, padded_deltas = (
+        # With the one row of an image that is dropped, so that there is at least one.
+        pad_sequence([*part, part[0].new_zeros(1, part[0].shape[1])], batch_first=True)[:-1]
+        for part in (boxes, logits, deltas)
+    )
+    return padded_boxes, padded_logits, padded_deltas, full
 
 
 def _padded_classes(classes: list[torch.Tensor], background: int, length: int) -> torch.Tensor:
-    """N images' classes, filled up with background: (N, length)."""
+    """Pad N images' classes (R_i,) with background: (N, length)."""
     filled = [*classes, classes[0].new_zeros(length)]
     return pad_sequence(filled, batch_first=True, padding_value=background)[:-1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from condinst_case import condinst_config
 from detectron2.modeling import build_model
-from scripts import run_script
+from runs import run_script
 
 from distill_d2.testing.tiny import distiller_config, save_teacher, use_dataset, write_dataset
 

@@ -1,7 +1,5 @@
-"""One step of ICD in each phase of a training, in each of two processes, and then, because starting
-them takes longer than all they do, a resumed run in the same processes; started by test_icd.py."""
+"""One step of ICD in each phase of a training, in each of two processes; started by test_icd.py."""
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -9,9 +7,9 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from distill_d2.engine import argument_parser, launch, main, setup
+from distill_d2.engine import argument_parser, launch, setup
 from distill_d2.engine.trainer import distributed
-from distill_d2.testing.tiny import tiny_batch
+from distill_d2.testing import tiny_batch
 
 # Of a run with PRETRAIN_TEACHER_ITERS 2, BYPASS_DISTILL 1, STOP_JOINT 3: the student's iteration, and
 # the numbers of objects in the images of the processes. The last only has to go through.
@@ -66,11 +64,7 @@ def compute(cfg):
 
 def work(args):
     compute(setup(args, distill=True))
-    resumed = {**vars(args), "config_file": args.then_resume, "resume": True}
-    main(argparse.Namespace(**resumed), distill=True)
 
 
 if __name__ == "__main__":
-    parser = argument_parser()
-    parser.add_argument("--then-resume", help="the config of a run")
-    launch(work, parser.parse_args())
+    launch(work, argument_parser().parse_args())

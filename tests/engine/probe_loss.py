@@ -1,8 +1,10 @@
 """A loss with two parameters and a solver of its own, which sends no gradient to the student."""
 
 import torch
+from detectron2.config import CfgNode
 from torch import nn
 
+from distill_d2.engine.solvers import LossSolver
 from distill_d2.losses import TrainedLoss
 
 
@@ -39,6 +41,11 @@ class ProbeLoss(TrainedLoss):
         if iteration < 0:
             return [self.value]
         return [] if self.solver_advances(iteration) else [self.query]
+
+
+def solver_of(loss, max_iter=4, steps=(2,), **keys):
+    loss.solver = CfgNode(keys)
+    return LossSolver(loss, max_iter, steps)
 
 
 LAZY_PROBE = """

@@ -1,20 +1,17 @@
 """The packaged LazyConfig students of ICD: what they say, and a step of each as the script takes it."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from detectron2 import model_zoo as detectron2_zoo
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_backbone
-from omegaconf import OmegaConf
+from runs import checkpoint, metrics
 
-from distill_d2 import add_distill_config, model_zoo
-from distill_d2.config import load_yaml
+from distill_d2 import model_zoo
 from distill_d2.data import register_custom_datasets
 from distill_d2.distiller import Distiller
-from distill_d2.engine import argument_parser, main
+from distill_d2.engine import argument_parser, load_config, main
+from distill_d2.engine.settings import distiller_node
 from distill_d2.losses.base import build_losses
 from distill_d2.testing.tiny import save_teacher, tiny_config, write_dataset
 
@@ -36,23 +33,13 @@ def load(name):
     return LazyConfig.load(model_zoo.get_config_file(f"Distillation-ICD/{name}"))
 
 
-def node_of(cfg):
-    """MODEL.DISTILLER with what the file says."""
-    default = get_cfg()
-    add_distill_config(default)
-    default.MODEL.DISTILLER.merge_from_other_cfg(CfgNode(OmegaConf.to_container(cfg.distiller)))
-    return default.MODEL.DISTILLER
-
-
 def teacher_levels(node):
     """The neck of the teacher, without its weights."""
     if node.MODEL_LOAD_OFFICIAL:
         assert detectron2_zoo.get_checkpoint_url(node.MODEL_DISTILLER_CONFIG).startswith("https://")
         official = detectron2_zoo.get_config(node.MODEL_DISTILLER_CONFIG)
         return instantiate(official.model.backbone).output_shape()
-    cfg = get_cfg()
-    add_distill_config(cfg)
-    load_yaml(cfg, model_zoo.find_config(node.MODEL_DISTILLER_CONFIG))
+    cfg = load_config(node.MODEL_DISTILLER_CONFIG)
     assert cfg.MODEL.WEIGHTS.startswith("https://")
     return build_backbone(cfg).output_shape()
 
@@ -61,7 +48,7 @@ def teacher_levels(node):
 def test_says_what_the_student_is_and_how_it_is_distilled(name):
     """detectron2's student, unchanged; weights of ICD for one-stage and for two-stage detectors."""
     cfg = load(name)
-    node = node_of(cfg)
+    node = distiller_node(cfg.distiller)
     del cfg["distiller"]
     official = detectron2_zoo.get_config(STUDENTS[name])
     for model in [cfg.model, official.model] if name == LSJ else []:
@@ -76,7 +63,7 @@ def test_says_what_the_student_is_and_how_it_is_distilled(name):
 @pytest.mark.parametrize("name", STUDENTS)
 def test_levels_are_those_of_the_teacher(name):
     cfg = load(name)
-    node = node_of(cfg)
+    node = distiller_node(cfg.distiller)
     with torch.device("meta"):  # shapes without weights
         student, teacher = instantiate(cfg.model.backbone).output_shape(), teacher_levels(node)
     assert node.INS.INPUT_FEATS == sorted(student)
@@ -122,23 +109,18 @@ def step(tmp_path, monkeypatch):
         monkeypatch.setattr(Distiller, "forward", remember)
         arguments = ["--num-gpus", "0", "--config-file", f"Distillation-ICD/{name}"]
         main(argument_parser().parse_args([*arguments, *SMALL, *own, *overrides]), distill=True)
-        metrics = json.loads((tmp_path / "output" / "metrics.json").read_text().splitlines()[0])
         ((inputs, autocast),) = seen
-        return metrics, inputs, autocast
+        return metrics(tmp_path / "output")[0], inputs, autocast
 
     return run
-
-
-def saved(folder: Path):
-    return torch.load(folder / "output" / "model_final.pth", weights_only=True)["model"]
 
 
 def shapes(state):
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def losses(metrics):
-    return {name for name in metrics if name.startswith("loss_")}
+def losses(logged):
+    return {name for name in logged if name.startswith("loss_")}
 
 
 ICD_LOSSES = {"loss_icd_conf_0", "loss_icd_reg_0", "loss_icd_value"}
@@ -146,13 +128,15 @@ ICD_LOSSES = {"loss_icd_conf_0", "loss_icd_reg_0", "loss_icd_value"}
 
 def test_step_of_fcos(tmp_path, step):
     augmentation = "dataloader.train.mapper.augmentations.0.short_edge_length=[64]"
-    metrics, inputs, autocast = step(FCOS, small_retinanet(), augmentation)
-    assert losses(metrics) == ICD_LOSSES | {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
-    assert all(metrics[name] > 0 for name in losses(metrics))
-    assert metrics["lr"] == pytest.approx(0.01 * 0.001)  # warm-up of the file
+    logged, inputs, autocast = step(FCOS, small_retinanet(), augmentation)
+    assert losses(logged) == ICD_LOSSES | {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
+    assert all(logged[name] > 0 for name in losses(logged))
+    assert logged["lr"] == pytest.approx(0.01 * 0.001)  # warm-up of the file
     assert not autocast and all(min(item["image"].shape[1:]) == 64 for item in inputs)
     with torch.device("meta"):
-        assert shapes(saved(tmp_path)) == shapes(instantiate(load(FCOS).model).state_dict())
+        assert shapes(checkpoint(tmp_path / "output")["model"]) == shapes(
+            instantiate(load(FCOS).model).state_dict()
+        )
 
 
 def test_step_of_a_new_baseline(tmp_path, step, monkeypatch):
@@ -162,16 +146,16 @@ def test_step_of_a_new_baseline(tmp_path, step, monkeypatch):
     resize = [f"{augmentations}.0.target_{side}=64" for side in ("height", "width")]
     crop = f"{augmentations}.1.crop_size=[64,64]"
     heads = ["model.roi_heads.batch_size_per_image=8", "model.proposal_generator.post_nms_topk=[20,20]"]
-    metrics, inputs, autocast = step(LSJ, tiny_config("mask", channels=256), *resize, crop, *heads)
+    logged, inputs, autocast = step(LSJ, tiny_config("mask", channels=256), *resize, crop, *heads)
     own = {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"}
-    assert losses(metrics) == ICD_LOSSES | own
-    assert metrics["lr"] == pytest.approx(0.1 * 0.067)
+    assert losses(logged) == ICD_LOSSES | own
+    assert logged["lr"] == pytest.approx(0.1 * 0.067)
     assert autocast and all(item["image"].shape == (3, 64, 64) for item in inputs)
     for item in inputs:
         boxes = item["instances"].gt_boxes.tensor
         torch.testing.assert_close(item["instances"].gt_masks.get_bounding_boxes().tensor, boxes)
         assert (boxes >= 0).all() and (boxes <= 64).all()
-    state = saved(tmp_path)
+    state = checkpoint(tmp_path / "output")["model"]
     with torch.device("meta"):
         assert shapes(state) == shapes(instantiate(load(LSJ).model).state_dict())
     assert state["backbone.bottom_up.stem.conv1.norm.num_batches_tracked"] == 1

@@ -1,82 +1,46 @@
 """Several processes on the CPU over gloo, real command lines, and signals to a running job."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import get_cfg
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-from detectron2.modeling import build_model
-
-from distill_d2 import model_zoo
-from distill_d2.testing.tiny import write_dataset
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def command(job, script, *arguments):
-    job.arguments()  # writes the config
-    return [
-        sys.executable,
-        str(ROOT / script),
-        *("--num-gpus", "0", "--config-file", job.config_file),
-        *map(str, arguments),
-    ]
-
-
-def run(*commands, expect=0):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        for c in commands
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    for process, output in zip(processes, outputs):
-        assert process.returncode == expect, output[-5000:]
-    return outputs
-
-
-def student(folder, name="model_final"):
-    return torch.load(Path(folder) / f"{name}.pth", weights_only=True)["model"]
+from runs import checkpoint, rewind, run_commands
 
 
 def test_two_processes_train_with_adapters_and_resume(job):
-    """Law 8: an adapter that idles until START_ITER, and no find_unused_parameters."""
-    node = job.config.MODEL.DISTILLER
-    node.TYPES = ["FeatureMimic", "PKD"]
-    node.FEATURE_MIMIC.IN_FEATURES = ["res3"]
-    node.FEATURE_MIMIC.START_ITER = 2
+    """An adapter that idles until START_ITER, without find_unused_parameters."""
+    job.node.TYPES = ["FeatureMimic", "PKD"]
+    job.node.FEATURE_MIMIC.IN_FEATURES = ["res3"]
+    job.node.FEATURE_MIMIC.START_ITER = 2
     job.config.SOLVER.CHECKPOINT_PERIOD = 2
-    whole = command(job, "train_distill.py", "--num-procs", 2)
-    (output,) = run(whole)
+    whole = job.command("train_distill.py", "--num-procs", 2)
+    (output,) = run_commands(whole)
     assert "World size: 2" in output
-    trained = student(job.config.OUTPUT_DIR)
-    (Path(job.config.OUTPUT_DIR) / "last_checkpoint").write_text("model_0000001.pth")
-    run(command(job, "train_distill.py", "--num-procs", 2, "--resume"))
-    resumed = student(job.config.OUTPUT_DIR)
+    trained = checkpoint(job.output)["model"]
+    rewind(job.output, "model_0000001")
+    run_commands(job.command("train_distill.py", "--num-procs", 2, "--resume"))
+    resumed = checkpoint(job.output)["model"]
     assert all(torch.allclose(trained[k], resumed[k], rtol=1e-4, atol=1e-6) for k in trained)
 
 
 def test_two_machines_meet_at_the_users_address(job):
     address = ["--num-machines", 2, "--dist-url", f"file://{job.folder}/meeting"]
-    machines = [command(job, "train_distill.py", *address, "--machine-rank", rank) for rank in (0, 1)]
-    outputs = run(*machines)
+    machines = [job.command("train_distill.py", *address, "--machine-rank", rank) for rank in (0, 1)]
+    outputs = run_commands(*machines)
     assert "World size: 2" in outputs[0]
-    assert (Path(job.config.OUTPUT_DIR) / "model_final.pth").is_file()
+    assert (job.output / "model_final.pth").is_file()
 
 
 def test_baseline_of_a_distillation_config_then_eval_only(job):
-    run(command(job, "train_baseline.py"))
-    weights = f"{job.config.OUTPUT_DIR}/model_final.pth"
-    job.config.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG = "there/is/no/teacher.yaml"
-    (output,) = run(command(job, "train_distill.py", "--eval-only", "MODEL.WEIGHTS", weights))
+    run_commands(job.command("train_baseline.py"))
+    weights = f"{job.output}/model_final.pth"
+    job.node.MODEL_DISTILLER_CONFIG = "there/is/no/teacher.yaml"
+    (output,) = run_commands(job.command("train_distill.py", "--eval-only", "MODEL.WEIGHTS", weights))
     assert "copypaste: AP," in output and "Teacher: " not in output
 
 
@@ -85,7 +49,7 @@ def test_sigterm_to_a_running_job(job, processes, workers):
     """As a scheduler sends it: to the first process, or, with data loader workers, to all."""
     job.config.SOLVER.MAX_ITER = 100000
     job.config.DATALOADER.NUM_WORKERS = workers
-    arguments = command(job, "train_distill.py", "--num-procs", processes)
+    arguments = job.command("train_distill.py", "--num-procs", processes)
     log = job.folder / "log"
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -96,7 +60,7 @@ def test_sigterm_to_a_running_job(job, processes, workers):
             start_new_session=True,
         )
     try:
-        wait_for(lambda: "total_loss" in read(job.config.OUTPUT_DIR, "metrics.json"), process, log)
+        wait_for(lambda: "total_loss" in read(job.output, "metrics.json"), process, log)
         send = os.killpg if workers else os.kill
         send(process.pid, signal.SIGTERM)
         process.wait(timeout=60)
@@ -106,8 +70,8 @@ def test_sigterm_to_a_running_job(job, processes, workers):
     output = log.read_text()
     assert process.returncode == 128 + signal.SIGTERM, output[-5000:]
     assert "--resume goes on from there" in output and "Traceback" not in output
-    last = read(job.config.OUTPUT_DIR, "last_checkpoint")
-    assert student(job.config.OUTPUT_DIR, last[: -len(".pth")])
+    last = read(job.output, "last_checkpoint")
+    assert checkpoint(job.output, last[: -len(".pth")])
 
 
 def test_broken_image_ends_a_job_with_workers(job):
@@ -116,20 +80,20 @@ def test_broken_image_ends_a_job_with_workers(job):
     job.config.DATALOADER.NUM_WORKERS = 2
     broken = Path(job.entry["IMAGES"]) / "3.png"
     broken.write_bytes(broken.read_bytes()[:200])
-    (output,) = run(command(job, "train_baseline.py"), expect=1)
+    (output,) = run_commands(job.command("train_baseline.py"), expect=1)
     assert str(broken) in output
 
 
 def test_sigterm_before_training_stops_at_once(job):
-    (output,) = run(
-        ["timeout", "--preserve-status", "-s", "TERM", "3", *command(job, "train_distill.py")],
+    (output,) = run_commands(
+        ["timeout", "--preserve-status", "-s", "TERM", "3", *job.command("train_distill.py")],
         expect=128 + signal.SIGTERM,
     )
     assert "model_final" not in output
 
 
 def read(folder, name):
-    path = Path(folder) / name
+    path = folder / name
     return path.read_text() if path.exists() else ""
 
 
@@ -138,82 +102,3 @@ def wait_for(condition, process, log, seconds=120):
     while not condition():
         assert process.poll() is None and time.time() < end, log.read_text()[-5000:]
         time.sleep(0.2)
-
-
-def write_coco(root):
-    """Two images each of train2017 and val2017, with the 80 classes of COCO."""
-    categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
-    (root / "coco" / "annotations").mkdir(parents=True)
-    for split in ("train2017", "val2017"):
-        entry = write_dataset(root / split, count=2)
-        content = json.loads(Path(entry["JSON"]).read_text())
-        content["categories"] = categories
-        (root / "coco" / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-        Path(entry["IMAGES"]).rename(root / "coco" / split)
-
-
-# What makes the reference's command lines run here.
-SMALL = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"]
-SMALL += ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2", "SOLVER.BASE_LR", "0.001"]
-
-
-@pytest.fixture
-def coco(tmp_path, monkeypatch):
-    write_coco(tmp_path / "datasets")
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
-    return tmp_path
-
-
-def reference_line(folder, script, config, *arguments):
-    start = [sys.executable, str(ROOT / script), "--num-gpus", "0", "--config-file"]
-    return [*start, str(ROOT / config), *arguments, *SMALL, "OUTPUT_DIR", str(folder / "output")]
-
-
-def write_weights(config, path):
-    """Random weights of a zoo model; residual branches are damped, as trained ones are."""
-    cfg = get_cfg()
-    cfg.merge_from_file(model_zoo.get_config_file(config))
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-    for name, norm in model.backbone.named_modules():
-        if name.endswith("conv3.norm"):
-            norm.weight.fill_(0.2)
-    torch.save({"model": model.state_dict()}, path)
-    return str(path)
-
-
-def test_command_lines_of_the_reference_on_coco(coco):
-    """As its README gives them, but for the sizes."""
-    config = "configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-    weights = write_weights("COCO-Detection/retinanet_R_50_FPN_1x.yaml", coco / "r50.pth")
-    run(reference_line(coco, "train_baseline.py", config, "MODEL.WEIGHTS", weights))
-    config = "configs/Distillation-PKD/retinanet_R_50_R101_pkd_FPN_1x.yaml"
-    weights = ["MODEL.WEIGHTS", str(coco / "output" / "model_final.pth")]
-    line = reference_line(coco, "train_distill.py", config, "--resume", "--eval-only", *weights)
-    assert "copypaste: AP," in run(line)[0]
-
-
-@pytest.mark.parametrize(
-    "student, teacher",
-    [
-        ("retinanet", "COCO-Detection/retinanet_R_101_FPN_3x.yaml"),
-        pytest.param("RCNN", "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", marks=pytest.mark.slow),
-        pytest.param(
-            *("MaskRCNN", "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml"),
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_icds_command_lines_of_the_reference_on_coco(coco, student, teacher):
-    config = f"configs/Distillation-ICD/{student}_R_50_R101_icd_FPN_1x.yaml"
-    weights = [
-        "MODEL.WEIGHTS",
-        "",
-        "MODEL.DISTILLER.TEACHER_WEIGHTS",
-        write_weights(teacher, coco / "t.pth"),
-    ]
-    run(reference_line(coco, "train_distill.py", config, "--resume", *weights))
-    saved = torch.load(coco / "output" / "model_final.pth", weights_only=True)
-    assert saved["distiller"] and saved["trainer"]["iteration"] == 1
-    line = reference_line(coco, "train_distill.py", config, "--resume", "--eval-only", *weights)
-    assert "copypaste: AP," in run(line)[0]

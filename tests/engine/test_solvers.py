@@ -1,29 +1,26 @@
 """Losses with a solver of their own, and the training phases of MODEL.DISTILLER."""
 
-from pathlib import Path
-
 import detectron2.solver
 import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventStorage
-from probe_loss import LAZY_PROBE, ProbeLoss
-from test_lazy import config_file  # noqa: F401  a fixture
-from test_lazy import run as run_lazy
-from test_processes import command, run
-from test_training import assert_equal, checkpoint, metrics
+from probe_loss import LAZY_PROBE, ProbeLoss, solver_of
+from runs import assert_equal, checkpoint, metrics, rewind, run_commands
 from torch import nn
 
 from distill_d2 import DISTILL_LOSS_REGISTRY
 from distill_d2.distiller import Distiller
-from distill_d2.engine import DistillTrainer, build_optimizer, setup
-from distill_d2.engine.solvers import LossSolver
+from distill_d2.engine import build_optimizer
+from distill_d2.engine.optimizer import trained_with_student
 from distill_d2.engine.step import TrainStep
-from distill_d2.testing.tiny import distiller_config, save_teacher, tiny_batch, tiny_config
+from distill_d2.testing import distiller_config, save_teacher, tiny_config
 
 SOLVER = "MODEL.DISTILLER.SOLVER."
 PRETRAIN = "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS"
+
+pytestmark = pytest.mark.usefixtures("log_every_iteration")
 
 
 @pytest.fixture(autouse=True)
@@ -32,36 +29,13 @@ def _registered(monkeypatch):
     monkeypatch.setitem(DISTILL_LOSS_REGISTRY._obj_map, "ProbeLoss", ProbeLoss)
 
 
-@pytest.fixture(autouse=True)
-def _own_period(monkeypatch):
-    """Write every iteration, not every 20."""
-    monkeypatch.setattr("distill_d2.engine.settings.LOG_PERIOD", 1)
-
-
 @pytest.fixture
 def probe(_registered, job):
-    job.config.MODEL.DISTILLER.TYPES = ["ProbeLoss"]
+    job.node.TYPES = ["ProbeLoss"]
     return job
 
 
-def loss_of(folder, name="model_final"):
-    return checkpoint(folder, name)["distiller"]
-
-
-def trainer_of(job, opts=()):
-    return DistillTrainer(setup(job.arguments(opts=opts), distill=True))
-
-
-def rewind(folder, name):
-    (Path(folder) / "last_checkpoint").write_text(f"{name}.pth")
-
-
 # The optimizer of one loss.
-
-
-def solver_of(loss, max_iter=4, steps=(2,), **keys):
-    loss.solver = CfgNode(keys)
-    return LossSolver(loss, max_iter, steps)
 
 
 def test_joint_clip_and_sgd_by_hand():
@@ -112,23 +86,6 @@ def test_clipping_of_the_student_equals_detectron2s(clip_type):
     assert_equal(*results)
 
 
-def test_first_adamw_step_is_the_learning_rate():
-    loss = ProbeLoss()
-    solver = solver_of(loss, WEIGHT_DECAY=0.0)
-    before = loss.value.detach().clone()
-    loss.value.grad = torch.tensor([7.0])
-    solver.optimizer.step()
-    torch.testing.assert_close(before - loss.value, torch.tensor([1e-4]), rtol=1e-2, atol=0)
-    assert isinstance(solver.optimizer, torch.optim.AdamW)
-
-
-def test_one_weight_decay_for_norms_and_biases():
-    loss = ProbeLoss()
-    loss.norm = nn.LayerNorm(2)
-    (group,) = solver_of(loss, WEIGHT_DECAY_NORM=0.5, WEIGHT_DECAY_BIAS=0.5).optimizer.param_groups
-    assert group["weight_decay"] == 1e-4 and len(group["params"]) == 4
-
-
 def test_schedule_is_the_students_in_length_and_steps():
     solver = solver_of(ProbeLoss(), LR_SCHEDULER_NAME="WarmupMultiStepLR", WARMUP_ITERS=0, STEPS=(1,))
     rates = []
@@ -147,6 +104,7 @@ def test_schedule_is_the_students_in_length_and_steps():
             {"LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR"},  # fails at the last iteration
             "MODEL.DISTILLER.SOLVER.LR_SCHEDULER_NAME is 'Warm.*'; expected one of .*WarmupCosineLR",
         ),
+        ({"BASE_RL": 1.0}, "BASE_RL"),
         ({"BASE_LR": 0.0}, "MODEL.DISTILLER.SOLVER: expected BASE_LR above 0"),
         ({"BASE_LR_END": 1.0}, "BASE_LR_END from 0 to BASE_LR; got BASE_LR 0.0001, BASE_LR_END 1.0"),
         ({"WARMUP_METHOD": "slow"}, "SOLVER.WARMUP_METHOD is 'slow'; expected one of"),
@@ -158,84 +116,23 @@ def test_schedule_is_the_students_in_length_and_steps():
     ],
 )
 def test_wrong_value_names_its_key(keys, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, KeyError), match=message):
         solver_of(ProbeLoss(), **keys)
-
-
-def test_unknown_key():
-    with pytest.raises(KeyError, match="BASE_RL"):
-        solver_of(ProbeLoss(), BASE_RL=1.0)
-
-
-@pytest.mark.parametrize("optimizer", ["SGD", "ADAMW"])
-def test_joint_clip_of_the_student(optimizer):
-    cfg = tiny_config()
-    cfg.SOLVER.OPTIMIZER = optimizer
-    cfg.SOLVER.WEIGHT_DECAY = 0.0
-    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0
-    model = nn.ModuleDict({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)})
-    for module, gradient in zip(model.values(), (3.0, 4.0)):
-        module.weight.grad = torch.tensor([[gradient]])
-    built = build_optimizer(cfg, model)
-    built.step()
-    clipped = [module.weight.grad.item() for module in model.values()]
-    assert clipped == pytest.approx([0.6, 0.8], rel=1e-5)
-    assert type(built).__name__ == {"SGD": "SGD", "ADAMW": "AdamW"}[optimizer]
 
 
 # In training.
 
 
-def test_student_equals_the_baseline_and_the_loss_learns(probe):
-    """ProbeLoss sends no gradient to the student."""
-    job = probe
-    job.run(distill=False, opts=["OUTPUT_DIR", job.folder / "baseline"])
-    job.run()
-    baseline = checkpoint(job.folder / "baseline")["model"]
-    assert_equal(baseline, checkpoint(job.config.OUTPUT_DIR)["model"])
-    learnt = loss_of(job.config.OUTPUT_DIR)
-    assert all(not torch.equal(value, torch.ones(1)) for value in learnt.values())
-
-
 def test_student_optimizer_leaves_these_parameters_out(probe):
-    probe.config.MODEL.DISTILLER.TYPES = ["FeatureMimic", "ProbeLoss"]
-    probe.config.MODEL.DISTILLER.FEATURE_MIMIC.IN_FEATURES = ["res3"]
-    trainer = trainer_of(probe)
+    probe.node.TYPES = ["FeatureMimic", "ProbeLoss"]
+    probe.node.FEATURE_MIMIC.IN_FEATURES = ["res3"]
+    trainer = probe.trainer()
     theirs = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     model = trainer.plain_model
     expected = [*model.student.parameters(), *model.losses["FeatureMimic"].parameters()]
     assert {id(p) for p in theirs} == {id(p) for p in expected} and len(theirs) == len(expected)
     own = trainer.loss_training.solvers["ProbeLoss"].optimizer.param_groups[0]["params"]
     assert {id(p) for p in own} == {id(p) for p in model.losses["ProbeLoss"].parameters()}
-
-
-def test_resumed_run_equals_uninterrupted(probe):
-    job = probe
-    job.config.SOLVER.CHECKPOINT_PERIOD = 2
-    job.run()
-    whole = checkpoint(job.config.OUTPUT_DIR)
-    rewind(job.config.OUTPUT_DIR, "model_0000001")
-    job.run("--resume")
-    resumed = checkpoint(job.config.OUTPUT_DIR)
-    assert_equal(whole["distiller"], resumed["distiller"])
-    ours, theirs = (saved["trainer"]["solvers"]["ProbeLoss"] for saved in (resumed, whole))
-    assert ours["scheduler"] == theirs["scheduler"]
-    for index, state in theirs["optimizer"]["state"].items():
-        assert_equal(ours["optimizer"]["state"][index], state)
-    assert whole["trainer"]["solvers"]["ProbeLoss"]["scheduler"]["last_epoch"] == 4
-
-
-def test_resume_without_the_states(probe):
-    job = probe
-    job.run()
-    path = Path(job.config.OUTPUT_DIR) / "model_final.pth"
-    saved = torch.load(path, weights_only=True)
-    del saved["trainer"]["solvers"]
-    torch.save(saved, path)
-    with pytest.raises(ValueError, match=r"optimizers of the losses \[\], this run .*\['ProbeLoss'\]"):
-        job.run("--resume")
 
 
 def test_resume_with_another_optimizer(probe):
@@ -260,7 +157,7 @@ def test_resume_with_another_length_of_pretraining(probe):
 
 def test_scalars_and_log_line(probe):
     probe.run(opts=[SOLVER + "WARMUP_ITERS", 0, SOLVER + "BASE_LR", 0.5])
-    lines = [line for line in metrics(probe.config.OUTPUT_DIR) if "ProbeLoss/lr" in line]
+    lines = [line for line in metrics(probe.output) if "ProbeLoss/lr" in line]
     cosine = [0.5, 0.25 * (1 + 0.5**0.5), 0.25, 0.25 * (1 - 0.5**0.5)]
     assert [line["ProbeLoss/lr"] for line in lines] == pytest.approx(cosine, abs=1e-6)
     # d/dquery = 2 query value^2, d/dvalue = 2 query^2 value + 1, both ones: 2 and 3, before clipping
@@ -268,21 +165,21 @@ def test_scalars_and_log_line(probe):
     assert all(line["grad_norm"] > 0 for line in lines)
     parts = sum(value for name, value in lines[0].items() if name.startswith("loss_"))
     assert lines[0]["total_loss"] == pytest.approx(parts)
-    log = (Path(probe.config.OUTPUT_DIR) / "log.txt").read_text()
+    log = (probe.output / "log.txt").read_text()
     assert log.count("ProbeLoss/grad_norm:") == 4 and "grad_norm: 3.606" in log
 
 
 def test_no_gradient_norms_without_an_own_solver(job):
     job.run()
-    assert not any("grad_norm" in line for line in metrics(job.config.OUTPUT_DIR))
-    assert "grad_norm" not in (Path(job.config.OUTPUT_DIR) / "log.txt").read_text()
+    assert not any("grad_norm" in line for line in metrics(job.output))
+    assert "grad_norm" not in (job.output / "log.txt").read_text()
 
 
 def test_loss_stops_its_schedule_and_freezes_its_parameters(probe, monkeypatch):
     monkeypatch.setattr(ProbeLoss, "stop_after", 1)
     probe.run(opts=["SOLVER.CHECKPOINT_PERIOD", 1])
-    folder = probe.config.OUTPUT_DIR
-    early, late = loss_of(folder, "model_0000001"), loss_of(folder)
+    folder = probe.output
+    early, late = (checkpoint(folder, name)["distiller"] for name in ("model_0000001", "model_final"))
     assert torch.equal(early["ProbeLoss.query"], late["ProbeLoss.query"])
     assert not torch.equal(early["ProbeLoss.value"], late["ProbeLoss.value"])
     assert not torch.equal(early["ProbeLoss.query"], torch.ones(1))
@@ -292,29 +189,30 @@ def test_loss_stops_its_schedule_and_freezes_its_parameters(probe, monkeypatch):
 # Phases.
 
 
-@pytest.mark.parametrize("key", ["FIX_BACKBONE_BEFORE", "FIX_HEAD_BEFORE"])
-@pytest.mark.parametrize("optimizer, clip", [("SGD", "value"), ("ADAMW", "full_model")])
+@pytest.mark.parametrize(
+    "key, optimizer, clip",
+    [("FIX_BACKBONE_BEFORE", "SGD", "value"), ("FIX_HEAD_BEFORE", "ADAMW", "full_model")],
+)
 def test_fixed_part_of_the_student(job, key, optimizer, clip):
     job.config.SOLVER.OPTIMIZER = optimizer
     job.config.SOLVER.CLIP_GRADIENTS.ENABLED = True
     job.config.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = clip
     job.config.SOLVER.BASE_LR = 1e-3
-    start = trainer_of(job).plain_model.student
+    start = job.trainer().plain_model.student
     start = {name: tensor.clone() for name, tensor in start.state_dict().items()}
     job.run(opts=[f"MODEL.DISTILLER.{key}", 2, "SOLVER.CHECKPOINT_PERIOD", 1])
-    trained = {name for name, _ in trainer_of(job).plain_model.student.named_parameters()}
+    trained = {name for name, _ in job.trainer().plain_model.student.named_parameters()}
     fixed = {n for n in trained if n.startswith("backbone.") == (key == "FIX_BACKBONE_BEFORE")}
     for name, moved in (("model_0000001", trained - fixed), ("model_0000002", trained)):
-        model = checkpoint(job.config.OUTPUT_DIR, name)["model"]
+        model = checkpoint(job.output, name)["model"]
         assert {n for n in trained if not torch.equal(start[n], model[n])} == moved
 
 
 def test_pretraining_leaves_the_student_alone(probe):
-    job = probe
-    start = trainer_of(job).plain_model.student
+    start = probe.trainer().plain_model.student
     start = {name: tensor.clone() for name, tensor in start.state_dict().items()}
-    job.run(opts=[PRETRAIN, 3, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 1])
-    folder = job.config.OUTPUT_DIR
+    probe.run(opts=[PRETRAIN, 3, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 1])
+    folder = probe.output
     pretrained, after = checkpoint(folder, "model_0000002"), checkpoint(folder, "model_0000003")
     assert_equal(start, pretrained["model"])
     assert not pretrained["trainer"]["_trainer"]["optimizer"]["state"]
@@ -347,29 +245,16 @@ def test_pretrained_run_sees_iterations_from_zero(probe, monkeypatch):
     assert seen == [("pretrain", -2), ("pretrain", -1), ("forward", 1), ("forward", 2)]
 
 
-@pytest.mark.parametrize("last", ["model_0000000", "model_0000001", "model_0000003"])
+@pytest.mark.parametrize("last", ["model_0000000", "model_0000003"])
 def test_resume_in_and_after_pretraining(probe, last):
-    job = probe
     options = [PRETRAIN, 2, "SOLVER.CHECKPOINT_PERIOD", 1]
-    job.run(opts=options)
-    whole = checkpoint(job.config.OUTPUT_DIR)
-    rewind(job.config.OUTPUT_DIR, last)
-    job.run("--resume", opts=options)
-    resumed = checkpoint(job.config.OUTPUT_DIR)
+    probe.run(opts=options)
+    whole = checkpoint(probe.output)
+    rewind(probe.output, last)
+    probe.run("--resume", opts=options)
+    resumed = checkpoint(probe.output)
     assert_equal(whole["model"], resumed["model"])
     assert_equal(whole["distiller"], resumed["distiller"])
-
-
-def test_pretraining_pads_as_the_student_does(tmp_path):
-    """Images of different sizes, with a teacher of a coarser multiple."""
-    teacher = save_teacher(tiny_config(width=16), tmp_path)
-    model = Distiller(distiller_config(tiny_config(), teacher, types=["ProbeLoss"]))
-    for count, size in ((1, 40), (2, 72), (3, 100)):
-        batch = tiny_batch(count, size)
-        images = [item["image"] for item in batch]
-        with EventStorage():  # the student's own forward wants one
-            model(batch)
-        assert model.padding.of_images(images) == model.padding.size
 
 
 def test_nothing_to_pretrain(job):
@@ -386,58 +271,52 @@ def test_no_term_to_pretrain_with(probe, monkeypatch):
 @pytest.mark.parametrize("key", ["PRETRAIN_TEACHER_ITERS", "FIX_BACKBONE_BEFORE", "FIX_HEAD_BEFORE"])
 def test_negative_phases(probe, key):
     with pytest.raises(ValueError, match=rf"MODEL.DISTILLER.{key}': -1"):
-        trainer_of(probe, opts=[f"MODEL.DISTILLER.{key}", -1])
+        probe.trainer(opts=[f"MODEL.DISTILLER.{key}", -1])
 
 
 # Other trainers.
 
 
-def test_default_trainer_trains_everything_with_one_optimizer(probe, caplog):
-    cfg = setup(probe.arguments(), distill=True)
+def test_default_trainer_trains_everything_with_one_optimizer(probe):
+    cfg = probe.setup()
     trainer = DefaultTrainer(cfg)
     trainer._hooks = [h for h in trainer._hooks if type(h).__name__ != "EvalHook"]
     trainer.train()
-    learnt = loss_of_default(cfg.OUTPUT_DIR)
-    assert len(learnt) == 2 and all(not torch.equal(value, torch.ones(1)) for value in learnt.values())
-    log = (Path(cfg.OUTPUT_DIR) / "log.txt").read_text()
+    saved = checkpoint(probe.output)["model"]
+    learnt = [value for name, value in saved.items() if name.startswith("distiller.")]
+    assert len(learnt) == 2 and not any(torch.equal(value, torch.ones(1)) for value in learnt)
+    log = (probe.output / "log.txt").read_text()
     assert log.count("one optimizer also trains the parameters of ['ProbeLoss']") == 1
-
-
-def loss_of_default(folder):
-    model = checkpoint(folder)["model"]
-    return {name: value for name, value in model.items() if name.startswith("distiller.")}
 
 
 @pytest.mark.parametrize("key", ["PRETRAIN_TEACHER_ITERS", "FIX_BACKBONE_BEFORE", "FIX_HEAD_BEFORE"])
 def test_default_trainer_refuses_phases(probe, key):
-    cfg = setup(probe.arguments(opts=[f"MODEL.DISTILLER.{key}", 2]), distill=True)
+    cfg = probe.setup(opts=[f"MODEL.DISTILLER.{key}", 2])
     with pytest.raises(RuntimeError, match=rf"{key}': 2.*cannot do that"):
         DefaultTrainer(cfg).train()
 
 
-def test_lazy_config(config_file):
-    text = config_file.read_text().replace('TYPES=["PKD"]', 'TYPES=["ProbeLoss"]')
-    config_file.write_text(text + LAZY_PROBE)
-    run_lazy(config_file, "train.checkpointer.period=1")
-    folder = config_file.parent / "output"
-    whole = checkpoint(folder)
+def test_lazy_config(lazy_job):
+    lazy_job.replace('TYPES=["PKD"]', 'TYPES=["ProbeLoss"]')
+    lazy_job.text += LAZY_PROBE
+    lazy_job.run("train.checkpointer.period=1")
+    whole = checkpoint(lazy_job.output)
     assert whole["trainer"]["iteration"] == 4
     solver = whole["trainer"]["solvers"]["ProbeLoss"]
     assert solver["scheduler"] == {"base_lrs": [0.5], "last_epoch": 3}
-    rates = [line["ProbeLoss/lr"] for line in metrics(folder) if "ProbeLoss/lr" in line]
+    rates = [line["ProbeLoss/lr"] for line in metrics(lazy_job.output) if "ProbeLoss/lr" in line]
     assert rates == pytest.approx([0.5, 0.5, 0.5, 0.375, 0.125])  # cosine over train.max_iter
     (group,) = whole["trainer"]["_trainer"]["optimizer"]["param_groups"][:1]
     assert solver["optimizer"]["param_groups"][0]["params"] == [0, 1] and group["lr"] < 0.01
-    rewind(folder, "model_0000000")
-    run_lazy(config_file, "--resume", "train.checkpointer.period=1")
-    assert checkpoint(folder)["trainer"]["solvers"]["ProbeLoss"]["scheduler"]["last_epoch"] == 3
+    rewind(lazy_job.output, "model_0000000")
+    lazy_job.run("--resume", "train.checkpointer.period=1")
+    resumed = checkpoint(lazy_job.output)["trainer"]["solvers"]["ProbeLoss"]
+    assert resumed["scheduler"]["last_epoch"] == 3
 
 
-def test_lazy_optimizer_sees_the_students_names(config_file):
+def test_lazy_optimizer_sees_the_students_names(tmp_path):
     """Rates by name, as of a vision transformer's layers, are those of the student alone."""
-    from distill_d2.engine.optimizer import trained_with_student
-
-    config = distiller_config(tiny_config(), save_teacher(tiny_config(), config_file.parent / "t"))
+    config = distiller_config(tiny_config(), save_teacher(tiny_config(), tmp_path))
     config.MODEL.DISTILLER.TYPES = ["FeatureMimic", "ProbeLoss"]
     config.MODEL.DISTILLER.FEATURE_MIMIC.IN_FEATURES = ["res3"]
     model = Distiller(config)
@@ -496,16 +375,12 @@ def test_one_scaler_for_several_optimizers():
 
 def test_processes_resume_from_one_to_two_and_back(probe):
     """An own solver, an adapter that idles, pretraining, and a fixed backbone."""
-    node = probe.config.MODEL.DISTILLER
-    node.TYPES = ["FeatureMimic", "ProbeLoss"]
-    node.FEATURE_MIMIC.IN_FEATURES = ["res3"]
-    node.FEATURE_MIMIC.START_ITER = 1
-    node.PRETRAIN_TEACHER_ITERS = 2
-    node.FIX_BACKBONE_BEFORE = 1
+    probe.node.TYPES = ["FeatureMimic", "ProbeLoss"]
+    probe.node.FEATURE_MIMIC.IN_FEATURES, probe.node.FEATURE_MIMIC.START_ITER = ["res3"], 1
+    probe.node.PRETRAIN_TEACHER_ITERS, probe.node.FIX_BACKBONE_BEFORE = 2, 1
     probe.config.SOLVER.CHECKPOINT_PERIOD = 1
-    folder = Path(probe.config.OUTPUT_DIR)
-    two = command(probe, "tests/engine/probe_run.py", "--num-procs", 2)
-    (output,) = run(two)
+    folder = probe.output
+    (output,) = run_commands(probe.command("tests/engine/probe_run.py", "--num-procs", 2))
     assert "World size: 2" in output
     first, pretrained = checkpoint(folder, "model_0000000"), checkpoint(folder, "model_0000001")
     assert_equal(first["model"], pretrained["model"])
@@ -514,7 +389,7 @@ def test_processes_resume_from_one_to_two_and_back(probe):
     whole = checkpoint(folder)
     for processes, last in ((2, "model_0000000"), (1, "model_0000002"), (2, "model_0000003")):
         rewind(folder, last)
-        run(command(probe, "tests/engine/probe_run.py", "--num-procs", processes, "--resume"))
+        run_commands(probe.command("tests/engine/probe_run.py", "--num-procs", processes, "--resume"))
         resumed = checkpoint(folder)
         assert resumed["trainer"]["solvers"]["ProbeLoss"]["scheduler"]["last_epoch"] == 4
         # the loss's gradient does not depend on the images, so the number of processes changes nothing

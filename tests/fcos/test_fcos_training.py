@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from fcos_case import CLASSES, fcos_config
-from scripts import run_script
+from runs import run_script
 
 from distill_d2.testing.tiny import distiller_config, save_teacher, use_dataset, write_dataset
 

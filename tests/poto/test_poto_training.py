@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from poto_case import config
-from scripts import run_script
+from runs import run_script
 
 from distill_d2.testing.tiny import distiller_config, save_teacher, use_dataset, write_dataset
 

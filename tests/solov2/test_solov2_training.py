@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import BitMasks, Instances
 from distill_d2.projects.solov2.inference import boxes_of
-from scripts import run_script
+from runs import run_script
 from solov2_case import config
 
 from distill_d2 import add_distill_config

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from scripts import run_script
+from runs import run_script
 from ssd_case import config
 
 from distill_d2.testing.tiny import CLASSES, distiller_config, save_teacher, use_dataset, write_dataset

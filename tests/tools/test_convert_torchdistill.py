@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-from pathlib import Path
 
 import convert_torchdistill as tool
 import numpy as np
@@ -333,19 +332,6 @@ def test_teachers_run_with_torchvisions_numbers(kind):
     assert cfg.MODEL.PIXEL_STD == pytest.approx([255 * std for std in transform.image_std])
 
 
-@pytest.mark.parametrize("kind", list(TEACHERS))
-def test_teachers_name_the_weights(kind):
-    weights = {
-        "faster": detection.FasterRCNN_ResNet50_FPN_Weights,
-        "mask": detection.MaskRCNN_ResNet50_FPN_Weights,
-        "keypoint": detection.KeypointRCNN_ResNet50_FPN_Weights,
-    }
-    text = Path(model_zoo.get_config_file(TEACHERS[kind])).read_text()
-    target = f"torchvision_{kind}_rcnn_R_50_FPN.pth"
-    assert weights[kind].COCO_V1.url in text
-    assert load_config(TEACHERS[kind]).MODEL.WEIGHTS == target and f"#     {target}\n" in text
-
-
 # What the file may look like.
 
 
@@ -405,21 +391,6 @@ def test_student_of_other_widths_and_depth(tmp_path):
     assert "MODEL.ROI_HEADS.NUM_CLASSES 3" in pair.output and "with DATASETS.TEST" in pair.output
     for text in ("CHANNELS 5", "ENCODER_WIDTHS '[8, 12, 10]'", "DECODER_WIDTHS '[6, 14]'"):
         assert f"MODEL.BOTTLENECK.{text}" in pair.output
-
-
-def test_summary(student, mask, keypoint):
-    lines = student.output.splitlines()
-    detector = "Faster R-CNN R50-FPN, GHND's student with 3 bottleneck channels"
-    assert lines[0].startswith(f"{detector}: 293 tensors")
-    assert lines[1].endswith("cls_score 91 -> 81, roi_heads.box_predictor.bbox_pred 364 -> 320")
-    assert "0 - 1e-05 was added to running_var of 43 frozen" in lines[2] and "; 8 ordinary" in lines[2]
-    assert lines[-1].split()[4:] == [
-        *(TEACHERS["faster"], "MODEL.WEIGHTS", lines[-1].split()[6]),
-        *("MODEL.BACKBONE.NAME", "build_bottleneck_backbone"),
-    ]
-    assert mask.output.startswith("Mask R-CNN R50-FPN: 307 tensors") and "91 -> 80" in mask.output
-    assert keypoint.output.startswith("Keypoint R-CNN R50-FPN: 313 tensors")
-    assert "DATASETS.TEST" not in student.output + mask.output + keypoint.output
 
 
 def test_student_by_the_packaged_config(student, tmp_path):
@@ -495,25 +466,6 @@ def test_91_rows_of_own_classes(tmp_path, options):
 # Batch norms.
 
 
-def test_eps_is_exact(student):
-    theirs, ours = student.theirs.state_dict(), student.weights
-    frozen = [name for name in theirs if name.endswith("bn1.running_var")]
-    assert len(frozen) == 1 + 4 + 6 + 3
-    for name in frozen:
-        expected = (theirs[name].double() - 1e-5).float()
-        assert torch.equal(ours[tool.detectron2_name(name)], expected)
-        assert not torch.equal(expected, theirs[name])
-
-
-def test_bottleneck_is_untouched(student):
-    theirs, ours = student.theirs.state_dict(), student.weights
-    names = [name for name in theirs if ".layer1." in name]
-    assert len(names) == 8 + 8 * 5
-    for name in names:
-        half = name.partition(".layer1.")[2]
-        assert torch.equal(ours[f"backbone.bottom_up.res2.{half}"], theirs[name])
-
-
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 1e-3])
 def test_other_eps(eps, tmp_path):
     """In detectron2 a variance v acts as v + 1e-5, in the input as v + eps."""
@@ -525,17 +477,6 @@ def test_other_eps(eps, tmp_path):
     theirs = model.state_dict()["backbone.body.bn1.running_var"]
     ours = pair.weights["backbone.bottom_up.stem.conv1.norm.running_var"]
     assert torch.equal(ours, theirs) == (eps == 1e-5)
-
-
-@torch.no_grad()
-def test_ordinary_norms_have_their_own_eps(tmp_path):
-    """torchvision without any pretrained weights trains ordinary batch norms."""
-    model = torchvision_detector("faster", depth=18, classes=3, norm_layer=nn.BatchNorm2d)
-    pair = Pair(tmp_path, model, model.state_dict())
-    x = torch.randn(1, 3, *SIZE)
-    assert_equal_maps(pair.ours.backbone(x).values(), model.backbone(x).values())
-    assert "dropped 20 (counters of ordinary batch norms" in pair.output
-    assert "running_var of 0 frozen batch norms; 20 ordinary" in pair.output
 
 
 def test_half_precision_keeps_small_variances():
@@ -692,34 +633,12 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("inside", ["args", "model", "Namespace"])
-def test_code_in_the_file_is_not_run(tmp_path, capsys, legacy, inside):
+def test_code_in_the_file_is_not_run(tmp_path, capsys):
     marker = tmp_path / "executed"
-    evil = Evil(marker)
-    data = {"model": {"weight": torch.zeros(1)}, "args": None}
-    if inside == "Namespace":
-        data["args"] = argparse.Namespace(a=evil)
-    else:
-        data[inside] = evil
-    torch.save(data, tmp_path / "input.pth", _use_new_zipfile_serialization=not legacy)
-    message = refused(tmp_path, None, capsys)
+    data = {"model": {"weight": torch.zeros(1)}, "args": argparse.Namespace(a=Evil(marker))}
+    message = refused(tmp_path, data, capsys)
     assert "input.pth': it wants to use posix.system. It may be" in message
     assert not marker.exists()
-
-
-@pytest.mark.parametrize("numpy", ["numpy.core", "numpy._core"])
-def test_released_checkpoint_of_any_numpy(tmp_path, numpy):
-    path = tmp_path / "released.pth"
-    torch.save(released({"weight": torch.ones(1)}), path, _use_new_zipfile_serialization=False)
-    content = path.read_bytes()
-    for own in (b"cnumpy._core.", b"cnumpy.core."):
-        content = content.replace(own, b"cNUMPY.")
-    assert b"cNUMPY.multiarray" in content
-    path.write_bytes(content.replace(b"cNUMPY.", f"c{numpy}.".encode()))
-    entries = read_checkpoint(str(path), stubs=tool.UNREAD)
-    assert entries["model"] == {"weight": torch.ones(1)}
-    assert vars(entries["args"]) == {}  # read as nothing
 
 
 @pytest.mark.parametrize(

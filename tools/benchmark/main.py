@@ -53,6 +53,15 @@ from .subjects import build_subjects
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the program; returns what --json writes."""
     args = parse_arguments(arguments)
+    report = measure(args)
+    print_report(report)
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Build what ``args`` of ``parse_arguments`` say, and run all rounds; see ``summarize``."""
     logging.getLogger("distill_d2").setLevel(logging.ERROR)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -71,9 +80,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if not meter.per_row:
         report["memory_ratios"] = {}
     report["facts"] = facts(args, cfg, meter)
-    print_report(report)
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 

@@ -37,11 +37,11 @@ def of_pairs(formula: Callable) -> NaiveFormula:
 
 
 def naive_pkd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """PKD as its authors wrote it: standardise both maps (N, C, H, W), then half their MSE."""
-    return F.mse_loss(standardise(student), standardise(teacher)) / 2
+    """PKD as its authors wrote it: standardize both maps (N, C, H, W), then half their MSE."""
+    return F.mse_loss(standardize(student), standardize(teacher)) / 2
 
 
-def standardise(feature: torch.Tensor) -> torch.Tensor:
+def standardize(feature: torch.Tensor) -> torch.Tensor:
     count, channels, height, width = feature.shape
     flat = feature.permute(1, 0, 2, 3).reshape(channels, -1)
     flat = (flat - flat.mean(dim=-1, keepdim=True)) / (flat.std(dim=-1, keepdim=True) + 1e-6)

@@ -29,15 +29,29 @@ def build_tasks(subjects: Subjects, against_naive: bool = False) -> Tasks:
     part = partial(run_part, inputs=subjects.inputs, records=records)
     tasks: Tasks = {
         STUDENT: subjects.steps[STUDENT].run_step,
-        PART: lambda: part(plain),
+        PART: in_precision(lambda: part(plain), subjects),
         DISTILLED: subjects.steps[DISTILLED].run_step,
-        PREPARED: lambda: part(distiller.teacher),
-        WHOLE: lambda: run_whole(plain, subjects.inputs),
+        PREPARED: in_precision(lambda: part(distiller.teacher), subjects),
+        WHOLE: in_precision(lambda: run_whole(plain, subjects.inputs), subjects),
     }
     formulas = {**NAIVE, **(SLOW_NAIVE if against_naive else {})}
     for name, loss in distiller.losses.items():
         tasks.update(loss_tasks(name, loss, formulas.get(name), Replay(distiller, records)))
     return tasks
+
+
+def in_precision(run: Callable[[], None], subjects: Subjects) -> Callable[[], None]:
+    """``run`` as it runs in a step: with mixed precision on a GPU under autocast; on a CPU teachers
+    compute in float32."""
+    step, device = subjects.steps[DISTILLED], subjects.distiller.device
+    if step.autocast_dtype is None or device.type != "cuda":
+        return run
+
+    def under_autocast() -> None:
+        with torch.autocast(device.type, dtype=step.autocast_dtype):
+            run()
+
+    return under_autocast
 
 
 def loss_tasks(name: str, loss: DistillLoss, formula: NaiveFormula | None, replay: Replay) -> Tasks:

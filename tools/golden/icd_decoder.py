@@ -212,7 +212,7 @@ def _compare_intermediates(fixture: Fixture, run: _Run, folder: str) -> None:
     for index, layer in enumerate(decoded):
         images = range(len(layer.features))
         logits = torch.stack([layer.logits(image, slice(None)) for image in images])
-        ours = loss.student[index](list(run.student.values()), geometry)
+        ours = loss.student[index].project(list(run.student.values()), geometry)
         arrays.update(
             {
                 f"dec/{index}/attn_logits": logits,

@@ -31,10 +31,10 @@ def class_terms(
     terms = {}
     if s.head_cls_w > 0:
         loss = divergence(student.background, s.head_cls_t)
-        term = class_mean(loss, student, teacher, rows, few=decoupled)
+        term = class_mean(loss, student, teacher, rows, sparse=decoupled)
         terms["hcls"] = s.head_cls_w * term
     if decoupled and s.head_cls_back_w > 0:
         loss = divergence(student.background, s.head_cls_back_t)
-        term = class_mean(loss, student, teacher, background, few=False)
+        term = class_mean(loss, student, teacher, background, sparse=False)
         terms["hcls_back"] = s.head_cls_back_w * term
     return terms

@@ -1,4 +1,4 @@
-"""General instances and the ground truth: which kind an instance is."""
+"""General instances and the ground truth: the kind of an instance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .selection import GeneralInstances
 
 
 def all_ground_truth(batch: Batch) -> GeneralInstances:
-    """The ground-truth boxes in the place of a selection, with score 1."""
+    """The ground-truth boxes as instances with score 1, instead of a selection."""
     truth = batch.truth
     return GeneralInstances(
         boxes=truth.boxes,
@@ -29,10 +29,10 @@ def categories(
     batch: Batch,
     thresholds: Sequence[float],
 ) -> dict[str, torch.Tensor]:
-    """Which instances are positive, semi-positive or negative; some are none of them.
+    """Which instances are positive, semi-positive or negative; an instance may be none of these.
 
     "pos": the row of the instance belongs to a ground-truth box by the student's own assignment;
-    "semi_pos": it does not, but at least the higher threshold of the instance's area lies in one;
+    "semi_pos": it does not, but at least the higher threshold of the instance's area is inside one;
     "neg": it does not, and less than the lower threshold does.
 
     Returns:

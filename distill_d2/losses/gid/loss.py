@@ -7,14 +7,15 @@ features, the distances between the instances' features, and the heads' outputs:
     L = FEATURE_WEIGHT L_feature + RELATION_WEIGHT L_relation
         + RESPONSE_CLS_WEIGHT L_cls + RESPONSE_REG_WEIGHT L_reg
 
-The paper was not at hand: its formulas are known from summaries. Where they leave something open, or
-where the configs of daixinghome/Distill_GID_detectron2 differ (no root in the feature term), the
-defaults are those configs'; the score is the paper's. All means are of the process's batch.
+Formulas follow summaries of the paper and daixinghome/Distill_GID_detectron2, whose configs decide where
+the two differ (no root in the feature term), except for the score, which is the paper's; not yet checked
+against the paper. All means are over the process's batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ class GID(DistillLoss):
     Settings = GIDSettings
     settings: GIDSettings
 
-    def __init__(self, **keys):
+    def __init__(self, **keys: Any):
         if "gi_mode" in keys:
             keys["gi_mode"] = str(keys["gi_mode"]).lower()  # the reference's configs have capitals
         super().__init__(**keys)
@@ -76,8 +77,8 @@ class GID(DistillLoss):
         return self.settings.responds or self.settings.gi_mode != "gt"
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
-        super().bind(student, teacher)
         if self.settings.pools:
+            super().bind(student, teacher)
             check_strides(self.pairs.strides)
             shapes = {**teacher.stage_shapes, **teacher.neck_shapes}
             check_channels({name: shapes[name].channels for name in self.pairs.in_features})
@@ -95,15 +96,15 @@ class GID(DistillLoss):
             view.require(self.capability)
         except TypeError as error:
             raise TypeError(
-                f"MODEL.DISTILLER.GID.PREDICTIONS is {self.settings.predictions!r}: {error}. GID "
-                "compares heads of one kind, which student and teacher must both have: dense, box_head "
-                "or rpn; without heads it works with GI_MODE gt, RESPONSE_CLS_WEIGHT 0.0 and "
+                f"MODEL.DISTILLER.GID.PREDICTIONS is {self.settings.predictions!r}: {error}. Student "
+                "and teacher must both have a head of one kind: dense, box_head or rpn. Without heads GID "
+                "works with GI_MODE gt, RESPONSE_CLS_WEIGHT 0.0 and "
                 "RESPONSE_REG_WEIGHT 0.0"
             ) from error
         if self.settings.gi_centerness and not view.has_centerness:
             raise ValueError(
                 f"MODEL.DISTILLER.GID.GI_CENTERNESS is True, but the {view.role}, a "
-                f"{type(view.model).__name__}, predicts no centerness, as FCOS does; set it to False"
+                f"{type(view.model).__name__}, predicts no centerness (FCOS does); set it to False"
             )
 
     def _capability(self, student: DetectorView) -> str:
@@ -121,22 +122,20 @@ class GID(DistillLoss):
         terms: dict[str, torch.Tensor] = {}
         if self.settings.pools:
             terms.update(self.feature_terms(student, teacher, instances))
-        if self.settings.responds:
+        if self.settings.responds and heads is not None:
             terms.update(self.response_terms(*heads, instances, batch))
         return terms
-
-    # What the terms are computed from.
 
     def predictions(
         self, student: DetectorView, teacher: DetectorView
     ) -> tuple[Predictions, Predictions]:
-        """Both heads' predictions for the same rows; the student's carry gradients."""
+        """Both heads' predictions for the same rows; the student's have gradients."""
         return common_predictions(student, teacher, self.capability)
 
     def instances(self, heads: tuple[Predictions, Predictions] | None, batch: Batch) -> GeneralInstances:
         """The instances of a step, from the predictions of student and teacher (None for "gt")."""
         mode = self.settings.gi_mode
-        if mode == "gt":
+        if mode == "gt" or heads is None:
             return all_ground_truth(batch)
         student, teacher = heads
         instances = self.select(teacher, student, batch.image_sizes)
@@ -155,14 +154,14 @@ class GID(DistillLoss):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both necks' features (N, K, C, side, side) at the instances, the student's adapted."""
         pairs = self.pairs(student, teacher)
-        names = sorted(pairs, key=self.pairs.strides.get)
+        names = sorted(pairs, key=lambda name: self.pairs.strides[name])
         strides = [self.pairs.strides[name] for name in names]
         s = self.settings
-        ours, theirs = (
+        of_student, of_teacher = (
             pool(levels, strides, instances.boxes, s.pooler_resolution, s.pooler_sampling_ratio)
             for levels in zip(*(pairs[name] for name in names))
         )
-        return ours, theirs
+        return of_student, of_teacher
 
     def response_masks(
         self, student: Predictions, instances: GeneralInstances, batch: Batch
@@ -173,8 +172,7 @@ class GID(DistillLoss):
             mask = rows_inside(boxes, valid, student.anchors)
         else:
             mask = student.match(boxes, valid) == 1
-        if student.valid is not None:
-            mask = mask & student.valid
+        mask = mask & student.row_mask
         if self.settings.response_reg_mask == "gi":
             return mask, mask
         return mask, mask & (student.match(batch.truth.boxes, batch.truth.valid) == 1)

@@ -23,8 +23,8 @@ def cls_term(
 ) -> torch.Tensor:
     """Distance of the class logits, summed over classes, mean over the rows of the mask.
 
-    "BCE": binary cross-entropy with the teacher's probabilities as targets, whose least value is their
-    entropy, not 0; heads with a background class: cross-entropy. "L1", "L2": of the logits.
+    "BCE": binary cross-entropy with the teacher's probabilities as targets (its minimum is their entropy,
+    not 0); heads with a background class: cross-entropy. "L1", "L2": of the logits.
 
     Args:
         mask: (N, R) bool.
@@ -49,10 +49,10 @@ def reg_term(
     """Distance of the box deltas, summed over the four, mean over the rows of the mask.
 
     "L1", "L2" and "BCE" (with the sigmoid of the teacher's as targets) of the deltas as they are;
-    "GIoU": 1 - generalised IoU of the decoded boxes. Where classes have deltas of their own, those of
+    "GIoU": 1 - generalized IoU of the decoded boxes. If each class has its own deltas, those of
     the teacher's highest foreground class.
 
-    Args, returns: as of ``cls_term``.
+    Args, returns: see ``cls_term``.
     """
     classes = _compared_classes(student, teacher)
     if mode != "GIoU":

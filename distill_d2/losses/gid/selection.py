@@ -1,8 +1,8 @@
 """General instances: the boxes where student and teacher disagree most (GID, general instance
 selection module).
 
-All shapes are fixed, with a mask of the slots that are filled, and NMS is done as often as boxes are
-wanted for all images at once: nothing waits for the device.
+All shapes are fixed, with a mask of the filled slots, and NMS makes one step per box, for all images at
+once, so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class GeneralInstances:
     Attributes:
         boxes: (N, K, 4) float32, absolute XYXY pixels inside the image.
         scores: (N, K) float32, how much the detectors disagree, 0 to 1.
-        rows: (N, K) int64, which of the R rows of Predictions a box comes from; -1: from none.
+        rows: (N, K) int64, the row of Predictions from which a box comes; -1: from none.
         from_teacher: (N, K) bool, whether it is the teacher's box, not the student's.
-        valid: (N, K) bool, False for empty slots; the rest of these is arbitrary, but finite.
+        valid: (N, K) bool, False for empty slots, whose other values are arbitrary, but finite.
     """
 
     boxes: torch.Tensor
@@ -57,7 +57,7 @@ class GeneralInstanceSelection:
             score: with probabilities p_t of the teacher and p_s of the student, "classwise"
                 max_c |p_t[c] - p_s[c]| (the paper's) or "max_first" |max_c p_t[c] - max_c p_s[c]| (the
                 authors' code).
-            centerness: multiply probabilities by the centerness, where detectors have one.
+            centerness: multiply probabilities by the centerness if detectors have one.
             nms_thresh: a box that overlaps a better one by more IoU than this is dropped.
             pre_nms_topk: rows per image whose boxes are decoded.
             post_nms_topk: K.
@@ -100,24 +100,23 @@ class GeneralInstanceSelection:
     def gaps(self, teacher: Predictions, student: Predictions) -> tuple[torch.Tensor, torch.Tensor]:
         """The score of every row (N, R), -1 for rows that are not valid, and whether the teacher is
         the more confident there (N, R)."""
-        scores, from_teacher = [], []
+        levels = []
         for level, logits in enumerate(student.logit_levels):
             parts = zip(*(self._gaps(teacher, student, level, some) for some in _slices(logits)))
-            for found, part in zip((scores, from_teacher), parts):
-                found.append(torch.cat(part, dim=1).transpose(1, 2).flatten(1))
-        scores = torch.cat(scores, dim=1)
+            levels.append([torch.cat(part, dim=1).transpose(1, 2).flatten(1) for part in parts])
+        scores, from_teacher = (torch.cat(parts, dim=1) for parts in zip(*levels))
         if student.valid is not None:
             scores = torch.where(student.valid, scores, -1.0)
-        return scores, torch.cat(from_teacher, dim=1)
+        return scores, from_teacher
 
     def _gaps(
         self, teacher: Predictions, student: Predictions, level: int, anchors: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``gaps`` of some of the A anchors of a level, (N, A, P) each."""
-        theirs = self._probabilities(teacher, level, anchors)
-        ours = self._probabilities(student, level, anchors)
-        from_teacher = theirs.amax(dim=2) > ours.amax(dim=2)
-        return theirs.sub_(ours).abs_().amax(dim=2), from_teacher
+        p_teacher = self._probabilities(teacher, level, anchors)
+        p_student = self._probabilities(student, level, anchors)
+        from_teacher = p_teacher.amax(dim=2) > p_student.amax(dim=2)
+        return p_teacher.sub_(p_student).abs_().amax(dim=2), from_teacher
 
     def _probabilities(self, predictions: Predictions, level: int, anchors: slice) -> torch.Tensor:
         """(N, A, K, P) of the foreground classes; (N, A, 1, P), the largest, for "max_first"."""
@@ -141,7 +140,7 @@ class GeneralInstanceSelection:
         return boxes.clamp(min=0).minimum(upload(limits, boxes.device)[:, None])
 
     def _usable(self, boxes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Where both detectors say exactly the same, nothing is to be learnt: score > 0.
+        # score > 0: where both detectors agree exactly, there is nothing to learn.
         sides = boxes[..., 2:] - boxes[..., :2]
         return (sides > self.min_side).all(dim=-1) & boxes.isfinite().all(dim=-1) & (scores > 0)
 
@@ -152,15 +151,15 @@ def first_kept(
     """The first ``count`` boxes of each image that greedy NMS keeps.
 
     Args:
-        boxes: (N, T, 4) absolute XYXY, best first; usable: (N, T) bool, the others are left out.
+        boxes: (N, T, 4) absolute XYXY, best first; usable: (N, T) bool, False for boxes to leave out.
         threshold: boxes are dropped that overlap a kept one by more IoU than this.
 
     Returns:
-        their indices (N, count), and which of these are there (N, count) bool.
+        their indices (N, count), and (N, count) bool, False for empty slots.
     """
     picked, valid = [], []
     for _ in range(count):
-        best = usable.int().argmax(dim=1, keepdim=True)  # the first that is left
+        best = usable.int().argmax(dim=1, keepdim=True)  # the first that remains
         picked.append(best)
         valid.append(usable.gather(1, best))
         overlap = batched_iou(_at(boxes, best), boxes).squeeze(1)
@@ -172,9 +171,9 @@ def _boxes(
     teacher: Predictions, student: Predictions, rows: torch.Tensor, from_teacher: torch.Tensor
 ) -> torch.Tensor:
     """Decoded boxes (N, T, 4) of the given rows (N, T), each by the deltas of one detector."""
-    theirs, ours = (_at(_own_deltas(p), rows) for p in (teacher, student))
-    deltas = torch.where(from_teacher[..., None], theirs, ours)
-    deltas = deltas.masked_fill(deltas.isinf(), torch.nan)  # clamped or clipped, inf may give a box
+    of_teacher, of_student = (_at(_own_deltas(p), rows) for p in (teacher, student))
+    deltas = torch.where(from_teacher[..., None], of_teacher, of_student)
+    deltas = deltas.masked_fill(deltas.isinf(), torch.nan)  # clamping could make a box of inf
     anchors = student.anchors.expand(len(rows), *student.anchors.shape[-2:])
     return student.decode(deltas, _at(anchors, rows))
 
@@ -187,8 +186,8 @@ def _own_deltas(predictions: Predictions) -> torch.Tensor:
 
 
 def _slices(logits: torch.Tensor) -> list[slice]:
-    """The anchors of a level (N, P, A, K), in slices that keep the temporary tensors small: the system
-    takes large ones back at once, and to get them anew costs a CPU more than the work on them."""
+    """The anchors of a level (N, P, A, K), in slices that keep temporary tensors small. Large temporaries are
+    returned to the OS and re-acquired on every call, which costs more than the arithmetic on a CPU."""
     count = logits.shape[2]
     step = max(1, _SLICE * count // max(1, logits.numel()))
     return [slice(first, first + step) for first in range(0, count, step)]

@@ -109,13 +109,12 @@ def check_strides(strides: dict[str, int]) -> None:
     Raises:
         ValueError: they do not double from level to level.
     """
-    found = sorted(strides.values())
-    if found == [found[0] * 2**index for index in range(len(found))]:
-        return
-    raise ValueError(
-        f"MODEL.DISTILLER.GID.IN_FEATURES: the levels have strides {strides}; instances are pooled from "
-        "levels of which each has twice the stride of the one before"
-    )
+    ordered = sorted(strides.values())
+    if ordered != [ordered[0] * 2**index for index in range(len(ordered))]:
+        raise ValueError(
+            f"MODEL.DISTILLER.GID.IN_FEATURES: the levels have strides {strides}; instances are pooled "
+            "from levels of which each has twice the stride of the one before"
+        )
 
 
 def check_channels(channels: dict[str, int]) -> None:

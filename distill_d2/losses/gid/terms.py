@@ -1,4 +1,4 @@
-"""The feature and the relation term: what is pooled at the instances, and how instances lie apart."""
+"""The feature term, on features pooled at the instances, and the relation term, on their distances."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def feature_term(
     mode: str = "L2",
     beta: float = 0.0,
 ) -> torch.Tensor:
-    """How far the student's features of the instances are from the teacher's.
+    """The distance of the student's features of the instances from the teacher's.
 
     With M valid instances and features s, t of (C, H, W), the sum over all of (s - t)^2 ("L2") or of
     the smooth L1 of s - t ("L1") over M H W, or the mean of |s - t|, the Euclidean norm ("norm").
@@ -50,10 +50,10 @@ def relation_term(
     beta: float = 1.0,
     scope: str = "batch",
 ) -> torch.Tensor:
-    """How much the student's distances between instances differ from the teacher's.
+    """The difference of the student's and the teacher's distances between instances.
 
-    Euclidean distances between the features of all pairs, over their mean, are compared by smooth L1;
-    the mean over ordered pairs of two instances.
+    Euclidean distances between the features of all pairs, divided by their mean, are compared by smooth
+    L1; the mean over ordered pairs of two instances.
 
     Args:
         student, teacher: (N, K, C, H, W).
@@ -64,14 +64,14 @@ def relation_term(
     Returns:
         a scalar; 0 with fewer than three instances.
     """
-    ours, theirs, valid = (
+    student, teacher, valid = (
         _groups(part, scope) for part in (student.flatten(2), teacher.flatten(2), valid)
     )
     other = ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
     pairs = valid[:, :, None] & valid[:, None] & other
     distances = F.smooth_l1_loss(
-        _relative_distances(ours, pairs),
-        _relative_distances(theirs, pairs),
+        _relative_distances(student, pairs),
+        _relative_distances(teacher, pairs),
         reduction="none",
         beta=beta,
     )

@@ -24,9 +24,9 @@ class AuxiliaryTask(nn.Module):
         self.predictor = MLP(dim, [dim, dim, 5])
 
     def forward(self, features: torch.Tensor, queries: Queries) -> tuple[torch.Tensor, torch.Tensor]:
-        """The losses of existence and of localisation, scalars.
+        """The losses of existence and of localization, scalars.
 
-        Existence: binary cross-entropy, mean over the batch's slots. Localisation: L1 distance of
+        Existence: binary cross-entropy, mean over the batch's slots. Localization: L1 distance of
         left, top, right, bottom in units of the box's width and height, summed over the four, mean
         over the batch's real instances; 0 without any.
 

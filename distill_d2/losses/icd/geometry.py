@@ -1,7 +1,7 @@
 """Where the images of a batch are on the levels: padding masks and positional embeddings.
 
 The embedding is DETR's (arXiv 2005.12872): sines and cosines of row and column, counted inside the
-image and normalised by its extent. It is a part for the row beside one for the column, kept apart.
+image and normalized by its extent. It is a part for the row beside one for the column, kept apart.
 """
 
 from __future__ import annotations

@@ -9,14 +9,14 @@ about an instance is. There the student's projected features mimic the teacher's
         sum_s M |LN V_S - LN V_T|^2 / sum_s M,      M = sum over real instances of their attention
 
 with weight 8 for one-stage and 3 for two-stage detectors. The student's own losses never train the
-decoder, and the auxiliary task never the student. Only necks are read: any detector will do. Where
-the authors' code and the paper may differ, this is the code. All means are of the process's batch.
+decoder, and the auxiliary task never the student. Only necks are read, so any detector works. Where the
+authors' code and the paper differ, this follows the code. All means are over the process's batch.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -56,8 +56,9 @@ class InstanceConditionalDistillation(TrainedLoss):
 
     Settings = ICDSettings
     settings: ICDSettings
+    queries: InstanceQueries  # from bind on: it needs the number of classes
 
-    def __init__(self, *, solver: CN | None = None, **keys):
+    def __init__(self, *, solver: CN | None = None, **keys: Any):
         """
         Args:
             solver: MODEL.DISTILLER.SOLVER; None: the student's optimizer trains these parameters.
@@ -67,7 +68,6 @@ class InstanceConditionalDistillation(TrainedLoss):
         s = self.settings
         self.solver = solver
         self.pairs = FeaturePairs(s.input_feats, channels=s.hidden_dim, contiguous=False)
-        self.queries: InstanceQueries | None = None  # it needs the number of classes
         on_values = s.use_pos_embedding and s.decoder_posemb_on_v
         self.decoder = ConditionalDecoder(
             s.att_layers,
@@ -92,7 +92,7 @@ class InstanceConditionalDistillation(TrainedLoss):
 
     def use_statistics(self, statistics: Callable) -> None:
         self._statistics = statistics
-        if self.queries is not None:  # bound already
+        if hasattr(self, "queries"):  # bound already
             self.queries.sampler.prior = self._prior(self.queries.classes)
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
@@ -152,11 +152,11 @@ class InstanceConditionalDistillation(TrainedLoss):
         if self._stopped(batch.iteration):
             terms = _reach(terms, self._of_teacher())
         if self.settings.weight_value > 0:
-            feels = self.reaches_student(batch.iteration)
-            ours = self.pairs.of_student(student, geometry.level_sizes, detach=not feels)
+            detach = not self.reaches_student(batch.iteration)
+            student_maps = self.pairs.of_student(student, geometry.level_sizes, detach=detach)
             temperature = self.temperature(batch.iteration, batch.max_iter)
             terms["loss_icd_value"] = self.value_term(
-                list(ours.values()), decoded, queries, geometry, temperature
+                list(student_maps.values()), decoded, queries, geometry, temperature
             )
         if self.settings.temp_value < 0:
             terms["loss_icd_temperature"] = terms["loss_icd_conf_0"].new_ones(())
@@ -179,7 +179,7 @@ class InstanceConditionalDistillation(TrainedLoss):
         return maps, queries, geometry
 
     def decode(self, maps: Maps, queries: Queries, geometry: Geometry, iteration: int) -> list[Decoded]:
-        """What the decoder's layers make of the queries and the teacher's levels."""
+        """The outputs of the decoder's layers for the queries and the teacher's levels."""
         encoded = self.queries(queries)
         if self.settings.dropout == 0:
             return self.decoder(encoded, maps, geometry)
@@ -190,9 +190,9 @@ class InstanceConditionalDistillation(TrainedLoss):
         """The terms that train the decoder."""
         terms: Terms = {}
         for index, layer in enumerate(decoded):
-            existence, localisation = self.auxiliary(layer.features, queries)
+            existence, localization = self.auxiliary(layer.features, queries)
             terms[f"loss_icd_conf_{index}"] = self.settings.confidence_loss_weight * existence
-            terms[f"loss_icd_reg_{index}"] = localisation
+            terms[f"loss_icd_reg_{index}"] = localization
         if self.reconstructors:
             features = torch.cat([positions_of(feature) for feature in maps], dim=1).detach()
             errors = [
@@ -214,7 +214,7 @@ class InstanceConditionalDistillation(TrainedLoss):
         s = self.settings
         counts = queries.filled if s.distill_negative else queries.real
         distances = [
-            student.distance(
+            student(
                 maps,
                 geometry,
                 layer.values,
@@ -261,11 +261,11 @@ class InstanceConditionalDistillation(TrainedLoss):
         return iteration > self.settings.stop_joint
 
     def _of_student(self) -> list[nn.Parameter]:
-        """What the distillation trains: the student's side."""
+        """Parameters that the distillation trains: the student's side."""
         return [*self.student.parameters(), *self.pairs.adapters.parameters()]
 
     def _of_teacher(self) -> list[nn.Parameter]:
-        """What the auxiliary task trains."""
+        """Parameters that the auxiliary task trains."""
         of_student = set(self._of_student())
         return [p for p in self.parameters() if p not in of_student]
 
@@ -278,10 +278,10 @@ class InstanceConditionalDistillation(TrainedLoss):
         return {k: v for k, v in state.items() if not k.startswith(("student.", "pairs.adapters."))}
 
     def from_reference(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        ours = self.state_dict()
-        # It has projectors of positions even where they are not used.
+        own = self.state_dict()
+        # The reference has projectors of positions even if they are not used.
         converted = from_reference(state).items()
-        return {k: v for k, v in converted if k in ours or "pos_projector" not in k}
+        return {k: v for k, v in converted if k in own or "pos_projector" not in k}
 
 
 def _seed(iteration: int) -> int:

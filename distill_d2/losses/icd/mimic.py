@@ -1,7 +1,7 @@
 """Attention-weighted value mimicking (ICD, NeurIPS 2021).
 
 Student and teacher project their features to values, V_S and V_T; per head of d channels both are
-normalised (layer norm without affine, LN). With M the attention of an image's instances, summed:
+normalized (layer norm without affine, LN). With M the attention of an image's instances, summed:
 
     mse   mean over images, heads and channels of  sum_s M |LN V_S - LN V_T|^2 / sum_s M
     l1, smoothL1   sum over images, heads and positions of  M mean_j |...|  /  sum of M
@@ -53,8 +53,8 @@ def value_distance(
     if form.lower() == "mse" and norm == "ln" and offsets is None:
         batch, heads, _ = mass.shape
         share = mass / (mass.sum(-1, keepdim=True).clamp_(min=_MIN_MASS) * batch * heads)
-        weight, bias = _centred(weight, heads), _centred(bias, heads)
-        return _NormalisedDistance.apply(weight, bias, teacher, share, *maps)
+        weight, bias = _centered(weight, heads), _centered(bias, heads)
+        return _NormalizedDistance.apply(weight, bias, teacher, share, *maps)
     return _plain_distance(project_levels(maps, weight, bias, offsets), teacher, mass, form, norm)
 
 
@@ -85,20 +85,20 @@ _ERRORS = {
 
 
 def layer_norm(values: torch.Tensor) -> torch.Tensor:
-    """Normalise the last dimension; no affine."""
+    """Normalize the last dimension; no affine."""
     return F.layer_norm(values, values.shape[-1:], eps=_EPS)
 
 
-def _centred(parameter: torch.Tensor, heads: int) -> torch.Tensor:
+def _centered(parameter: torch.Tensor, heads: int) -> torch.Tensor:
     """The projection (D, ...) whose values have mean 0 in every head: half of their layer norm."""
     per_head = parameter.unflatten(0, (heads, -1))
     return (per_head - per_head.mean(1, keepdim=True)).flatten(0, 1)
 
 
-class _NormalisedDistance(torch.autograd.Function):
-    """sum over n, s, h of share * |LN(x) - LN(t)|^2 / d, with x = W f + b centred in every head.
+class _NormalizedDistance(torch.autograd.Function):
+    """sum over n, s, h of share * |LN(x) - LN(t)|^2 / d, with x = W f + b centered in every head.
 
-    With t centred as well, A = mean x^2, B = mean t^2, X = mean x t over the d channels of a head,
+    With t centered as well, A = mean x^2, B = mean t^2, X = mean x t over the d channels of a head,
     r = (A + eps)^-1/2 and q = (B + eps)^-1/2:
         |LN x - LN t|^2 / d = A r^2 + B q^2 - 2 X r q,
         d/dx_j = (2/d) [(eps r^4 + X q r^3) x_j - r q t_j].

@@ -10,7 +10,7 @@ State = dict[str, torch.Tensor]
 
 _OF_TEACHER = "teacher."
 _OF_STUDENT = "distillers.0."
-# Name in the reference, its prefix taken off, to ours. Its MLPs number their three linear layers,
+# Names in the reference, without their prefix, to names here. Its MLPs number their three linear layers,
 # torchvision's count what is between them too. With ATT_LAYERS 0 a layer has no number.
 _MLP = {"0": "0", "1": "3", "2": "6"}
 _ENCODER = re.compile(r"ins_encoder\.encoder\.layers\.(\d)\.(\w+)$")

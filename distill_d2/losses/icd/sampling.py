@@ -1,7 +1,7 @@
-"""Query slots of a batch: its real instances, filled up with fakes drawn like the training data.
+"""Query slots of a batch: its real instances and fakes that are drawn like the training data.
 
-ICD describes an instance by its class and a point in its box, jittered so that the centre is not
-given away. All is computed for the whole batch at once, on the host, where the ground truth is.
+ICD describes an instance by its class and a point in its box, jittered so that the center is not
+given away. The whole batch is computed at once, on the host, where the ground truth is.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ...upload import upload
 SAMPLE_RULES = ("relative", "fixed")
 SCALE_BINS = 5
 _SIZE_RANGE = (2e-3, 0.7)
-_CENTRE_RANGE = (0.03, 0.97)
+_CENTER_RANGE = (0.03, 0.97)
 
 
 @dataclass(frozen=True)
 class BoxPrior:
-    """What fakes are drawn from.
+    """The distribution of fakes.
 
     Attributes:
         probability: (classes,) of each class; sums to 1.
@@ -35,30 +35,30 @@ class BoxPrior:
 
     @classmethod
     def uniform(cls, classes: int) -> BoxPrior:
-        """All classes alike; sizes 0.2 with deviation 0.2."""
+        """All classes equally frequent; sizes 0.2 with deviation 0.2."""
         sizes = np.full((classes, 2), 0.2)
         return cls(np.full(classes, 1.0 / classes), sizes, sizes.copy())
 
     @classmethod
     def of(cls, statistics, classes: int) -> BoxPrior:
-        """As frequent and as large as in the training data.
+        """Frequencies and sizes of the training data.
 
         Args:
-            statistics: a BoxStatistics; classes: how many there are to be, at least those of it.
+            statistics: a BoxStatistics.
+            classes: number of classes, at least that of the statistics.
 
         Raises:
-            ValueError: there are instances of more classes.
+            ValueError: the statistics have instances of more classes.
         """
-        found = int(np.flatnonzero(statistics.counts).max(initial=-1)) + 1
-        if found > classes:
+        needed = int(np.flatnonzero(statistics.counts).max(initial=-1)) + 1
+        if needed > classes:
             raise ValueError(
                 f"MODEL.DISTILLER.INS.NUM_CLASSES is {classes}, but the training data have instances "
-                f"of class {found - 1} (classes count from 0); set it to the number of classes"
+                f"of class {needed - 1} (classes count from 0); set it to the number of classes"
             )
         prior = cls.uniform(classes)
         known = min(classes, len(statistics.counts))
-        for ours, theirs in ((prior.mean, statistics.mean), (prior.std, statistics.std)):
-            ours[:known] = theirs[:known]
+        prior.mean[:known], prior.std[:known] = statistics.mean[:known], statistics.std[:known]
         prior.probability[:] = 0.0
         prior.probability[:known] = statistics.counts[:known] / statistics.counts.sum()
         return prior
@@ -71,12 +71,12 @@ class Draws:
     Attributes:
         classes: (T,) int64.
         sizes: (T, 2) width and height from the normal distribution of the class.
-        centres, jitter: (T, 2) from U[0, 1).
+        centers, jitter: (T, 2) from U[0, 1).
     """
 
     classes: np.ndarray
     sizes: np.ndarray
-    centres: np.ndarray
+    centers: np.ndarray
     jitter: np.ndarray
 
 
@@ -114,7 +114,7 @@ class Slots:
     filled: list[int]
 
     def to(self, device: torch.device) -> Queries:
-        """What the networks need of it, in one transfer."""
+        """The parts that the networks need, in one transfer."""
         columns = [self.classes, self.is_real, self.is_padding]
         packed = np.concatenate(
             [self.points, self.ltrb, self.scales, np.stack(columns, axis=-1)], axis=-1
@@ -147,8 +147,8 @@ class Queries:
 class SlotSampler:
     """Fills the slots of a batch.
 
-    How many an image with n instances gets: by the rule "relative" n * (1 + ratio), at least 1 and at
-    most max_labels; by "fixed" num_labels; never less than n.
+    An image with n instances gets n * (1 + ratio) slots by the rule "relative", at least 1 and at most
+    max_labels, or num_labels slots by the rule "fixed"; never fewer than n.
     """
 
     def __init__(
@@ -164,10 +164,10 @@ class SlotSampler:
     ):
         """
         Args:
-            prior: what fakes are drawn from.
+            prior: the distribution of fakes.
             rule, ratio, num_labels, max_labels: see above.
-            jitter: of the point around the centre, as a part of the box's size.
-            last_image_scale: bin all boxes by the size of the last image, as the reference does.
+            jitter: of the point around the center, as a fraction of the box's size.
+            last_image_scale: bin all boxes by the size of the last image, as in the reference.
         """
         self.prior = prior
         self.rule = rule
@@ -181,8 +181,8 @@ class SlotSampler:
         """Slots of an image with this many instances."""
         if self.rule == "fixed":
             return max(self.num_labels, instances)
-        wanted = max(1, int(instances * (self.ratio + 1)))
-        return min(wanted, max(self.max_labels, instances))
+        slots = max(1, int(instances * (self.ratio + 1)))
+        return min(slots, max(self.max_labels, instances))
 
     def draw(self, count: int, random: np.random.Generator) -> Draws:
         """Random numbers for ``count`` slots."""
@@ -197,7 +197,7 @@ class SlotSampler:
         return self.place(images, self.draw(count, random))
 
     def place(self, images: Sequence[GroundTruth], draws: Draws) -> Slots:
-        """Slots of N images from given random numbers, those of one image after the other."""
+        """Slots of N images from given random numbers, which are in the order of the images."""
         real = np.array([len(image.boxes) for image in images])
         filled = np.array([self.num_slots(count) for count in real])
         image_of = np.repeat(np.arange(len(images)), filled)
@@ -231,11 +231,11 @@ class SlotSampler:
         )
 
     def _fakes(self, draws: Draws) -> np.ndarray:
-        """(T, 4) normalised boxes in the image."""
+        """(T, 4) normalized boxes in the image."""
         mean, std = self.prior.mean[draws.classes], self.prior.std[draws.classes]
         sizes = np.clip(draws.sizes, mean - 2 * std, mean + 2 * std).clip(*_SIZE_RANGE)
-        centres = draws.centres.clip(*_CENTRE_RANGE)
-        return np.hstack([centres - sizes / 2, centres + sizes / 2]).clip(0.0, 1.0)
+        centers = draws.centers.clip(*_CENTER_RANGE)
+        return np.hstack([centers - sizes / 2, centers + sizes / 2]).clip(0.0, 1.0)
 
 
 def _scale_bins(pixels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The student's side: all that it computes is its values."""
+"""The student's side, which computes values only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class StudentValues(nn.Module):
         """
         Args:
             dim: C.
-            positions: add the positional embedding to what is projected; project: after a Linear.
+            positions: add the positional embedding to the features.
+            project: apply a linear layer to the embedding first.
         """
         super().__init__()
         self.values = nn.Linear(dim, dim)
@@ -26,16 +27,16 @@ class StudentValues(nn.Module):
         self.pos_projector = nn.Linear(dim, dim) if positions and project else None
 
     def offsets(self, geometry: Geometry):
-        """What the positions add to the values, see project_levels; None without positions."""
+        """The part of the values that depends on positions, see project_levels; None without positions."""
         if not self.positions:
             return None
         return project_positions(self.pos_projector, geometry, self.values.weight, self.values.bias)
 
-    def forward(self, maps: list[torch.Tensor], geometry: Geometry) -> torch.Tensor:
-        """(N, S, C) of the levels (N, C, H, W)."""
+    def project(self, maps: list[torch.Tensor], geometry: Geometry) -> torch.Tensor:
+        """The values (N, S, C) of the levels (N, C, H, W)."""
         return project_levels(maps, self.values.weight, self.values.bias, self.offsets(geometry))
 
-    def distance(
+    def forward(
         self,
         maps: list[torch.Tensor],
         geometry: Geometry,
@@ -48,8 +49,9 @@ class StudentValues(nn.Module):
         """The distance of the values from the teacher's, a scalar; see value_distance.
 
         Args:
-            teacher: (N, S, C) its values.
+            teacher: (N, S, C) values.
             mass: (N, h, S) attention of the instances.
+            form, norm: see value_distance.
         """
         weight, bias, offsets = self.values.weight, self.values.bias, self.offsets(geometry)
         return value_distance(maps, weight, bias, offsets, teacher, mass, form=form, norm=norm)

@@ -1,8 +1,8 @@
 """SSDKD: learning efficient object detectors with knowledge distillation.
 
 Chen et al., "Learning Efficient Object Detection Models with Knowledge Distillation", NIPS 2017,
-equations 1 to 6, on SSD and on two-stage detectors (RPN and box head); recalled, the paper was not at
-hand:
+equations 1 to 6, on SSD and on two-stage detectors (RPN and box head); the formulas are
+recalled and not yet checked against the paper:
 
     L_cls = mu L_hard + (1 - mu) L_soft      L_reg = smooth L1 + nu L_b      L_hint = |V - Z|^2
     L     = L_cls + lambda L_reg + gamma L_hint
@@ -13,7 +13,7 @@ the squared distance of boxes to the ground truth where the student is not bette
 margin; L_hint compares features through 1x1 convolutions.
 
 SSD: rows are objects and hard negatives of the student, and sums are divided by the number of objects.
-RPN: the mean of BATCH_SIZE_PER_IMAGE sampled anchors is replaced by what it is on average over the
+RPN: the mean of BATCH_SIZE_PER_IMAGE sampled anchors is replaced by its expected value over the
 sampling. Box head: the mean over the student's sampled proposals.
 
 The repository SSD-Knowledge-Distillation computes something else under the same name: one bound for the
@@ -22,8 +22,9 @@ whole batch (BOUNDED batch) and a mean squared error of logits as hint (HINT log
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ class SSDKD(DistillLoss):
     Settings = SSDKDSettings
     settings: SSDKDSettings
 
-    def __init__(self, **keys):
+    def __init__(self, **keys: Any):
         super().__init__(**keys)
         s = self.settings
         self.hint = s.hint if s.gamma > 0 else ""
@@ -97,7 +98,8 @@ class SSDKD(DistillLoss):
             self.pairs = FeaturePairs(s.in_features, always=True, key=name)
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
-        super().bind(student, teacher)
+        if self.pairs is not None:
+            super().bind(student, teacher)
         self.task_weights = {
             **dict.fromkeys(student.class_losses, self.settings.mu),
             **dict.fromkeys(student.box_losses, self.settings.lmda),
@@ -114,7 +116,7 @@ class SSDKD(DistillLoss):
                 "with a background"
             )
         if "rpn" in self.heads:
-            rpn = student.model.proposal_generator
+            rpn: Any = student.model.proposal_generator
             self._samples = (
                 rpn.batch_size_per_image,
                 int(rpn.batch_size_per_image * rpn.positive_fraction),
@@ -139,54 +141,61 @@ class SSDKD(DistillLoss):
             terms["loss_ssd_kd_hint"] = self.settings.gamma * self._hint(student, teacher)
         return terms
 
-    def _head(self, head: str, ours: Predictions, theirs: Predictions, batch: Batch):
+    def _head(
+        self, head: str, student: Predictions, teacher: Predictions, batch: Batch
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The soft and the bounded term of one head, weighted, by name."""
         s = self.settings
-        objects, background, classes, deltas = targets_of(ours, batch)
-        weights = self._row_weights(head, ours, objects, background, classes)
-        count = self._count(head, ours, objects)
+        objects, background, classes, deltas = targets_of(student, batch)
+        weights = self._row_weights(head, student, objects, background, classes)
+        count = self._count(head, student, objects)
         if s.mu < 1:
-            pair = (ours.logits / s.temperature, theirs.logits / s.temperature)
-            losses = soft_cross_entropy(*pair, s.object_weight, s.background_weight)
+            losses = soft_cross_entropy(
+                student.logits / s.temperature,
+                teacher.logits / s.temperature,
+                s.object_weight,
+                s.background_weight,
+            )
             yield "loss_ssd_kd_soft", (1 - s.mu) * (losses * weights).sum() / count
         if s.nu > 0:
-            of_class = classes.clamp(max=ours.num_classes - 1)
-            distances = (each.deltas_of(of_class) - deltas for each in (ours, theirs))
-            bound = _BOUNDS[s.bounded](*distances, weights * objects, s.margin)
+            student_error = student.deltas_of(classes) - deltas
+            teacher_error = teacher.deltas_of(classes) - deltas
+            bound = _BOUNDS[s.bounded](student_error, teacher_error, weights * objects, s.margin)
             yield "loss_ssd_kd_bounded", s.lmda * s.nu * bound / count
 
     def _row_weights(
         self,
         head: str,
-        ours: Predictions,
+        student: Predictions,
         objects: torch.Tensor,
         background: torch.Tensor,
         classes: torch.Tensor,
     ) -> torch.Tensor:
-        """(N, R): how much each row counts."""
+        """(N, R): the weight of each row."""
         if head == "dense":
-            return selected_rows(ours, objects, classes, self.settings.negatives_per_positive)
+            return selected_rows(student, objects, classes, self.settings.negatives_per_positive)
         if head == "box_head":
             return objects | background
         sampled, most = self._samples
         positive = objects.sum(dim=1, keepdim=True)
         taken = positive.clamp(max=most)
         negative = background.sum(dim=1, keepdim=True)
-        # Of fewer negatives than there is room for, all are taken.
+        # All negatives are taken if they are fewer than the free places.
         of_negative = ((sampled - taken) / negative.clamp(min=1)).clamp(max=1)
         return objects * (taken / positive.clamp(min=1)) + background * of_negative
 
-    def _count(self, head: str, ours: Predictions, objects: torch.Tensor) -> torch.Tensor:
-        """What sums over rows are divided by, as in the detector's own losses."""
+    def _count(self, head: str, student: Predictions, objects: torch.Tensor) -> torch.Tensor:
+        """The number that divides sums over rows, as in the detector's own losses."""
         if head == "dense":
             return objects.sum().clamp(min=1)
         if head == "box_head":
-            return ours.valid.sum().clamp(min=1)
+            return student.row_mask.sum().clamp(min=1)
         return objects.new_full((), self._samples[0] * len(objects), dtype=torch.float32)
 
     def _hint(self, student: DetectorView, teacher: DetectorView) -> torch.Tensor:
-        if self.hint == "feature":
+        if self.pairs is not None:
             maps = self.pairs(student, teacher).values()
-            return torch.stack([self.distance(ours - theirs).mean() for ours, theirs in maps]).sum()
+            return torch.stack([self.distance(s - t).mean() for s, t in maps]).sum()
         heads = [common_predictions(student, teacher, head) for head in self.heads]
-        distances = [(self.distance(ours.logits - theirs.logits), ours.valid) for ours, theirs in heads]
+        distances = [(self.distance(s.logits - t.logits), s.valid) for s, t in heads]
         return torch.stack([mean_of_rows(*pair) for pair in distances]).sum()

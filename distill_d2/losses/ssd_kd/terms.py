@@ -16,7 +16,7 @@ def soft_cross_entropy(
 
     Args:
         student, teacher: (..., K + 1) logits of a softmax, background last, divided by the temperature;
-            or (..., 1) logits of a sigmoid for "object", as of an RPN.
+            or (..., 1) logits of a sigmoid for "object" (an RPN's).
         object_weight, background_weight: w_c of the classes, and of the background.
     """
     if student.shape[-1] == 1:
@@ -30,32 +30,32 @@ def soft_cross_entropy(
 def per_box_bound(
     student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tensor, margin: float
 ) -> torch.Tensor:
-    """Equation 5, summed: the student's squared distances of those boxes where, with the margin, it
-    exceeds the teacher's.
+    """Equation 5, summed: the student's squared distances of the boxes for which this distance plus the
+    margin exceeds the teacher's.
 
     Args:
         student, teacher: (N, R, 4) differences of deltas to the ground truth's.
-        rows: (N, R), how much each row counts; bool, or numbers from 0.
+        rows: (N, R), the weight of each row; bool, or numbers from 0.
     """
-    ours, theirs = student.square().sum(dim=-1), teacher.square().sum(dim=-1)
-    return torch.where((rows > 0) & (ours + margin > theirs), ours * rows, 0.0).sum()
+    student, teacher = student.square().sum(dim=-1), teacher.square().sum(dim=-1)
+    return torch.where((rows > 0) & (student + margin > teacher), student * rows, 0.0).sum()
 
 
 def per_batch_bound(
     student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tensor, margin: float
 ) -> torch.Tensor:
-    """The student's mean squared distance over all rows if, with the margin, it exceeds the teacher's;
-    otherwise 0 (the repository of SSD-Knowledge-Distillation). Args: as of ``per_box_bound``."""
+    """The student's mean squared distance over all rows if it plus the margin exceeds the teacher's;
+    otherwise 0 (the repository SSD-Knowledge-Distillation). Args: see ``per_box_bound``."""
     count = 4 * rows.sum().clamp(min=1)
-    ours, theirs = (
+    student, teacher = (
         torch.where(rows > 0, distance.square().sum(dim=-1) * rows, 0.0).sum() / count
         for distance in (student, teacher)
     )
-    return torch.where(ours + margin > theirs, ours, 0.0)
+    return torch.where(student + margin > teacher, student, 0.0)
 
 
 def mean_of_rows(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """The mean of (N, R, C), without rows that only fill up; valid: (N, R) bool, None: all are."""
+    """The mean of (N, R, C), without padding rows; valid: (N, R) bool, None: all are."""
     if valid is None:
         return values.mean()
     count = valid.sum().clamp(min=1) * values.shape[-1]
@@ -65,7 +65,7 @@ def mean_of_rows(values: torch.Tensor, valid: torch.Tensor | None) -> torch.Tens
 def targets_of(
     predictions: Predictions, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the rows of a head should predict.
+    """The targets of a head's rows.
 
     Returns:
         (N, R) bool objects, (N, R) bool background, (N, R) int64 classes of the objects' rows (K of
@@ -75,8 +75,7 @@ def targets_of(
     labels = truth.classes.clamp(max=predictions.num_classes - 1)  # an RPN's one class is "object"
     matched = predictions.match(truth.boxes, truth.valid)
     objects, background = matched == 1, matched == 0
-    if predictions.valid is not None:
-        objects, background = objects & predictions.valid, background & predictions.valid
+    objects, background = objects & predictions.row_mask, background & predictions.row_mask
     index = predictions.assign(truth.boxes, truth.valid)
     anchors = predictions.anchors.expand(*index.shape, 4)
     boxes = truth.boxes.gather(1, index[..., None].expand_as(anchors))

@@ -73,8 +73,8 @@ def test_both_ways_of_masking_agree(monkeypatch, kind, part, mode, beta):
             close(another, one)
 
 
-def many(*values, few=None):
-    return masked_sum(*values, few=False)
+def many(*values, sparse=None):
+    return masked_sum(*values, sparse=False)
 
 
 @pytest.mark.parametrize("part, mode, beta", ALL)

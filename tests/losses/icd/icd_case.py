@@ -182,7 +182,7 @@ class Case:
         ends = np.cumsum(filled)[:-1]
         draws = self.draws
         normal = np.hstack([np.zeros_like(draws.sizes), draws.sizes])
-        parts = [np.split(a, ends) for a in (draws.classes, normal, draws.centres, draws.jitter)]
+        parts = [np.split(a, ends) for a in (draws.classes, normal, draws.centers, draws.jitter)]
         zeros = np.zeros_like(prior.mean)
         tables = [np.hstack([zeros, table]) for table in (prior.mean, prior.std)]
         return queries_from_slots(

@@ -31,11 +31,6 @@ def test_every_layer_is_the_naive_one(layers, sizes):
         close(mass, out[f"dec/{index}/value_mask"].squeeze(2), "value_mask")
 
 
-def test_logits_of_some_slots():
-    (layer,), _, _ = Case().decode()
-    torch.testing.assert_close(layer.logits(1, slice(2, 4)), layer.logits(1, slice(None))[:, 2:4])
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_attention_mass_sums_to_the_instances(temperature):
     (layer,), queries, _ = Case(instances=(3, 0, 1)).decode()
@@ -46,13 +41,6 @@ def test_attention_mass_sums_to_the_instances(temperature):
     assert not mass.requires_grad
 
 
-def test_attention_mass_with_temperature_is_the_softmax():
-    (layer,), _, _ = Case(instances=(3, 1)).decode()
-    expected = (layer.logits(0, slice(0, 3)) / 2.5).softmax(-1).sum(1)
-    torch.testing.assert_close(layer.attention_mass([3, 0], 2.5)[0], expected)
-    assert layer.attention_mass([3, 0], 2.5)[1].abs().max() == 0
-
-
 @pytest.mark.parametrize("chunk", [1, 5, 6, 7])
 def test_chunks_of_slots_change_nothing(monkeypatch, chunk):
     (layer,), _, _ = Case(instances=(7, 6), sample_rule="fixed", num_labels=20).decode()
@@ -60,13 +48,6 @@ def test_chunks_of_slots_change_nothing(monkeypatch, chunk):
     whole = layer.attention_mass(counts, 1.5)
     monkeypatch.setattr(decoder, "_MASS_CHUNK", chunk)
     torch.testing.assert_close(layer.attention_mass(counts, 1.5), whole)
-
-
-def test_more_slots_than_a_chunk():
-    (layer,), queries, _ = Case(instances=(40, 1)).decode()
-    assert 40 > decoder._MASS_CHUNK
-    sums = layer.attention_mass(queries.real, 1.0).sum(-1)
-    torch.testing.assert_close(sums, torch.tensor([40.0, 1])[:, None].expand(2, 4))
 
 
 def test_no_position_without_embedding():
@@ -103,13 +84,6 @@ def test_dropout_repeats_with_the_iteration():
     assert first["loss_icd_conf_0"] != other["loss_icd_conf_0"]
 
 
-def test_dropout_differs_between_iterations_for_equal_slots(monkeypatch):
-    case = dropout_case()
-    maps, queries, geometry = case.loss.read(case.views()[1], case.batch())
-    features = [case.loss.decode(maps, queries, geometry, i)[0].features for i in (3, 3, 4)]
-    assert torch.equal(features[0], features[1]) and not torch.equal(features[0], features[2])
-
-
 def test_dropout_changes_only_the_attended_features():
     dropped, plain = dropout_case().forward(), Case().forward()
     assert dropped["loss_icd_conf_0"] != plain["loss_icd_conf_0"]
@@ -133,11 +107,3 @@ def test_no_global_random_numbers_are_drawn(dropout, part):
     (torch_before, numpy_before, python_before), (torch_after, numpy_after, python_after) = states
     assert torch.equal(torch_before, torch_after) and python_before == python_after
     assert all(np.array_equal(a, b) for a, b in zip(numpy_before, numpy_after))
-
-
-def test_global_random_numbers_change_nothing():
-    case = dropout_case()
-    first = case.forward()
-    torch.rand(3), np.random.rand(3), random.random()
-    second = case.forward()
-    assert all(torch.equal(first[name], second[name]) for name in first)

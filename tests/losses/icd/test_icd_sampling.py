@@ -46,11 +46,6 @@ def test_fixed_slots(n, k):
     assert SlotSampler(BoxPrior.uniform(3), rule="fixed", num_labels=4).num_slots(n) == k
 
 
-@pytest.mark.parametrize("ratio, k", [(0.0, 3), (0.5, 4), (2.0, 9)])
-def test_ratio_of_fakes(ratio, k):
-    assert SlotSampler(BoxPrior.uniform(3), ratio=ratio).num_slots(3) == k
-
-
 # Real instances
 
 
@@ -75,12 +70,6 @@ def test_points_stay_in_their_boxes_off_the_centre():
     np.testing.assert_allclose(slots.ltrb[..., :2] + slots.ltrb[..., 2:], sides, atol=1e-6)
     shift = (slots.points - (slots.boxes[..., 2:] + slots.boxes[..., :2]) / 2) / sides
     assert 0.29 < np.abs(shift).max() <= 0.3 + 1e-5 and abs(shift.mean()) < 0.02
-
-
-def test_without_jitter_points_are_centres():
-    slots = SlotSampler(PRIOR, jitter=0.0).sample([ground_truth(3)], generator())
-    centres = (slots.boxes[..., :2] + slots.boxes[..., 2:]) / 2
-    np.testing.assert_allclose(slots.points, centres, atol=1e-7)
 
 
 # Fakes
@@ -124,14 +113,6 @@ def test_sizes_of_fakes_are_bounded():
     assert centres.min() >= 0.03 - 1e-6 and centres.max() <= 0.97 + 1e-6
 
 
-def test_equal_seeds_draw_equal_fakes():
-    images, sampler = [ground_truth(2), ground_truth(1, SIZES[1])], SlotSampler(PRIOR)
-    first, second, other = (sampler.sample(images, generator(seed)) for seed in (3, 3, 4))
-    for name in ("classes", "boxes", "points"):
-        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
-        assert not np.array_equal(getattr(first, name), getattr(other, name))
-
-
 def test_fakes_change_with_the_iteration_and_the_seed_and_repeat():
     case = Case()
 
@@ -164,13 +145,6 @@ def test_prior_of_statistics():
     np.testing.assert_allclose(prior.std, [*PRIOR.std[:3], [0.2, 0.2]])
 
 
-def test_classes_without_instances_need_not_be_there():
-    spare = SimpleNamespace(counts=np.array([3, 1, 0]), mean=PRIOR.mean[:3], std=PRIOR.std[:3])
-    prior = BoxPrior.of(spare, 2)
-    np.testing.assert_allclose(prior.probability, [0.75, 0.25])
-    assert prior.mean.shape == prior.std.shape == (2, 2)
-
-
 @pytest.mark.parametrize("classes_uniform", [False, True])
 @pytest.mark.parametrize("boxes_uniform", [False, True])
 def test_loss_draws_from_the_training_data(classes_uniform, boxes_uniform):
@@ -196,7 +170,7 @@ def naive_queries(images, sampler, draws):
     counts = [sampler.num_slots(len(image.boxes)) for image in images]
     ends = np.cumsum(counts)[:-1]
     normal = np.hstack([np.zeros_like(draws.sizes), draws.sizes])
-    parts = [np.split(a, ends) for a in (draws.classes, normal, draws.centres, draws.jitter)]
+    parts = [np.split(a, ends) for a in (draws.classes, normal, draws.centers, draws.jitter)]
     tables = [np.hstack([np.zeros((4, 2)), table]) for table in (PRIOR.mean, PRIOR.std)]
     return queries_from_slots(
         [Slots(*image) for image in zip(*parts)],
@@ -231,19 +205,6 @@ def test_naive_slots_and_descriptors(counts, last_image):
         torch.testing.assert_close(ours, icd.descriptor(naive, sizes), atol=1e-5, rtol=0)
 
 
-def test_the_size_of_the_last_image_matters():
-    images = [ground_truth(4, (60, 90)), ground_truth(4, (900, 900))]
-    own, last = (
-        SlotSampler(PRIOR, last_image_scale=flag).sample(images, generator()).scales
-        for flag in (False, True)
-    )
-    assert not np.array_equal(own[0], last[0]) and np.array_equal(own[1], last[1])
-
-
-def test_descriptor_dimension():
-    assert descriptor_dim(80, True) == 346 and descriptor_dim(80, False) == 336
-
-
 def test_scale_bins_around_their_edges():
     sides = np.array([0.01, 1, 64.4, 64.6, 129, 129.4, 258, 259, 518, 519, 1e4])
     boxes = np.hstack([np.zeros((len(sides), 2)), sides[:, None], sides[::-1, None]])
@@ -252,13 +213,3 @@ def test_scale_bins_around_their_edges():
     np.testing.assert_array_equal(scales[:, 0], [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
     np.testing.assert_array_equal(scales[:, 1], scales[::-1, 0])
     np.testing.assert_array_equal(scales[:, 0], scale_one_hot(torch.tensor(sides)).argmax(-1))
-
-
-def test_queries_on_the_device_are_the_slots():
-    slots = SlotSampler(PRIOR).sample([ground_truth(2), ground_truth(0)], generator())
-    queries = slots.to(torch.device("cpu"))
-    for name in ("points", "ltrb", "scales", "classes", "is_real", "is_padding"):
-        value = getattr(queries, name)
-        assert value.dtype == torch.float32
-        np.testing.assert_array_equal(value, getattr(slots, name).astype(np.float32))
-    assert (queries.real, queries.filled) == ([2, 0], [12, 1])

@@ -1,0 +1,115 @@
+"""Modules of users: those that --import names, those of installed packages, and the note of them beside a run's
+config. ``distill_d2.plugins`` says what such a module may bring."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+GROUP = "distill_d2.plugins"
+NOTE = "imports.txt"
+
+# The modules that were imported here, and what named them.
+_IMPORTED: dict[str, str] = {}
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import what --import names. Call it before a config is read, in every process.
+
+    Args:
+        names: of modules, or paths of .py files; a file's folder is added to the end of ``sys.path``.
+
+    Raises:
+        ImportError: the message says which one failed, and why.
+    """
+    for name in names:
+        _import(name, f"--import {name}")
+
+
+def import_entry_points() -> None:
+    """Import the modules that installed packages name in the entry point group ``distill_d2.plugins``.
+
+    Raises:
+        ImportError: the message says which one failed, and why.
+    """
+    for point in _entry_points():
+        _import(point.value, f"entry point {point.name} of {GROUP}")
+
+
+def imported() -> list[str]:
+    """One line for each module that was imported so: its name, its file, and what named it."""
+    return [f"{name} ({sys.modules[name].__file__}; {source})" for name, source in _IMPORTED.items()]
+
+
+def write_note(folder: str, names: Sequence[str]) -> None:
+    """Note beside a run's config, in ``folder``, what --import named; an earlier run's note is removed."""
+    note = os.path.join(folder, NOTE)
+    if names:
+        paths = [os.path.abspath(name) if name.endswith(".py") else name for name in names]
+        with open(note, "w", encoding="utf-8") as file:
+            file.write("".join(f"{path}\n" for path in paths))
+    elif os.path.isfile(note):
+        os.remove(note)
+
+
+def check_note(folder: str) -> None:
+    """Check that everything is imported that a run in ``folder`` has noted, if it has.
+
+    Raises:
+        ValueError: something is missing; the message names it.
+    """
+    note = os.path.join(folder, NOTE)
+    if not os.path.isfile(note):
+        return
+    with open(note, encoding="utf-8") as file:
+        noted = file.read().splitlines()
+    missing = [name for name in noted if name and _module_name(name) not in sys.modules]
+    if missing:
+        options = " ".join(f"--import {name}" for name in missing)
+        raise ValueError(
+            f"the run in '{folder}' was started with {options}, which this command lacks. Add it, or remove its "
+            f"line from '{note}'"
+        )
+
+
+def _entry_points() -> Iterable[metadata.EntryPoint]:
+    points: Any = metadata.entry_points()
+    if hasattr(points, "select"):
+        return points.select(group=GROUP)
+    return points.get(GROUP, ())  # Python 3.9
+
+
+def _import(name: str, source: str) -> None:
+    try:
+        module = _import_file(name) if name.endswith(".py") else importlib.import_module(name)
+    except Exception as error:  # whatever a user's module raises
+        raise ImportError(
+            f"{source}: {type(error).__name__}: {error}. Expected a module that can be imported (its folder is in "
+            "PYTHONPATH, or its package is installed) or the path of a .py file"
+        ) from error
+    _IMPORTED.setdefault(module.__name__, source)
+
+
+def _import_file(path: str) -> ModuleType:
+    """Under the file's own name, so that other processes find its classes by it."""
+    path, name = os.path.abspath(path), _module_name(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"'{path}' does not exist")
+    folder = os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    module = importlib.import_module(name)
+    found = getattr(module, "__file__", None)
+    if found is None or not os.path.samefile(found, path):
+        raise ValueError(f"another module has the name '{name}' ({found}); rename '{path}'")
+    return module
+
+
+def _module_name(name: str) -> str:
+    """Of a file its name without the ending."""
+    return os.path.splitext(os.path.basename(name))[0] if name.endswith(".py") else name
