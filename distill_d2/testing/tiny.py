@@ -242,3 +242,4 @@ def use_ghnd(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "Adam"
     cfg.SOLVER.BASE_LR = 0.001
     cfg.SOLVER.WEIGHT_DECAY = cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
+    import_detectors(cfg)
