@@ -182,7 +182,7 @@ OBJECTS = [(10, 10, 40, 30), (60, 20, 100, 70), (20, 50, 50, 75)]
 
 @pytest.fixture
 def record(tmp_path):
-    """A grey image of three objects in one color each, and a crowd."""
+    """A gray image of three objects in one color each, and a crowd."""
     image = np.full((80, 120, 3), 100, dtype=np.uint8)
     annotations = []
     for index, (box, color) in enumerate(zip(OBJECTS, COLORS)):
