@@ -27,7 +27,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,19 @@ from visualize import Method, Picture, Row, load_methods
 from visualize.sheet import compose
 
 import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
-from distill_d2 import Distiller
+from distill_d2 import DISTILL_LOSS_REGISTRY, Distiller
 from distill_d2.checkpoint import SafeCheckpointer
 from distill_d2.data import NamedReadErrors, build_mapper, check_datasets
 from distill_d2.engine.setup import check_output_dir, choose_device, load_config
+from distill_d2.imports import add_import_argument, import_modules
+from distill_d2.losses.settings import keys_of
 
 logger = logging.getLogger("distill_d2.visualize")
 
-_WRONG_INPUT = (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+# A loss is drawn whatever its schedule.
+ALWAYS_ON = {"weight": 1.0, "start_iter": 0, "stop_iter": -1, "warmup_iters": 0}
+
+_WRONG_INPUT = (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def main(arguments: list[str] | None = None) -> list[str]:
@@ -73,6 +78,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="path or packaged name (yaml)")
+    add_import_argument(parser)
     parser.add_argument("--method", required=True, choices=sorted(load_methods()))
     parser.add_argument("--output", required=True, help="folder for the pictures")
     parser.add_argument("--images", type=int, default=4, help="how many, spread over DATASETS.TEST")
@@ -105,10 +111,11 @@ def prepare(args: argparse.Namespace) -> Job:
     """Read and build everything.
 
     Raises:
-        AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError: something is wrong with
-            what was given.
+        AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError: an argument, the
+            config or a file is wrong.
     """
     method = load_methods()[args.method]
+    import_modules(args.imports)
     cfg = read_config(args.config_file, args.opts, method)
     check_output_dir(args.output, "--output")
     check_datasets(cfg, train=False)
@@ -136,6 +143,10 @@ def read_config(config_file: str, opts: list[str], method: Method) -> CfgNode:
         node.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
         cfg.MODEL.META_ARCHITECTURE = "Distiller"
     node.TYPES = [method.loss]
+    loss = DISTILL_LOSS_REGISTRY.get(method.loss)
+    for name, value in ALWAYS_ON.items():
+        if name in keys_of(loss.Settings):
+            cfg.merge_from_list([loss.config_key(name), value])
     node.PRELOAD_FPN = node.PRELOAD_HEAD = False  # the student is what its checkpoint says
     node.PRETRAIN_TEACHER_ITERS = 0
     cfg.DATASETS.CHECK_IMAGES = 0
@@ -191,8 +202,6 @@ def build_distiller(cfg: CfgNode) -> Distiller:
         if not any(True for _ in module.children()):
             module.eval()
     distiller.phases.supported_by_trainer = True  # phases of training do not matter here
-    for loss in distiller.losses.values():  # on, whatever its schedule
-        loss.settings = replace(loss.settings, weight=1.0, start_iter=0, stop_iter=-1)
     return distiller
 
 

@@ -169,5 +169,5 @@ def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if not text.startswith("Weights only load failed"):
         return text.splitlines()[0]
-    found = re.search(r"GLOBAL (\S+)", text)
-    return f"it wants to use {found.group(1)}" if found else "it is no file of torch.save"
+    name = re.search(r"GLOBAL (\S+)", text)
+    return f"it wants to use {name.group(1)}" if name else "it is no file of torch.save"

@@ -3,11 +3,13 @@
 from .launch import argument_parser, launch
 from .main import evaluate, main
 from .optimizer import build_optimizer
+from .settings import RunSettings
 from .setup import load_config, setup
 from .trainer import DistillTrainer
 
 __all__ = [
     "DistillTrainer",
+    "RunSettings",
     "argument_parser",
     "build_optimizer",
     "evaluate",

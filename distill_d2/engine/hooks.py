@@ -76,7 +76,7 @@ class ProgressBar(HookBase):
         self._bar: tqdm | None = None
 
     @staticmethod
-    def wanted() -> bool:
+    def is_enabled() -> bool:
         return comm.is_main_process() and sys.stderr.isatty()
 
     def before_train(self) -> None:

@@ -107,8 +107,8 @@ def optimizer_signature(optimizer: torch.optim.Optimizer) -> str:
 
 def has_own_solver(loss: DistillLoss) -> bool:
     """Whether the loss asks for a solver and has parameters to train."""
-    wanted = isinstance(loss, TrainedLoss) and loss.solver is not None
-    return wanted and any(p.requires_grad for p in loss.parameters())
+    asks = isinstance(loss, TrainedLoss) and loss.solver is not None
+    return asks and any(p.requires_grad for p in loss.parameters())
 
 
 def _add_clipping(optimizer: torch.optim.Optimizer, node: CfgNode, key: str) -> None:

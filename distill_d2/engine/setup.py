@@ -61,7 +61,7 @@ def setup(args: Any, distill: bool) -> CfgNode:
     if comm.is_main_process():
         check_datasets(cfg, train=not args.eval_only)
         for name in cfg.DATASETS.TEST:
-            evaluator_kind(name)  # raises for one that cannot be evaluated
+            evaluator_kind(name)  # raises if there is no evaluator for it
     comm.synchronize()
     return cfg
 
@@ -187,7 +187,7 @@ def choose_device(device: str, num_gpus: int) -> str:
     """The device to train on: a config's "cuda" means the CPU with --num-gpus 0.
 
     Raises:
-        ValueError: there is no GPU to be had.
+        ValueError: no GPU is available.
     """
     if torch.device(device).type != "cuda" or torch.cuda.is_available():
         return device

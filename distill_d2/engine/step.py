@@ -23,9 +23,9 @@ class _Pending:
     iteration: int
     losses: list[str]
     extra: list[str]
-    # Those of the losses, then the extra ones, then whether a process was asked to stop.
+    # Those of the losses, the extra ones, and whether a process was asked to stop (1) or not (0).
     values: torch.Tensor
-    # When they have arrived; None: they have.
+    # Marks the arrival of the values on the host; None if they are there.
     event: torch.cuda.Event | None
     images: list[str]
 
@@ -56,7 +56,7 @@ class LossReport:
             losses: scalars on one device.
             stop: whether this process was asked to stop.
             extra: further scalars on that device, which are no losses.
-            images: what to call the step's images where a loss is not finite.
+            images: names of the step's images, for the message about a loss that is not finite.
 
         Raises:
             FloatingPointError: see ``flush``.

@@ -62,10 +62,10 @@ class DistillTrainer(DefaultTrainer):
     ``trainer.resume_or_load(resume)`` and ``trainer.train()`` follow.
 
     Attributes:
-        settings: what it read of the config.
+        settings: the settings that it read from the config.
         plain_model: the model, not wrapped in DistributedDataParallel.
-        loss_training: of losses themselves; ``iter`` and ``max_iter`` count iterations of their
-            pretraining, too.
+        loss_training: pretraining and solvers of losses. ``iter`` and ``max_iter`` include the
+            iterations of pretraining.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -159,7 +159,7 @@ class DistillTrainer(DefaultTrainer):
         if comm.is_main_process():
             writers = self.build_writers() + self.loss_training.writers()
             ret.append(hooks.PeriodicWriter(writers, period=self.settings.log_period))
-        if ProgressBar.wanted():
+        if ProgressBar.is_enabled():
             ret.append(ProgressBar())
         return ret
 
@@ -197,7 +197,7 @@ class DistillTrainer(DefaultTrainer):
             self.sampler.skip_batches(self.start_iter)
 
     def evaluate_teacher(self) -> None:
-        """Evaluate the teacher before a fresh run, if MODEL.DISTILLER.EVAL_TEACHER says so.
+        """Evaluate the teacher before a fresh run, if MODEL.DISTILLER.EVAL_TEACHER is True.
 
         Raises:
             ValueError: its classes are not those of the student.
@@ -323,13 +323,13 @@ class DistillTrainer(DefaultTrainer):
         )
 
     def _all_have_checkpoint(self) -> bool:
-        found = comm.all_gather(self.checkpointer.has_checkpoint())
-        if any(found) and not all(found):
+        seen = comm.all_gather(self.checkpointer.has_checkpoint())
+        if any(seen) and not all(seen):
             raise RuntimeError(
-                f"--resume: only {sum(found)} of {len(found)} processes see a checkpoint in "
+                f"--resume: only {sum(seen)} of {len(seen)} processes see a checkpoint in "
                 f"{self.settings.output_dir}; OUTPUT_DIR must be shared by all machines"
             )
-        return found[0]
+        return seen[0]
 
     def _evaluate(self) -> dict[str, Any]:
         state = random_state()  # evaluation must not change what training draws afterwards

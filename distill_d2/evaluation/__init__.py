@@ -1,5 +1,6 @@
 """The evaluator that a dataset's metadata asks for."""
 
-from .evaluators import VOCEvaluator, build_evaluator, evaluator_kind, with_model_evaluators
+from .evaluators import build_evaluator, evaluator_kind, with_model_evaluators
+from .voc import VOCEvaluator
 
 __all__ = ["VOCEvaluator", "build_evaluator", "evaluator_kind", "with_model_evaluators"]

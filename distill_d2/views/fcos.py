@@ -30,7 +30,7 @@ class FCOSView(RetinaNetView):
 
 
 def _enlarge(boxes: torch.Tensor, factor: float) -> torch.Tensor:
-    """Boxes (..., 4) with sides ``factor`` times as long, around the same centers."""
+    """Scale the sides of boxes (..., 4) by ``factor``, around the same centers."""
     corners = boxes.unflatten(-1, (2, 2))
     center = corners.mean(dim=-2, keepdim=True)
     return (center + (corners - center) * factor).flatten(-2)

@@ -73,51 +73,28 @@ def test_exactly_the_stem_and_the_first_stage_change(tmp_path, family):
     assert torch.equal(start[STEM], teacher[STEM])
 
 
-def test_trained_names_of_the_packaged_config(monkeypatch, shared):
-    """Those that the reference trains, for the config of its main experiment; random weights."""
+def test_packaged_config(monkeypatch, shared):
+    """Of the reference's main experiment: it trains the same tensors, and all others start from the teacher;
+    random weights."""
     monkeypatch.setattr(
         building, "teacher_of", lambda *node: Teacher(untrained_teacher(*node)[0], prepare=False)
     )
-    model = build_model(packaged_config())
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    with np.load(shared / "golden" / "ghnd.npz") as golden:
-        reference = [str(name) for name in golden["full/trainable"]]
-    assert len(reference) == 25
-    assert names == {"student." + detectron2_name(name) for name in reference}
-
-
-def packaged_config():
     cfg = load_config("Distillation-GHND/faster_rcnn_R_50_FPN_ghnd.yaml", ["MODEL.DEVICE", "cpu"])
     cfg.MODEL.DISTILLER.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
     cfg.MODEL.META_ARCHITECTURE = "Distiller"
-    return cfg
-
-
-def detectron2_name(name):
-    return "backbone.bottom_up." + name.replace("layer1.", "res2.").replace("conv1.", "stem.conv1.")
-
-
-def test_packaged_config_starts_from_its_teacher(monkeypatch):
-    monkeypatch.setattr(
-        building, "teacher_of", lambda *node: Teacher(untrained_teacher(*node)[0], prepare=False)
-    )
-    model = build_model(packaged_config()).train()
+    model = build_model(cfg)
     trained = {name for name, p in model.student.named_parameters() if p.requires_grad}
-    assert trained == {STEM} | RES2
+    with np.load(shared / "golden" / "ghnd.npz") as golden:
+        reference = {detectron2_name(str(name)) for name in golden["full/trainable"]}
+    assert len(reference) == 25 and trained == reference == {STEM} | RES2
     model.preload_student()
     student, teacher = model.student.state_dict(), model.teacher.model.state_dict()
     equal = {name for name in teacher if name in student and torch.equal(student[name], teacher[name])}
     assert set(student) - equal == RES2 | STATISTICS
 
 
-def test_hnd(job):
-    """The predecessor: the first stage alone."""
-    trainer, computed = job.trainer(opts=[NODE + "GHND.IN_FEATURES", "['res2']"]), set()
-    trainer.model.register_forward_hook(lambda *args: computed.update(args[-1]))
-    trainer.train()
-    assert computed == {"loss_ghnd_res2"}
-    saved, teacher = checkpoint(job.output)["model"], teacher_weights(job)
-    assert {n for n in teacher if n in saved and not torch.equal(saved[n], teacher[n])} == {STEM}
+def detectron2_name(name):
+    return "backbone.bottom_up." + name.replace("layer1.", "res2.").replace("conv1.", "stem.conv1.")
 
 
 def test_with_the_students_own_losses(job):
@@ -245,18 +222,6 @@ def test_images_beside_annotated_ones(images):
     for names in ((annotated, alone), (alone, annotated)):
         images.run(opts=["DATASETS.TRAIN", names, "SOLVER.MAX_ITER", 1, *ON_IMAGES])
         assert 0 < last_losses(images.output)["loss_ghnd_res2"] < math.inf
-
-
-KEYS = ["train_distill.py", "MODEL.DISTILLER.TASK_LOSS_WEIGHT 0", "FILTER_EMPTY_ANNOTATIONS False"]
-
-
-@pytest.mark.parametrize(
-    "distill, options",
-    [(True, []), (True, [*ON_IMAGES, NODE + "TASK_LOSS_WEIGHT", 0.5]), (False, ON_IMAGES)],
-)
-def test_images_where_annotations_are_needed(images, distill, options):
-    message = f"'{images.config.DATASETS.TRAIN[0]}' has no annotations: 6 images"
-    images.fails(ValueError, message, *KEYS, distill=distill, opts=options)
 
 
 def test_images_cannot_be_evaluated_on(images):

@@ -6,15 +6,12 @@ import icd_run
 import pytest
 import torch
 import yaml
-from detectron2.engine import DefaultTrainer
-from losses.naive_icd import random_weights
 from runs import ROOT, Job, assert_equal, changed, checkpoint, metrics, rewind, run_commands
 
 from distill_d2.data import register_custom_datasets
 from distill_d2.engine.solvers import LossSolver
 from distill_d2.losses import build_losses
 from distill_d2.losses.icd.queries import InstanceQueries
-from distill_d2.testing import tiny_config
 
 ICD = "InstanceConditionalDistillation"
 NODE = "MODEL.DISTILLER."
@@ -89,18 +86,6 @@ def test_pretraining_trains_the_decoder_alone(job):
     assert ["loss_icd_value" in line for line in lines] == [False] * 2 + [True] * 4
 
 
-def test_teacher_with_other_classes_and_channels(job):
-    teacher = tiny_config(width=16, channels=24)
-    teacher.MODEL.RETINANET.NUM_CLASSES = 7
-    job.use_teacher(teacher)
-    job.node.PRELOAD_HEAD = True
-    job.run()
-    assert TERMS < set(metrics(job.output)[0])
-    saved = checkpoint(job.output)["distiller"]
-    assert saved[f"{ICD}.pairs.teacher_adapters.p3.weight"].shape == (16, 24, 1, 1)
-    assert saved[f"{ICD}.queries.encoder.0.weight"].shape[1] == 3 + 256 + 10
-
-
 @pytest.mark.parametrize(
     "family, last, options",
     [
@@ -148,13 +133,6 @@ def test_fakes_repeat_with_the_seed(job, monkeypatch):
     assert not any(torch.equal(*pair) for pair in zip(first, other))
 
 
-def test_fakes_are_drawn_by_box_statistics(job):
-    prior = job.trainer().plain_model.losses[ICD].queries.sampler.prior
-    # 12 boxes of 16 x 20 pixels in images of 64 x 48 and 48 x 64, 4 of each class
-    assert prior.probability.tolist() == pytest.approx([1 / 3] * 3)
-    assert prior.mean[:, 0].mean() == pytest.approx((16 / 64 + 16 / 48) / 2)
-
-
 # Parameters of an earlier run.
 
 
@@ -163,16 +141,6 @@ def earlier(job):
     """The checkpoint of an earlier run in another folder."""
     job.run(opts=["OUTPUT_DIR", job.folder / "earlier", NODE + "SOLVER.BASE_LR", 0.01])
     return job.folder / "earlier" / "model_final.pth"
-
-
-def reference_checkpoint(path, prefix="module.", **sizes):
-    """As the reference saves it, with the keys that it has besides."""
-    sizes = {"hidden_dim": 16, "heads": 4, "layers": 1, "classes": 3, **sizes}
-    weights = random_weights(torch.Generator().manual_seed(3), **sizes)
-    state = {prefix + name: value for name, value in weights.items()}
-    state[f"{prefix}pixel_mean"], state[f"{prefix}pixel_std"] = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
-    torch.save({"model": {}, "teacher": state, "iteration": 89999}, path)
-    return weights
 
 
 def preload_keys(path, part="teacher_only"):
@@ -194,37 +162,6 @@ def test_preloads_an_earlier_run_into_a_fresh_run_only(job, earlier):
     nothing_to_resume = ["OUTPUT_DIR", job.folder / "other"]
     loaded = job.trainer("--resume", opts=[*preload_keys(earlier, "all"), *nothing_to_resume])
     assert_equal(loss_state(loaded), saved)
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_preloads_a_checkpoint_of_the_reference(job, prefix):
-    weights = reference_checkpoint(job.folder / "reference.pth", prefix)
-    loaded = loss_state(job.trainer(opts=preload_keys(job.folder / "reference.pth", "all")))
-    layer = "attention_module.matt.0."
-    for name, value in {
-        "decoder.0.in_proj_weight": weights[f"teacher.{layer}matt.in_proj_weight"],
-        "queries.encoder.6.bias": weights["teacher.ins_encoder.encoder.layers.2.bias"],
-        "student.0.values.weight": weights[f"distillers.0.{layer}matt.in_proj_weight"][32:],
-    }.items():
-        assert torch.equal(loaded[f"{ICD}.{name}"], value)
-    job.run(opts=preload_keys(job.folder / "reference.pth"))  # it also trains
-
-
-def test_checkpoint_of_the_reference_of_other_settings(job):
-    reference_checkpoint(job.folder / "reference.pth", classes=80)
-    message = ("queries.encoder.0.weight (16, 346), here (16, 269)", "NUM_CLASSES")
-    job.fails(ValueError, *message, opts=preload_keys(job.folder / "reference.pth"))
-    reference_checkpoint(job.folder / "reference.pth", hidden_dim=32)
-    message = ("weight (32, 32), here (16, 16)", "HIDDEN_DIM", "PRELOAD_TEACHER")
-    job.fails(ValueError, *message, opts=preload_keys(job.folder / "reference.pth"))
-
-
-def test_nothing_to_preload(job):
-    plain = job.folder / "teacher" / "teacher.pth"
-    job.fails(ValueError, "PRELOAD_TEACHER", str(plain), "['model']", opts=preload_keys(plain))
-    job.fails(FileNotFoundError, "nowhere.pth", opts=preload_keys(job.folder / "nowhere.pth"))
-    wrong = ("PRELOAD_TYPE", "'student'", "teacher_only")
-    job.fails(ValueError, *wrong, opts=preload_keys(plain, "student"))
 
 
 # Configs.
@@ -257,18 +194,6 @@ def test_yaml_of_the_reference(job):
     assert (group["initial_lr"], group["lr"], group["momentum"]) == (0.02, 0.01, 0.8)
     assert (group["nesterov"], group["weight_decay"]) == (True, 0.0003)
     assert solver._scheduler.state_dict()["last_epoch"] == 0
-
-
-def test_default_trainer_trains_the_decoder(job):
-    cfg = job.setup(opts=["SOLVER.BASE_LR", 1e-3])
-    trainer = DefaultTrainer(cfg)
-    trainer.resume_or_load(resume=False)
-    trainer._hooks = [hook for hook in trainer._hooks if type(hook).__name__ != "EvalHook"]
-    start = {name: value.clone() for name, value in trainer.model.losses.state_dict().items()}
-    trainer.train()
-    assert changed(start, trainer.model.losses.state_dict()) == set(start)
-    last = [line for line in metrics(cfg.OUTPUT_DIR) if "total_loss" in line][-1]
-    assert TERMS < set(last) and torch.tensor([last[name] for name in TERMS]).isfinite().all()
 
 
 # Several processes, with find_unused_parameters=False.

@@ -4,14 +4,12 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from coco_case import SMALL, write_coco, write_weights
-from runs import ROOT, checkpoint, rewind, run_commands
+from runs import checkpoint, rewind, run_commands
 
 
 def test_two_processes_train_with_adapters_and_resume(job):
@@ -104,52 +102,3 @@ def wait_for(condition, process, log, seconds=120):
     while not condition():
         assert process.poll() is None and time.time() < end, log.read_text()[-5000:]
         time.sleep(0.2)
-
-
-@pytest.fixture
-def coco(tmp_path, monkeypatch):
-    write_coco(tmp_path / "datasets")
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
-    return tmp_path
-
-
-def reference_line(folder, script, config, *arguments):
-    start = [sys.executable, str(ROOT / script), "--num-gpus", "0", "--config-file"]
-    return [*start, str(ROOT / config), *arguments, *SMALL, "OUTPUT_DIR", str(folder / "output")]
-
-
-def test_command_lines_of_the_reference_on_coco(coco):
-    """As its README gives them, but for the sizes."""
-    config = "configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-    weights = write_weights("COCO-Detection/retinanet_R_50_FPN_1x.yaml", coco / "r50.pth")
-    run_commands(reference_line(coco, "train_baseline.py", config, "MODEL.WEIGHTS", weights))
-    config = "configs/Distillation-PKD/retinanet_R_50_R101_pkd_FPN_1x.yaml"
-    weights = ["MODEL.WEIGHTS", str(coco / "output" / "model_final.pth")]
-    line = reference_line(coco, "train_distill.py", config, "--resume", "--eval-only", *weights)
-    assert "copypaste: AP," in run_commands(line)[0]
-
-
-@pytest.mark.parametrize(
-    "student, teacher",
-    [
-        ("retinanet", "COCO-Detection/retinanet_R_101_FPN_3x.yaml"),
-        pytest.param("RCNN", "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", marks=pytest.mark.slow),
-        pytest.param(
-            *("MaskRCNN", "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x.yaml"),
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_icds_command_lines_of_the_reference_on_coco(coco, student, teacher):
-    config = f"configs/Distillation-ICD/{student}_R_50_R101_icd_FPN_1x.yaml"
-    weights = [
-        "MODEL.WEIGHTS",
-        "",
-        "MODEL.DISTILLER.TEACHER_WEIGHTS",
-        write_weights(teacher, coco / "t.pth"),
-    ]
-    run_commands(reference_line(coco, "train_distill.py", config, "--resume", *weights))
-    saved = torch.load(coco / "output" / "model_final.pth", weights_only=True)
-    assert saved["distiller"] and saved["trainer"]["iteration"] == 1
-    line = reference_line(coco, "train_distill.py", config, "--resume", "--eval-only", *weights)
-    assert "copypaste: AP," in run_commands(line)[0]

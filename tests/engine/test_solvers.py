@@ -15,7 +15,7 @@ from distill_d2.distiller import Distiller
 from distill_d2.engine import build_optimizer
 from distill_d2.engine.optimizer import trained_with_student
 from distill_d2.engine.step import TrainStep
-from distill_d2.testing import distiller_config, save_teacher, tiny_batch, tiny_config
+from distill_d2.testing import distiller_config, save_teacher, tiny_config
 
 SOLVER = "MODEL.DISTILLER.SOLVER."
 PRETRAIN = "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS"
@@ -255,18 +255,6 @@ def test_resume_in_and_after_pretraining(probe, last):
     resumed = checkpoint(probe.output)
     assert_equal(whole["model"], resumed["model"])
     assert_equal(whole["distiller"], resumed["distiller"])
-
-
-def test_pretraining_pads_as_the_student_does(tmp_path):
-    """Images of different sizes, with a teacher of a coarser multiple."""
-    teacher = save_teacher(tiny_config(width=16), tmp_path)
-    model = Distiller(distiller_config(tiny_config(), teacher, types=["ProbeLoss"]))
-    for count, size in ((1, 40), (2, 72), (3, 100)):
-        batch = tiny_batch(count, size)
-        images = [item["image"] for item in batch]
-        with EventStorage():  # the student's own forward wants one
-            model(batch)
-        assert model.padding.of_images(images) == model.padding.size
 
 
 def test_nothing_to_pretrain(job):

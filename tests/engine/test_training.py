@@ -67,6 +67,8 @@ def test_what_training_leaves_behind(job):
     trainer = job.trainer(opts=["SOLVER.MAX_ITER", 2])
     trainer.train()
     model = trainer.plain_model
+    modules = [*model.student.modules(), *model.teacher.model.modules()]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
     student = pickle.loads(pickle.dumps(model.student))
     assert_equal(student.state_dict(), checkpoint(job.output)["model"])
     with EventStorage():
@@ -195,7 +197,7 @@ def test_expected_results_are_verified(job):
 def test_progress_bar_on_a_terminal(job, monkeypatch, capsys):
     job.run(opts=["OUTPUT_DIR", job.folder / "plain"])
     assert "4/4" not in capsys.readouterr().err
-    monkeypatch.setattr(ProgressBar, "wanted", staticmethod(lambda: True))
+    monkeypatch.setattr(ProgressBar, "is_enabled", staticmethod(lambda: True))
     job.run()
     shown = capsys.readouterr().err
     assert "4/4" in shown and "loss=" in shown

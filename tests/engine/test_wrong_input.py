@@ -1,9 +1,5 @@
 """Wrong input: one clear message, before training (law 10). Most would cost hours if found late."""
 
-import os
-import pickle
-from pathlib import Path
-
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
@@ -39,43 +35,15 @@ def test_teacher_weights_missing(job):
     job.fails(FileNotFoundError, "nowhere.pth", "MODEL.DISTILLER.TEACHER_WEIGHTS")
 
 
-def test_teacher_weights_truncated(job):
-    whole = Path(job.folder / "teacher" / "teacher.pth")
-    whole.write_bytes(whole.read_bytes()[:20000])
-    job.fails(ValueError, str(whole), "truncated")
-
-
 def test_teacher_weights_of_another_architecture(job):
     save_teacher(tiny_config("faster", width=16), job.folder / "other")
     job.node.TEACHER_WEIGHTS = str(job.folder / "other" / "teacher.pth")
     job.fails(ValueError, "missing in the file", "head.cls_score.weight", "not in the model")
 
 
-def test_teacher_weights_that_run_code(job):
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(job.folder / "executed"),)
-
-    path = job.folder / "teacher.pkl"
-    path.write_bytes(pickle.dumps({"model": Code(), "__author__": "x"}))
-    job.node.TEACHER_WEIGHTS = str(path)
-    job.fails(ValueError, str(path), "mkdir")
-    assert not (job.folder / "executed").exists()
-
-
-def test_level_that_does_not_exist(job):
-    job.node.PKD.IN_FEATURES = ["p3", "p7"]
-    job.fails(KeyError, "'p7'", "p2", "res4")
-
-
 def test_dataset_that_is_not_registered(job):
     job.config.DATASETS.TRAIN = (job.entry["NAME"] + "x",)
     job.fails(ValueError, job.entry["NAME"] + "x", job.entry["NAME"], "DATASETS.CUSTOM")
-
-
-def test_dataset_path_without_annotations(job):
-    os.remove(job.entry["JSON"])
-    job.fails(OSError, job.entry["JSON"], "images")
 
 
 def test_classes_of_dataset_and_model_differ(job):
@@ -88,12 +56,6 @@ def test_dataset_that_cannot_be_evaluated(job):
     (job.output / "metrics.json").unlink()
     MetadataCatalog.get(job.entry["NAME"]).__dict__["evaluator_type"] = "sem_seg"
     job.fails(ValueError, job.entry["NAME"], "'sem_seg'", "pascal_voc")
-
-
-def test_unreadable_image_is_named(job):
-    broken = Path(job.entry["IMAGES"]) / "3.png"
-    broken.write_bytes(broken.read_bytes()[:200])
-    job.fails(ValueError, str(broken))
 
 
 def test_resume_from_another_model(job):

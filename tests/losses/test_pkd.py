@@ -40,12 +40,6 @@ def test_levels_are_summed():
     assert terms["loss_pkd"].item() == pytest.approx(0.30, rel=1e-5)
 
 
-def test_only_the_named_levels():
-    maps = {"p3": S, "p4": S}
-    terms = compare(PKD(in_features=["p4"]), maps, {"p3": -T, "p4": T})
-    assert terms["loss_pkd"].item() == pytest.approx(0.15, rel=1e-5)
-
-
 CASES = {
     "one image": ((1, 5, 7, 6), 0, 1),
     "batch": ((3, 8, 9, 4), 0, 1),
@@ -89,25 +83,11 @@ def test_memory_layout_does_not_matter():
     torch.testing.assert_close(other_gradient, gradient)
 
 
-def test_gradcheck():
-    student = torch.randn(2, 3, 4, 2, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(2, 3, 4, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda s: pearson_distance(s, teacher), student)
-
-
 def test_gradient_is_scaled_by_what_follows():
     student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     _, gradient = value_and_gradient(pearson_distance, student, teacher)
     _, tripled = value_and_gradient(lambda s, t: 3 * pearson_distance(s, t), student, teacher)
     torch.testing.assert_close(tripled, 3 * gradient)
-
-
-def test_student_equal_to_teacher():
-    feature = torch.randn(2, 8, 10, 10)
-    value, gradient = value_and_gradient(pearson_distance, feature, feature)
-    assert value.abs() < 1e-6
-    # An unrelated student's gradient is about 1 / numel.
-    assert gradient.abs().max() * feature.numel() < 1e-4
 
 
 def test_blind_to_each_channels_scale_and_offset():
@@ -144,13 +124,6 @@ def test_single_element_gives_nothing():
     assert value == 0 and gradient == 0
 
 
-@pytest.mark.parametrize("level", [0.1, -70.3])
-def test_constant_teacher_has_no_say_in_the_gradient(level):
-    student = torch.randn(2, 4, 9, 7)
-    _, gradient = value_and_gradient(pearson_distance, student, torch.full_like(student, level))
-    assert gradient.abs().max() * student.numel() < 1e-4
-
-
 @pytest.mark.parametrize("std", [1e-12, 1e-18, 1e-22])
 def test_vanishing_student_is_finite(std):
     _, gradient = value_and_gradient(
@@ -173,9 +146,3 @@ def test_no_gradient_to_the_teacher():
     teacher = torch.randn(2, 3, 4, 4, requires_grad=True)
     pearson_distance(student, teacher).backward()
     assert student.grad is not None and teacher.grad is None
-
-
-def test_inputs_stay_as_they_are():
-    student, teacher = S.clone(), T.clone()
-    value_and_gradient(pearson_distance, student, teacher)
-    assert torch.equal(student, S) and torch.equal(teacher, T)

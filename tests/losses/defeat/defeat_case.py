@@ -253,20 +253,6 @@ class Case:
         sum(terms.values()).backward()
         return terms
 
-    def permute(self, order: Sequence[int]) -> None:
-        """Put the images into another order."""
-
-        def moved(of_source):
-            return {source: [parts[i] for i in order] for source, parts in of_source.items()}
-
-        self.truth, self.rows = ([part[i] for i in order] for part in (self.truth, self.rows))
-        self.labels, self.proposals = moved(self.labels), moved(self.proposals)
-        for role in self.maps:
-            self.maps[role] = {name: x.detach()[order] for name, x in self.maps[role].items()}
-            self.logits[role] = moved(self.logits[role])
-        for leaf in self.leaves().values():
-            leaf.requires_grad_()
-
     # The naive version.
 
     def naive(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

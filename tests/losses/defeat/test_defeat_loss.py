@@ -176,21 +176,6 @@ def test_images_without_objects(mask, objects):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in case.loss.parameters())
 
 
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("kind", ["object", "background"])
-def test_rows_of_one_kind_alone(kind, dense):
-    """Nor has the other kind a gradient, or a number that is not finite."""
-    case = Case(**HEAD, dense=dense)
-    labels = {"object": 1, "background": 0 if dense else case.classes}
-    case.labels = {
-        source: [[labels[kind]] * len(of_image) for of_image in found]
-        for source, found in case.labels.items()
-    }
-    terms = case.compare()
-    names = "loss_defeat_hcls", "loss_defeat_hcls_back"
-    assert [bool(terms[name]) for name in names] == [kind == "object", kind == "background"]
-
-
 # Gradients, and what is not computed
 
 
@@ -217,16 +202,6 @@ def test_what_no_term_needs_is_not_asked_for():
     case = Case(**HEAD, proposals="teacher")
     assert case.views[1].required == {"box_head", "own_proposals"}
     assert not list(case.loss.parameters())
-
-
-def test_terms_of_both_proposals_have_names_of_their_own():
-    terms = Case(**HEAD, proposals="both").run()
-    names = ("hcls", "hcls_back", "hcls_teacher", "hcls_back_teacher")
-    assert list(terms) == [f"loss_defeat_{name}" for name in names]
-    for proposals, end in (("student", ""), ("teacher", "_teacher")):
-        alone = Case(**HEAD, proposals=proposals).run()
-        assert list(alone) == ["loss_defeat_hcls", "loss_defeat_hcls_back"]
-        assert all(torch.equal(term, terms[name + end]) for name, term in alone.items())
 
 
 # Adapters
@@ -262,27 +237,6 @@ def test_deviation_of_the_adapters(loss, settings, deviation):
     assert len(weights) == 3
     for weight in weights:
         assert 0.8 * deviation < weight.std() < deviation and weight.abs().max() < 2 * deviation
-
-
-@pytest.mark.parametrize("loss, name", [(DeFeat, "adapt_init_std"), (FGFI, "adapter_init_std")])
-def test_adapters_may_start_as_torch_chooses(loss, name):
-    case = Case(channels=(16, 16), fresh=True, loss=loss, **{name: 0.0})
-    weights = [parameter for parameter in case.loss.parameters() if parameter.dim() == 4]
-    for weight in weights:
-        assert 0.07 < weight.abs().max() <= 1 / 12  # uniform, within 1 / sqrt(16 * 9)
-
-
-def test_relu_follows_the_adapters_of_the_backbone_alone():
-    """And those of FGFI where the paper's are wanted."""
-    case = Case(**{**NECK, **BACKBONE, "hint_neck_w": 1.0}, bb_adapt=True)
-    student, teacher = case.views
-    with student.recording(), teacher.recording():
-        for view in case.views:
-            view.model.backbone(None)
-        stages = [ours for ours, _ in case.loss.backbone(student, teacher).values()]
-        levels = [ours for ours, _ in case.loss.neck(student, teacher).values()]
-    assert all((level == 0).any() and (level >= 0).all() for level in stages)
-    assert all((level < 0).any() for level in levels)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import naive_ssd_kd as naive
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.modeling import build_model
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.utils.events import EventStorage
 from recorded import detector
@@ -19,10 +18,9 @@ from ssd_case import ssd as ssd_model
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.ssd_kd import SSDKD
-from distill_d2.losses.ssd_kd import loss as ssd_kd_loss
 from distill_d2.teacher import Teacher
-from distill_d2.testing.synchronization import no_synchronization
-from distill_d2.testing.tiny import tiny_batch, tiny_config, tiny_detector
+from distill_d2.testing.replay import intercepted
+from distill_d2.testing.tiny import tiny_batch, tiny_detector
 from distill_d2.views import Batch, Predictions, build_view
 
 ONE_STAGE = {f"loss_ssd_kd_{name}" for name in ("soft", "bounded", "hint")}
@@ -32,8 +30,6 @@ OWN["faster"] = OWN["ssd"] | {"loss_rpn_cls", "loss_rpn_loc"}
 OWN["mask"] = OWN["faster"] | {"loss_mask"}
 TERMS = {"ssd": ONE_STAGE, "faster": TWO_STAGE, "mask": TWO_STAGE}
 FAMILIES = list(TERMS)
-# A margin with which the bounded terms are not 0.
-ALL = {"margin": 1e6}
 
 
 @functools.cache
@@ -77,82 +73,13 @@ def step(model, inputs, iteration=0):
     return losses
 
 
-def spying(model, spy):
-    """``spy(loss's own forward, student, teacher, batch)`` in the place of the loss's forward."""
-    (loss,) = model.losses.values()
-    loss.forward = functools.partial(spy, loss.forward)
-
-
-# A whole step
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_step(family):
-    model = distiller(family, SSDKD(**ALL))
-    losses = step(model, inputs_of(family))
-    assert set(losses) == OWN[family] | TERMS[family]
-    assert all(loss.isfinite() for loss in losses.values())
-    assert all(losses[term] > 0 and losses[term].dtype == torch.float32 for term in TERMS[family])
-    for parameter in [*model.student.parameters(), *model.losses.parameters()]:
-        assert not parameter.requires_grad or parameter.grad.isfinite().all()
-    assert all(p.grad.any() for p in model.losses.parameters())
-    assert all(p.grad is None for p in model.teacher.model.parameters())
+# The student's own losses, and which terms there are
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_terms_that_are_off(family):
     model = distiller(family, SSDKD(mu=1.0, nu=0.0))
     assert set(step(model, inputs_of(family))) == OWN[family] | {"loss_ssd_kd_hint"}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_objects(family):
-    model = distiller(family, SSDKD(hint="logits", **ALL))
-    losses = step(model, inputs_of(family, objects=0))
-    assert all(loss.isfinite() for loss in losses.values())
-    assert all(losses[term] == 0 for term in TERMS[family] if "bounded" in term)
-    assert (losses["loss_ssd_kd_soft"] == 0) == (family == "ssd")
-    grads = [p.grad for p in model.student.parameters() if p.grad is not None]
-    assert all(grad.isfinite().all() for grad in grads)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["ssd", "faster"])
-def test_terms_are_float32_under_autocast(family, dtype):
-    model, seen = distiller(family, SSDKD(**ALL)), []
-    for module in model.losses.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(lambda *args: seen.append(args[-1]))
-    with torch.autocast("cpu", dtype=dtype):
-        losses = step(model, inputs_of(family))
-    seen += [losses[term] for term in TERMS[family]]
-    assert {tensor.dtype for tensor in seen} == {torch.float32} and len(seen) > 5
-    assert all(losses[term].isfinite() and losses[term] > 0 for term in TERMS[family])
-
-
-@pytest.mark.parametrize("hint", ["feature", "logits"])
-@pytest.mark.parametrize("family", ["ssd", "faster"])
-def test_a_step_does_not_synchronise(monkeypatch, family, hint):
-    model = distiller(family, SSDKD(hint=hint))
-    read, found = ssd_kd_loss.common_predictions, {}
-
-    def guarded(forward, student, teacher, batch):
-        # detectron2's own pooling of the proposals waits: before, and not once more
-        def once(_student, _teacher, head, *_batch):
-            return found.setdefault(head, read(student, teacher, head))
-
-        monkeypatch.setattr(ssd_kd_loss, "common_predictions", once)
-        if family != "ssd":
-            once(student, teacher, "box_head")
-        with no_synchronization():
-            return forward(student, teacher, batch)
-
-    spying(model, guarded)
-    assert TERMS[family] <= set(step(model, inputs_of(family)))
-    assert set(found) == ({"dense"} if family == "ssd" else {"box_head", "rpn"})
-
-
-# The student's own losses
 
 
 def plain(student, inputs):
@@ -209,8 +136,8 @@ def test_hint_of_features(form):
             found.append(distance(adapter(level), teacher.features[name]).item())
         return forward(student, teacher, batch)
 
-    spying(model, spy)
-    losses = step(model, inputs_of("faster"))
+    with intercepted(model.losses["SSDKD"], spy):
+        losses = step(model, inputs_of("faster"))
     assert len(found) == 5
     assert losses["loss_ssd_kd_hint"].item() == pytest.approx(0.7 * sum(found), rel=1e-5)
 
@@ -260,8 +187,8 @@ def test_rows_of_the_box_head():
         expected["hint"] = 0.5 * (hint / rows / 4 + of_rpn)
         return forward(student, teacher, batch)
 
-    spying(model, spy)
-    losses = step(model, inputs)
+    with intercepted(model.losses["SSDKD"], spy):
+        losses = step(model, inputs)
     for name, value in expected.items():
         assert value > 0 and losses[f"loss_ssd_kd_{name}"].item() == pytest.approx(value, rel=1e-4), name
 
@@ -293,8 +220,8 @@ def test_all_anchors_of_the_rpn():
         expected["bounded_rpn"] = 2 * 0.5 * bound / 3000 / len(labels)
         return forward(student, teacher, batch)
 
-    spying(model, spy)
-    losses = step(model, inputs_of("faster", objects=5))
+    with intercepted(model.losses["SSDKD"], spy):
+        losses = step(model, inputs_of("faster", objects=5))
     for name, value in expected.items():
         assert value > 0 and losses[f"loss_ssd_kd_{name}"].item() == pytest.approx(value, rel=1e-4), name
 
@@ -408,14 +335,6 @@ def test_other_kinds(student, teacher):
         bind(tiny_detector(student), tiny_detector(teacher))
 
 
-def test_cascade():
-    cfg = tiny_config("faster")
-    cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = "CascadeROIHeads", True
-    message = r"SSD_KD: the student is a GeneralizedRCNN, which has no dense\(\)"
-    with pytest.raises(TypeError, match=message):
-        bind(build_model(cfg), tiny_detector("faster"))
-
-
 def test_other_priors():
     teacher = ssd_model("A", WIDTH=0.0625)
     message = "SSD_KD compares the dense predictions .* row by row, but their anchors differ"
@@ -428,10 +347,3 @@ def test_other_classes():
     message = "SSD_KD compares class logits, but the student has 20 classes and the teacher 7"
     with pytest.raises(ValueError, match=message):
         bind(_ssds()[0], ssd_model("B", WIDTH=0.0625, NUM_CLASSES=7), gamma=0.0)
-
-
-def test_other_anchors():
-    cfg = tiny_config("faster")
-    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.5, 1.0, 3.0]]
-    with pytest.raises(ValueError, match="SSD_KD compares the rpn predictions .* anchors differ"):
-        bind(tiny_detector("faster"), build_model(cfg))
