@@ -3,6 +3,7 @@ config. ``distill_d2.plugins`` says what such a module may bring."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -16,6 +17,18 @@ NOTE = "imports.txt"
 
 # The modules that were imported here, and what named them.
 _IMPORTED: dict[str, str] = {}
+
+
+def add_import_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --import, whose values are ``args.imports``, for ``import_modules``."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        metavar="MODULE_OR_FILE",
+        action="append",
+        default=[],
+        help="a module or .py file of yours that registers losses, detectors, datasets, ...; repeatable",
+    )
 
 
 def import_modules(names: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 from detectron2.engine import defaults
+from pool import Pool
 
 import distill_d2  # noqa: F401  first: it silences detectron2's known warnings
 
@@ -42,6 +43,14 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"needs real data and golden fixtures in {SHARED}, which is not there")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Two processes, for all tests that need them."""
+    processes = Pool()
+    yield processes
+    processes.close()
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ from distill_d2 import DISTILL_LOSS_REGISTRY, Distiller
 from distill_d2.checkpoint import SafeCheckpointer
 from distill_d2.data import NamedReadErrors, build_mapper, check_datasets
 from distill_d2.engine.setup import check_output_dir, choose_device, load_config
+from distill_d2.imports import add_import_argument, import_modules
 from distill_d2.losses.settings import keys_of
 
 logger = logging.getLogger("distill_d2.visualize")
@@ -53,7 +54,7 @@ logger = logging.getLogger("distill_d2.visualize")
 # A loss is drawn whatever its schedule.
 ALWAYS_ON = {"weight": 1.0, "start_iter": 0, "stop_iter": -1, "warmup_iters": 0}
 
-_WRONG_INPUT = (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+_WRONG_INPUT = (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def main(arguments: list[str] | None = None) -> list[str]:
@@ -77,6 +78,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="path or packaged name (yaml)")
+    add_import_argument(parser)
     parser.add_argument("--method", required=True, choices=sorted(load_methods()))
     parser.add_argument("--output", required=True, help="folder for the pictures")
     parser.add_argument("--images", type=int, default=4, help="how many, spread over DATASETS.TEST")
@@ -109,10 +111,11 @@ def prepare(args: argparse.Namespace) -> Job:
     """Read and build everything.
 
     Raises:
-        AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError: something is wrong with
-            what was given.
+        AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError: an argument, the
+            config or a file is wrong.
     """
     method = load_methods()[args.method]
+    import_modules(args.imports)
     cfg = read_config(args.config_file, args.opts, method)
     check_output_dir(args.output, "--output")
     check_datasets(cfg, train=False)

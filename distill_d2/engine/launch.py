@@ -13,6 +13,7 @@ from detectron2.engine import launch as launch_processes
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
+from ..imports import add_import_argument
 from .interrupt import forwarding_signals
 
 
@@ -25,14 +26,7 @@ def argument_parser() -> argparse.ArgumentParser:
         default=1,
         help="number of processes per machine with --num-gpus 0 (CPU, over gloo)",
     )
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        metavar="MODULE_OR_FILE",
-        action="append",
-        default=[],
-        help="a module or .py file of your own that registers losses, detectors, datasets, ...; repeatable",
-    )
+    add_import_argument(parser)
     # detectron2's address, fixed per user, is for several machines; one machine takes a free port,
     # so that two runs do not collide.
     parser.set_defaults(dist_url=None, default_dist_url=parser.get_default("dist_url"))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 
 from distill_d2 import DISTILL_LOSS_REGISTRY, DistillLoss, add_distill_config
@@ -22,9 +23,11 @@ class Recipe:
         keys: below MODEL.DISTILLER.
         levels: keys that are level names, and the attribute of Family that lists them.
         equal: keys besides, with which equal detectors have no loss.
+        off: keys with which the loss trains nothing of the student; empty: its weight is 0.
         not_zero: what the names of terms begin with that equal detectors have all the same.
         host: names of functions that work on the host, see ``no_synchronization``.
         family: the detector of whole runs.
+        runs: whether there are whole runs.
         only: the detectors whose cells are tested; empty: all.
     """
 
@@ -32,9 +35,11 @@ class Recipe:
     keys: Mapping[str, Any] = field(default_factory=dict)
     levels: Mapping[str, str] = field(default_factory=dict)
     equal: Mapping[str, Any] = field(default_factory=dict)
+    off: Mapping[str, Any] = field(default_factory=dict)
     not_zero: tuple[str, ...] = ()
     host: tuple[str, ...] = ()
     family: str = "RetinaNet"
+    runs: bool = True
     only: tuple[str, ...] = ()
 
     def set_keys(self, node: CfgNode, family: Family) -> None:
@@ -42,8 +47,13 @@ class Recipe:
         chosen = {**self.keys, **{key: list(getattr(family, name)) for key, name in self.levels.items()}}
         _set(node, chosen)
 
+    @property
+    def keys_when_off(self) -> dict[str, Any]:
+        """Keys below MODEL.DISTILLER with which a run equals the baseline."""
+        return dict(self.off) or {f"{DISTILL_LOSS_REGISTRY.get(self.loss).NODE}.WEIGHT": 0.0}
+
     def build(self, family: Family, equal: bool = False) -> DistillLoss:
-        """The loss for detectors of this kind.
+        """The loss for detectors of this kind; the same at each call.
 
         Args:
             equal: with the keys ``equal``.
@@ -54,6 +64,7 @@ class Recipe:
         self.set_keys(node, family)
         if equal:
             _set(node, self.equal)
+        torch.manual_seed(0)
         return DISTILL_LOSS_REGISTRY.get(self.loss).from_config(node)
 
 
@@ -89,6 +100,7 @@ RECIPES = {
         levels={"DEFEAT.BB_FEATURES": "stages"},
         equal={"DEFEAT.NECK_ADAPT": False},
         host=(_ROI_POOLER,),
+        runs=False,
         only=("RetinaNet", "FCOS (detectron2)", "Faster R-CNN"),
     ),
     "DeFeat: all proposals": Recipe(
@@ -107,21 +119,26 @@ RECIPES = {
         _GID_FEATURES,
         levels=_GID,
         equal={"GID.ADAPTER": False},
+        runs=False,
         only=("RetinaNet", "Faster R-CNN"),
     ),
-    "GID: RPN": Recipe("GID", {"GID.PREDICTIONS": "rpn"}, family="Faster R-CNN", only=("Faster R-CNN",)),
+    "GID: RPN": Recipe(
+        "GID", {"GID.PREDICTIONS": "rpn"}, family="Faster R-CNN", runs=False, only=("Faster R-CNN",)
+    ),
     "HeadKD": Recipe("HeadKD", host=(_ROI_POOLER,), family="Faster R-CNN"),
     "HeadKD: the teacher's proposals": Recipe(
         "HeadKD",
         {"HEAD_KD.PROPOSALS": "teacher"},
         host=_TEACHERS_PROPOSALS,
         family="Mask R-CNN",
+        runs=False,
         only=("Mask R-CNN",),
     ),
     "InstanceConditionalDistillation": Recipe(
         "InstanceConditionalDistillation",
         # The student is reached from the first iteration on.
         {"INS.HIDDEN_DIM": 16, "INS.ATT_HEADS": 4, "BYPASS_DISTILL": 0},
+        off={"INS_ATT_MIMIC.WEIGHT_VALUE": 0.0},
         # The decoder learns; the student's values have a projection of their own.
         not_zero=("loss_icd_",),
         host=_ICD_HOST,
@@ -140,6 +157,7 @@ RECIPES = {
         not_zero=("loss_ssd_kd_soft",),
         host=(_ROI_POOLER,),
         family="Faster R-CNN",
+        runs=False,
         only=("Faster R-CNN", "SSD"),
     ),
 }

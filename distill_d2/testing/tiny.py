@@ -232,6 +232,7 @@ def use_ghnd(cfg: CfgNode) -> None:
     bottleneck.ENCODER_WIDTHS = [8, 12, 8]
     bottleneck.DECODER_WIDTHS = [8, 12]
     cfg.MODEL.BACKBONE.NAME = "build_bottleneck_backbone"
+    import_detectors(cfg)
     node = cfg.MODEL.DISTILLER
     node.TYPES = ["GHND"]
     node.GHND.IN_FEATURES = stages
@@ -241,3 +242,4 @@ def use_ghnd(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "Adam"
     cfg.SOLVER.BASE_LR = 0.001
     cfg.SOLVER.WEIGHT_DECAY = cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
+    import_detectors(cfg)

@@ -8,7 +8,7 @@ import pickle
 import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 
-from distill_d2.data import NamedReadErrors, check_dataset, check_datasets, register_custom_datasets
+from distill_d2.data import NamedReadErrors, check_datasets, register_custom_datasets
 from distill_d2.plugins import of_student
 from distill_d2.testing.tiny import CLASSES, distiller_config, tiny_config, use_dataset, write_dataset
 
@@ -39,10 +39,6 @@ def assert_fails(cfg, *texts, error=ValueError, **arguments):
     with pytest.raises(error) as caught:
         check_datasets(cfg, **arguments)
     assert all(text in str(caught.value) for text in texts), caught.value
-
-
-def test_good_datasets_pass(cfg):
-    assert check_datasets(cfg) is None
 
 
 def test_bccd_passes(shared):
@@ -143,11 +139,6 @@ def registered():
         MetadataCatalog.pop(name, None)
 
 
-def test_registered_dataset_without_images(registered):
-    with pytest.raises(ValueError, match="has no images"):
-        check_dataset(registered([]))
-
-
 def test_annotations_are_needed_for_training_alone(cfg, registered):
     dicts = [{**record, "annotations": []} for record in DatasetCatalog.get(name_of(cfg))]
     name = registered(dicts)
@@ -205,11 +196,6 @@ def test_missing_images_are_counted_and_named(cfg, folder):
     assert_fails(cfg, "2 of 6 images", "2.png", "4 files", error=FileNotFoundError)
 
 
-def test_missing_folder_of_images(cfg, folder):
-    (folder / "images").rename(folder / "renamed")
-    assert_fails(cfg, "6 of 6 images", error=FileNotFoundError)
-
-
 def test_existence_costs_one_listing_per_folder(cfg, folder, monkeypatch):
     cfg.DATASETS.CHECK_IMAGES = 0
     listed, listdir = [], os.listdir
@@ -223,12 +209,6 @@ def test_existence_costs_one_listing_per_folder(cfg, folder, monkeypatch):
 def test_unreadable_image_is_named(cfg, folder, content):
     (folder / "images" / "3.png").write_bytes(content)
     assert_fails(cfg, "images/3.png' cannot be used")
-
-
-def test_truncated_image_is_named(cfg, folder):
-    image = folder / "images" / "3.png"
-    image.write_bytes(image.read_bytes()[:-2000])
-    assert_fails(cfg, "images/3.png' cannot be used", "truncated")
 
 
 def test_image_of_another_size_is_named(cfg, folder):

@@ -71,16 +71,16 @@ def coco(root):
 
 
 def test_voc_is_what_detectron2_reads(voc):
-    theirs = load_voc_instances(str(voc), "train", ["cat", "dog"])
-    assert load(voc_entry()) == theirs
-    assert theirs[0]["annotations"][0]["bbox"] == [10, 5, 30, 20]
+    expected = load_voc_instances(str(voc), "train", ["cat", "dog"])
+    assert load(voc_entry()) == expected
+    assert expected[0]["annotations"][0]["bbox"] == [10, 5, 30, 20]
 
 
 def test_bccd_is_what_detectron2_reads(shared):
     classes = ["RBC", "WBC", "Platelets"]
-    ours = load(voc_entry(ROOT=str(shared / "data" / "bccd"), CLASSES=classes))
-    assert ours == load_voc_instances(str(shared / "data" / "bccd"), "train", classes)
-    assert len(ours) == 205 and sum(len(record["annotations"]) for record in ours) == 2804
+    records = load(voc_entry(ROOT=str(shared / "data" / "bccd"), CLASSES=classes))
+    assert records == load_voc_instances(str(shared / "data" / "bccd"), "train", classes)
+    assert len(records) == 205 and sum(len(record["annotations"]) for record in records) == 2804
 
 
 def test_nuclei_by_a_relative_path(shared, monkeypatch):
@@ -94,24 +94,13 @@ def test_nuclei_by_a_relative_path(shared, monkeypatch):
 
 
 def test_voc_metadata_is_what_the_evaluator_needs(voc):
-    entry = voc_entry(YEAR=2012)
-    register_custom_datasets([entry])
-    metadata = MetadataCatalog.get(entry["NAME"])
-    assert metadata.evaluator_type == "pascal_voc" and metadata.year == 2012
-    assert metadata.dirname == str(voc) and metadata.split == "train"
-    assert metadata.thing_classes == ["cat", "dog"]
-
-
-def test_year_is_2007_where_none_is_given(voc):
     entry = voc_entry()
     del entry["YEAR"]
     register_custom_datasets([entry])
-    assert MetadataCatalog.get(entry["NAME"]).year == 2007
-
-
-def test_voc_split_of_one_image(root):
-    write_voc(root, {"only": [("dog", 1, 1, 9, 9)]})
-    assert [record["image_id"] for record in load(voc_entry())] == ["only"]
+    metadata = MetadataCatalog.get(entry["NAME"])
+    assert metadata.evaluator_type == "pascal_voc" and metadata.year == 2007
+    assert metadata.dirname == str(voc) and metadata.split == "train"
+    assert metadata.thing_classes == ["cat", "dog"]
 
 
 def test_voc_split_with_columns_blank_lines_and_repeats(voc):
@@ -154,12 +143,6 @@ def test_coco_categories_follow_their_ids(coco):
     assert record["file_name"] == str(coco / "images" / "1.png")
 
 
-def test_class_without_a_box_is_logged(voc, caplog):
-    with caplog.at_level(logging.WARNING, "distill_d2"):
-        load(voc_entry(CLASSES=["bird", "cat", "dog"]))
-    assert "no box of ['bird']" in caplog.text
-
-
 # Registration
 
 
@@ -186,10 +169,6 @@ def test_same_entry_below_another_root_is_another_dataset(voc, tmp_path, monkeyp
     assert_fails(entry, "another dataset", str(voc))
 
 
-def test_name_of_a_builtin_dataset(voc):
-    assert_fails(voc_entry(NAME="coco_2017_train"), "coco_2017_train", "not from DATASETS.CUSTOM")
-
-
 @pytest.mark.parametrize(
     "changes, texts",
     [
@@ -202,21 +181,11 @@ def test_name_of_a_builtin_dataset(voc):
         (dict(CLASSES=["cat", False]), ["False", "in quotes"]),
         (dict(YEAR=2010), ["YEAR", "2010", "2007 (11-point AP) or 2012 (area AP)"]),
         (dict(SPLIT=7), ["SPLIT is 7", "expected a string"]),
+        (dict(NAME="coco_2017_train"), ["coco_2017_train", "not from DATASETS.CUSTOM"]),
     ],
 )
 def test_wrong_entries(voc, changes, texts):
     assert_fails(voc_entry(**changes), *texts)
-
-
-def test_entry_that_is_no_dict():
-    with pytest.raises(ValueError, match="DATASETS.CUSTOM holds 'bccd'"):
-        register_custom_datasets(["bccd"])
-
-
-def test_missing_key(voc):
-    entry = voc_entry()
-    del entry["SPLIT"]
-    assert_fails(entry, "missing keys ['SPLIT']")
 
 
 # Paths
@@ -298,25 +267,19 @@ def test_malformed_xml_is_named(voc, content, text):
     assert_fails(voc_entry(), "cannot read", "2.xml", text)
 
 
-def test_missing_xml_is_named(voc):
-    (voc / "Annotations" / "2.xml").unlink()
-    assert_fails(voc_entry(), "cannot read", "2.xml")
-
-
 @pytest.mark.parametrize(
     "content, text",
     [
         ('{"images": [', "JSONDecodeError"),
+        (None, "category_id=4"),
         ("[]", "train.json"),
         ("{}", "categories"),
     ],
 )
 def test_malformed_json_is_named(coco, content, text):
-    (coco / "train.json").write_text(content)
+    if content is None:
+        box = {"id": 1, "image_id": 1, "category_id": 4, "bbox": [1, 1, 2, 2], "area": 4, "iscrowd": 0}
+        write_coco(coco, annotations=[box])
+    else:
+        (coco / "train.json").write_text(content)
     assert_fails(coco_entry(), "cannot read", "train.json", text)
-
-
-def test_coco_annotation_of_an_unknown_category(root):
-    box = {"id": 1, "image_id": 1, "category_id": 4, "bbox": [1, 1, 2, 2], "area": 4, "iscrowd": 0}
-    write_coco(root, annotations=[box])
-    assert_fails(coco_entry(), "train.json", "category_id=4")

@@ -1,18 +1,15 @@
 """Images without annotations: a folder of them."""
 
 import itertools
-import os
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 from small_datasets import assert_fails, load
 
-from distill_d2.data import images, register_custom_datasets
 from distill_d2.data.images import load_images
-from distill_d2.testing.tiny import tiny_config
 
 _numbers = itertools.count()
 
@@ -63,8 +60,9 @@ def test_what_counts_as_an_image(tmp_path):
     assert all((record["height"], record["width"]) == (40, 60) for record in records)
 
 
-@pytest.mark.parametrize("orientation", range(10))
-@pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.parametrize(
+    "orientation, ending", [(1, "jpg"), (3, "png"), (6, "jpg"), (8, "png"), (9, "jpg")]
+)
 def test_turned_photos_have_the_size_that_detectron2_reads(tmp_path, orientation, ending):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -73,14 +71,6 @@ def test_turned_photos_have_the_size_that_detectron2_reads(tmp_path, orientation
     assert (record["height"], record["width"]) == read_image(str(path), "BGR").shape[:2]
     turned = orientation in (5, 6, 7, 8)
     assert (record["height"], record["width"]) == ((60, 40) if turned else (40, 60))
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_any_kind_of_pixels(tmp_path, mode):
-    ending = "tif" if mode == "CMYK" else "png"
-    Image.new(mode, (60, 40)).save(tmp_path / f"a.{ending}")
-    (record,) = load_images("unlabeled", str(tmp_path))
-    assert (record["height"], record["width"]) == (40, 60)
 
 
 def test_photos_are_not_decoded(tmp_path, monkeypatch):
@@ -98,7 +88,7 @@ def test_no_images(tmp_path, files):
     assert f"dataset 'unlabeled': '{tmp_path}' holds no images (.jpg, .jpeg, .png, " in str(caught.value)
 
 
-@pytest.mark.parametrize("ending", images._ENDINGS)
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".webp"])
 @pytest.mark.parametrize("content", ["nothing", "text", "header"])
 def test_damaged_file_is_named(tmp_path, ending, content):
     write(tmp_path / "good.png")
@@ -130,15 +120,6 @@ def test_entry_by_a_relative_path(tmp_path):
     assert metadata.get("evaluator_type") is None and metadata.get("thing_classes") is None
 
 
-def test_registering_reads_nothing(tmp_path, monkeypatch):
-    write(tmp_path / "a.png")
-    monkeypatch.setattr(os, "walk", lambda *_: pytest.fail("read"))
-    entry = entry_of(tmp_path)
-    register_custom_datasets([entry])
-    register_custom_datasets([dict(entry)])  # again, as a second run in this process does
-    assert entry["NAME"] in DatasetCatalog.list()
-
-
 def test_wrong_entries(tmp_path):
     write(tmp_path / "a.png")
     keys = "a images dataset has ['FORMAT', 'IMAGES', 'NAME'], of which none may be left out"
@@ -161,12 +142,3 @@ def test_folder_that_does_not_exist(tmp_path):
     texts = ["needs the folder", "datasets/pets/fotos", "['a.png']"]
     assert_fails(entry_of("pets/fotos"), *texts, error=FileNotFoundError)
     assert_fails(entry_of("pets/a.png"), "needs the folder", error=FileNotFoundError)
-
-
-def test_mapper_makes_an_image_without_objects_of_it(tmp_path):
-    write(tmp_path / "a.png")
-    for masks in (False, True):
-        cfg = tiny_config("mask" if masks else "retinanet")
-        item = DatasetMapper(cfg, True)(load(entry_of(tmp_path))[0])
-        assert item["image"].shape == (3, 43, 64) and len(item["instances"]) == 0
-        assert item["instances"].gt_boxes.tensor.shape == (0, 4)

@@ -6,12 +6,11 @@ import time
 
 import pytest
 import torch
-from detectron2.data import build_detection_train_loader
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 
-from distill_d2.data import ResumableTrainingSampler
+from distill_d2.data import ResumableTrainingSampler, build_train_loader, end_workers
 
 SIZE, BATCH, SEED = 23, 3, 7
 
@@ -46,23 +45,26 @@ def _detectron2_batches(wide, count, shuffle=True):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_without_grouping_it_is_detectron2s_sampler(rank, shuffle):
-    ours = ResumableTrainingSampler(SIZE, batch_size=BATCH, shuffle=shuffle, seed=SEED)
-    theirs = TrainingSampler(SIZE, shuffle=shuffle, seed=SEED)
-    assert _take(ours, 200) == _take(theirs, 200)
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
 def test_grouping_gives_detectron2s_batches(rank, shuffle):
-    ours = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=_wide(), shuffle=shuffle, seed=SEED)
-    assert _batches(ours, 60) == _detectron2_batches(_wide(), 60, shuffle)
+    grouped = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=_wide(), shuffle=shuffle, seed=SEED)
+    assert _batches(grouped, 60) == _detectron2_batches(_wide(), 60, shuffle)
+    plain = ResumableTrainingSampler(SIZE, batch_size=BATCH, shuffle=shuffle, seed=SEED)
+    assert _take(plain, 200) == _take(TrainingSampler(SIZE, shuffle=shuffle, seed=SEED), 200)
 
 
-def test_batches_share_their_orientation(rank):
-    wide = _wide()
-    ours = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=wide, seed=SEED)
-    seen = {frozenset(wide[index] for index in batch) for batch in _batches(ours, 60)}
-    assert seen == {frozenset([True]), frozenset([False])}
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_resumes_with_any_number_of_workers(workers):
+    expected = _detectron2_batches(_wide(), 12)
+
+    def batches(skipped, count):
+        sampler = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=_wide(), seed=SEED)
+        sampler.skip_batches(skipped)
+        loader = build_train_loader([{"index": i} for i in range(SIZE)], dict, sampler, workers)
+        return [[image["index"] for image in batch] for batch in _take(loader, count)]
+
+    assert batches(0, 12) == expected
+    assert batches(5, 7) == expected[5:]
+    end_workers()
 
 
 @pytest.mark.parametrize("wide", [None, _wide()], ids=["plain", "grouped"])
@@ -73,39 +75,6 @@ def test_resumed_order_is_the_uninterrupted_one(rank, wide, skipped):
     resumed.seed = SEED
     resumed.skip_batches(skipped)
     assert _batches(resumed, 80 - skipped) == whole[skipped:]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loader_resumes_with_any_number_of_workers(workers):
-    wide = _wide()
-    data = [{"index": i, "width": 2 if flag else 1, "height": 1} for i, flag in enumerate(wide)]
-    expected = _detectron2_batches(wide, 12)
-
-    def batches(skipped, count):
-        sampler = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=wide, seed=SEED)
-        sampler.skip_batches(skipped)
-        loader = build_detection_train_loader(
-            dataset=data,
-            mapper=dict,
-            sampler=sampler,
-            total_batch_size=BATCH,
-            aspect_ratio_grouping=False,
-            num_workers=workers,
-        )
-        return [[image["index"] for image in batch] for batch in _take(loader, count)]
-
-    assert batches(0, 12) == expected
-    assert batches(5, 7) == expected[5:]
-
-
-def test_grouped_batches_pass_through_detectron2s_grouping():
-    wide = _wide()
-    ours = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=wide, seed=SEED)
-    images = ({"index": i, "width": 2 if wide[i] else 1, "height": 1 if wide[i] else 2} for i in ours)
-    passed = [
-        [image["index"] for image in b] for b in _take(AspectRatioGroupedDataset(images, BATCH), 40)
-    ]
-    assert passed == _batches(ours, 40)
 
 
 def test_skipping_is_fast(monkeypatch):

@@ -29,40 +29,28 @@ def _pixels(folder):
 
 def test_same_arguments_give_the_same_bytes(small, tmp_path):
     json_file, images = generate_shapes(str(tmp_path), "other_name", 40, seed=5)
+    _, others = generate_shapes(str(tmp_path), "other_seed", 1, seed=6, image_size=128)
+    assert _pixels(others)["00000.jpg"].shape == (128, 128, 3)
     assert Path(json_file).read_bytes() == Path(small[0]).read_bytes()
     first, second = _pixels(small[1]), _pixels(images)
     assert first.keys() == second.keys() and len(first) == 40
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def test_another_seed_gives_other_images(small, tmp_path):
-    _, images = generate_shapes(str(tmp_path), "train", 1, seed=6)
-    assert not np.array_equal(_pixels(images)["00000.jpg"], _pixels(small[1])["00000.jpg"])
-
-
-def test_image_size(tmp_path):
-    _, images = generate_shapes(str(tmp_path), "train", 2, seed=1, image_size=128)
-    assert {image.shape for image in _pixels(images).values()} == {(128, 128, 3)}
-
-
-def test_splits_of_the_dataset_differ():
-    assert shapes.SPLITS["train"][0] == 2000 and shapes.SPLITS["val"][0] == 200
-    assert shapes.SPLITS["train"][1] != shapes.SPLITS["val"][1]
-
-
 def test_masks_are_where_the_shapes_are(small):
-    """Each polygon covers the pixels that are nearer to its colour than to the background's."""
+    """Each polygon covers the pixels that are nearer to its color than to the background's."""
     coco, overlaps = COCO(small[0]), []
     for image in coco.loadImgs(coco.getImgIds()):
         pixels = cv2.imread(str(small[1] / image["file_name"])).astype(float)
         annotations = coco.imgToAnns[image["id"]]
-        assert 1 <= len(annotations) <= 4
+        assert 1 <= len(annotations) <= 4 and image["width"] == pixels.shape[1]
+        assert sum(map(coco.annToMask, annotations)).max() == 1  # shapes do not overlap
         masks = [coco.annToMask(annotation).astype(bool) for annotation in annotations]
         background = np.median(pixels[~np.logical_or.reduce(masks)], axis=0)
         for index, mask in enumerate(masks):
-            colour = np.median(pixels[mask], axis=0)
-            assert np.abs(colour - background).sum() > 130  # 160 before JPEG, from the mean
-            near = np.abs(pixels - colour).sum(axis=2) < np.abs(pixels - background).sum(axis=2)
+            color = np.median(pixels[mask], axis=0)
+            assert np.abs(color - background).sum() > 130  # 160 before JPEG, from the mean
+            near = np.abs(pixels - color).sum(axis=2) < np.abs(pixels - background).sum(axis=2)
             around = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8)).astype(bool)
             others = np.logical_or.reduce([np.zeros_like(mask), *masks[:index], *masks[index + 1 :]])
             near &= around & ~others
@@ -80,12 +68,6 @@ def test_boxes_enclose_their_polygons_within_the_image(small):
         assert corners.min() >= 0 and corners.max() <= 96
         # radius 10 to 25 % of 96 pixels; a square of radius r is at least 1.4 r wide
         assert 12 < max(width, height) <= 48.1
-
-
-def test_shapes_do_not_overlap(small):
-    coco = COCO(small[0])
-    for annotations in coco.imgToAnns.values():
-        assert sum(map(coco.annToMask, annotations)).max() == 1
 
 
 def test_all_classes_occur_and_in_the_order_of_the_metadata(small):

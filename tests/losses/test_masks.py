@@ -122,17 +122,6 @@ def test_cells_by_hand(box, cells):
     assert tuple(x.item() for x in found) == cells
 
 
-def test_mask_by_hand():
-    images = [[[8, 0, 24, 16]], [], [[0, 16, 15, 32], [9, 9, 10, 10]]]
-    mask = box_mask(*drawn_boxes(images), (3, 4), 8)
-    assert mask.dtype == torch.float32
-    assert mask.tolist() == [
-        [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]],
-        [[0, 0, 0, 0]] * 3,
-        [[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]],
-    ]
-
-
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_naive_box_and_gaussian_masks(size, stride):
@@ -148,18 +137,6 @@ def test_naive_box_and_gaussian_masks(size, stride):
 
 
 # Gaussians
-
-
-def test_gaussian_by_hand():
-    """Around the centre of cell (1, 1): of deviations 12 across and 12 down, in cells of 8 pixels."""
-    mask = gaussian_mask(*drawn_boxes([[[0, 0, 24, 24]]]), (4, 5), 8)
-    beside, across = math.exp(-(8**2) / (2 * 12**2)), math.exp(-(8**2) / 12**2)
-    expected = [
-        [across, beside, across, 0, 0],
-        [beside, 1, beside, 0, 0],
-        [across, beside, across, 0, 0],
-    ]
-    torch.testing.assert_close(mask[0], torch.tensor([*expected, [0] * 5]))
 
 
 # Anchors
@@ -269,14 +246,6 @@ def test_masks_of_anchors_on_a_larger_map_are_picked_from():
     assert found.shape == (1, 32, 32) and 0 < found.sum() < found.numel()
     rows, columns = ((torch.arange(32) * cells / 32).long() for cells in (33, 34))
     assert torch.equal(found[0], larger[0][rows][:, columns])
-
-
-def test_levels_are_ordered_by_stride_not_by_name_or_place():
-    strides = {"b": 32, "a": 8, "c": 16}
-    images = [[box] for box in BY_SIZE]
-    found, expected = found_masks(images, (256, 256), strides=strides), found_masks(images, (256, 256))
-    for ours, theirs in {"a": "p3", "c": "p4", "b": "p5"}.items():
-        assert torch.equal(found[ours], expected[theirs])
 
 
 # Detectors

@@ -43,6 +43,7 @@ from detectron2.utils.events import EventStorage
 
 import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2.engine.setup import choose_device, load_config
+from distill_d2.imports import add_import_argument, import_modules
 
 from .meter import Meter, Sample
 from .report import facts, print_report, summarize
@@ -68,6 +69,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     if args.config_file.endswith(".py"):
         sys.exit(f"benchmark: --config-file {args.config_file}: only yaml configs can be measured")
+    import_modules(args.imports)
     cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = args.device or choose_device(cfg.MODEL.DEVICE, num_gpus=0)
     subjects = build_subjects(cfg, args.size, args.batch, args.objects, args.seed)
@@ -88,6 +90,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="path or packaged name (yaml)")
+    add_import_argument(parser)
     parser.add_argument("--size", default="512", help="of the images in pixels: 512, or HEIGHTxWIDTH")
     parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--objects", type=int, default=8, help="objects per image")

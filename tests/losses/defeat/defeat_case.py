@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 
+import closeness
 import naive_defeat as naive
 import numpy as np
 import torch
@@ -32,15 +34,7 @@ STAGES = {"res3": 8, "res4": 16, "res5": 32}
 DENSE_LEVELS = ((6, 2), (3, 3))  # positions and anchors
 
 
-def close(actual, expected, name="", precision=1e-5):
-    """Equal to ``precision`` of the largest number there."""
-    actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))
-    assert actual.shape == expected.shape, name
-    assert actual.isfinite().all(), name
-    scale = max(float(expected.abs().max()), 1e-6)
-    torch.testing.assert_close(
-        actual, expected, atol=precision * scale, rtol=0, msg=lambda text: f"{name}: {text}"
-    )
+close = functools.partial(closeness.close, floor=1e-06)
 
 
 class _Maps(Backbone):
@@ -252,20 +246,6 @@ class Case:
         terms = self.forward()
         sum(terms.values()).backward()
         return terms
-
-    def permute(self, order: Sequence[int]) -> None:
-        """Put the images into another order."""
-
-        def moved(of_source):
-            return {source: [parts[i] for i in order] for source, parts in of_source.items()}
-
-        self.truth, self.rows = ([part[i] for i in order] for part in (self.truth, self.rows))
-        self.labels, self.proposals = moved(self.labels), moved(self.proposals)
-        for role in self.maps:
-            self.maps[role] = {name: x.detach()[order] for name, x in self.maps[role].items()}
-            self.logits[role] = moved(self.logits[role])
-        for leaf in self.leaves().values():
-            leaf.requires_grad_()
 
     # The naive version.
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from defeat_case import ALL, BACKBONE, HEAD, NECK, OFF, WEIGHTS, Case
 
-from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.fgfi import FGFI
 from distill_d2.testing.maps import plane
 
@@ -176,21 +175,6 @@ def test_images_without_objects(mask, objects):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in case.loss.parameters())
 
 
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("kind", ["object", "background"])
-def test_rows_of_one_kind_alone(kind, dense):
-    """Nor has the other kind a gradient, or a number that is not finite."""
-    case = Case(**HEAD, dense=dense)
-    labels = {"object": 1, "background": 0 if dense else case.classes}
-    case.labels = {
-        source: [[labels[kind]] * len(of_image) for of_image in found]
-        for source, found in case.labels.items()
-    }
-    terms = case.compare()
-    names = "loss_defeat_hcls", "loss_defeat_hcls_back"
-    assert [bool(terms[name]) for name in names] == [kind == "object", kind == "background"]
-
-
 # Gradients, and what is not computed
 
 
@@ -219,16 +203,6 @@ def test_what_no_term_needs_is_not_asked_for():
     assert not list(case.loss.parameters())
 
 
-def test_terms_of_both_proposals_have_names_of_their_own():
-    terms = Case(**HEAD, proposals="both").run()
-    names = ("hcls", "hcls_back", "hcls_teacher", "hcls_back_teacher")
-    assert list(terms) == [f"loss_defeat_{name}" for name in names]
-    for proposals, end in (("student", ""), ("teacher", "_teacher")):
-        alone = Case(**HEAD, proposals=proposals).run()
-        assert list(alone) == ["loss_defeat_hcls", "loss_defeat_hcls_back"]
-        assert all(torch.equal(term, terms[name + end]) for name, term in alone.items())
-
-
 # Adapters
 
 
@@ -244,45 +218,6 @@ def test_adapters_start_from_a_cut_normal_distribution():
         assert 0.019 < weight.abs().max() < 0.02 and 0.0083 < weight.std() < 0.0090
     biases = torch.cat([adapter.bias for adapter in adapters.values()])
     assert 0.05 < biases.abs().max() <= 1 / 12  # as torch chooses: within 1 / sqrt(16 * 9)
-
-
-@pytest.mark.parametrize(
-    "loss, settings, deviation",
-    [
-        (DeFeat, NECK, 1e-4),
-        (DeFeat, {**BACKBONE, "bb_adapt": True}, 1e-4),
-        (DeFeat, {**NECK, "adapt_init_std": 0.5}, 0.5),
-        (FGFI, {}, 1e-4),
-        (FGFI, {"adapter_init_std": 0.5}, 0.5),
-    ],
-)
-def test_deviation_of_the_adapters(loss, settings, deviation):
-    case = Case(channels=(8, 8), stage_channels=(8, 8), fresh=True, loss=loss, **settings)
-    weights = [parameter for parameter in case.loss.parameters() if parameter.dim() == 4]
-    assert len(weights) == 3
-    for weight in weights:
-        assert 0.8 * deviation < weight.std() < deviation and weight.abs().max() < 2 * deviation
-
-
-@pytest.mark.parametrize("loss, name", [(DeFeat, "adapt_init_std"), (FGFI, "adapter_init_std")])
-def test_adapters_may_start_as_torch_chooses(loss, name):
-    case = Case(channels=(16, 16), fresh=True, loss=loss, **{name: 0.0})
-    weights = [parameter for parameter in case.loss.parameters() if parameter.dim() == 4]
-    for weight in weights:
-        assert 0.07 < weight.abs().max() <= 1 / 12  # uniform, within 1 / sqrt(16 * 9)
-
-
-def test_relu_follows_the_adapters_of_the_backbone_alone():
-    """And those of FGFI where the paper's are wanted."""
-    case = Case(**{**NECK, **BACKBONE, "hint_neck_w": 1.0}, bb_adapt=True)
-    student, teacher = case.views
-    with student.recording(), teacher.recording():
-        for view in case.views:
-            view.model.backbone(None)
-        stages = [ours for ours, _ in case.loss.backbone(student, teacher).values()]
-        levels = [ours for ours, _ in case.loss.neck(student, teacher).values()]
-    assert all((level == 0).any() and (level >= 0).all() for level in stages)
-    assert all((level < 0).any() for level in levels)
 
 
 @pytest.mark.parametrize(
@@ -304,17 +239,3 @@ def test_which_adapters(settings, adapters):
         for name in getattr(getattr(loss, part), "adapters", ())
     ]
     assert found == adapters
-
-
-# Defaults
-
-
-@pytest.mark.parametrize(
-    "loss, settings, side",
-    [(DeFeat, {}, 3), (DeFeat, {"adapt_kernel_size": 1}, 1), (FGFI, {"adapter_kernel_size": 5}, 5)],
-)
-def test_adapters_keep_the_maps_sizes(loss, settings, side):
-    case = Case(loss=loss, **settings)
-    adapters = (case.loss.neck if loss is DeFeat else case.loss.pairs).adapters
-    assert {adapter.kernel_size for adapter in adapters.values()} == {(side, side)}
-    assert all(term.isfinite() for term in case.run().values())

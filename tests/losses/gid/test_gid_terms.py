@@ -83,25 +83,6 @@ def test_relation_of_real_sizes():
 # By hand
 
 
-@pytest.mark.parametrize(
-    "mode, beta, expected",
-    [
-        ("L2", 0.0, (9 + 16 + 1) / 4),
-        ("L1", 0.0, (3 + 4 + 1) / 4),
-        ("L1", 2.0, (2 + 3 + 0.25) / 4),
-        ("norm", 0.0, (5 + 1) / 2),
-    ],
-)
-def test_feature_modes(mode, beta, expected):
-    """Two instances of 1 x 2 positions; the third is none."""
-    teacher = torch.zeros(1, 3, 3, 1, 2)
-    teacher[0, 0, 0, 0, 0], teacher[0, 0, 2, 0, 1], teacher[0, 1, 1, 0, 1] = 3, -4, 1
-    teacher[0, 2] = 9
-    valid = torch.tensor([[True, True, False]])
-    loss = feature_term(torch.zeros_like(teacher), teacher, valid, mode=mode, beta=beta)
-    assert loss.item() == pytest.approx(expected)
-
-
 def points(*groups):
     """(N, K, 2, 1, 1) of N lists of K points."""
     return torch.stack(groups)[..., None, None]
@@ -115,14 +96,6 @@ def test_relation_of_three_points():
         assert loss.item() == pytest.approx(2 / 3 * 0.25**2 / 2)
     loss = relation_term(points(EVEN), points(CORNERS), valid, beta=0.0)
     assert loss.item() == pytest.approx(1 / 6)
-
-
-def test_relation_of_each_image():
-    """The mean of the two images that have three instances, of four."""
-    teacher = points(CORNERS, EVEN, CORNERS, CORNERS)
-    student = points(EVEN, 9 * EVEN, CORNERS.flip(0), EVEN.flip(0))
-    loss = relation_term(student, teacher, mask((3, 3, 2, 0), 3), scope="image")
-    assert loss.item() == pytest.approx(2 / 3 * 0.25**2 / 2 / 2)
 
 
 EVERY = [("feature", {"mode": m, "beta": b}) for m, b in FEATURE]

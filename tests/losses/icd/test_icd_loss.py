@@ -126,19 +126,6 @@ def test_student_of_another_size_is_resized():
     assert case.student["p4"].grad.shape == level.shape and case.student["p4"].grad.any()
 
 
-def test_memory_layout_does_not_matter():
-    case = Case()
-    terms, gradients = case.step(), case.student_gradients()
-    for maps in (case.student, case.teacher):
-        for name, level in maps.items():
-            level = level.detach().to(memory_format=torch.channels_last)
-            maps[name] = level.requires_grad_(maps is case.student)
-    for name, term in case.step().items():
-        torch.testing.assert_close(term, terms[name])
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(case.student[name].grad, gradient)
-
-
 def test_boxes_without_area_are_ignored():
     case, other = Case(), Case()
     terms = case.step()
@@ -218,15 +205,6 @@ def test_student_feels_the_loss_between_its_bounds(bounds, feels, channels):
         close(ours.grad, other.grad, name)
 
 
-FLAGS = [(0, 0, False, False), (1, 1, True, True), (2, 0, True, False)]
-
-
-@pytest.mark.parametrize("off, on, before, inside", FLAGS)
-def test_flags(off, on, before, inside):
-    loss = Case(distill_off=off, distill_on=on, bypass_distill=3).loss
-    assert (loss.reaches_student(2), loss.reaches_student(3)) == (before, inside)
-
-
 ARCHITECTURES = [{}, {"att_layers": 2, "value_reconst": 1.0}, {"att_layers": 0}]
 
 
@@ -263,13 +241,6 @@ def test_joint_training_stops_after_the_iteration():
     assert any(learning(jointly_trained(case.loss)))
     case.step(6)
     assert not any(learning(jointly_trained(case.loss)))
-
-
-def test_stopped_values_are_reconstructed_no_more():
-    case = Case(stop_joint=0, value_reconst=1.0)
-    terms = case.step()
-    assert terms["loss_icd_reconst"] > 0
-    assert not any(learning(case.loss.reconstructors.parameters()))
 
 
 @pytest.mark.parametrize("settings", ARCHITECTURES, ids=str)
@@ -339,10 +310,6 @@ def test_temperature_decays_over_the_run(iteration, expected):
     assert loss.temperature(iteration, 10) == pytest.approx(expected)
 
 
-def test_constant_temperature():
-    assert InstanceConditionalDistillation(temp_value=3.0).temperature(7, 10) == 3.0
-
-
 def test_learnable_temperature_of_the_reference_is_one():
     case, one = Case(temp_value=-2.0, reference_bugs=True), Case(reference_bugs=True)
     terms, expected = case.step(), one.step()
@@ -401,12 +368,6 @@ def test_table_says_whose_channels_are_adapted(tmp_path, caplog):
     with caplog.at_level("INFO"):
         distiller(tmp_path, hidden_dim=24)
     assert "1x1 convolution " in caplog.text and "of the teacher's" not in caplog.text
-
-
-@pytest.mark.parametrize("feats", [["p3", "p7"], ["p9"]])
-def test_levels_that_do_not_exist(tmp_path, feats):
-    with pytest.raises(KeyError, match=rf"no level '{feats[-1]}'; its neck has \['p2', 'p3', 'p4'\]"):
-        distiller(tmp_path, input_feats=feats)
 
 
 def test_student_does_not_feel_bypassed_distillation(tmp_path):

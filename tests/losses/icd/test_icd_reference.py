@@ -7,8 +7,6 @@ from naive_icd import random_weights
 
 from distill_d2.losses.icd.reference import from_reference
 
-DEAD = ("linear_in", "linear_out", "norm1", "norm2", "out_proj", "predictor")
-
 
 def weights(layers=1, reconst=False):
     """A whole checkpoint entry "teacher"."""
@@ -48,25 +46,6 @@ def test_values_go_where_they_belong(layers):
             assert torch.equal(ours[f"queries.encoder.{number}.{part}"], encoder)
             predictor = state[f"teacher.ins_encoder.predictor.layers.{theirs}.{part}"]
             assert torch.equal(ours[f"auxiliary.predictor.{number}.{part}"], predictor)
-
-
-@pytest.mark.parametrize("layers", [0, 2])
-def test_dead_parameters_are_left_out(layers):
-    ours = [name for name in from_reference(weights(layers)) if name.startswith("student.")]
-    parts = ["pos_projector.bias", "pos_projector.weight", "values.bias", "values.weight"]
-    expected = [f"student.{layer}.{part}" for layer in range(max(layers, 1)) for part in parts]
-    assert sorted(ours) == expected
-    dead = {name: value for name, value in weights(layers).items() if name.startswith("distillers.")}
-    dead = {name: value for name, value in dead.items() if any(part in name for part in DEAD)}
-    assert dead and from_reference(dead) == {}
-
-
-def test_wrong_shapes_surface():
-    state = weights()
-    state["teacher.ins_encoder.predictor.layers.2.weight"] = torch.zeros(9, 16)
-    loss = Case(decoder_posemb_on_v=True).loss
-    with pytest.raises(RuntimeError, match="size mismatch for auxiliary.predictor.6.weight"):
-        loss.load_state_dict(from_reference(state))
 
 
 # What a run starts from

@@ -1,4 +1,4 @@
-"""Chen et al.'s losses, and their gradients by hand, by plain loops in Python's float64; nothing of the
+"""Chen et al.'s losses by plain loops in Python's float64; nothing of the
 package. Rows are lists of numbers."""
 
 from __future__ import annotations
@@ -40,11 +40,3 @@ def bound_per_batch(student, teacher, truth, margin):
     count = 4 * max(len(truth), 1)
     ours, theirs = (sum(map(squared, boxes, truth)) / count for boxes in (student, teacher))
     return ours if ours + margin > theirs else 0.0
-
-
-def cross_entropy_gradient(logits, label):
-    return [p - (k == label) for k, p in enumerate(softmax(logits))]
-
-
-def smooth_l1_gradient(boxes, truth):
-    return [min(max(a - b, -1.0), 1.0) for a, b in zip(boxes, truth)]
