@@ -1,4 +1,4 @@
-"""What of a student is not trained."""
+"""Exclude parts of the student from training."""
 
 from __future__ import annotations
 
@@ -16,28 +16,38 @@ logger = logging.getLogger(__name__)
 
 
 def compile_patterns(patterns: Iterable[str], key: str) -> list[re.Pattern[str]]:
-    """Raises ValueError, naming the config key, for what is no regular expression."""
+    """Compile regular expressions.
+
+    Args:
+        key: the config key that holds them, for messages.
+
+    Raises:
+        ValueError: one is not valid.
+    """
     compiled = []
     for pattern in patterns:
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            raise ValueError(f"{key}: '{pattern}' is no regular expression: {error}") from error
+            raise ValueError(f"{key}: '{pattern}' is not a valid regular expression: {error}") from error
     return compiled
 
 
 def matching_names(names: Sequence[str], patterns: Iterable[str], key: str) -> list[str]:
-    """Those of ``names`` in which some pattern is found.
+    """Those of ``names`` that contain a match of some pattern.
+
+    Args:
+        key: the config key that holds the patterns, for messages.
 
     Raises:
-        ValueError: something is no regular expression, or one is found in no name.
+        ValueError: a pattern is not valid, or matches no name.
     """
     compiled = compile_patterns(patterns, key)
     for pattern in compiled:
         if not any(pattern.search(name) for name in names):
             examples = list(names[:: max(len(names) // 5, 1)])
             raise ValueError(
-                f"{key}: '{pattern.pattern}' is found in no name; names are, for example, {examples}"
+                f"{key}: '{pattern.pattern}' matches no name; names are, for example, {examples}"
             )
     return [name for name in names if any(pattern.search(name) for pattern in compiled)]
 
@@ -53,7 +63,7 @@ def freeze(model: nn.Module, patterns: Sequence[str], key: str) -> list[nn.Modul
         the batch norms whose running statistics match: they must stay in eval mode.
 
     Raises:
-        ValueError: something is no regular expression, or one is found in no name.
+        ValueError: a pattern is not valid, or matches no name.
     """
     names = set(matching_names(list(model.state_dict()), patterns, key))
     parameters = dict(model.named_parameters())
@@ -70,9 +80,13 @@ def freeze(model: nn.Module, patterns: Sequence[str], key: str) -> list[nn.Modul
 
 
 def freeze_unreached(view: DetectorView) -> None:
-    """Exclude from training what losses that only read the view's backbone do not reach.
+    """Exclude parameters from training that no gradient of the losses reaches, in place.
 
-    Without a gradient such a parameter would stop DDP, and with one of zero it would decay.
+    Without a gradient such a parameter would stop DDP; with a gradient of zero, weight decay would
+    change it.
+
+    Args:
+        view: of the student, bound to losses that read its backbone only.
     """
     reached = reached_parameters(view)
     unreached = {

@@ -38,7 +38,7 @@ def initialize_student(
         the number of tensors copied.
 
     Raises:
-        ValueError: nothing could be copied; a pattern is no regular expression, or matches no name.
+        ValueError: nothing could be copied; a pattern is not a valid regular expression, or matches no name.
     """
     of_student, of_teacher = student.state_dict(), teacher.state_dict()
     matching = set(matching_names(list(of_student), names, "MODEL.DISTILLER.PRELOAD_NAMES"))

@@ -1,4 +1,4 @@
-"""What of a student is not trained: names that match, and what no loss reaches."""
+"""Parts of a student that are not trained: by name, and what no loss reaches."""
 
 import pytest
 import torch
@@ -45,23 +45,10 @@ def test_parameters_whose_names_match():
     assert trained(model) == inside(model, "") - frozen
 
 
-def test_a_pattern_may_be_found_anywhere():
-    model = tiny_detector()
-    freeze(model, ["res3"], KEY)
-    assert inside(model, "") - trained(model) == inside(model, "backbone.bottom_up.res3.")
-
-
 def test_no_patterns(caplog):
     model = tiny_detector()
     assert freeze(model, [], KEY) == []
     assert trained(model) == inside(model, "") and not caplog.text
-
-
-def test_what_is_frozen_already_stays_so():
-    model = tiny_detector()
-    model.head.requires_grad_(False)
-    freeze(model, ["res3"], KEY)
-    assert trained(model) == inside(model, "backbone.") - inside(model, "backbone.bottom_up.res3.")
 
 
 def test_it_is_logged(caplog):
@@ -74,9 +61,9 @@ def test_it_is_logged(caplog):
 @pytest.mark.parametrize(
     "patterns, messages",
     [
-        (["res3", "res7"], [f"{KEY}: 'res7' is found in no name", "'backbone.", "'head."]),
-        (["^res3"], ["'^res3' is found in no name"]),
-        (["res3", "res[3"], [f"{KEY}: 'res[3' is no regular expression: unterminated"]),
+        (["res3", "res7"], [f"{KEY}: 'res7' matches no name", "'backbone.", "'head."]),
+        (["^res3"], ["'^res3' matches no name"]),
+        (["res3", "res[3"], [f"{KEY}: 'res[3' is not a valid regular expression: unterminated"]),
     ],
 )
 def test_wrong_patterns(patterns, messages):
@@ -92,9 +79,9 @@ def test_matching_names_keep_their_order():
     assert matching_names(names, ["^a", r"c\."], KEY) == ["a.weight", "a.bias", "c.bias"]
     assert matching_names(names, ["bias", "^b"], KEY) == ["b.weight", "a.bias", "c.bias"]
     assert matching_names(names, [], KEY) == []
-    with pytest.raises(ValueError, match="'d' is found in no name; names are, for example, "):
+    with pytest.raises(ValueError, match="'d' matches no name; names are, for example, "):
         matching_names(names, ["d"], KEY)
-    with pytest.raises(ValueError, match=r"'d' is found in no name; names are, for example, \[\]"):
+    with pytest.raises(ValueError, match=r"'d' matches no name; names are, for example, \[\]"):
         matching_names([], ["d"], KEY)
 
 
@@ -123,12 +110,6 @@ def test_norms_whose_statistics_match(pattern, still, fixed):
     assert names_of(model, freeze(model, [pattern], KEY)) == still
     norm = "backbone.bottom_up.res3.0.conv1.norm"
     assert inside(model, norm) - trained(model) == {f"{norm}.{kind}" for kind in fixed}
-
-
-def test_norms_of_another_kind_have_no_statistics():
-    cfg = tiny_config()
-    cfg.MODEL.SMALL_RESNET.NORM = "FrozenBN"
-    assert freeze(build_model(cfg), ["res3"], KEY) == []
 
 
 def distiller(family="retinanet", losses=None, teacher=None, **options):
@@ -183,13 +164,6 @@ def test_statistics_move_where_only_the_weights_are_frozen():
     assert not inside(model.student, "backbone.bottom_up.res3.") & trained(model.student)
 
 
-def test_a_frozen_part_passes_gradients_on():
-    model = distiller(freeze_names=["res[34]"]).train()
-    step(model)
-    assert model.student.backbone.bottom_up.stem.conv1.weight.grad.any()
-    assert all(p.grad is None for p in model.student.backbone.bottom_up.res3.parameters())
-
-
 # What no loss reaches.
 
 ALL_STAGES = [f"backbone.bottom_up.{part}" for part in ("stem", "res2", "res3", "res4", "res5")]
@@ -219,28 +193,9 @@ def test_only_what_the_losses_reach_is_trained(family, levels, reached):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_levels_of_all_losses_count():
-    losses = [PKD(in_features=["res2"]), FeatureMimic(in_features=["res3"])]
-    model = distiller(losses=losses, task_loss_weight=0.0)
-    assert trained(model.student) == inside(model.student, *ALL_STAGES[:3])
-
-
 def test_with_the_students_own_losses_everything_is_trained():
     model = distiller(losses=[FeatureMimic(in_features=["res2"])], task_loss_weight=1e-3)
     assert trained(model.student) == inside(model.student, "")
-
-
-def test_names_and_reach_together():
-    losses = [FeatureMimic(in_features=["res3"])]
-    model = distiller(losses=losses, task_loss_weight=0.0, freeze_names=["res2", "head"])
-    assert trained(model.student) == inside(model.student, ALL_STAGES[0], ALL_STAGES[2])
-
-
-def test_adapters_of_the_losses_are_trained():
-    student, teacher = (build_model(tiny_config(width=width)) for width in (8, 16))
-    losses = [FeatureMimic(in_features=["res2"])]
-    model = Distiller(student=student, teacher=Teacher(teacher), losses=losses, task_loss_weight=0.0)
-    assert [p.requires_grad for p in model.losses.parameters()] == [True, True]
 
 
 def test_what_is_not_reached_is_logged(caplog):
@@ -284,7 +239,6 @@ def test_a_bottleneck_that_rounds_is_trained_whole():
     "weight, names",
     [
         (1.0, ["."]),
-        (0.0, ["."]),
         (0.0, [r"bottom_up\.(stem|res2)"]),
         (0.0, ["bottom_up", "head"]),
     ],

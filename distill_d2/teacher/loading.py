@@ -20,8 +20,8 @@ from ..config import add_distill_config, load_yaml, student_config
 from ..plugins import import_detectors
 from .running import Teacher
 
-# Keys that never change what a detector computes: normalisation constants and anchors, which come
-# from the config, and batch normalisation's step counter, which evaluation does not use.
+# Keys that never change what a detector computes: normalization constants and anchors, which come
+# from the config, and batch normalization's step counter, which evaluation does not use.
 _NEUTRAL_KEYS = (r"(^|\.)pixel_(mean|std)$", r"anchor_generator\.cell_anchors", r"num_batches_tracked$")
 
 

@@ -6,6 +6,8 @@
   describes one.
 - ``view_of``, ``compare``, ``plane``: views of detectors that computed given feature maps, for losses on
   literal numbers.
+- ``check_loss``: holds a loss to all laws of ``laws.py``, on every kind of detector. ``Cell`` is one loss and one
+  kind of detector; ``recipes`` says how the registered losses are set for small detectors.
 - ``no_synchronization``: fails where the host would wait for a GPU; works on a CPU.
 """
 

@@ -232,6 +232,7 @@ def use_ghnd(cfg: CfgNode) -> None:
     bottleneck.ENCODER_WIDTHS = [8, 12, 8]
     bottleneck.DECODER_WIDTHS = [8, 12]
     cfg.MODEL.BACKBONE.NAME = "build_bottleneck_backbone"
+    import_detectors(cfg)
     node = cfg.MODEL.DISTILLER
     node.TYPES = ["GHND"]
     node.GHND.IN_FEATURES = stages

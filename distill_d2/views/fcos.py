@@ -23,14 +23,14 @@ class FCOSView(RetinaNetView):
         return {name: _enlarge(boxes, ANCHOR_STRIDES) for name, boxes in super().anchors().items()}
 
     def _match(self, boxes: torch.Tensor, valid: torch.Tensor, anchors: list[Boxes]) -> torch.Tensor:
-        """FCOS' own rule: near the centre of a box, and of the level that its size belongs to."""
+        """FCOS' own rule: near the center of a box, and of the level that its size belongs to."""
         quality = [self.model._match_anchors(Boxes(per_image), anchors) for per_image in boxes]
         matched = (torch.stack(quality) > 0) & valid[..., None]
         return matched.any(dim=1).to(torch.int8)
 
 
 def _enlarge(boxes: torch.Tensor, factor: float) -> torch.Tensor:
-    """Boxes (..., 4) with sides ``factor`` times as long, around the same centres."""
+    """Scale the sides of boxes (..., 4) by ``factor``, around the same centers."""
     corners = boxes.unflatten(-1, (2, 2))
-    centre = corners.mean(dim=-2, keepdim=True)
-    return (centre + (corners - centre) * factor).flatten(-2)
+    center = corners.mean(dim=-2, keepdim=True)
+    return (center + (corners - center) * factor).flatten(-2)

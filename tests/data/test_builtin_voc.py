@@ -54,9 +54,9 @@ def loaders():
 def test_devkit_is_what_detectron2_reads(root):
     folder = write(root / "VOCdevkit" / "VOC2007")
     register_builtin_voc()
-    ours = DatasetCatalog.get("voc_2007_test")
-    assert ours == load_voc_instances(str(folder), "test", CLASS_NAMES)
-    assert [len(record["annotations"]) for record in ours] == [2, 2, 0]  # difficult ones too
+    records = DatasetCatalog.get("voc_2007_test")
+    assert records == load_voc_instances(str(folder), "test", CLASS_NAMES)
+    assert [len(record["annotations"]) for record in records] == [2, 2, 0]  # difficult ones too
     check_dataset("voc_2007_test", ("MODEL.RETINANET.NUM_CLASSES", 20), check_images=3)
 
 

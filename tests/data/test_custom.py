@@ -71,16 +71,16 @@ def coco(root):
 
 
 def test_voc_is_what_detectron2_reads(voc):
-    theirs = load_voc_instances(str(voc), "train", ["cat", "dog"])
-    assert load(voc_entry()) == theirs
-    assert theirs[0]["annotations"][0]["bbox"] == [10, 5, 30, 20]
+    expected = load_voc_instances(str(voc), "train", ["cat", "dog"])
+    assert load(voc_entry()) == expected
+    assert expected[0]["annotations"][0]["bbox"] == [10, 5, 30, 20]
 
 
 def test_bccd_is_what_detectron2_reads(shared):
     classes = ["RBC", "WBC", "Platelets"]
-    ours = load(voc_entry(ROOT=str(shared / "data" / "bccd"), CLASSES=classes))
-    assert ours == load_voc_instances(str(shared / "data" / "bccd"), "train", classes)
-    assert len(ours) == 205 and sum(len(record["annotations"]) for record in ours) == 2804
+    records = load(voc_entry(ROOT=str(shared / "data" / "bccd"), CLASSES=classes))
+    assert records == load_voc_instances(str(shared / "data" / "bccd"), "train", classes)
+    assert len(records) == 205 and sum(len(record["annotations"]) for record in records) == 2804
 
 
 def test_nuclei_by_a_relative_path(shared, monkeypatch):

@@ -46,8 +46,8 @@ def _detectron2_batches(wide, count, shuffle=True):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_grouping_gives_detectron2s_batches(rank, shuffle):
-    ours = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=_wide(), shuffle=shuffle, seed=SEED)
-    assert _batches(ours, 60) == _detectron2_batches(_wide(), 60, shuffle)
+    grouped = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=_wide(), shuffle=shuffle, seed=SEED)
+    assert _batches(grouped, 60) == _detectron2_batches(_wide(), 60, shuffle)
     plain = ResumableTrainingSampler(SIZE, batch_size=BATCH, shuffle=shuffle, seed=SEED)
     assert _take(plain, 200) == _take(TrainingSampler(SIZE, shuffle=shuffle, seed=SEED), 200)
 

@@ -58,7 +58,7 @@ def test_nothing_to_distil(lazy_job):
         (KeyError, "train.max_itr=4", "train.max_itr"),
         (ValueError, "train.max_iter", "path.key=value"),
         (ValueError, "train.max_iter=0", "train.max_iter is 0"),
-        (ValueError, "distiller.FREEZE=[res7]", "MODEL.DISTILLER.FREEZE: 'res7' is found in no name"),
+        (ValueError, "distiller.FREEZE=[res7]", "MODEL.DISTILLER.FREEZE: 'res7' matches no name"),
         (ValueError, "+distiller.GID.GI_MODE=positive", "GID.GI_MODE is 'positive'"),
         (ValueError, "+distiller.GID.GI_POST_NMS_TOPK=ten", "GID.GI_POST_NMS_TOPK"),
     ],

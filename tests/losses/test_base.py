@@ -157,30 +157,20 @@ def test_nodes_come_with_registration(register):
     assert node_of().SCALED.TAU == 0.5
 
 
-def factors(iterations, **schedule):
+@pytest.mark.parametrize(
+    "schedule, iterations, expected",
+    [
+        ({}, [0, 1, 10**6], [1.0, 1.0, 1.0]),
+        ({"weight": 2.0, "start_iter": 3, "stop_iter": 6}, [2, 3, 5, 6], [0.0, 2.0, 2.0, 0.0]),
+        ({"weight": 4.0, "start_iter": 5, "warmup_iters": 3}, range(4, 10), [0.0, 1, 2, 3, 4, 4]),
+        ({"weight": 4.0, "stop_iter": 2, "warmup_iters": 3}, [0, 1, 2], [1.0, 2.0, 0.0]),
+        ({"weight": 0.0, "warmup_iters": 3}, [0, 5], [0.0, 0.0]),
+    ],
+)
+def test_schedule(schedule, iterations, expected):
+    """Start and stop are sharp; warm-up is linear and starts above zero."""
     loss = DistillLoss(**schedule)
-    return [loss.factor(iteration) for iteration in iterations]
-
-
-def test_always_on_by_default():
-    assert factors([0, 1, 10**6]) == [1.0, 1.0, 1.0]
-
-
-def test_start_and_stop_are_sharp():
-    assert factors([2, 3, 5, 6], weight=2.0, start_iter=3, stop_iter=6) == [0.0, 2.0, 2.0, 0.0]
-
-
-def test_warmup_is_linear_and_starts_above_zero():
-    expected = [0.0, 1.0, 2.0, 3.0, 4.0, 4.0]
-    assert factors(range(4, 10), weight=4.0, start_iter=5, warmup_iters=3) == expected
-
-
-def test_stop_within_warmup():
-    assert factors([0, 1, 2], weight=4.0, stop_iter=2, warmup_iters=3) == [1.0, 2.0, 0.0]
-
-
-def test_zero_weight_is_off():
-    assert factors([0, 5], weight=0.0, warmup_iters=3) == [0.0, 0.0]
+    assert [loss.factor(iteration) for iteration in iterations] == expected
 
 
 def test_idle_reaches_every_parameter():

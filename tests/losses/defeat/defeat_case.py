@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 
+import closeness
 import naive_defeat as naive
 import numpy as np
 import torch
@@ -32,15 +34,7 @@ STAGES = {"res3": 8, "res4": 16, "res5": 32}
 DENSE_LEVELS = ((6, 2), (3, 3))  # positions and anchors
 
 
-def close(actual, expected, name="", precision=1e-5):
-    """Equal to ``precision`` of the largest number there."""
-    actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))
-    assert actual.shape == expected.shape, name
-    assert actual.isfinite().all(), name
-    scale = max(float(expected.abs().max()), 1e-6)
-    torch.testing.assert_close(
-        actual, expected, atol=precision * scale, rtol=0, msg=lambda text: f"{name}: {text}"
-    )
+close = functools.partial(closeness.close, floor=1e-06)
 
 
 class _Maps(Backbone):

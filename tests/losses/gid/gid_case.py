@@ -9,6 +9,7 @@ import naive_gid as naive
 import numpy as np
 import torch
 import torch.nn.functional as F
+from closeness import close
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
@@ -33,17 +34,6 @@ def only(*names: str, **settings) -> dict[str, float]:
     """Settings that leave the terms of these short names: "feature", "relation", "cls", "reg"."""
     wanted = {weight: 1.0 for weight in OFF if weight.split("_")[-2] in names}
     return {**EVEN, **OFF, **wanted, **settings}
-
-
-def close(actual, expected, name="", precision=1e-5, floor=0.01):
-    """Equal to ``precision`` of the largest number there, or of ``floor`` where that is larger."""
-    actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))
-    assert actual.shape == expected.shape, name
-    assert actual.isfinite().all(), name
-    scale = max(float(expected.abs().max()) if expected.numel() else 0.0, floor)
-    torch.testing.assert_close(
-        actual, expected, atol=precision * scale, rtol=0, msg=lambda text: f"{name}: {text}"
-    )
 
 
 def random_boxes(random: np.random.Generator, count: int, size: tuple[int, int], least=0.1) -> Tensor:

@@ -212,17 +212,6 @@ def test_faster_rcnn_pools_the_levels_of_its_box_head():
     assert set(differences(node.GID, default_node().GID)) == {"IN_FEATURES"}
 
 
-def test_voc():
-    cfg = load(f"Distillation-GID/{VOC}")
-    node, solver = cfg.MODEL.DISTILLER, cfg.SOLVER
-
-    assert node.MODEL_DISTILLER_CONFIG == "PascalVOC-Detection/retinanet_R_101_FPN.yaml"
-    assert node.TEACHER_WEIGHTS == "output/voc_retinanet_R_101_FPN/model_final.pth"
-    assert (cfg.MODEL.RETINANET.NUM_CLASSES, solver.BASE_LR, solver.MAX_ITER) == (20, 0.01, 18000)
-    assert cfg.DATASETS.TRAIN == ("voc_2007_trainval", "voc_2012_trainval")
-    assert not differences(node.GID, default_node().GID)
-
-
 @pytest.mark.parametrize("name", DISTILLATION)
 def test_builds_gid_and_finds_its_teacher(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # from anywhere

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 
+import closeness
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,15 +29,7 @@ TERMS = {
 }
 
 
-def close(actual, expected, name="", precision=1e-5):
-    """Equal to ``precision`` of the largest number there; below 0.1, to that of 0.1."""
-    actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))
-    assert actual.shape == expected.shape, name
-    assert actual.isfinite().all(), name
-    scale = max(float(expected.abs().max()), 0.1)
-    torch.testing.assert_close(
-        actual, expected, atol=precision * scale, rtol=0, msg=lambda text: f"{name}: {text}"
-    )
+close = functools.partial(closeness.close, floor=0.1)
 
 
 def random_maps(seed, channels, images, padded, strides) -> dict[str, torch.Tensor]:

@@ -75,19 +75,6 @@ def test_keys_have_the_references_defaults():
             assert found[key] == value and type(found[key]) is type(value), key
 
 
-def test_built_from_its_keys():
-    distiller = node()
-    distiller.BYPASS_DISTILL = 7
-    distiller.INS.ATT_LAYERS = 2
-    distiller.INS.INPUT_FEATS = ["p3"]
-    distiller.INS_ATT_MIMIC.WEIGHT_VALUE = 3.0
-    loss = InstanceConditionalDistillation.from_config(distiller)
-    assert len(loss.decoder) == len(loss.student) == 2
-    assert loss.pairs.in_features == ["p3"] and loss.settings.weight_value == 3.0
-    assert not loss.reaches_student(6) and loss.reaches_student(7)
-    assert loss.solver is distiller.SOLVER
-
-
 OTHERS = {"TEACHER": "ModelTeacher", "INS.TASK_NAME": "Other", "INS.DECODER": "Other"}
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from distill_d2.losses.icd.decoder import project_positions
 from distill_d2.losses.icd.geometry import geometry_of
-from distill_d2.losses.icd.projection import project_levels, split_levels
+from distill_d2.losses.icd.projection import project_levels
 
 SIZES = ((3, 4), (2, 2), (1, 3))
 S, HEIGHTS, WIDTHS = 19, 6, 9
@@ -63,22 +63,6 @@ def test_gradient_against_finite_differences():
     torch.autograd.gradcheck(lambda w, b, *m: project_levels(m, w, b), leaves)
     leaves = [leaf.requires_grad_() for leaf in (weight, rows, columns, *maps)]
     torch.autograd.gradcheck(lambda w, r, c, *m: project_levels(m, w, bias, (r, c)), leaves)
-
-
-@pytest.mark.parametrize("wanted", [0, 1, 2])
-def test_maps_that_need_no_gradient_get_none(wanted):
-    maps, weight, bias, _ = inputs()
-    maps[wanted].requires_grad_()
-    project_levels(maps, weight, bias).sum().backward()
-    assert [feature.grad is not None for feature in maps] == [i == wanted for i in range(3)]
-
-
-def test_split_levels_are_views():
-    values = random(2, S, 3)
-    parts = split_levels(values, SIZES)
-    parts[1].zero_()
-    assert [part.shape[1] for part in parts] == [12, 4, 3]
-    assert (values[:, 12:16] == 0).all() and (values[:, :12] != 0).all()
 
 
 @pytest.mark.parametrize("projected", [True, False], ids=["projector", "no_projector"])
