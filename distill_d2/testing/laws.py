@@ -265,6 +265,8 @@ def is_float32_without_waiting(cell: Cell) -> None:
     terms: Terms = {}
 
     def guarded(*args):
+        one = torch.ones(1, 1, device=cell.device)
+        _check((one @ one).dtype is torch.float32, "the loss is computed under autocast")
         with as_on_a_gpu(), no_synchronization(host=cell.host):
             terms.update(forward(*args))
         return terms
