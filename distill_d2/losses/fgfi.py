@@ -22,7 +22,7 @@ import torch
 
 from ..views import Batch, DetectorView
 from .base import DISTILL_LOSS_REGISTRY, DistillLoss
-from .masks import FINEST_SCALE, LEVEL_ASSIGN, LEVEL_ASSIGNS, ObjectMasks
+from .object_masks import FINEST_SCALE, LEVEL_ASSIGN, LEVEL_ASSIGNS, ObjectMasks
 from .pairing import ADAPTER, INIT_STD, FeaturePairs
 from .regions import distance_map, region_means
 from .settings import LossSettings, key

@@ -74,6 +74,11 @@ def key(default: Any, comment: str, *, choices: Iterable[Any] | None = None, **r
     return field(default=default, metadata={"key": Key(comment, choices=allowed, **rules)})
 
 
+def no_key(default: Any) -> Any:
+    """A field of LossSettings that has no config key, and that the loss does not take as an argument."""
+    return field(default=default, metadata={"key": None})
+
+
 class SettingError(ValueError):
     """A setting has a value that it may not have.
 
@@ -107,7 +112,7 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            rule = each.metadata.get("key", Key())
+            rule = each.metadata.get("key") or Key()
             allowed = rule.allows(getattr(self, each.name), type(each.default) in (int, float))
             self.require(each.name, allowed, rule.expected)
         stops_later = self.stop_iter < 0 or self.stop_iter > self.start_iter
@@ -124,5 +129,6 @@ class LossSettings:
 
 
 def keys_of(settings: type[LossSettings]) -> dict[str, Key]:
-    """What is known of each setting, by its name."""
-    return {each.name: each.metadata.get("key", Key()) for each in fields(settings) if each.init}
+    """What is known of each setting that is a config key, by its name."""
+    keys = {each.name: each.metadata.get("key", Key()) for each in fields(settings)}
+    return {name: known for name, known in keys.items() if known is not None}

@@ -59,7 +59,7 @@ def match_by_iou(
 
 
 def assign_by_iou(boxes: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The valid box that each row overlaps most, (N, R) int64. Args: as of ``match_by_iou``."""
+    """The valid box that each row overlaps most, (N, R) int64. Args: see ``match_by_iou``."""
     iou = batched_iou(boxes, rows.expand(len(boxes), *rows.shape[-2:]))
     return torch.where(valid[..., None], iou, -1.0).argmax(dim=1)
 
@@ -84,7 +84,7 @@ def hard_negatives(losses: torch.Tensor, positive: torch.Tensor, ratio: float) -
 def rows_inside(boxes: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Which rows have their center inside a valid box.
 
-    Args: as of ``match_by_iou``.
+    Args: see ``match_by_iou``.
 
     Returns:
         (N, R) bool.

@@ -9,7 +9,6 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from distill_d2.losses.masks import (
-    ObjectMasks,
     anchor_mask,
     box_mask,
     cells_of_boxes,
@@ -17,6 +16,7 @@ from distill_d2.losses.masks import (
     level_of_boxes,
     stage_mask,
 )
+from distill_d2.losses.object_masks import ObjectMasks
 from distill_d2.testing.maps import view_of
 from distill_d2.testing.tiny import tiny_detector
 from distill_d2.views import Batch, DetectorView, build_view

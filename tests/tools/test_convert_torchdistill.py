@@ -155,10 +155,10 @@ class Pair:
     """A detector of torchvision, and the one that the printed command evaluates."""
 
     def __init__(self, folder, model, data, *options):
-        self.theirs = model
+        self.original = model
         path, self.output = run(folder, data, *options)
-        self.ours = build_model(printed_config(self.output)).eval()
-        checkpointer = SafeCheckpointer(self.ours)
+        self.converted = build_model(printed_config(self.output)).eval()
+        checkpointer = SafeCheckpointer(self.converted)
         assert checkpointer.load(str(path)) == {"__author__": tool.AUTHOR}
         keys = checkpointer.incompatible
         assert not (keys.missing_keys or keys.unexpected_keys or keys.incorrect_shapes)
@@ -212,10 +212,10 @@ def released(state_dict):
 # Equality of outputs.
 
 
-def assert_equal_maps(ours, theirs):
-    ours, theirs = list(ours), list(theirs)
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs):
+def assert_equal_maps(result, original):
+    result, original = list(result), list(original)
+    assert len(result) == len(original)
+    for a, b in zip(result, original):
         assert a.shape == b.shape and b.std() > 1e-3
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
@@ -224,61 +224,61 @@ def assert_equal_maps(ours, theirs):
 @torch.no_grad()
 def test_every_part_gives_the_same_outputs(name, request):
     pair = request.getfixturevalue(name)
-    ours, theirs = pair.ours, pair.theirs
+    result, original = pair.converted, pair.original
     x = torch.randn(2, 3, *SIZE)
-    features, expected = ours.backbone(x), theirs.backbone(x)
+    features, expected = result.backbone(x), original.backbone(x)
     assert list(features) == ["p2", "p3", "p4", "p5", "p6"]
     assert_equal_maps(features.values(), expected.values())
-    set_eps(theirs, 1e-5)  # a wrong eps would be seen
-    wrong = theirs.backbone(x)["0"]
-    set_eps(theirs, 0.0)
+    set_eps(original, 1e-5)  # a wrong eps would be seen
+    wrong = original.backbone(x)["0"]
+    set_eps(original, 0.0)
     assert (wrong - expected["0"]).abs().max() > 1e-2 * expected["0"].abs().max()
     levels = [torch.randn(1, 256, 16, 24), torch.randn(1, 256, 8, 12)]
-    for a, b in zip(ours.proposal_generator.rpn_head(levels), theirs.rpn.head(levels)):
+    for a, b in zip(result.proposal_generator.rpn_head(levels), original.rpn.head(levels)):
         assert_equal_maps(a, b)  # logits, deltas
     rows = [1] if name == "keypoint" else COCO_ROWS
-    pooled, ours, theirs = torch.randn(5, 256, 7, 7), ours.roi_heads, theirs.roi_heads
-    scores, deltas = theirs.box_predictor(theirs.box_head(pooled))
+    pooled, result, original = torch.randn(5, 256, 7, 7), result.roi_heads, original.roi_heads
+    scores, deltas = original.box_predictor(original.box_head(pooled))
     deltas = deltas.view(5, -1, 4)[:, rows].flatten(1)
-    assert_equal_maps(ours.box_predictor(ours.box_head(pooled)), [scores[:, [*rows, 0]], deltas])
+    assert_equal_maps(result.box_predictor(result.box_head(pooled)), [scores[:, [*rows, 0]], deltas])
     pooled = torch.randn(2, 256, 14, 14)
     if name == "mask":
-        expected = theirs.mask_predictor(theirs.mask_head(pooled))[:, COCO_ROWS]
-        assert_equal_maps([ours.mask_head.layers(pooled)], [expected])
+        expected = original.mask_predictor(original.mask_head(pooled))[:, COCO_ROWS]
+        assert_equal_maps([result.mask_head.layers(pooled)], [expected])
     if name == "keypoint":
-        expected = theirs.keypoint_predictor(theirs.keypoint_head(pooled))
-        assert_equal_maps([ours.keypoint_head.layers(pooled)], [expected])
+        expected = original.keypoint_predictor(original.keypoint_head(pooled))
+        assert_equal_maps([result.keypoint_head.layers(pooled)], [expected])
 
 
 @pytest.mark.parametrize("name", ["mask", "keypoint", "student"])
 @torch.no_grad()
 def test_detections_are_equal(name, request):
-    """With one exception: torchvision rounds its anchors to whole pixels, here it gets ours."""
+    """With one exception: torchvision rounds its anchors to whole pixels, here it gets those of detectron2."""
     pair = request.getfixturevalue(name)
-    ours, theirs = pair.ours, pair.theirs
-    anchors = ours.proposal_generator.anchor_generator
+    result, original = pair.converted, pair.original
+    anchors = result.proposal_generator.anchor_generator
     cells = [cell.clone() for cell in anchors.cell_anchors]
-    for cell, rounded in zip(cells, theirs.rpn.anchor_generator.cell_anchors):
+    for cell, rounded in zip(cells, original.rpn.anchor_generator.cell_anchors):
         assert torch.equal(cell.round(), rounded)
-    theirs.rpn.anchor_generator.cell_anchors = cells
-    theirs.roi_heads.detections_per_img = 4
-    ours.roi_heads.box_predictor.test_topk_per_image = 4
+    original.rpn.anchor_generator.cell_anchors = cells
+    original.roi_heads.detections_per_img = 4
+    result.roi_heads.box_predictor.test_topk_per_image = 4
 
     image = torch.rand(3, 128, 192)
-    ours_found = ours.inference([{"image": image * 255}], do_postprocess=False)[0]
-    found = theirs_detections(theirs, image)
-    assert len(found["boxes"]) == len(ours_found) == 4
-    assert torch.allclose(ours_found.pred_boxes.tensor, found["boxes"], atol=0.01)
-    assert torch.allclose(ours_found.scores, found["scores"], atol=1e-4)
+    found_here = result.inference([{"image": image * 255}], do_postprocess=False)[0]
+    found = torchvision_detections(original, image)
+    assert len(found["boxes"]) == len(found_here) == 4
+    assert torch.allclose(found_here.pred_boxes.tensor, found["boxes"], atol=0.01)
+    assert torch.allclose(found_here.scores, found["scores"], atol=1e-4)
     rows = [1] if name == "keypoint" else COCO_ROWS
-    assert [rows[i] for i in ours_found.pred_classes] == found["labels"].tolist()
+    assert [rows[i] for i in found_here.pred_classes] == found["labels"].tolist()
     if name == "mask":
-        assert torch.allclose(ours_found.pred_masks, found["masks"], atol=1e-3)
+        assert torch.allclose(found_here.pred_masks, found["masks"], atol=1e-3)
     if name == "keypoint":
-        assert torch.allclose(ours_found.pred_keypoints[..., :2], found["keypoints"][..., :2], atol=1)
+        assert torch.allclose(found_here.pred_keypoints[..., :2], found["keypoints"][..., :2], atol=1)
 
 
-def theirs_detections(model, image):
+def torchvision_detections(model, image):
     """Of torchvision, on the image as it is, before masks are pasted into it."""
     x = model.transform.normalize(image)[None]
     images = detection.image_list.ImageList(x, [tuple(image.shape[1:])])
@@ -294,17 +294,17 @@ def test_teachers_run_with_torchvisions_numbers(kind):
         model = torchvision_detector(kind, classes=2 if kind == "keypoint" else 91)
     cfg = load_config(TEACHERS[kind])
     rpn, heads = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
-    theirs, roi_heads = model.rpn, model.roi_heads
+    original, roi_heads = model.rpn, model.roi_heads
 
     top = {"training": rpn.PRE_NMS_TOPK_TRAIN, "testing": rpn.PRE_NMS_TOPK_TEST}
-    assert theirs._pre_nms_top_n == top
+    assert original._pre_nms_top_n == top
     top = {"training": rpn.POST_NMS_TOPK_TRAIN, "testing": rpn.POST_NMS_TOPK_TEST}
-    assert theirs._post_nms_top_n == top
-    assert theirs.nms_thresh == rpn.NMS_THRESH
-    for sampler, node in ((theirs.fg_bg_sampler, rpn), (roi_heads.fg_bg_sampler, heads)):
+    assert original._post_nms_top_n == top
+    assert original.nms_thresh == rpn.NMS_THRESH
+    for sampler, node in ((original.fg_bg_sampler, rpn), (roi_heads.fg_bg_sampler, heads)):
         assert sampler.batch_size_per_image == node.BATCH_SIZE_PER_IMAGE
         assert sampler.positive_fraction == node.POSITIVE_FRACTION
-    matcher = theirs.proposal_matcher
+    matcher = original.proposal_matcher
     assert [matcher.low_threshold, matcher.high_threshold] == rpn.IOU_THRESHOLDS
     matcher = roi_heads.proposal_matcher
     assert [matcher.low_threshold, matcher.high_threshold] == 2 * heads.IOU_THRESHOLDS
@@ -321,7 +321,7 @@ def test_teachers_run_with_torchvisions_numbers(kind):
         assert pooler.output_size == 2 * (node.POOLER_RESOLUTION,)
         assert pooler.sampling_ratio == node.POOLER_SAMPLING_RATIO == 2
         assert node.POOLER_TYPE == "ROIAlign"
-    sizes = [[size] for (size,) in theirs.anchor_generator.sizes]
+    sizes = [[size] for (size,) in original.anchor_generator.sizes]
     assert sizes == cfg.MODEL.ANCHOR_GENERATOR.SIZES
     transform = model.transform
     assert cfg.INPUT.MIN_SIZE_TEST == transform.min_size[-1]
@@ -339,16 +339,16 @@ def converted(state_dict, eps=0.0, coco=True):
     return tool.convert(tool.state_dict_of({"model": state_dict}), eps, coco=coco)
 
 
-def assert_same_weights(ours, expected):
-    assert set(ours) == set(expected)
-    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+def assert_same_weights(result, expected):
+    assert set(result) == set(expected)
+    assert all(torch.equal(result[name], expected[name]) for name in result)
 
 
 @pytest.mark.parametrize("names", [dict, old_names, icpr_names])
 @pytest.mark.parametrize("pair", ["mask", "keypoint", "student"])
 def test_all_namings_give_the_same(pair, names, request):
     pair = request.getfixturevalue(pair)
-    state_dict = pair.theirs.state_dict()
+    state_dict = pair.original.state_dict()
     assert_same_weights(converted(names(state_dict)).weights, pair.weights)
 
 
@@ -384,7 +384,7 @@ def test_student_of_other_widths_and_depth(tmp_path):
     model = torchvision_detector("faster", depth=18, classes=4, bottleneck=bottleneck)
     pair = Pair(tmp_path, model, icpr_names(model.state_dict()), "--config-file", TEACHERS["faster"])
     x = torch.randn(1, 3, *SIZE)
-    assert_equal_maps(pair.ours.backbone(x).values(), model.backbone(x).values())
+    assert_equal_maps(pair.converted.backbone(x).values(), model.backbone(x).values())
     assert "R18-FPN, GHND's student with 5 bottleneck channels" in pair.output
     shapes = {name: len(tensor) for name, tensor in pair.weights.items() if "predictor" in name}
     assert set(shapes.values()) == {4, 12}  # of three classes
@@ -397,7 +397,7 @@ def test_student_by_the_packaged_config(student, tmp_path):
     name = "Distillation-GHND/torchvision_faster_rcnn_R_50_FPN_ghnd.yaml"
     if name not in model_zoo.available_configs():
         pytest.skip(f"there is no {name} in this checkout")
-    path, output = run(tmp_path, student.theirs.state_dict())
+    path, output = run(tmp_path, student.original.state_dict())
     assert_same_weights(read_checkpoint(str(path))["model"], student.weights)
     assert shlex.split(output.splitlines()[-1])[4:] == [name, "MODEL.WEIGHTS", str(path)]
 
@@ -457,8 +457,8 @@ def test_91_rows_of_own_classes(tmp_path, options):
     model = torchvision_detector("faster", depth=18)
     scores = model.state_dict()["roi_heads.box_predictor.cls_score.bias"]
     path, output = run(tmp_path, model.state_dict(), *options)
-    ours = read_checkpoint(str(path))["model"]["roi_heads.box_predictor.cls_score.bias"]
-    assert torch.equal(ours, torch.cat([scores[1:], scores[:1]]) if options else scores[[*IDS, 0]])
+    result = read_checkpoint(str(path))["model"]["roi_heads.box_predictor.cls_score.bias"]
+    assert torch.equal(result, torch.cat([scores[1:], scores[:1]]) if options else scores[[*IDS, 0]])
     for text in ("MODEL.ROI_HEADS.NUM_CLASSES 90", "with DATASETS.TEST"):
         assert (text in output) == bool(options)
 
@@ -473,10 +473,10 @@ def test_other_eps(eps, tmp_path):
     pair = Pair(tmp_path, model, model.state_dict(), "--frozen-bn-eps", str(eps))
     x = torch.randn(1, 3, *SIZE)
     with torch.no_grad():
-        assert_equal_maps(pair.ours.backbone(x).values(), model.backbone(x).values())
-    theirs = model.state_dict()["backbone.body.bn1.running_var"]
-    ours = pair.weights["backbone.bottom_up.stem.conv1.norm.running_var"]
-    assert torch.equal(ours, theirs) == (eps == 1e-5)
+        assert_equal_maps(pair.converted.backbone(x).values(), model.backbone(x).values())
+    original = model.state_dict()["backbone.body.bn1.running_var"]
+    result = pair.weights["backbone.bottom_up.stem.conv1.norm.running_var"]
+    assert torch.equal(result, original) == (eps == 1e-5)
 
 
 def test_half_precision_keeps_small_variances():
@@ -593,7 +593,7 @@ def test_key_value_pairs_describe_an_unusual_detector(tmp_path, small):
 
 def test_dropped_keys_are_said(tmp_path, student):
     """The classifier of ImageNet, and the neural filter of ICPR 2020."""
-    data = {**icpr_names(student.theirs.state_dict()), "backbone.body.fc.bias": torch.zeros(1000)}
+    data = {**icpr_names(student.original.state_dict()), "backbone.body.fc.bias": torch.zeros(1000)}
     for name in ("1.weight", "2.running_mean", "10.bias"):
         data[f"backbone.body.layer1.encoder.ext_classifier.{name}"] = torch.zeros(64)
     path, output = run(tmp_path, data, "--config-file", TEACHERS["faster"])

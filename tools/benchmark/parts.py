@@ -39,9 +39,9 @@ def icd_parts(
         return loss.auxiliary_terms(layers, queries, maps)
 
     def value(student, _teacher, batch):
-        ours = list(loss.pairs.of_student(student, geometry.level_sizes).values())
+        maps = list(loss.pairs.of_student(student, geometry.level_sizes).values())
         temperature = loss.temperature(batch.iteration, batch.max_iter)
-        return {"value": loss.value_term(ours, decoded, queries, geometry, temperature)}
+        return {"value": loss.value_term(maps, decoded, queries, geometry, temperature)}
 
     return {"decoder + auxiliary task": Part(auxiliary), "value loss": Part(value)}
 
@@ -61,8 +61,8 @@ def gid_parts(
         return loss.feature_terms(student, teacher, instances)
 
     def response(student, _teacher, batch):
-        ours = getattr(student, loss.capability)()
-        return loss.response_terms(ours, heads[1], instances, batch)
+        predictions = getattr(student, loss.capability)()
+        return loss.response_terms(predictions, heads[1], instances, batch)
 
     selects = loss.settings.gi_mode != "gt"
     parts = {"selection": Part(selection)} if selects else {}

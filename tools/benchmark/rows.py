@@ -23,7 +23,7 @@ Tasks = dict[str, Callable[[], None]]
 
 
 def build_tasks(subjects: Subjects, against_naive: bool = False) -> Tasks:
-    """What a round runs, by row name; neighbours in time are those that the headline compares."""
+    """What a round runs, by row name; neighbors in time are those that the headline compares."""
     distiller, plain = subjects.distiller, subjects.plain
     records = record(distiller, subjects.steps[DISTILLED].run_step)
     part = partial(run_part, inputs=subjects.inputs, records=records)

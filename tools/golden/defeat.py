@@ -17,7 +17,8 @@ from detectron2.structures import Boxes, Instances
 from distill_d2 import DistillLoss
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.fgfi import FGFI
-from distill_d2.losses.masks import ObjectMasks, level_of_boxes, stage_mask
+from distill_d2.losses.masks import level_of_boxes, stage_mask
+from distill_d2.losses.object_masks import ObjectMasks
 from distill_d2.testing.maps import Maps, view_of
 from distill_d2.views import Batch, DetectorView, Predictions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 from functools import partial
 from typing import Callable
@@ -43,7 +44,8 @@ def check_cells(report: Report, names: list[Name], device: str, workers: int = 4
             for result in _within(report, name, lambda name=name: check_cell(name, device)):
                 report.results.append(result)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, initializer=logging.disable, initargs=(logging.WARNING,)) as pool:
         pending = {name: pool.apply_async(check_cell, (name, device)) for name in names}
         for name, task in pending.items():
             limit = max(report.time_left, 0.01)

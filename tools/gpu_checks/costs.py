@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from typing import Any
 
+import torch
 from benchmark.main import measure, parse_arguments
 from benchmark.rows import PART, PREPARED
 from benchmark.subjects import DISTILLED, STUDENT
@@ -38,6 +40,8 @@ def measure_costs(
 
             def check(words=words, name=name, precision=precision) -> None:
                 report.costs.append(row_of(measure(parse_arguments(words)), name, precision))
+                gc.collect()
+                torch.cuda.empty_cache()  # nothing without a GPU
 
             report.run("costs", f"{name}, {precision}", check)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.fgfi import FGFI
-from distill_d2.losses.masks import ObjectMasks
+from distill_d2.losses.object_masks import ObjectMasks
 from distill_d2.losses.pairing import FeaturePairs
 from distill_d2.losses.regions import distance_map
 from distill_d2.views import Batch, DetectorView

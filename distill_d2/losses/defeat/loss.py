@@ -27,7 +27,8 @@ import torch
 from ...views import Batch, DetectorView
 from ..base import DISTILL_LOSS_REGISTRY, DistillLoss
 from ..heads import PROPOSALS, common_predictions, require_heads
-from ..masks import ObjectMasks, resized, stage_mask
+from ..masks import resized, stage_mask
+from ..object_masks import ObjectMasks
 from ..pairing import FeaturePairs, Maps, Pairs
 from ..regions import distance_map, region_means
 from .classes import class_terms

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...views import Batch
 from ..heads import PROPOSALS
-from ..masks import FINEST_SCALE, LEVEL_ASSIGN, LEVEL_ASSIGNS, MASKS
+from ..object_masks import FINEST_SCALE, LEVEL_ASSIGN, LEVEL_ASSIGNS, MASKS
 from ..pairing import ADAPTER, INIT_STD
 from ..regions import FORMS
 from ..settings import LossSettings, key

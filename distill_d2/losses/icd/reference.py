@@ -41,15 +41,15 @@ def _plain(name: str) -> str:
 
 
 def _of_teacher(name: str, value: torch.Tensor) -> State:
-    found = _ENCODER.match(name)
-    if found:
-        return {f"queries.encoder.{_MLP[found[1]]}.{found[2]}": value}
-    found = _PREDICTOR.match(name)
-    if found:
-        return {f"auxiliary.predictor.{_MLP[found[1]]}.{found[2]}": value}
-    found = _RECONSTRUCTOR.match(name)
-    if found:
-        return {f"reconstructors.{found[1]}.{found[2]}": value}
+    match = _ENCODER.match(name)
+    if match:
+        return {f"queries.encoder.{_MLP[match[1]]}.{match[2]}": value}
+    match = _PREDICTOR.match(name)
+    if match:
+        return {f"auxiliary.predictor.{_MLP[match[1]]}.{match[2]}": value}
+    match = _RECONSTRUCTOR.match(name)
+    if match:
+        return {f"reconstructors.{match[1]}.{match[2]}": value}
     layer, rest = _of_layer(name)
     return {f"decoder.{layer}.{rest}": value} if rest else {}
 
@@ -65,10 +65,10 @@ def _of_student(name: str, value: torch.Tensor) -> State:
 
 def _of_layer(name: str):
     """Number and name of a parameter of a decoder layer; ("", "") for others."""
-    found = _BARE_POSITIONS.match(name)
-    if found:
-        return "0", f"pos_projector.{found[1]}"
-    found = _LAYER.match(name)
-    if not found:
+    match = _BARE_POSITIONS.match(name)
+    if match:
+        return "0", f"pos_projector.{match[1]}"
+    match = _LAYER.match(name)
+    if not match:
         return "", ""
-    return found[1] or found[2] or "0", found[3]
+    return match[1] or match[2] or "0", match[3]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
-from ..settings import IN_FEATURES, LossSettings, key
+from ..settings import IN_FEATURES, LossSettings, key, no_key
 from .mimic import LOSS_FORMS, NORMS
 from .sampling import SAMPLE_RULES
 
@@ -84,11 +84,11 @@ class ICDSettings(LossSettings):
     distill_with_pos: bool = _ins(False, _NOT_READ)
     temp_mask: float = _mimic(1.0, _NOT_READ)
 
-    # The reference has other keys for this.
-    weight: float = field(default=1.0, init=False)
-    start_iter: int = field(default=0, init=False)
-    stop_iter: int = field(default=-1, init=False)
-    warmup_iters: int = field(default=0, init=False)
+    # The reference has other keys for a schedule.
+    weight: float = no_key(1.0)
+    start_iter: int = no_key(0)
+    stop_iter: int = no_key(-1)
+    warmup_iters: int = no_key(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
