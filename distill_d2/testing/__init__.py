@@ -8,6 +8,8 @@
   literal numbers.
 - ``check_loss``: holds a loss to all laws of ``laws.py``, on every kind of detector. ``Cell`` is one loss and one
   kind of detector; ``recipes`` says how the registered losses are set for small detectors.
+- ``intercepted``: a function of the test's in place of a loss's forward; ``record`` and ``Replay``: what losses
+  read in a step, and losses on it again.
 - ``no_synchronization``: fails where the host would wait for a GPU; works on a CPU.
 """
 
@@ -15,6 +17,7 @@ from .family import Family, bitmasks, dense_config, families, polygons
 from .laws import LAWS, Cell, check_loss, step
 from .maps import MapDetector, compare, plane, view_of
 from .recipes import RECIPES, Recipe, recipes
+from .replay import Records, Replay, intercepted, record
 from .synchronization import as_on_a_gpu, no_synchronization
 from .tiny import (
     CLASSES,
@@ -35,6 +38,8 @@ __all__ = [
     "Family",
     "MapDetector",
     "Recipe",
+    "Records",
+    "Replay",
     "as_on_a_gpu",
     "bitmasks",
     "check_loss",
@@ -42,10 +47,12 @@ __all__ = [
     "dense_config",
     "distiller_config",
     "families",
+    "intercepted",
     "no_synchronization",
     "plane",
     "polygons",
     "recipes",
+    "record",
     "save_teacher",
     "step",
     "tiny_batch",

@@ -1,4 +1,4 @@
-"""Steps of a Distiller: one step, what its losses read in it, and losses on what was recorded."""
+"""What the losses of a Distiller read in a step, and losses on what was recorded."""
 
 from __future__ import annotations
 
@@ -10,23 +10,12 @@ from typing import Any, Callable
 
 import torch
 from detectron2.structures import Boxes
-from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..distiller import Distiller
 from ..losses import DistillLoss
 from ..taps import Taps, map_tensors
 from ..views import Batch, DetectorView, Predictions
-
-
-def step(
-    distiller: Distiller, batch: list[dict[str, Any]], iteration: int = 0
-) -> dict[str, torch.Tensor]:
-    """One training step without an optimizer: the losses by name, after their backward."""
-    with EventStorage(iteration):
-        losses = distiller(batch)
-    sum(losses.values()).backward()
-    return losses
 
 
 @contextlib.contextmanager

@@ -28,8 +28,7 @@ from distill_d2.losses.base import build_losses
 from distill_d2.losses.ghnd import GHND
 from distill_d2.model_zoo import get_config_file
 from distill_d2.taps import Taps
-from distill_d2.testing import replay
-from distill_d2.testing.maps import compare
+from distill_d2.testing import compare, intercepted, step
 from distill_d2.views import Batch, DetectorView
 
 from . import Comparison, Fixture, FixtureError, golden_kind
@@ -135,22 +134,22 @@ def _compare_sent(fixture: Fixture, stage: BottleneckStage, x: torch.Tensor) -> 
 
 
 def _compare_step(fixture: Fixture) -> None:
-    step = _Step(fixture)
-    for name, tensor in _of_folder(fixture, "recipe", step.weights):
+    run = _Step(fixture)
+    for name, tensor in _of_folder(fixture, "recipe", run.weights):
         _compare(fixture, name, tensor.flatten()[: fixture[name].size])
-    losses = step.run()
-    _compare(fixture, "full/x", step.padded)
+    losses = run.run()
+    _compare(fixture, "full/x", run.padded)
     _compare(fixture, "full/loss", sum(losses.values()))
     for stage in _STAGES:
         layer = _torchvision_name(stage)
         _compare(fixture, f"full/loss/{layer}", losses[f"loss_ghnd_{stage}"])
-        for role, maps in step.maps.items():
+        for role, maps in run.maps.items():
             _compare(fixture, f"full/{role}/{layer}", maps[stage])
-    _compare_gradients(fixture, step.parameters)
-    for name, buffer in step.stage.named_buffers():
+    _compare_gradients(fixture, run.parameters)
+    for name, buffer in run.stage.named_buffers():
         _compare(fixture, f"full/after/layer1.{name}", buffer)
-    build_optimizer(step.cfg, step.distiller).step()
-    for name, parameter in _of_folder(fixture, "full/adam1", step.parameters):
+    build_optimizer(run.cfg, run.distiller).step()
+    for name, parameter in _of_folder(fixture, "full/adam1", run.parameters):
         fixture.compare(name, parameter, rtol=0, atol=1e-6)
 
 
@@ -216,8 +215,8 @@ class _Step:
     def run(self) -> Tensors:
         """Forward and backward; the terms."""
         (loss,) = self.distiller.losses.values()
-        with replay.intercepted(loss, self._note):
-            return replay.step(self.distiller.train(), self.batch)
+        with intercepted(loss, self._note):
+            return step(self.distiller.train(), self.batch)
 
     def _note(
         self, forward: Callable, student: DetectorView, teacher: DetectorView, batch: Batch

@@ -18,8 +18,7 @@ from distill_d2.losses.fgfi import FGFI
 from distill_d2.losses.gid import GID
 from distill_d2.losses.head_kd import HeadKD
 from distill_d2.teacher import Teacher
-from distill_d2.testing import tiny_batch, tiny_detector
-from distill_d2.testing.replay import intercepted, step
+from distill_d2.testing import intercepted, step, tiny_batch, tiny_detector
 
 RPN, BOX_HEAD, MASK_HEAD = "proposal_generator.rpn_head", "roi_heads.box_head", "roi_heads.mask_head"
 NO_NECK = {"hint_neck_w": 0.0, "hint_neck_back_w": 0.0}

@@ -25,8 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from distill_d2.distiller import Distiller
 from distill_d2.losses.gid import GID
 from distill_d2.teacher import Teacher
-from distill_d2.testing import tiny_batch
-from distill_d2.testing.replay import intercepted, step
+from distill_d2.testing import intercepted, step, tiny_batch
 
 RPN, PREDICTOR = "proposal_generator.rpn_head", "roi_heads.box_predictor"
 RPN_MATCHER = Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)

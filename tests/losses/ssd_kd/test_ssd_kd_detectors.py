@@ -19,7 +19,7 @@ from ssd_case import ssd as ssd_model
 from distill_d2.distiller import Distiller
 from distill_d2.losses.ssd_kd import SSDKD
 from distill_d2.teacher import Teacher
-from distill_d2.testing.replay import intercepted
+from distill_d2.testing import intercepted
 from distill_d2.testing.tiny import tiny_batch, tiny_detector
 from distill_d2.views import Batch, Predictions, build_view
 
