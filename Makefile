@@ -16,7 +16,7 @@ ifneq ($(shell cat "$(READY)" 2>/dev/null),$(CURDIR))
 endif
 # One thread per process: results do not depend on the machine, and small tensors are faster so.
 RUN = OMP_NUM_THREADS=1 "$(VENV_PYTHON)"
-# Test files side by side: a process takes up to 6 GB.
+# Test files side by side; the end of a run prints the peak of memory (tests/memory.py).
 PYTEST = $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help

@@ -102,7 +102,8 @@ def _varied(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and name.rpartition(".")[2] in _OUTPUTS:
             nn.init.normal_(module.weight, std=0.1)
-            nn.init.constant_(module.bias, 1.0)
+            if module.bias is not None:
+                nn.init.constant_(module.bias, 1.0)
     return model
 
 

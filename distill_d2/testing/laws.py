@@ -97,8 +97,14 @@ class Cell:
     def of_recipe(cls, recipe: Recipe, family: Family, device: str = "cpu") -> Cell:
         """The recipe's loss."""
         equal = recipe.build(family, equal=True)
-        options = {"not_zero": recipe.not_zero, "host": recipe.host, "device": device}
-        return cls(family, recipe.build(family), equal=equal, **options)
+        return cls(
+            family,
+            recipe.build(family),
+            equal=equal,
+            not_zero=recipe.not_zero,
+            host=recipe.host,
+            device=device,
+        )
 
     def student(self) -> nn.Module:
         """A new student, in training mode; the same at each call."""

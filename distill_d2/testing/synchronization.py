@@ -79,8 +79,8 @@ def no_synchronization(*, host: Sequence[str] = ()) -> Iterator[None]:
     """
     guard = _Guard()
     with contextlib.ExitStack() as stack:
-        refused = {name: guard.refusing(name) for name in _COPYING}
-        stack.enter_context(mock.patch.multiple(torch.Tensor, **refused))
+        for name in _COPYING:
+            stack.enter_context(mock.patch.object(torch.Tensor, name, guard.refusing(name)))
         for name in host:
             stack.enter_context(mock.patch(name, guard.pausing(pkgutil.resolve_name(name))))
         stack.enter_context(_sync_debug_mode("error"))

@@ -179,7 +179,8 @@ def distiller_config(student: CfgNode, teacher_yaml: str, types=("PKD",)) -> Cfg
 
 def write_dataset(folder: Path, count: int = 6) -> dict:
     """Write ``count`` images with two boxes each as a COCO dataset; its DATASETS.CUSTOM entry."""
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     (folder / "images").mkdir(parents=True, exist_ok=True)
     random = np.random.RandomState(0)
     for index in range(count):
