@@ -2,8 +2,8 @@
 
 Three kinds of modules register themselves when they are imported:
 
-- ``projects/<Name>/<package>_plugin.py`` describes a detector of ours with ``register_detector``. The package
-  itself is imported when a config names something that it registers, and not before.
+- ``projects/<Name>/<package>_plugin.py`` describes a detector of this repository with ``register_detector``.
+  The package itself is imported when a config names something that it registers, and not before.
 - Modules of installed packages, named in the entry point group ``distill_d2.plugins``.
 - Modules and files that the command line names: ``train_distill.py --import my_detector.py``.
 
@@ -25,6 +25,13 @@ read it, and a ``Detector``, which brings its config keys. A whole package::
 
     @register_view(MyDetector)
     class MyView(RetinaNetView): ...
+
+    @DISTILL_LOSS_REGISTRY.register()
+    class MyLoss(DistillLoss):
+        NODE = "MY_LOSS"  # the node MODEL.DISTILLER.MY_LOSS
+
+        def forward(self, student, teacher, batch):
+            return {"loss_mine": (student.level("p3") - teacher.level("p3")).square().mean()}
 
     def add_config(cfg):
         cfg.MODEL.MY_DETECTOR = type(cfg)({"SCALE": 1.0})
