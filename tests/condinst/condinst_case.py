@@ -9,8 +9,6 @@ from detectron2.modeling import build_model
 from fcos_case import fcos_config, spread
 from torch import nn
 
-from distill_d2.plugins import import_detectors
-
 
 def condinst_config(channels: int = 32, width: int = 8, **keys: Any) -> CfgNode:
     """As fcos_config; the mask branch has stride 4. Keys of MODEL.CONDINST, with __ for a dot, and, in
@@ -27,7 +25,6 @@ def condinst_config(channels: int = 32, width: int = 8, **keys: Any) -> CfgNode:
         key = key.replace("__", ".")
         root = "FCOS" if key in cfg.MODEL.FCOS else "CONDINST"
         cfg.merge_from_list([f"MODEL.{root}.{key}", value])
-    import_detectors(cfg)
     return cfg
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from distill_d2.projects.fcos.tiny import config
@@ -14,25 +15,41 @@ from torch import nn
 STRIDES = (4, 8, 16)
 
 
-def fcos(width: int = 8, **keys: Any) -> nn.Module:
-    """A detector of three levels whose predictions differ from location to location.
+def fcos_config(channels: int = 32, width: int = 8, **keys: Any) -> CfgNode:
+    """Of a detector of three levels, on the CPU.
 
     Args:
+        channels: of the levels.
         width: channels of the stem.
         keys: of MODEL.FCOS.
     """
     cfg = config(width)
-    node = cfg.MODEL.FCOS
+    cfg.MODEL.FPN.OUT_CHANNELS = channels
     for key, value in keys.items():
-        assert key in node, key
-        node[key] = value
-    model = build_model(cfg)
+        assert key in cfg.MODEL.FCOS, key
+        cfg.MODEL.FCOS[key] = value
+    return cfg
+
+
+def fcos(channels: int = 32, width: int = 8, **keys: Any) -> nn.Module:
+    """A detector whose predictions differ from location to location; the arguments of fcos_config."""
+    model = build_model(fcos_config(channels, width, **keys))
+    spread(model)
+    return model
+
+
+def spread(model: nn.Module) -> None:
+    """Give the head predictions that differ from location to location."""
     head = model.proposal_generator.fcos_head
     for layer in (head.cls_logits, head.bbox_pred, head.ctrness):
         nn.init.normal_(layer.weight, std=0.1)
     nn.init.constant_(head.bbox_pred.bias, 1.0)
     nn.init.constant_(head.cls_logits.bias, -2.0)
-    return model
+
+
+def without_objects(batch: list[dict]) -> list[dict]:
+    """The same images without annotated objects."""
+    return [{**item, "instances": item["instances"][:0]} for item in batch]
 
 
 def objects(boxes: list[list[float]], classes: list[int], size=(64, 64)) -> Instances:
