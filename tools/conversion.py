@@ -13,8 +13,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from distill_d2.plugins import import_detectors
-
 Weights = dict[str, torch.Tensor]
 
 MOST_NAMES = 20  # in one line of a message
@@ -121,7 +119,6 @@ def check_agreement(weights: Weights, cfg: CfgNode, config_file: str, *, partial
     """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "cpu"
-    import_detectors(cfg)
     try:
         model = build_model(cfg)
     except (KeyError, ValueError, TypeError, AssertionError) as error:

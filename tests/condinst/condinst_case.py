@@ -10,8 +10,6 @@ from distill_d2.projects.condinst import tiny
 from fcos_case import spread
 from torch import nn
 
-from distill_d2.plugins import import_detectors
-
 
 def condinst_config(width: int = 8, **keys: Any) -> CfgNode:
     """Masks of stride 2; the mask branch has stride 4. Keys of MODEL.FCOS, or else of MODEL.CONDINST, with
@@ -22,7 +20,6 @@ def condinst_config(width: int = 8, **keys: Any) -> CfgNode:
         key = key.replace("__", ".")
         root = "FCOS" if key in cfg.MODEL.FCOS else "CONDINST"
         cfg.merge_from_list([f"MODEL.{root}.{key}", value])
-    import_detectors(cfg)
     return cfg
 
 

@@ -2,17 +2,22 @@
 
 from pathlib import Path
 
-import icd_run
 import pytest
 import torch
 import yaml
-from runs import ROOT, Job, assert_equal, changed, checkpoint, metrics, rewind, run_commands
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from runs import ROOT, Job, assert_equal, changed, checkpoint, metrics, rewind
 
 from distill_d2.data import register_custom_datasets
+from distill_d2.engine import load_config
 from distill_d2.engine.solvers import LossSolver
+from distill_d2.engine.trainer import distributed
 from distill_d2.losses import build_losses
 from distill_d2.losses.icd.queries import InstanceQueries
 from distill_d2.losses.settings import keys_of
+from distill_d2.testing import tiny_batch
 
 ICD = "InstanceConditionalDistillation"
 NODE = "MODEL.DISTILLER."
@@ -197,29 +202,64 @@ def test_yaml_of_the_reference(job):
     assert solver._scheduler.state_dict()["last_epoch"] == 0
 
 
-# Several processes, with find_unused_parameters=False.
+# Two processes, with find_unused_parameters=False.
+
+# Of a run with PRETRAIN_TEACHER_ITERS 2, BYPASS_DISTILL 1, STOP_JOINT 3: the student's iteration, and the
+# number of objects in the image of each process.
+PHASES = {
+    "pretraining": (-1, (1, 3)),
+    "bypassed": (0, (1, 3)),
+    "distilling": (2, (3, 1)),
+    "one without objects": (2, (2, 0)),
+    "all without objects": (2, (0, 0)),
+    "stopped": (4, (1, 3)),
+    "once more": (2, (1, 3)),
+}
 
 
-def test_two_processes(job):
-    """Law 8, in every phase and without objects: losses have the normalizers, fakes and dropout of their
-    process; gradients are the mean."""
+def phases_of(config_file, rank, wrap):
+    """What a process computes: the losses and the gradients of each phase's step.
+
+    Args:
+        wrap: what DistributedDataParallel does to a model.
+    """
+    cfg = load_config(config_file)
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    model.phases.supported_by_trainer = True
+    wrapped, results = wrap(model), {}
+    for phase, (iteration, objects) in PHASES.items():
+        torch.manual_seed(cfg.SEED + rank)
+        image = tiny_batch(2, objects=max(*objects, 1))[rank]
+        image["instances"] = image["instances"][: objects[rank]]
+        model.zero_grad()
+        model.student.loss_normalizer = 100
+        with EventStorage(iteration + model.phases.pretrain_iters):
+            losses = wrapped([image])
+        sum(losses.values()).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        results[phase] = {name: loss.detach() for name, loss in losses.items()}, gradients
+    return results
+
+
+def phases_of_this_process(config_file):
+    return phases_of(config_file, comm.get_rank(), distributed)
+
+
+def test_two_processes(pool, job):
+    """Law 8, in every phase: losses have the normalizers, fakes and dropout of their process; gradients are
+    the mean."""
     job.node.PRETRAIN_TEACHER_ITERS, job.node.BYPASS_DISTILL, job.node.STOP_JOINT = 2, 1, 3
     job.node.INS.DROPOUT = 0.2
     job.node.INS.HIDDEN_DIM = 12  # adapters on both sides
-    torch.save(job.trainer().plain_model.state_dict(), job.output / "start.pth")
-    (lines,) = run_commands(job.command("tests/engine/icd_run.py", "--num-procs", 2))
-    assert "World size: 2" in lines
-    ranks = [torch.load(job.output / f"rank{rank}.pth", weights_only=True) for rank in (0, 1)]
-    model = icd_run.start(job.setup())
-    for phase, (iteration, objects) in icd_run.PHASES.items():
-        halves = []
-        for rank, inputs in enumerate(icd_run.images_of(objects)):
-            torch.manual_seed(job.config.SEED + rank)
-            losses, gradients = icd_run.step(model, model, iteration, inputs)
-            halves.append({name: gradient.clone() for name, gradient in gradients.items()})
-            torch.testing.assert_close(ranks[rank][phase][0], losses)
-        mean = {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]}
-        for rank in (0, 1):
-            torch.testing.assert_close(ranks[rank][phase][1], mean, rtol=1e-4, atol=1e-6)
-    conf = [rank["all without objects"][0]["loss_icd_conf_0"] for rank in ranks]
+    job.arguments()  # writes the config
+    ranks = pool.run(phases_of_this_process, job.config_file)
+    alone = [phases_of(job.config_file, rank, lambda model: model) for rank in (0, 1)]
+    for phase in PHASES:
+        first, second = (process[phase][1] for process in alone)
+        mean = {name: (first[name] + second[name]) / 2 for name in first}
+        for process, expected in zip(ranks, alone):
+            torch.testing.assert_close(process[phase][0], expected[phase][0])
+            torch.testing.assert_close(process[phase][1], mean, rtol=1e-4, atol=1e-6)
+    conf = [process["all without objects"][0]["loss_icd_conf_0"] for process in ranks]
     assert not torch.equal(*conf)  # of one fake each, not the same

@@ -7,7 +7,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from gid_case import close, random_boxes
 
-from distill_d2.losses.gid.pooling import level_of, pool
+from distill_d2.losses.gid.pooling import pool
 
 
 def maps_of(padded, strides=(8, 16, 32), images=2, channels=3, seed=0):
@@ -74,14 +74,6 @@ def test_pooling_at_the_border_is_detectron2s(padded):
     boxes = at_the_border(padded)
     boxes = torch.stack([boxes, boxes.flip(0)])
     compare(maps_of(padded, (8, 16, 32, 64, 128)), (8, 16, 32, 64, 128), boxes, 10, 2)
-
-
-def test_level_of_each_box():
-    sides = torch.tensor([1.0, 111, 113, 223, 225, 447, 449, 5000])
-    boxes = torch.stack([sides * 0, sides * 0, sides / 2, sides * 2], dim=1)
-    assert level_of(boxes, (8, 16, 32)).tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
-    assert level_of(boxes, (4, 8, 16, 32)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert level_of(boxes, (16,)).tolist() == [0] * 8
 
 
 def test_memory_layout_does_not_matter():
