@@ -62,18 +62,6 @@ def test_by_loops(box, quality, gamma):
     assert found[name].item() == pytest.approx(other, rel=1e-5)
 
 
-def test_one_location_by_hand():
-    """A box of 4 x 4 of which 2 x 2 around the location is predicted."""
-    ltrb, wanted = torch.ones(1, 4, 1), torch.full((1, 4, 1), 2.0)
-    label = torch.zeros(1, 1, dtype=torch.int64)
-    targets = Targets(label, wanted, label, label == 0)
-    zero = torch.zeros(1, 1, 1)
-    found = FCOSLoss()(zero, ltrb, zero[0], targets)
-    assert found["loss_fcos_loc"].item() == pytest.approx(1 - 5 / 17)  # hull is the union
-    assert found["loss_fcos_ctr"].item() == pytest.approx(0.693147)
-    assert found["loss_fcos_cls"].item() == pytest.approx(0.25 * 0.25 * 0.693147)
-
-
 def test_normalizers():
     leaves, targets = case()
     classes, *_ = expected(leaves, targets)
@@ -153,16 +141,3 @@ def test_does_not_synchronize(kind):
     loss = FCOSLoss(normalizer_cls=kind)
     with no_synchronization():
         loss(*leaves, targets)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"box_loss": "diou"}, r"MODEL.FCOS.LOC_LOSS_TYPE is 'diou'; expected one of \['giou', "),
-        ({"quality": "area"}, r"MODEL.FCOS.BOX_QUALITY is 'area'; expected one of \['ctrness', 'iou'\]"),
-        ({"normalizer_cls": "bg"}, r"MODEL.FCOS.LOSS_NORMALIZER_CLS is 'bg'; expected one of \['fg', "),
-    ],
-)
-def test_unknown_choices(options, message):
-    with pytest.raises(ValueError, match=message):
-        FCOSLoss(**options)
