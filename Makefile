@@ -1,4 +1,4 @@
-# `make demo`, `make test`, `make lint`: each does the set-up it needs and re-uses what is there.
+# `make demo`, `make test`, `make lint`: each does the set-up it needs and reuses what is there.
 # Needs nothing but make and Python 3.9 or later; `make VENV=path PYTHON=python3.12 test` chooses others.
 
 VENV ?= .venv

@@ -1,4 +1,4 @@
-"""The bottleneck of projects/GHND: the stage, backbones that get it, its quantiser, its evaluator."""
+"""The bottleneck of projects/GHND: the stage, backbones that get it, its quantizer, its evaluator."""
 
 import math
 
@@ -301,10 +301,10 @@ def test_lazy_config():
         assert backbone.eval()(torch.zeros(1, 3, 64, 64))["p3"].shape == (1, 256, 8, 8)
 
 
-# The quantiser
+# The quantizer
 
 
-def test_quantised_by_hand():
+def test_quantized_by_hand():
     """A step of 1/50; 0 is level 50 and 150."""
     tensor = torch.tensor([[-1.0, 0.0, 4.1, 0.513], [-3.0, 2.1, 0.0, -0.005]])
     found = quantize(tensor)
@@ -348,7 +348,7 @@ def test_half_a_step_at_most(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_quantised_in_float32(dtype):
+def test_quantized_in_float32(dtype):
     tensor = torch.randn(2, 3, 4, 5).to(dtype)
     found, expected = quantize(tensor), quantize(tensor.float())
     assert found.scale.dtype == found.dequantize().dtype == torch.float32
@@ -415,11 +415,11 @@ def test_reference_bugs_are_the_references(shared, kind):
     assert saturated == (kind != "mixed")
 
 
-# Quantised in evaluation
+# Quantized in evaluation
 
 
 @pytest.mark.parametrize("bits, bugs", [(0, False), (8, False), (8, True), (16, False)])
-def test_quantised_in_evaluation_alone(bits, bugs):
+def test_quantized_in_evaluation_alone(bits, bugs):
     stage = random_stage(8, 12, quant_bits=bits, reference_bugs=bugs)
     plain = BottleneckStage(8, 12)
     plain.load_state_dict(stage.state_dict())

@@ -283,8 +283,8 @@ def test_default_trainer_trains_everything_with_one_optimizer(probe):
     trainer._hooks = [h for h in trainer._hooks if type(h).__name__ != "EvalHook"]
     trainer.train()
     saved = checkpoint(probe.output)["model"]
-    learnt = [value for name, value in saved.items() if name.startswith("distiller.")]
-    assert len(learnt) == 2 and not any(torch.equal(value, torch.ones(1)) for value in learnt)
+    learned = [value for name, value in saved.items() if name.startswith("distiller.")]
+    assert len(learned) == 2 and not any(torch.equal(value, torch.ones(1)) for value in learned)
     log = (probe.output / "log.txt").read_text()
     assert log.count("one optimizer also trains the parameters of ['ProbeLoss']") == 1
 

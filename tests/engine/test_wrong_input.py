@@ -84,11 +84,11 @@ def test_evaluation_with_weights_of_another_model(job):
         job.run("--eval-only", opts=["OUTPUT_DIR", job.folder / "empty"])
 
 
-def test_misspelt_key_on_the_command_line(job):
+def test_misspelled_key_on_the_command_line(job):
     job.fails(KeyError, "SOLVER.MAX_ITERS", "SOLVER.MAX_ITER", opts=["SOLVER.MAX_ITERS", 5])
 
 
-def test_misspelt_key_in_the_file(job):
+def test_misspelled_key_in_the_file(job):
     job.text = "MODEL: {DISTILLER: {TYPE: [PKD]}}\n"
     job.fails(KeyError, "MODEL.DISTILLER.TYPE", job.config_file)
 

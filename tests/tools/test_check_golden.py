@@ -43,7 +43,7 @@ def make_arrays(seed=0, shapes=SHAPES, pkd=True, mimic=True):
 
 
 def pkd_outputs(student, teacher):
-    """1/2 mean |s^ - t^|^2, its gradient through the standardisation written out per channel."""
+    """1/2 mean |s^ - t^|^2, its gradient through the standardization written out per channel."""
     outputs, total = {}, 0.0
     for name in student:
         s, t = (x[name].astype(np.float64) for x in (student, teacher))

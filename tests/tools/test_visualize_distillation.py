@@ -20,7 +20,7 @@ from visualize.gid import selection_row
 from visualize.picture import (
     GREEN,
     SKY,
-    VERMILLION,
+    VERMILION,
     WHITE,
     YELLOW,
     ColorScale,
@@ -431,7 +431,7 @@ def test_instances_are_drawn_by_kind_with_their_scores():
     )
     kinds = {name: torch.arange(5)[None] == slot for slot, name in enumerate(["pos", "semi_pos", "neg"])}
     row = selection_row(selected, kinds, "all", make_picture())
-    colors = [SKY, YELLOW, VERMILLION, WHITE]
+    colors = [SKY, YELLOW, VERMILION, WHITE]
     scores = ["0.83", "0.71", "0.50", "0.25"]
     expected = [Mark(boxes[i], colors[i], scores[i], dashed=i == 1) for i in range(4)]
     assert row.panels[1].marks == expected

@@ -124,7 +124,7 @@ class Fixture:
 
 @dataclass(frozen=True)
 class GoldenKind:
-    """A kind of fixture: how to recognise one, and how to check it."""
+    """A kind of fixture: how to recognize one, and how to check it."""
 
     name: str
     holds: Sequence[str]

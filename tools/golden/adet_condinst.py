@@ -144,7 +144,7 @@ def _compare_detections(fixture: Fixture, folder: str, found: Instances) -> None
 # Training
 
 
-def _labelled(fixture: Fixture, bitmasks: bool = False) -> list[dict[str, Any]]:
+def _labeled(fixture: Fixture, bitmasks: bool = False) -> list[dict[str, Any]]:
     inputs = inputs_of(fixture)
     for name, item in zip(image_names(fixture), inputs):
         objects = objects_of(fixture, name)
@@ -158,7 +158,7 @@ def _labelled(fixture: Fixture, bitmasks: bool = False) -> list[dict[str, Any]]:
 
 
 def _compare_training(fixture: Fixture, name: str) -> None:
-    model, inputs = _model(fixture, name), _labelled(fixture, name == "bitmask")
+    model, inputs = _model(fixture, name), _labeled(fixture, name == "bitmask")
     seen, positives = [], model.positives
 
     def remembered(*arguments):
@@ -204,7 +204,7 @@ def _sorted(instances: dict[str, np.ndarray]) -> np.ndarray:
 def _compare_truth(fixture: Fixture) -> None:
     model = _model(fixture)
     size = [model.mask_head.in_stride * length for length in fixture["eval/img0/mask_feats"].shape[2:]]
-    for name, item in zip(image_names(fixture), _labelled(fixture)):
+    for name, item in zip(image_names(fixture), _labeled(fixture)):
         for strided in fixture.names(f"gt/img{name}/bitmasks_s*"):
             stride = int(strided.rpartition("_s")[2])
             truth = mask_truth(item["instances"], size, stride, 8, model.num_classes)
@@ -218,10 +218,10 @@ def _compare_targets(fixture: Fixture) -> None:
     model = _model(fixture)
     seen: dict[str, Any] = {}
     hook = model.proposal_generator.register_forward_hook(lambda *call: seen.update(extras=call[2][0]))
-    model.train()(_labelled(fixture))
+    model.train()(_labeled(fixture))
     hook.remove()
     targets, points = seen["extras"]["targets"], seen["extras"]["points"]
-    offsets = np.cumsum([0] + [len(item["instances"]) for item in _labelled(fixture)])[:-1]
+    offsets = np.cumsum([0] + [len(item["instances"]) for item in _labeled(fixture)])[:-1]
     indices = targets.objects + torch.from_numpy(offsets)[:, None]
     counts = points.levels.bincount().tolist()
     rows = (per_level(part, counts) for part in (targets.classes, indices, targets.positive))

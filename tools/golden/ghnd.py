@@ -1,4 +1,4 @@
-"""Fixtures of GHND: a bottleneck alone, the 8-bit quantiser, and one step of training on a ResNet-50.
+"""Fixtures of GHND: a bottleneck alone, the 8-bit quantizer, and one step of training on a ResNet-50.
 
 Names of tensors are torchvision's; weights that a fixture does not store follow from them by
 ``_by_recipe``. Of a large array there are every n-th number ("<name>@stride97"), sum, norm and shape
@@ -104,7 +104,7 @@ def _compare_stage(
     return sent
 
 
-# The quantiser of the reference, with its bugs.
+# The quantizer of the reference, with its bugs.
 
 
 def _compare_quantizer(fixture: Fixture, folder: str) -> None:

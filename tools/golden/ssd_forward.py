@@ -63,7 +63,7 @@ def ssd_forward(fixture: Fixture) -> None:
 
 
 def _image(fixture: Fixture) -> torch.Tensor:
-    """(3, H, W), RGB, of the squares of one colour that the fixture has."""
+    """(3, H, W), RGB, of the squares of one color that the fixture has."""
     (name,) = fixture.names("image_rgb_blocks_*")
     blocks = fixture.tensor(name)
     side = 300 // len(blocks)
@@ -117,12 +117,12 @@ def _compare_network(fixture: Fixture, network: str, model: SSD, image: torch.Te
     images = model.preprocess_image([{"image": image}]).tensor
     features = model.backbone(images)
     for index, level in enumerate(model.head_in_features):
-        _compare(fixture, f"{network}_source{index}_ch0to3_center", _centre(features[level]))
+        _compare(fixture, f"{network}_source{index}_ch0to3_center", _center(features[level]))
     for part, rows in zip(("conf", "loc"), _rows(model, features)):
         _compare(fixture, f"{network}_{part}", rows[0])
     if f"{network}_adp_center_ch0to3" in fixture.arrays:
         hint = features["s8"] if network == "vggkd" else _adapted(features["s8"])
-        _compare(fixture, f"{network}_adp_center_ch0to3", _centre(hint))
+        _compare(fixture, f"{network}_adp_center_ch0to3", _center(hint))
     if fixture.names(f"{network}_trainmode_*"):
         model.train()
         features = model.backbone(torch.cat([images, images.flip(3)]))
@@ -147,7 +147,7 @@ def _adapted(level: torch.Tensor) -> torch.Tensor:
     return F.conv2d(level, weight, bias)
 
 
-def _centre(level: torch.Tensor) -> torch.Tensor:
+def _center(level: torch.Tensor) -> torch.Tensor:
     """(4, W): the first channels of the middle row."""
     return level[0, :4, level.shape[2] // 2]
 

@@ -163,7 +163,7 @@ def test_hnd_reaches_the_first_stage_alone():
 
 @pytest.mark.parametrize("bits", [0, 8, 16])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_bottleneck_does_not_synchronise(bits, training):
+def test_a_bottleneck_does_not_synchronize(bits, training):
     stage = BottleneckStage(6, 7, quant_bits=bits).train(training)
     x = torch.randn(2, 6, 5, 4)
     with no_synchronization():

@@ -148,7 +148,7 @@ def test_classes_outside_are_an_error(classes):
         case.forward()
 
 
-def test_unlabelled_image_is_an_error():
+def test_unlabeled_image_is_an_error():
     case = Case()
     batch = case.batch()
     del batch.inputs[1]["instances"]

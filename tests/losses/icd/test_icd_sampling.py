@@ -58,7 +58,7 @@ def test_all_real_instances_come_first():
             assert not values[index, k:].any()
 
 
-def test_points_stay_in_their_boxes_off_the_centre():
+def test_points_stay_in_their_boxes_off_the_center():
     slots = SlotSampler(PRIOR, rule="fixed", num_labels=500).sample([ground_truth(50)], generator())
     assert (slots.ltrb > 0).all()
     sides = slots.boxes[..., 2:] - slots.boxes[..., :2]
@@ -99,8 +99,8 @@ def test_sizes_of_fakes_are_bounded():
     sizes = slots.boxes[..., 2:] - slots.boxes[..., :2]
     assert sizes.max() == pytest.approx(0.7, abs=1e-6)
     assert sizes.min() == pytest.approx(2e-3, abs=1e-6)
-    centres = (slots.boxes[..., 2:] + slots.boxes[..., :2])[sizes < 0.03] / 2
-    assert centres.min() >= 0.03 - 1e-6 and centres.max() <= 0.97 + 1e-6
+    centers = (slots.boxes[..., 2:] + slots.boxes[..., :2])[sizes < 0.03] / 2
+    assert centers.min() >= 0.03 - 1e-6 and centers.max() <= 0.97 + 1e-6
 
 
 def test_fakes_change_with_the_iteration_and_the_seed_and_repeat():

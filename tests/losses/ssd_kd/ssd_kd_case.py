@@ -25,8 +25,8 @@ OBJECTS = [
 
 def grid(stride: int = 8, side: int = 20) -> torch.Tensor:
     """(R, 4) anchors."""
-    centre = (torch.arange(SIZE // stride) + 0.5) * stride
-    y, x = torch.meshgrid(centre, centre, indexing="ij")
+    center = (torch.arange(SIZE // stride) + 0.5) * stride
+    y, x = torch.meshgrid(center, center, indexing="ij")
     middle = torch.stack([x, y], dim=-1).reshape(-1, 2)
     return torch.cat([middle - side / 2, middle + side / 2], dim=1)
 
