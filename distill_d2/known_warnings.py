@@ -18,7 +18,7 @@ _HARMLESS = (
 
 
 def silence_known_warnings() -> None:
-    """Add the filters to this process; spawned processes add theirs when they import distill_d2."""
+    """Add the filters to this process; spawned processes add the filters when they import distill_d2."""
     for message, categories in _HARMLESS:
         for category in categories if isinstance(categories, tuple) else (categories,):
             warnings.filterwarnings("ignore", message=message, category=category)

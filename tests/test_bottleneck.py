@@ -205,8 +205,8 @@ def test_stands_in_for_the_first_stage(name):
     assert outside(backbone) == outside(plain) and outside(plain)
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        ours, theirs = backbone(x), plain(x)
-    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+        actual, expected = backbone(x), plain(x)
+    assert {n: t.shape for n, t in actual.items()} == {n: t.shape for n, t in expected.items()}
     assert resnet.res2.transmitted == (1, 3, 20, 28)
 
 
@@ -218,8 +218,8 @@ def test_the_rest_is_computed_as_before():
     plain.bottom_up.res2.register_forward_hook(lambda _module, inputs, _output: stage(inputs[0]))
     stage, x = backbone.bottom_up.res2, torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        for ours, theirs in zip(backbone(x).values(), plain(x).values()):
-            assert torch.equal(ours, theirs)
+        for actual, expected in zip(backbone(x).values(), plain(x).values()):
+            assert torch.equal(actual, expected)
 
 
 NORMS = {

@@ -50,8 +50,8 @@ def test_student_is_its_teacher_but_for_the_first_stage(name):
     else:
         assert Path(node.MODEL_DISTILLER_CONFIG).name == f"{name[: -len('_ghnd')]}.yaml"
         teacher = load_config(node.MODEL_DISTILLER_CONFIG)
-    ours, theirs = values(student.MODEL), values(teacher.MODEL)
-    assert {k: v for k, v in ours.items() if k in theirs} == theirs
+    of_student, of_teacher = values(student.MODEL), values(teacher.MODEL)
+    assert {k: v for k, v in of_student.items() if k in of_teacher} == of_teacher
     assert student.INPUT.FORMAT == teacher.INPUT.FORMAT
     assert tuple(student.DATASETS.TEST) == tuple(teacher.DATASETS.TEST)
     assert student.MODEL.BACKBONE.NAME == "build_bottleneck_backbone"

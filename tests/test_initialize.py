@@ -30,10 +30,10 @@ def copied(student, teacher, **what):
     """The names of the student's tensors that became the teacher's; all others must stay."""
     before = {name: value.clone() for name, value in student.state_dict().items()}
     count = initialize_student(student, teacher, **what)
-    after, theirs = student.state_dict(), teacher.state_dict()
+    after, expected = student.state_dict(), teacher.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert len(changed) == count
-    assert all(torch.equal(after[name], theirs[name]) for name in changed)
+    assert all(torch.equal(after[name], expected[name]) for name in changed)
     return changed
 
 
@@ -159,10 +159,10 @@ def test_distiller_preloads_what_it_is_told():
     before = {name: value.clone() for name, value in student.state_dict().items()}
     model.teacher.observe([torch.zeros(3, 64, 96)], (64, 96))  # a prepared copy has other weights
     model.preload_student()
-    after, theirs = student.state_dict(), teacher.state_dict()
+    after, expected = student.state_dict(), teacher.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == RETINANET_HEAD | stage("res3")
-    assert all(torch.equal(after[name], theirs[name]) for name in changed)
+    assert all(torch.equal(after[name], expected[name]) for name in changed)
 
 
 def test_student_and_teacher_share_no_memory():

@@ -57,8 +57,8 @@ class WheatLoss(DistillLoss):
 
     def forward(self, student, teacher, batch):
         assert type(student) is type(teacher) is WheatView
-        ((ours, its),) = self.pairs(student, teacher).values()
-        return {"loss_wheat": (ours - its).square().mean()}
+        ((level, target),) = self.pairs(student, teacher).values()
+        return {"loss_wheat": (level - target).square().mean()}
 
 
 @DATASET_MAPPER_REGISTRY.register()

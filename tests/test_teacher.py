@@ -177,9 +177,9 @@ def test_predictor(input_format):
     own = items if input_format == "BGR" else turned
     teacher.model.test_score_thresh = 0.0
     with torch.no_grad():
-        ours, theirs = teacher.predictor("BGR")(items), teacher.model(own)
+        actual, expected = teacher.predictor("BGR")(items), teacher.model(own)
         other = teacher.predictor("RGB")(items)
-    for a, b, c in zip(ours, theirs, other):
+    for a, b, c in zip(actual, expected, other):
         assert torch.equal(a["instances"].scores, b["instances"].scores) and len(a["instances"]) > 10
         assert torch.equal(a["instances"].pred_boxes.tensor, b["instances"].pred_boxes.tensor)
         assert not torch.equal(a["instances"].scores, c["instances"].scores)

@@ -131,8 +131,8 @@ def test_weights_of_another_detector(tmp_path, saved, line):
 
 def same_weights(teacher, path):
     saved = torch.load(path, weights_only=True)["model"]
-    ours = teacher.model.state_dict()
-    return set(saved) == set(ours) and all(torch.equal(ours[name], saved[name]) for name in saved)
+    state = teacher.model.state_dict()
+    return set(saved) == set(state) and all(torch.equal(state[name], saved[name]) for name in saved)
 
 
 def config_naming(folder, teacher, **keys):

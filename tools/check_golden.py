@@ -118,7 +118,11 @@ def print_table(fixture: Fixture) -> None:
             f"{c.absolute_error:.1e}" if c.same_shape else "-",
             f"{c.relative_error:.1e}" if c.same_shape else "-",
             f"{c.atol:.1g} + {c.rtol:.1g} x",
-            "pass" if c.passed else "FAIL" if c.same_shape else f"FAIL: ours is {c.actual.shape}",
+            "pass"
+            if c.passed
+            else "FAIL"
+            if c.same_shape
+            else f"FAIL: the result has shape {c.actual.shape}",
         ]
         for c in fixture.comparisons
     ]

@@ -127,10 +127,10 @@ def test_student_optimizer_leaves_these_parameters_out(probe):
     probe.node.TYPES = ["FeatureMimic", "ProbeLoss"]
     probe.node.FEATURE_MIMIC.IN_FEATURES = ["res3"]
     trainer = probe.trainer()
-    theirs = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    found = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     model = trainer.plain_model
     expected = [*model.student.parameters(), *model.losses["FeatureMimic"].parameters()]
-    assert {id(p) for p in theirs} == {id(p) for p in expected} and len(theirs) == len(expected)
+    assert {id(p) for p in found} == {id(p) for p in expected} and len(found) == len(expected)
     own = trainer.loss_training.solvers["ProbeLoss"].optimizer.param_groups[0]["params"]
     assert {id(p) for p in own} == {id(p) for p in model.losses["ProbeLoss"].parameters()}
 

@@ -42,15 +42,15 @@ def test_what_is_normalized_together(normalize, expected):
 @pytest.mark.parametrize("normalize", ["none", "channel", "level"])
 def test_equals_the_plain_formula(form, normalize):
     student, teacher = torch.randn(2, 3, 5, 4) * 3 + 1, torch.randn(2, 3, 5, 4)
-    ours = student.clone().requires_grad_()
-    value = mimic(ours, teacher, loss_form=form, normalize=normalize)
+    leaf = student.clone().requires_grad_()
+    value = mimic(leaf, teacher, loss_form=form, normalize=normalize)
     value.backward()
 
     plain = student.double().requires_grad_()
     expected = _plain(plain, teacher.double(), form, normalize)
     expected.backward()
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(leaf.grad.double(), plain.grad, rtol=1e-5, atol=1e-7)
 
 
 def _plain(student, teacher, form, normalize):

@@ -28,7 +28,7 @@ def write(folder: Path, arrays: dict[str, np.ndarray], name: str = "fixture.npz"
 
 
 def make_arrays(seed=0, shapes=SHAPES, pkd=True, mimic=True):
-    """Inputs in float32; losses and gradients in float64 from formulas that share no code with ours."""
+    """Inputs in float32; losses and gradients in float64 from formulas that share no code with the losses."""
     random = np.random.default_rng(seed)
     student = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     teacher = {name: (random.normal(size=s) * 3 + 1).astype(np.float32) for name, s in shapes.items()}
@@ -116,7 +116,7 @@ def test_array_of_another_shape_fails(tool, tmp_path, capsys):
     arrays = make_arrays()
     arrays["pkd/grad/p3"] = arrays["pkd/grad/p3"][:1]
     assert tool.main([write(tmp_path, arrays)]) == 1
-    assert "FAIL: ours is (2, 3, 7, 5)" in capsys.readouterr().out
+    assert "FAIL: the result has shape (2, 3, 7, 5)" in capsys.readouterr().out
 
 
 def test_not_a_number_where_the_fixture_has_one_fails(tool, tmp_path, capsys):

@@ -42,8 +42,8 @@ def labels_one_by_one(matcher, boxes, valid, rows):
     """detectron2's Matcher, image by image."""
     labels = []
     for image, (per_image, there) in enumerate(zip(boxes, valid)):
-        ours = rows if rows.dim() == 2 else rows[image]
-        labels.append(matcher(pairwise_iou(Boxes(per_image[there]), Boxes(ours)))[1])
+        anchors = rows if rows.dim() == 2 else rows[image]
+        labels.append(matcher(pairwise_iou(Boxes(per_image[there]), Boxes(anchors)))[1])
     return torch.stack(labels)
 
 

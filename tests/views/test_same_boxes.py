@@ -122,8 +122,8 @@ def test_retinanet_against_fcos(first):
 def test_retinanet_with_the_anchors_of_fcos():
     model = configured("retinanet", *FCOS_LIKE, "ANCHOR_GENERATOR.OFFSET", 0.5)
     fcos = detector("fcos")
-    ours, theirs = (build_view(m, "student").sample_boxes("dense")[0] for m in (model, fcos))
-    assert torch.equal(ours, theirs)
+    actual, expected = (build_view(m, "student").sample_boxes("dense")[0] for m in (model, fcos))
+    assert torch.equal(actual, expected)
     with pytest.raises(ValueError, match="their box parametrizations differ"):
         check(model, fcos, "dense")
 

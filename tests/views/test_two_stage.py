@@ -114,9 +114,9 @@ def test_rpn_matches_with_its_own_matcher(observed):
     boxes = torch.stack([boxes[:1] for boxes in BOXES] + [torch.tensor([[60.0, 20.0, 90.0, 60.0]])])
     valid = torch.tensor([[True], [True], [False]])
     labels = predictions.match(boxes, valid)
-    for ours, per_image, there in zip(labels, boxes, valid):
+    for actual, per_image, there in zip(labels, boxes, valid):
         iou = pairwise_iou(Boxes(per_image[there]), Boxes(predictions.anchors))
-        assert torch.equal(ours, view.model.proposal_generator.anchor_matcher(iou)[1])
+        assert torch.equal(actual, view.model.proposal_generator.anchor_matcher(iou)[1])
     assert set(labels[0].tolist()) == {-1, 0, 1} and not labels[2].any()
 
 
@@ -265,15 +265,17 @@ def test_teacher_scores_the_students_proposals(family):
     calls = count_calls(teacher.model.roi_heads.box_predictor)
     with trained_on(view, batch), teacher.view.recording():
         teacher.observe([item["image"].float() for item in batch], PADDED)
-        ours = view.box_head()
-        theirs = teacher.view.box_head(view.sampled_proposals())
+        of_student = view.box_head()
+        of_teacher = teacher.view.box_head(view.sampled_proposals())
     assert len(calls) == 1
-    assert torch.equal(theirs.anchors, ours.anchors) and torch.equal(theirs.valid, ours.valid)
-    assert not ours.valid.all()
-    torch.testing.assert_close(theirs.logits, ours.logits, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(theirs.deltas, ours.deltas, rtol=1e-4, atol=1e-5)
-    assert ours.logits.requires_grad and ours.deltas.requires_grad
-    assert not theirs.logits.requires_grad and not theirs.deltas.requires_grad
+    assert torch.equal(of_teacher.anchors, of_student.anchors) and torch.equal(
+        of_teacher.valid, of_student.valid
+    )
+    assert not of_student.valid.all()
+    torch.testing.assert_close(of_teacher.logits, of_student.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_teacher.deltas, of_student.deltas, rtol=1e-4, atol=1e-5)
+    assert of_student.logits.requires_grad and of_student.deltas.requires_grad
+    assert not of_teacher.logits.requires_grad and not of_teacher.deltas.requires_grad
 
 
 def test_reading_does_not_synchronize():
@@ -283,10 +285,10 @@ def test_reading_does_not_synchronize():
         each.require("rpn")
     with trained_on(view, batch), teacher.view.recording():
         teacher.observe([item["image"].float() for item in batch], PADDED)
-        theirs = teacher.view.box_head(view.sampled_proposals())  # its pooler is detectron2's
+        of_teacher = teacher.view.box_head(view.sampled_proposals())  # its pooler is detectron2's
         boxes, there = torch.stack([boxes[:1] for boxes in BOXES]), torch.ones(2, 1, dtype=torch.bool)
         with no_synchronization():
-            for predictions in (view.box_head(), view.rpn(), teacher.view.rpn(), theirs):
+            for predictions in (view.box_head(), view.rpn(), teacher.view.rpn(), of_teacher):
                 predictions.boxes()
                 predictions.match(boxes, there)
 
@@ -424,16 +426,19 @@ def test_student_scores_the_teachers_proposals(family):
     outputs = last_output(student.model.roi_heads.box_predictor)
     with seeing(batch, family) as (view, seen), trained_on(student, batch):
         boxes, classes = view.own_proposals(seen)
-        ours, theirs = student.box_head(boxes, classes), view.box_head(boxes)
+        of_student, of_teacher = student.box_head(boxes, classes), view.box_head(boxes)
         own = student.box_head()
         (logits, _), (scored, _) = outputs
         assert torch.equal(own.logits[own.valid], logits)
-        assert torch.equal(ours.logits[ours.valid], scored)
-        (ours.logits.sum() + ours.deltas.sum()).backward()
-    for predictions in (ours, theirs):
+        assert torch.equal(of_student.logits[of_student.valid], scored)
+        (of_student.logits.sum() + of_student.deltas.sum()).backward()
+    for predictions in (of_student, of_teacher):
         assert torch.equal(predictions.anchors[predictions.valid], Boxes.cat(boxes).tensor)
-    assert torch.equal(ours.classes[ours.valid], torch.cat(classes)) and theirs.classes is None
-    assert not ours.valid.all()
+    assert (
+        torch.equal(of_student.classes[of_student.valid], torch.cat(classes))
+        and of_teacher.classes is None
+    )
+    assert not of_student.valid.all()
     model = student.model
     for parameter in (
         model.roi_heads.box_predictor.cls_score.weight,
@@ -443,7 +448,7 @@ def test_student_scores_the_teachers_proposals(family):
     ):
         assert parameter.grad.abs().sum() > 0
     assert model.proposal_generator.rpn_head.anchor_deltas.weight.grad is None
-    assert not theirs.logits.requires_grad
+    assert not of_teacher.logits.requires_grad
 
 
 # What cannot be required.

@@ -132,12 +132,12 @@ def _compare_detections(fixture: Fixture, folder: str, found: Instances) -> None
     fixture.compare(f"{folder}/im_inds", np.zeros(len(found)))  # of a batch of one
     masks, name = found.pred_masks, f"{folder}/pred_masks"
     fixture.compare(f"{name}_shape", np.array(masks.shape))
-    theirs = fixture[f"{name}_packed"]
-    ours = np.packbits(masks.flatten(1).numpy(), axis=1)
-    if ours.shape == theirs.shape:
-        different = np.unpackbits(ours ^ theirs, axis=1).sum(axis=1)
-        ours = np.where((different <= _MASK_PIXELS)[:, None], theirs, ours)
-    fixture.compare(f"{name}_packed", ours)
+    expected = fixture[f"{name}_packed"]
+    actual = np.packbits(masks.flatten(1).numpy(), axis=1)
+    if actual.shape == expected.shape:
+        different = np.unpackbits(actual ^ expected, axis=1).sum(axis=1)
+        actual = np.where((different <= _MASK_PIXELS)[:, None], expected, actual)
+    fixture.compare(f"{name}_packed", actual)
     fixture.compare(f"{name}_area", masks.flatten(1).sum(dim=1), atol=_MASK_PIXELS)
 
 
@@ -178,18 +178,18 @@ def _compare_training(fixture: Fixture, name: str) -> None:
     offsets = np.cumsum([0, *map(len, gt)])[:-1]
     classes = np.concatenate([each.gt_classes.numpy() for each in gt])
     indices = found.objects.numpy() + offsets[images]
-    ours = {
+    actual = {
         "gt_inds": indices,
         "locations": found.locations.numpy(),
         "fpn_levels": found.levels.numpy(),
         "labels": classes[indices],
     }
-    theirs = {part: fixture[f"{folder}/{part}"] for part in ours}
-    if len(theirs["gt_inds"]) == len(indices):  # ours in the fixture's order
+    expected = {part: fixture[f"{folder}/{part}"] for part in actual}
+    if len(expected["gt_inds"]) == len(indices):  # actual rows in the order of the fixture
         place = np.empty(len(indices), dtype=int)
-        place[_sorted(theirs)] = _sorted(ours)
-        ours = {part: values[place] for part, values in ours.items()}
-    for part, values in ours.items():
+        place[_sorted(expected)] = _sorted(actual)
+        actual = {part: values[place] for part, values in actual.items()}
+    for part, values in actual.items():
         fixture.compare(f"{folder}/{part}", values)
 
 
@@ -227,8 +227,8 @@ def _compare_targets(fixture: Fixture) -> None:
     rows = (per_level(part, counts) for part in (targets.classes, indices, targets.positive))
     for index, (labels, objects, positive) in enumerate(zip(*rows)):
         fixture.compare(f"targets/labels{index}", labels)
-        theirs = fixture.tensor(f"targets/gt_inds{index}").long()  # of background they say nothing
-        fixture.compare(f"targets/gt_inds{index}", torch.where(positive, objects, theirs))
+        expected = fixture.tensor(f"targets/gt_inds{index}").long()  # of background they say nothing
+        fixture.compare(f"targets/gt_inds{index}", torch.where(positive, objects, expected))
 
 
 # Functions

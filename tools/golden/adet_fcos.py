@@ -125,10 +125,10 @@ def _compare_targets(fixture: Fixture, folder: str, model: nn.Module) -> None:
     ):
         fixture.compare(f"{folder}/labels{index}", labels)
         # Of background neither says anything.
-        for name, ours in ((f"{folder}/reg{index}", reg), (f"{folder}/gt_inds{index}", objects)):
-            theirs = fixture.tensor(name).to(ours)
-            mask = positive.view(-1, *[1] * (ours.dim() - 1))
-            fixture.compare(name, torch.where(mask, ours, theirs))
+        for name, actual in ((f"{folder}/reg{index}", reg), (f"{folder}/gt_inds{index}", objects)):
+            expected = fixture.tensor(name).to(actual)
+            mask = positive.view(-1, *[1] * (actual.dim() - 1))
+            fixture.compare(name, torch.where(mask, actual, expected))
 
 
 def _compare_functions(fixture: Fixture) -> None:

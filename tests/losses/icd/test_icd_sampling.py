@@ -183,6 +183,6 @@ def test_naive_slots_and_descriptors(counts, last_image):
     for with_scale in (True, False):
         settings = {"NUM_CLASSES": 4, "ADD_SCALE_INDICATOR": with_scale, "HIDDEN_DIM": 8}
         icd = NaiveICD({}, {**settings, "ATT_HEADS": 2, "ATT_LAYERS": 1}, {}, reference_bugs=last_image)
-        ours = describe(queries, 4, with_scale)
-        assert ours.dtype == torch.float32 and ours.shape[-1] == descriptor_dim(4, with_scale)
-        torch.testing.assert_close(ours, icd.descriptor(naive, sizes), atol=1e-5, rtol=0)
+        actual = describe(queries, 4, with_scale)
+        assert actual.dtype == torch.float32 and actual.shape[-1] == descriptor_dim(4, with_scale)
+        torch.testing.assert_close(actual, icd.descriptor(naive, sizes), atol=1e-5, rtol=0)
