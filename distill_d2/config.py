@@ -47,7 +47,7 @@ def add_distill_config(cfg: CN) -> None:
     cfg.INPUT.HFLIP_TRAIN = True
     cfg.INPUT.IS_ROTATE = False
     cfg.INPUT.SSD = CN()
-    # Expansion to at most so many times the sides.
+    # The largest factor by which an expansion multiplies the sides of an image.
     cfg.INPUT.SSD.EXPAND_MAX_RATIO = 4.0
     # A crop's IoU with some object is at least one of these, or any, or the whole image is kept.
     cfg.INPUT.SSD.CROP_MIN_IOUS = [0.1, 0.3, 0.5, 0.7, 0.9]
@@ -124,22 +124,22 @@ def solver_config() -> CN:
     solver.OPTIMIZER_ARGS = CN(new_allowed=True)
     # detectron2's schedules WarmupCosineLR or WarmupMultiStepLR.
     solver.LR_SCHEDULER_NAME = "WarmupCosineLR"
-    # Taken from the student's SOLVER, whatever stands here (with a LazyConfig: MAX_ITER from
+    # Taken from the student's SOLVER, whatever is set here (with a LazyConfig: MAX_ITER from
     # train.max_iter, STEPS from here).
     solver.MAX_ITER = -1
     solver.STEPS = (30000,)
     # One learning rate and one weight decay for all parameters.
     solver.BASE_LR = 1e-4
     solver.WEIGHT_DECAY = 1e-4
-    # Of SGD.
+    # Used by SGD only.
     solver.MOMENTUM = 0.9
     solver.NESTEROV = False
-    # Not used; here so that the reference's yaml files load.
+    # Not used; they exist so that the reference's yaml files load.
     solver.WEIGHT_DECAY_NORM = 0.0
     solver.WEIGHT_DECAY_BIAS = 1e-4
     solver.BIAS_LR_FACTOR = 1.0
     solver.NUM_DECAYS = 3
-    # Where WarmupCosineLR ends.
+    # The learning rate at the end of WarmupCosineLR.
     solver.BASE_LR_END = 0.0
     # The factor of WarmupMultiStepLR at each of STEPS.
     solver.GAMMA = 0.1
@@ -207,7 +207,7 @@ def student_config(cfg: CN) -> CN:
     """A copy of ``cfg`` that describes its student alone, as an ordinary detectron2 config.
 
     Raises:
-        ValueError: META_ARCHITECTURE is "Distiller" and STUDENT_META_ARCH does not say of what.
+        ValueError: META_ARCHITECTURE is "Distiller" and STUDENT_META_ARCH is empty.
     """
     cfg = cfg.clone()
     cfg.defrost()

@@ -1,5 +1,7 @@
-"""Modules of users: those that --import names, those of installed packages, and the note of them beside a run's
-config. ``distill_d2.plugins`` says what such a module may bring."""
+"""Import users' modules, named by --import or by installed packages, and note them beside a run's config.
+
+``distill_d2.plugins`` says what such a module may register.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def import_entry_points() -> None:
 
 
 def imported() -> list[str]:
-    """One line for each module that was imported so: its name, its file, and what named it."""
+    """One line for each imported module: its name, its file, and what named it."""
     return [f"{name} ({sys.modules[name].__file__}; {source})" for name, source in _IMPORTED.items()]
 
 
@@ -71,7 +73,7 @@ def write_note(folder: str, names: Sequence[str]) -> None:
 
 
 def check_note(folder: str) -> None:
-    """Check that everything is imported that a run in ``folder`` has noted, if it has.
+    """Check that all modules are imported that the note of a run in ``folder`` names, if there is a note.
 
     Raises:
         ValueError: something is missing; the message names it.

@@ -246,14 +246,16 @@ def test_a_bottleneck_that_rounds_is_trained_whole():
 def test_nothing_is_left_to_train(weight, names):
     with pytest.raises(ValueError) as caught:
         distiller(losses=[PKD(in_features=["res2"])], task_loss_weight=weight, freeze_names=names)
-    message = f"{KEY} is {names}, TASK_LOSS_WEIGHT {weight} and TYPES ['PKD']: nothing of the student"
+    message = (
+        f"{KEY} is {names}, TASK_LOSS_WEIGHT {weight} and TYPES ['PKD']: no parameter of the student"
+    )
     assert message in str(caught.value)
 
 
 def test_a_losses_adapters_are_not_enough():
     student, teacher = (build_model(tiny_config(width=width)) for width in (8, 16))
     losses = [FeatureMimic(in_features=["res2"])]
-    with pytest.raises(ValueError, match="nothing of the student is left to train"):
+    with pytest.raises(ValueError, match="no parameter of the student is left to train"):
         Distiller(student=student, teacher=Teacher(teacher), losses=losses, freeze_names=["."])
 
 

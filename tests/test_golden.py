@@ -231,9 +231,9 @@ def test_other_sizes(kind):
         (
             "adet_solov2",
             "eval/soft_nms/img0/scores",
-            "has detections 'eval/soft_nms', .* no known settings",
+            "has detections 'eval/soft_nms', .* settings are unknown",
         ),
-        ("adet_solov2", "train/cropped/loss_ins", "has losses 'train/cropped', .* no known batch"),
+        ("adet_solov2", "train/cropped/loss_ins", "has losses 'train/cropped', .* batch is unknown"),
         ("adet_condinst", "train/boxes/loss_mask", r"\['boxes'\]; known are \['poly'"),
         ("adet_fcos", "eval/other/img0/scores", r"\['other'\]; known are \['default'"),
     ],

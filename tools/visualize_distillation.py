@@ -246,7 +246,7 @@ def load_student(distiller: Distiller, path: str) -> dict[str, Any]:
     missing = keys.missing_keys + [name for name, _, _ in keys.incorrect_shapes]
     if missing:
         raise ValueError(
-            f"MODEL.WEIGHTS '{path}' is no checkpoint of this student: {len(missing)} of its tensors "
+            f"MODEL.WEIGHTS '{path}' is not a checkpoint of this student: {len(missing)} of its tensors "
             f"are missing or of another shape: {sorted(set(missing))[:5]}. Give a checkpoint of its "
             "training, or '' for an untrained student"
         )

@@ -61,7 +61,7 @@ def test_dataset_that_cannot_be_evaluated(job):
 def test_resume_from_another_model(job):
     job.run(distill=False)
     job.config.MODEL.RETINANET.NUM_CONVS = 2
-    with pytest.raises(ValueError, match="is of another model") as caught:
+    with pytest.raises(ValueError, match="is from another model") as caught:
         job.run("--resume", distill=False)
     assert "head.cls_subnet.2.weight" in str(caught.value)
 

@@ -157,5 +157,5 @@ def test_detectors_that_take_images_of_different_sizes():
 
 def test_detectors_without_common_levels():
     for student, teacher in ((ssd(), detector("retinanet")), (detector("retinanet"), ssd("A"))):
-        with pytest.raises(ValueError, match="no neck level of one name and stride: .*s100: 100"):
+        with pytest.raises(ValueError, match="no neck level with the same name and stride: .*s100: 100"):
             Distiller(student=student, teacher=Teacher(teacher), losses=[PKD()])

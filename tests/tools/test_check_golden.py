@@ -137,7 +137,7 @@ def test_arrays_that_nothing_reads_are_named(tool, tmp_path, capsys):
 def test_unknown_fixture_lists_the_known_kinds(tool, tmp_path, capsys):
     assert tool.main([write(tmp_path, {"something": np.zeros(3)})]) == 2
     error = capsys.readouterr().err
-    assert "no known kind" in error and "something" in error
+    assert "not a fixture of a known kind" in error and "something" in error
     for kind in ("pkd", "feature_mimic"):
         assert f"  {kind}: student/*, teacher/*" in error
 

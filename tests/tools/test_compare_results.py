@@ -61,7 +61,7 @@ def test_metrics_that_one_lacks_are_left_out(tmp_path, capsys):
         (None, "metrics.json' does not exist; expected the OUTPUT_DIR"),
         ([{"total_loss": 1.0}], "holds no evaluation"),
         ([evaluation(prefix="segm")], "no metrics in common"),
-        ("{", "line 1, is no JSON"),
+        ("{", "line 1, is not JSON"),
     ],
 )
 def test_nothing_to_compare(tmp_path, lines, message):

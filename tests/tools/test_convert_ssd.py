@@ -101,7 +101,7 @@ def test_vgg16_with_reduced_layers(tmp_path):
     [
         (
             lambda w: w.update(surprise=torch.zeros(1)),
-            "1 of INPUT's 72 keys are those of no known SSD: surp",
+            "1 of INPUT's 72 keys do not belong to a known SSD: surp",
         ),
         (lambda w: w.pop("vgg.0.weight"), "1 missing: backbone.features.0.weight"),
     ],

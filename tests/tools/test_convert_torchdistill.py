@@ -536,7 +536,7 @@ def without(part):
         *(
             (
                 named(name),
-                ["1 of INPUT's", "keys are none of torchvision's Faster, Mask or Keypoint", name],
+                ["1 of INPUT's", "keys do not belong to torchvision's Faster, Mask or Keypoint", name],
             )
             for name in (
                 "backbone.body.layer2.0.conv1.weights",
@@ -554,14 +554,14 @@ def without(part):
         (
             differing,
             [
-                f"not those of the detector of '{TEACHERS['faster']}'",
+                f"do not fit the detector of '{TEACHERS['faster']}'",
                 "1 missing: backbone.fpn_lateral4.bias\n",
                 "1 unexpected: backbone.bottom_up.res5.1.conv2.bias\n",
                 "1 of another shape: proposal_generator.rpn_head.objectness_logits.weight "
                 "(5, 256, 1, 1) instead of (3, 256, 1, 1)",
             ],
         ),
-        (without("roi_heads"), ["no roi_heads.box_predictor.cls_score.weight: it is no Faster"]),
+        (without("roi_heads"), ["no roi_heads.box_predictor.cls_score.weight: it is not a Faster"]),
         (without("layer3.1"), ["has (2, 1, 2) blocks of 2 convolutions in layer2 to layer4; expected"]),
         (
             named("backbone.body.layer1.encoder.0.weight"),
@@ -610,8 +610,8 @@ def test_dropped_keys_are_said(tmp_path, student):
     [
         ("fasterrcnn_resnet50_fpn_v2", "architecture of torchvision's fasterrcnn_resnet50_fpn_v2"),
         ("maskrcnn_resnet50_fpn_v2", "architecture of torchvision's fasterrcnn_resnet50_fpn_v2"),
-        ("retinanet_resnet50_fpn", "keys are none of torchvision's"),
-        ("fasterrcnn_mobilenet_v3_large_fpn", "keys are none of torchvision's"),
+        ("retinanet_resnet50_fpn", "keys do not belong to torchvision's"),
+        ("fasterrcnn_mobilenet_v3_large_fpn", "keys do not belong to torchvision's"),
     ],
 )
 def test_other_detectors_are_refused(tmp_path, capsys, name, text):
@@ -637,7 +637,7 @@ def test_code_in_the_file_is_not_run(tmp_path, capsys):
     marker = tmp_path / "executed"
     data = {"model": {"weight": torch.zeros(1)}, "args": argparse.Namespace(a=Evil(marker))}
     message = refused(tmp_path, data, capsys)
-    assert "input.pth': it wants to use posix.system. It may be" in message
+    assert "input.pth': it uses posix.system. It may be" in message
     assert not marker.exists()
 
 
@@ -645,11 +645,11 @@ def test_code_in_the_file_is_not_run(tmp_path, capsys):
     "data, text",
     [
         ([torch.zeros(1)], "holds a list, not the entries of a checkpoint"),
-        ({"model": [torch.zeros(1)]}, "entry 'model' is no state_dict"),
-        ({"model": {}}, "entry 'model' is no state_dict"),
+        ({"model": [torch.zeros(1)]}, "entry 'model' is not a state_dict"),
+        ({"model": {}}, "entry 'model' is not a state_dict"),
         ({}, "no state_dict"),
-        ({"epoch": 3, "weights": torch.zeros(1)}, "are not tensors with names: epoch"),
-        ({"model": {"a": 1, 3: torch.zeros(1)}}, "are not tensors with names: a, 3"),
+        ({"epoch": 3, "weights": torch.zeros(1)}, "are not named tensors: epoch"),
+        ({"model": {"a": 1, 3: torch.zeros(1)}}, "are not named tensors: a, 3"),
     ],
 )
 def test_not_a_state_dict(tmp_path, capsys, data, text):

@@ -160,7 +160,7 @@ def refused(config, *more, method="pkd", output):
     [
         (["MODEL.WEIGHTS", "missing.pth"], "checkpoint 'missing.pth' does not exist"),
         (["MODEL.DISTILLER.TEACHER_WEIGHTS", "missing.pth"], "weights 'missing.pth' do not exist"),
-        (["MODEL.SMALL_RESNET.STEM_WIDTH", "10"], "is no checkpoint of this student: "),
+        (["MODEL.SMALL_RESNET.STEM_WIDTH", "10"], "is not a checkpoint of this student: "),
         (["MODEL.NOTHING", "1"], "unknown config key 'MODEL.NOTHING'"),
         (["DATASETS.TEST", "('nothing',)"], "names 'nothing', which is not registered"),
         (["DATASETS.TEST", "()"], "no image has annotations"),

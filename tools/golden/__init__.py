@@ -26,7 +26,7 @@ import torch
 
 
 class FixtureError(Exception):
-    """A file is no fixture of its kind: it cannot be read, or lacks an array."""
+    """A file is not a fixture of its kind: it cannot be read, or lacks an array."""
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ def _compare_targets(fixture: Fixture) -> None:
     rows = (per_level(part, counts) for part in (targets.classes, indices, targets.positive))
     for index, (labels, objects, positive) in enumerate(zip(*rows)):
         fixture.compare(f"targets/labels{index}", labels)
-        expected = fixture.tensor(f"targets/gt_inds{index}").long()  # of background they say nothing
+        expected = fixture.tensor(f"targets/gt_inds{index}").long()  # arbitrary for background
         fixture.compare(f"targets/gt_inds{index}", torch.where(positive, objects, expected))
 
 

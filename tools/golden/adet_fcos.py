@@ -124,7 +124,7 @@ def _compare_targets(fixture: Fixture, folder: str, model: nn.Module) -> None:
         zip(*(per_level(part, counts) for part in rows))
     ):
         fixture.compare(f"{folder}/labels{index}", labels)
-        # Of background neither says anything.
+        # Both are arbitrary for background.
         for name, actual in ((f"{folder}/reg{index}", reg), (f"{folder}/gt_inds{index}", objects)):
             expected = fixture.tensor(name).to(actual)
             mask = positive.view(-1, *[1] * (actual.dim() - 1))

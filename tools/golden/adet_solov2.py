@@ -1,7 +1,7 @@
 """Fixtures of SOLOv2 as AdelaiDet has it: a small network, and its functions alone.
 
 Sizes of the network follow from its tensors' shapes ("keys"), weights from their names by ``by_recipe``.
-The boxes of the fixture's detections are zeros and are not compared; our SOLOv2 returns those of the masks.
+The boxes of the fixture's detections are zeros and are not compared.
 """
 
 from __future__ import annotations
@@ -163,12 +163,12 @@ def _settings(variant: str) -> dict[str, Any]:
         return {"NMS_TYPE": "mask"}
     limits = re.fullmatch(r"nmspre(\d+)_max(\d+)", variant)
     if limits is None:
-        raise FixtureError(f"has detections 'eval/{variant}', which are of no known settings")
+        raise FixtureError(f"has detections 'eval/{variant}', whose settings are unknown")
     return dict(zip(("NMS_PRE", "MAX_PER_IMG"), map(int, limits.groups())))
 
 
 def _compare_masks(fixture: Fixture, name: str, masks: torch.Tensor, most: int) -> None:
-    """Packed masks (n, H, W), of each of which so many pixels may differ."""
+    """Compare packed masks (n, H, W); up to ``most`` pixels of each may differ."""
     actual, expected = np.packbits(masks.flatten(1).numpy(), axis=1), fixture[name]
     if actual.shape == expected.shape:
         different = np.unpackbits(actual ^ expected, axis=1).sum(axis=1)
@@ -207,7 +207,7 @@ def _training_inputs(inputs: list[dict[str, Any]], variant: str) -> list[dict[st
     first = re.fullmatch(r"img(\d+)_first_gt_only", variant)
     empty = re.fullmatch(r"empty_img(\d+)", variant)
     if first is None and empty is None and variant not in ("default", "empty_all"):
-        raise FixtureError(f"has losses 'train/{variant}', which are of no known batch")
+        raise FixtureError(f"has losses 'train/{variant}', whose batch is unknown")
     kept = [0 if variant == "empty_all" else None] * len(inputs)  # None: all objects
     for found, count in ((first, 1), (empty, 0)):
         if found:

@@ -2,7 +2,7 @@
 
 Names of tensors are torchvision's; weights that a fixture does not store follow from them by
 ``_by_recipe``. Of a large array there are every n-th number ("<name>@stride97"), sum, norm and shape
-("@sum", "@l2", "@shape"). The networks run in float64, as they did for the fixture: among so many ReLUs
+("@sum", "@l2", "@shape"). The networks run in float64, as they did for the fixture: among the many ReLUs
 some input, close to 0, often has the other sign in float32, and gradients differ by a hundredth.
 """
 

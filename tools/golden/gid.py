@@ -162,7 +162,7 @@ def _batch(fixture: Fixture, images: np.ndarray) -> Batch:
     for image in images.tolist():
         of_image = torch.from_numpy(fixture["gt_image"] == image)
         instances = Instances(tuple(sizes[image]))
-        instances.gt_boxes, instances.gt_classes = Boxes(boxes[of_image]), classes[mine]
+        instances.gt_boxes, instances.gt_classes = Boxes(boxes[of_image]), classes[of_image]
         inputs.append({"image": torch.empty(3, *sizes[image]), "instances": instances})
     return Batch(inputs, tuple(fixture["padded_size"].tolist()), iteration=0, max_iter=1)
 

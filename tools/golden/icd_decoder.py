@@ -30,7 +30,7 @@ from distill_d2.views import Batch
 from . import Fixture, golden_kind
 
 _GRADIENT = {"rtol": 1e-4, "atol": 1e-6}
-# Our terms by their names in the fixture; layers are counted.
+# The loss's terms by their names in the fixture; layers are counted.
 _LAYER_TERMS = {"tea.{}.prop_conf": "loss_icd_conf_{}", "tea.{}.prop_reg": "loss_icd_reg_{}"}
 
 
@@ -165,7 +165,7 @@ def _compare_geometry(fixture: Fixture, run: _Run) -> None:
         fixture.compare(f"geo/pad_mask/{name}", part[:, None].unflatten(-1, size))
         grid = torch.broadcast_tensors(rows[:, :, None], columns[:, None])
         dense.append(torch.cat(grid, dim=-1).flatten(1, 2))
-    # Nothing attends to padding; what we leave there is the embedding of the image's border.
+    # Nothing attends to padding; distill_d2 leaves there the embedding of the image's border.
     expected = fixture.tensor("geo/pos_emb")
     actual = torch.cat(dense, dim=1).transpose(0, 1)
     fixture.compare("geo/pos_emb", torch.where(padding.t()[..., None], expected, actual))
@@ -190,7 +190,7 @@ def _compare_outcome(fixture: Fixture, run: _Run, folder: str) -> None:
 
 
 def _compare_parameters(fixture: Fixture, run: _Run, folder: str) -> None:
-    """The gradients of all parameters, those that we have in the shape of the reference's."""
+    """The gradients of all parameters, converted to the reference's shape."""
     prefix = f"{folder}grad/param/"
     parameters = dict(run.loss.named_parameters())
     for name in fixture.names(f"{prefix}*"):

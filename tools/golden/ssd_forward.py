@@ -1,8 +1,8 @@
 """Fixtures of SSD's three networks: what their levels and heads compute from one image.
 
 The weights follow from the tensors' names in public checkpoints by ``by_recipe``; names and order of
-classes are converted as those of a checkpoint are. The background is the first class of a fixture and the
-last of projects/SSD. Arrays are "<network>_..." with the networks of CONFIGS.
+classes are converted as those of a checkpoint are. The background is the first class of a fixture, and
+the last one of projects/SSD. Arrays are "<network>_..." with the networks of CONFIGS.
 """
 
 from __future__ import annotations

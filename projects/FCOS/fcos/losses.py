@@ -112,8 +112,8 @@ class FCOSLoss(nn.Module):
 def smoothed_ious(ltrb: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """IoU with 1 added to intersection and union, and GIoU from it.
 
-    The public implementation adds it to areas in squared strides, where it is much; kept, so that
-    training and released weights are its own.
+    The public implementation adds it to areas in squared strides, where it is a lot; kept, so that
+    training and released weights match it.
 
     Args:
         ltrb, wanted: (N, 4, R) distances from one location to the sides of two boxes.

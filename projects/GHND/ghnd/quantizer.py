@@ -31,7 +31,7 @@ def quantize(tensor: torch.Tensor, *, reference_bugs: bool = False) -> Quantized
 
     Each image has a range of its own, from its smallest to its largest number and widened to 0, so
     that every number returns within half a step of the scale, whatever the signs; a constant returns
-    but for float32's rounding.
+    exactly, except for float32's rounding.
 
     Args:
         tensor: (N, ...), floating point.

@@ -98,7 +98,7 @@ class POTO(DenseDetector):
             test_score_thresh, test_topk_candidates (per level): of inference.
 
         Raises:
-            ValueError: alpha is none; the message names the key.
+            ValueError: alpha is not between 0 and 1; the message names the key.
         """
         super().__init__(
             backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std

@@ -28,7 +28,7 @@ def match_priors(
     iou: torch.Tensor, valid: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Give each prior box the object that it overlaps most, and each object the prior box that overlaps it
-    most; where several objects want one, the last of them has it.
+    most; if several objects claim one, the last object gets it.
 
     Args:
         iou: (N, G, R) of objects and prior boxes; valid: (N, G) bool, which objects are there.

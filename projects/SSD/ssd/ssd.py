@@ -104,7 +104,7 @@ class SSD(DenseDetector):
         }
 
     def preprocess_image(self, batched_inputs: list[dict[str, torch.Tensor]]) -> ImageList:
-        """As DenseDetector's. Raises ValueError if an image has another size than MODEL.SSD.SIZE."""
+        """Like DenseDetector. Raises ValueError if an image has another size than MODEL.SSD.SIZE."""
         size = self.anchor_generator.size
         for item in batched_inputs:
             if tuple(item["image"].shape[-2:]) != (size, size):

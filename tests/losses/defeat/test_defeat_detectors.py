@@ -368,7 +368,7 @@ def test_necks_of_c4_and_fpn(loss):
     with pytest.raises(ValueError) as caught:
         with_c4("teacher", loss())
     message = str(caught.value)
-    assert "IN_FEATURES" in message and "no neck level of one name and stride" in message
+    assert "IN_FEATURES" in message and "no neck level with the same name and stride" in message
     assert "p2: 4, p3: 8, p4: 16" in message and "res4: 16" in message
 
 

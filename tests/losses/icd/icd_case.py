@@ -19,7 +19,7 @@ from distill_d2.testing.maps import view_of
 from distill_d2.views import Batch
 
 SMALL = {"num_classes": 7, "hidden_dim": 16, "att_heads": 4, "bypass_distill": 0}
-# Our terms by their names in the naive version, without the layer.
+# Terms of the loss by their names in the naive version, without the layer.
 TERMS = {
     "prop_conf": "loss_icd_conf_{}",
     "prop_reg": "loss_icd_reg_{}",
