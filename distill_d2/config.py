@@ -42,7 +42,7 @@ def add_distill_config(cfg: CN) -> None:
     cfg.INPUT.AUGMENTATIONS = "default"
     # [height, width]: images are resized to exactly this, instead of by MIN_SIZE_* and MAX_SIZE_*.
     cfg.INPUT.FIXED_SIZE = []
-    # False: images are not flipped, whatever RANDOM_FLIP says. True for IS_ROTATE is refused: images are
+    # False: images are not flipped, for every RANDOM_FLIP. True for IS_ROTATE is refused: images are
     # never rotated. (Keys of AdelaiDet.)
     cfg.INPUT.HFLIP_TRAIN = True
     cfg.INPUT.IS_ROTATE = False
@@ -179,8 +179,8 @@ def load_yaml(cfg: CN, path: str) -> None:
     """Merge a yaml file, and its _BASE_, into ``cfg``; plain values only.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file; it is not yaml, or holds a python tag; it is of a
-            run that was started with an --import which is missing.
+        FileNotFoundError, ValueError: there is no such file; it is not yaml, or holds a python tag; its
+            run was started with an --import that is missing here.
         KeyError: a key that does not exist.
     """
     if not os.path.isfile(path):

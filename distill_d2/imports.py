@@ -102,7 +102,7 @@ def _entry_points() -> Iterable[metadata.EntryPoint]:
 def _import(name: str, source: str) -> None:
     try:
         module = _import_file(name) if name.endswith(".py") else importlib.import_module(name)
-    except Exception as error:  # whatever a user's module raises
+    except Exception as error:  # a user's module may raise anything
         raise ImportError(
             f"{source}: {type(error).__name__}: {error}. Expected a module that can be imported (its folder is in "
             "PYTHONPATH, or its package is installed) or the path of a .py file"

@@ -193,7 +193,7 @@ def _get(registry: Registry, name: str) -> Any:
     return Registry.get(registry, name)
 
 
-# Names of detectors are found when detectron2 looks them up, so that one that nobody uses costs no import.
+# Names of detectors are found when detectron2 looks them up, so that an unused one costs no import.
 for _registry in (META_ARCH_REGISTRY, BACKBONE_REGISTRY, PROPOSAL_GENERATOR_REGISTRY):
     _registry.get = functools.partial(_get, _registry)  # type: ignore[method-assign]
 

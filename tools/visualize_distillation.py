@@ -51,7 +51,7 @@ from distill_d2.losses.settings import keys_of
 
 logger = logging.getLogger("distill_d2.visualize")
 
-# A loss is drawn whatever its schedule.
+# A loss is drawn independently of its schedule.
 ALWAYS_ON = {"weight": 1.0, "start_iter": 0, "stop_iter": -1, "warmup_iters": 0}
 
 _WRONG_INPUT = (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)

@@ -76,7 +76,7 @@ def read_checkpoint(path: str, *, stubs: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         path: path or URL.
-        stubs: classes, such as "argparse.Namespace", of objects in the file that nobody needs; an
+        stubs: classes, such as "argparse.Namespace", of objects in the file that are not needed; an
             ``UnpickledStub`` takes the place of each object. torch 2.3 refuses such files.
 
     Raises:

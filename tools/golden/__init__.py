@@ -8,7 +8,7 @@ A kind of fixture is one file of this folder; nothing else needs an edit:
         loss = ...  # through the public classes of distill_d2
         fixture.compare("my_loss/loss", loss)
 
-A file is of every kind whose ``holds`` patterns all match some of its arrays, whatever its name; its
+A file is of every kind whose ``holds`` patterns all match some of its arrays; its name does not matter. The
 arrays give sizes, levels and seeds, so that other files of the same layout work too.
 """
 
