@@ -374,7 +374,9 @@ def test_a_download_that_fails_names_the_address(tmp_path, monkeypatch, scheme):
         raise URLError("no network")
 
     monkeypatch.setattr(PathManager, "get_local_path", get)
-    message = f"{scheme}a.pth' could not be downloaded: .*no network.*give its path .MODEL.WEIGHTS; of a teacher"
+    message = (
+        f"{scheme}a.pth' could not be downloaded: .*no network.*set MODEL.WEIGHTS, or for a teacher"
+    )
     with pytest.raises(ValueError, match=message):
         SafeCheckpointer(nn.Linear(1, 1), str(tmp_path)).load(f"{scheme}a.pth?matching_heuristics=True")
     with pytest.raises(ValueError, match=message):

@@ -191,7 +191,7 @@ def file_stems(records: list[dict[str, Any]]) -> list[str]:
 
 
 def build_distiller(cfg: CfgNode) -> Distiller:
-    """The Distiller in training mode, as losses want it, but for layers that would draw random numbers
+    """The Distiller in training mode, as losses need it, but for layers that would draw random numbers
     or take statistics of the one image (dropout, batch normalization)."""
     torch.manual_seed(max(cfg.SEED, 0))
     cfg = cfg.clone()

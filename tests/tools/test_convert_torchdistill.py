@@ -549,7 +549,7 @@ def without(part):
         ),
         (
             named("rpn.head.conv.bias"),
-            ["rpn.head.conv.0.0.bias and rpn.head.conv.bias both are proposal_generator"],
+            ["rpn.head.conv.0.0.bias and rpn.head.conv.bias both become proposal_generator"],
         ),
         (
             differing,
@@ -565,7 +565,7 @@ def without(part):
         (without("layer3.1"), ["has (2, 1, 2) blocks of 2 convolutions in layer2 to layer4; expected"]),
         (
             named("backbone.body.layer1.encoder.0.weight"),
-            ["not GHND's of 2020: it lacks backbone.bottom_up.res2.encoder.2.weight"],
+            ["not the one of GHND (2020): it lacks backbone.bottom_up.res2.encoder.2.weight"],
         ),
         (
             lambda data: data.update({"roi_heads.box_predictor.bbox_pred.bias": torch.zeros(24)}),
@@ -647,7 +647,7 @@ def test_code_in_the_file_is_not_run(tmp_path, capsys):
         ([torch.zeros(1)], "holds a list, not the entries of a checkpoint"),
         ({"model": [torch.zeros(1)]}, "entry 'model' is not a state_dict"),
         ({"model": {}}, "entry 'model' is not a state_dict"),
-        ({}, "no state_dict"),
+        ({}, "not a state_dict"),
         ({"epoch": 3, "weights": torch.zeros(1)}, "are not named tensors: epoch"),
         ({"model": {"a": 1, 3: torch.zeros(1)}}, "are not named tensors: a, 3"),
     ],

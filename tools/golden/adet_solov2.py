@@ -233,8 +233,8 @@ def _compare_losses(fixture: Fixture, variant: str, model: SOLOv2, inputs: list[
 def _compare_functions(fixture: Fixture) -> None:
     _compare_nms(fixture)
     fixture.compare("fn/point_nms/out", point_nms(fixture.tensor("fn/point_nms/in")))
-    masks, wanted = fixture.tensor("fn/dice/pred"), fixture.tensor("fn/dice/target")
-    fixture.compare("fn/dice/loss", dice_loss(masks, wanted))
+    masks, target = fixture.tensor("fn/dice/pred"), fixture.tensor("fn/dice/target")
+    fixture.compare("fn/dice/loss", dice_loss(masks, target))
     scene = fixture.tensor("fn/imrescale/in").permute(2, 0, 1).bool()
     quarter = fixture["fn/imrescale/out_quarter"]
     actual = downscale(scene, 4, quarter.shape[:2])

@@ -122,9 +122,9 @@ class _Run:
         parameters = {f"adapter_{name}": p for name, p in self._adapter().items()}
         tensors = {**self.inputs, **parameters}
         inputs = [name[len(prefix) + 2 :].replace("_narrow", "") for name in names]
-        wanted = [tensors[name] for name in inputs]
-        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-        for name, tensor, gradient in zip(names, wanted, gradients):
+        leaves = [tensors[name] for name in inputs]
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        for name, tensor, gradient in zip(names, leaves, gradients):
             actual = torch.zeros_like(tensor) if gradient is None else gradient
             self.fixture.compare(name, actual, **_GRADIENT)
 

@@ -136,8 +136,8 @@ def _record(loss: InstanceConditionalDistillation, fixture: Fixture) -> None:
 def _load(loss: InstanceConditionalDistillation, fixture: Fixture) -> None:
     """The fixture's weights; those of more layers than the loss has are left out."""
     weights = {name[2:]: fixture.tensor(name) for name in fixture.names("w/*")}
-    wanted = loss.state_dict()
-    loss.load_state_dict({k: v for k, v in from_reference(weights).items() if k in wanted})
+    own = loss.state_dict()
+    loss.load_state_dict({k: v for k, v in from_reference(weights).items() if k in own})
 
 
 def _compare_sampling(fixture: Fixture, run: _Run) -> None:

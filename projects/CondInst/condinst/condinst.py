@@ -234,8 +234,8 @@ class CondInst(OneStageDetector):
         objects, levels, locations, params, counts = positives
         logits = self.mask_head(mask_features, params, locations, levels, counts)
         per_image = zip(truths, objects.split(counts))
-        wanted = [truth.masks[index] for truth, index in per_image if truth is not None]
-        masks = torch.cat(wanted) if wanted else torch.empty_like(logits)  # none
+        target = [truth.masks[index] for truth, index in per_image if truth is not None]
+        masks = torch.cat(target) if target else torch.empty_like(logits)  # none
         losses = dice_losses(logits.float().sigmoid(), masks)
         return losses.sum() / max(len(losses), 1)
 

@@ -116,6 +116,6 @@ def semantic_loss(
     logits = (logits if len(known) == len(logits) else torch.stack([logits[i] for i in known])).float()
     classes: list[torch.Tensor] = [truths[i].classes for i in known]
     kinds = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
-    wanted = (torch.stack(classes)[:, None] == kinds).to(logits.dtype)
-    loss = sigmoid_focal_loss_jit(logits, wanted, alpha, gamma, reduction="sum")
-    return loss / wanted.sum().clamp(min=1)
+    target = (torch.stack(classes)[:, None] == kinds).to(logits.dtype)
+    loss = sigmoid_focal_loss_jit(logits, target, alpha, gamma, reduction="sum")
+    return loss / target.sum().clamp(min=1)
