@@ -39,7 +39,7 @@ def setup(args: Any, distill: bool) -> CfgNode:
         distill: wrap the config's model in the Distiller; False (or --eval-only): the student alone.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError, AssertionError: the message names the key or file,
+        FileNotFoundError, ValueError, KeyError: the message names the key or file,
             what was found and what was expected.
     """
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
@@ -70,7 +70,7 @@ def load_config(config_file: str, opts: list[str] | None = None) -> CfgNode:
     datasets are registered.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError, AssertionError: see ``setup``.
+        FileNotFoundError, ValueError, KeyError: see ``setup``.
     """
     cfg = get_cfg()
     add_distill_config(cfg)
