@@ -160,7 +160,9 @@ def solver_config() -> CN:
 
 def dump(cfg: CN) -> str:
     """A whole config as yaml, with a comment above each key of the losses."""
-    comments, lines, path = key_comments(), [], []
+    comments = key_comments()
+    lines: list[str] = []
+    path: list[str] = []
     for line in cfg.dump().splitlines():
         found = re.match(r"( *)(\w+):", line)
         if found:
@@ -187,15 +189,18 @@ def load_yaml(cfg: CN, path: str) -> None:
     try:
         cfg.merge_from_file(path, allow_unsafe=False)
     except yaml.constructor.ConstructorError as error:
+        mark = error.problem_mark
+        place = f" at line {mark.line + 1} of {mark.name}" if mark else ""
         raise ValueError(
-            f"config file '{path}' (or its _BASE_) holds a yaml tag: {error.problem} at line "
-            f"{error.problem_mark.line + 1} of {error.problem_mark.name}. Tags can run code and are "
-            "not read; write the literal value"
+            f"config file '{path}' (or its _BASE_) holds a yaml tag: {error.problem}{place}. Tags can run "
+            "code and are not read; write the literal value"
         ) from error
     except yaml.YAMLError as error:
         raise ValueError(f"config file '{path}' is not valid yaml: {error}") from error
-    except (KeyError, AssertionError) as error:
-        raise type(error)(f"config file '{path}': {_first_line(error)}") from error
+    except KeyError as error:
+        raise KeyError(f"config file '{path}': {_first_line(error)}") from error
+    except AssertionError as error:  # yacs and detectron2 assert what a file may hold
+        raise ValueError(f"config file '{path}': {_first_line(error)}") from error
 
 
 def student_config(cfg: CN) -> CN:

@@ -3,7 +3,7 @@
 Three kinds of modules register themselves when they are imported:
 
 - ``projects/<Name>/<package>_plugin.py`` describes a detector of this repository with ``register_detector``.
-  The package itself is imported when a config names something that it registers, and not before.
+  The package itself is imported when detectron2 looks up a name that it registers, and not before.
 - Modules of installed packages, named in the entry point group ``distill_d2.plugins``.
 - Modules and files that the command line names: ``train_distill.py --import my_detector.py``.
 
@@ -46,11 +46,12 @@ read it, and a ``Detector``, which brings its config keys. A whole package::
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import pkgutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -68,8 +69,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_REGISTRIES = (META_ARCH_REGISTRY, BACKBONE_REGISTRY, PROPOSAL_GENERATOR_REGISTRY)
-
 
 def _nothing(cfg: CfgNode) -> None:
     pass
@@ -86,7 +85,7 @@ class Detector:
         num_classes_key: the key that holds its number of classes, such as "MODEL.FCOS.NUM_CLASSES"; "": the
             datasets' classes are not compared with it.
         check: raises ValueError before training if a config of this architecture cannot work.
-        modules: modules that register it, imported when a config names it; none: they are imported already.
+        modules: modules that register it, imported when one of its names is looked up; none: they are imported.
         registers: other names that these modules register: backbones, proposal generators.
         family: a small instance for tests, "module:attribute" of a ``distill_d2.testing.Family``; "": none.
     """
@@ -152,24 +151,6 @@ def detectors() -> dict[str, Detector]:
     return dict(sorted(_DETECTORS.items()))
 
 
-def import_detectors(cfg: CfgNode) -> None:
-    """Import the detectors of which ``cfg.MODEL`` names something, before its model is built. Names that another
-    package has registered already are left alone, and the log says so."""
-    values = set(_strings(cfg.MODEL))
-    for detector in detectors().values():
-        named = detector.names & values
-        if not named or all(module in sys.modules for module in detector.modules):
-            continue
-        taken = {name: owner for name in sorted(named) if (owner := _owner(name))}
-        if len(taken) == len(named):
-            listing = ", ".join(f"'{name}' (by {owner})" for name, owner in taken.items())
-            text = f"{listing} registered already and left alone; {detector.modules[0]} is not imported"
-            log_first_n(logging.INFO, text, name=__name__, key="message")
-            continue
-        for module in detector.modules:
-            importlib.import_module(module)
-
-
 def of_student(cfg: CfgNode) -> list[Detector]:
     """The detectors with the architecture of a config's student."""
     architecture = cfg.MODEL.META_ARCHITECTURE
@@ -194,20 +175,27 @@ def _find() -> None:
         raise
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in a config node."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _strings(item)
+def _get(registry: Registry, name: str) -> Any:
+    """``Registry.get``, which first imports the modules of detectors that register this name. A name that
+    another package has registered is left alone, and the log says so."""
+    missing = name not in registry
+    for detector in detectors().values():
+        modules = [module for module in detector.modules if module not in sys.modules]
+        if name not in detector.names or not modules:
+            continue
+        if missing:
+            for module in modules:
+                importlib.import_module(module)
+        else:
+            owner = Registry.get(registry, name).__module__
+            text = f"'{name}' is registered by {owner} and left alone; {modules[0]} is not imported"
+            log_first_n(logging.INFO, text, name=__name__, key="message")
+    return Registry.get(registry, name)
 
 
-def _owner(name: str) -> str:
-    """The module that has registered this name with detectron2; "": none."""
-    owners = [registry.get(name).__module__ for registry in _REGISTRIES if name in registry]
-    return owners[0] if owners else ""
-
+# Names of detectors are found when detectron2 looks them up, so that one that nobody uses costs no import.
+for _registry in (META_ARCH_REGISTRY, BACKBONE_REGISTRY, PROPOSAL_GENERATOR_REGISTRY):
+    _registry.get = functools.partial(_get, _registry)  # type: ignore[method-assign]
 
 for _detector in (
     Detector(

@@ -15,7 +15,6 @@ from detectron2.modeling import build_backbone, build_model
 from distill_d2 import model_zoo
 from distill_d2.config import add_distill_config, load_yaml
 from distill_d2.losses.base import build_losses
-from distill_d2.plugins import import_detectors
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DETECTRON2_CONFIGS = Path(detectron2_zoo.__file__).parent / "configs"
@@ -41,7 +40,6 @@ def load(name):
     cfg = get_cfg()
     add_distill_config(cfg)
     load_yaml(cfg, str(CONFIGS / name))
-    import_detectors(cfg)
     return cfg
 
 

@@ -16,7 +16,6 @@ from detectron2.modeling import build_model
 from distill_d2.checkpoint import read_checkpoint
 from distill_d2.config import student_config
 from distill_d2.engine.setup import load_config
-from distill_d2.plugins import import_detectors
 
 Weights = dict[str, torch.Tensor]
 
@@ -158,7 +157,6 @@ def check_agreement(weights: Weights, cfg: CfgNode, config_file: str, *, partial
     """
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "cpu"
-    import_detectors(cfg)
     try:
         model = build_model(cfg)
     except (KeyError, ValueError, TypeError, AssertionError) as error:

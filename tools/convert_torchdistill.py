@@ -45,7 +45,6 @@ import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2.checkpoint import read_checkpoint
 from distill_d2.config import student_config
 from distill_d2.engine.setup import load_config
-from distill_d2.plugins import import_detectors
 
 AUTHOR = "converted from torchvision's names by distill_d2"
 # Used by what checkpoints of torchdistill hold beside the weights. best_value is a number of numpy.
@@ -400,7 +399,6 @@ def complete_config(
             if key not in opts[::2] and functools.reduce(getattr, key.split("."), cfg) != value:
                 inferred += [key, str(value)]
         cfg.merge_from_list(inferred)
-        import_detectors(cfg)
     except (KeyError, AssertionError) as error:
         raise ConversionError(f"the config does not load: {error.args[0]}") from error
     return cfg, [*inferred, *opts]

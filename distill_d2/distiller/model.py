@@ -17,7 +17,6 @@ from ..freeze import freeze, freeze_unreached
 from ..initialize_losses import initialize_losses
 from ..initialize_student import initialize_student
 from ..losses import DistillLoss
-from ..plugins import import_detectors
 from ..teacher import Teacher
 from ..views import Batch, build_view
 from .building import node_arguments, separate_randomness
@@ -139,7 +138,6 @@ class Distiller(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         config = student_config(cfg)
-        import_detectors(config)
         student = META_ARCH_REGISTRY.get(config.MODEL.META_ARCHITECTURE)(config)
         return {
             "student": student,

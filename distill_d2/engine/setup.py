@@ -23,7 +23,7 @@ from ..data import check_datasets, register_builtin_voc, register_custom_dataset
 from ..evaluation import evaluator_kind
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
-from ..plugins import import_detectors, of_student
+from ..plugins import of_student
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,11 @@ def setup(args: Any, distill: bool) -> CfgNode:
         distill: wrap the config's model in the Distiller; False (or --eval-only): the student alone.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError, AssertionError: the message names the key or file,
+        FileNotFoundError, ValueError, KeyError: the message names the key or file,
             what was found and what was expected.
     """
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
-    cfg = _read_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
     cfg = _with_distiller(cfg) if distill and not args.eval_only else student_config(cfg)
     check_length(cfg.SOLVER.MAX_ITER, "SOLVER.MAX_ITER")
@@ -55,7 +55,6 @@ def setup(args: Any, distill: bool) -> CfgNode:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports)
-    import_detectors(cfg)
     for detector in of_student(cfg):
         detector.check(cfg)
     if comm.is_main_process():
@@ -68,17 +67,11 @@ def setup(args: Any, distill: bool) -> CfgNode:
 
 def load_config(config_file: str, opts: list[str] | None = None) -> CfgNode:
     """The config of a file (a path, or the name of a packaged config) and KEY VALUE pairs; its
-    datasets and detectors are registered.
+    datasets are registered.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError, AssertionError: see ``setup``.
+        FileNotFoundError, ValueError, KeyError: see ``setup``.
     """
-    cfg = _read_config(config_file, opts)
-    import_detectors(cfg)
-    return cfg
-
-
-def _read_config(config_file: str, opts: list[str] | None) -> CfgNode:
     cfg = get_cfg()
     add_distill_config(cfg)
     path = model_zoo.find_config(config_file) if config_file else ""

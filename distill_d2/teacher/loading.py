@@ -17,7 +17,6 @@ from torch import nn
 from .. import model_zoo
 from ..checkpoint import SafeCheckpointer
 from ..config import add_distill_config, load_yaml, student_config
-from ..plugins import import_detectors
 from .running import Teacher
 
 # Keys that never change what a detector computes: normalization constants and anchors, which come
@@ -140,7 +139,6 @@ class _Plan:
         if isinstance(self.config, CfgNode):
             config = student_config(self.config)
             config.MODEL.DEVICE = device
-            import_detectors(config)
             return build_model(config)
         return instantiate(self.config.model).to(device)
 

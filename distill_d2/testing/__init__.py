@@ -13,8 +13,9 @@
 - ``no_synchronization``: fails where the host would wait for a GPU; works on a CPU.
 """
 
+from .cells import Cell, step
 from .family import Family, bitmasks, dense_config, families, polygons
-from .laws import LAWS, Cell, check_loss, step
+from .laws import LAWS, check_loss
 from .maps import MapDetector, compare, plane, view_of
 from .recipes import RECIPES, Recipe, recipes
 from .replay import Records, Replay, intercepted, record

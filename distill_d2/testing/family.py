@@ -12,7 +12,7 @@ from detectron2.modeling import FCOS, build_model
 from detectron2.structures import BitMasks
 from torch import nn
 
-from distill_d2.plugins import detectors, import_detectors
+from distill_d2.plugins import detectors
 
 from .tiny import tiny_batch, tiny_config, tiny_detector
 
@@ -46,7 +46,6 @@ class Family:
             return _varied(self.detector(width))
         assert self.config is not None, "a family has a config or a detector"
         cfg = self.config(width)
-        import_detectors(cfg)
         return _varied(build_model(cfg))
 
 

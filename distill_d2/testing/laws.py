@@ -9,169 +9,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from typing import Callable
 
 import torch
-from detectron2.utils.events import EventStorage
 from torch import nn
 
-from distill_d2 import Distiller, DistillLoss, Teacher
+from distill_d2 import DistillLoss
 
-from .family import Family, families
-from .recipes import Recipe
+from .cells import Cell, Terms, counting, parts_of, step
+from .family import families
 from .synchronization import as_on_a_gpu, no_synchronization
-
-Terms = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class FirstStep:
-    """A step of a new Distiller on two images with objects.
-
-    Attributes:
-        model: the Distiller; its parameters have the gradients of all losses.
-        losses: of the step, by name.
-        own: names of those that are the student's own.
-        reaches_student: whether a gradient of the loss's terms at a parameter of the student is not 0.
-        calls: how often parts of the teacher ran, by their names in it.
-        teacher: copies of the tensors of the teacher's state before the step.
-    """
-
-    model: Distiller
-    losses: Terms
-    own: set[str]
-    reaches_student: bool
-    calls: Mapping[str, int]
-    teacher: Terms
-
-    @property
-    def terms(self) -> Terms:
-        """The loss's terms."""
-        return {name: loss for name, loss in self.losses.items() if name not in self.own}
-
-
-class Cell:
-    """A loss and a kind of detector.
-
-    Attributes:
-        family: the kind of detector.
-        refusal: why the Distiller refuses the two; "" where it does not.
-    """
-
-    def __init__(
-        self,
-        family: Family,
-        loss: DistillLoss,
-        *,
-        equal: DistillLoss | None = None,
-        not_zero: Sequence[str] = (),
-        host: Sequence[str] = (),
-        device: str = "cpu",
-    ):
-        """
-        Args:
-            loss: not yet used with a Distiller.
-            equal: a loss that is 0 where student and teacher are equal; None: ``loss``.
-            not_zero, host: see Recipe.
-            device: where the steps are computed.
-        """
-        self.family = family
-        self.not_zero = tuple(not_zero)
-        self.host = tuple(host)
-        self.device = device
-        self._loss = loss
-        self._equal = equal or loss
-        torch.manual_seed(0)
-        self._student, self._teacher = family.build(8), family.build(16)
-        self.refusal = ""
-        try:
-            self.distiller()
-        except (KeyError, TypeError, ValueError) as error:
-            self.refusal = str(error.args[0])
-
-    @classmethod
-    def of_recipe(cls, recipe: Recipe, family: Family, device: str = "cpu") -> Cell:
-        """The recipe's loss."""
-        equal = recipe.build(family, equal=True)
-        return cls(
-            family,
-            recipe.build(family),
-            equal=equal,
-            not_zero=recipe.not_zero,
-            host=recipe.host,
-            device=device,
-        )
-
-    def student(self) -> nn.Module:
-        """A new student, in training mode; the same at each call."""
-        return copy.deepcopy(self._student).to(self.device).train()
-
-    def distiller(self, **options: float) -> Distiller:
-        """A new Distiller, in training mode; the same at each call.
-
-        Args:
-            options: of Distiller.
-        """
-        teacher = Teacher(copy.deepcopy(self._teacher))
-        return self._distiller(self.student(), teacher, self._loss, **options)
-
-    def distiller_of_equals(self) -> Distiller:
-        """One whose student and teacher compute the same: they have the same weights, and batch norms and
-        dropout are in evaluation mode in both."""
-        student = self.student()
-        teacher = Teacher(copy.deepcopy(student), prepare=False)
-        model = self._distiller(student, teacher, self._equal)
-        for module in student.modules():
-            if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
-                module.eval()
-        return model
-
-    def _distiller(self, student: nn.Module, teacher: Teacher, loss: DistillLoss, **options):
-        torch.manual_seed(0)
-        losses = [copy.deepcopy(loss)]
-        model = Distiller(student=student, teacher=teacher, losses=losses, max_iter=2, **options)
-        return model.to(self.device).train()
-
-    @cached_property
-    def alone(self) -> tuple[nn.Module, Terms]:
-        """A student after a step without distillation, and its losses."""
-        student = self.student()
-        return student, step(student, self.family.batch())
-
-    @cached_property
-    def first(self) -> FirstStep:
-        """A step that several laws look at."""
-        model = self.distiller()
-        teacher = model.teacher.model
-        before = {name: value.clone() for name, value in teacher.state_dict().items()}
-        with _counting(_parts(teacher)) as calls, EventStorage(0):
-            losses = model(self.family.batch())
-        own = set(self.alone[1])
-        terms = [loss for name, loss in losses.items() if name not in own]
-        if any(term.requires_grad for term in terms):
-            sum(terms).backward(retain_graph=True)
-        gradients = [p.grad for p in model.student.parameters() if p.grad is not None]
-        reached = any(bool(gradient.any()) for gradient in gradients)
-        sum(losses[name] for name in own).backward()
-        losses = {name: loss.detach() for name, loss in losses.items()}
-        return FirstStep(model, losses, own, reached, calls, before)
-
-
-def step(model: nn.Module, batch: list[dict]) -> Terms:
-    """The losses of a training step; afterwards the parameters have their gradients."""
-    model.zero_grad()
-    torch.manual_seed(1)
-    with EventStorage(0):
-        losses = model(batch)
-    sum(losses.values()).backward()
-    return {name: loss.detach() for name, loss in losses.items()}
-
-
-# The laws.
 
 
 def trains_the_student(cell: Cell) -> None:
@@ -201,7 +49,7 @@ def off_equals_the_baseline(cell: Cell) -> None:
     model = cell.distiller()
     (loss,) = model.losses.values()
     loss.factor = lambda iteration: 0.0
-    with _counting(_parts(model.teacher.model)) as calls:
+    with counting(parts_of(model.teacher.model)) as calls:
         losses = step(model, cell.family.batch())
     _check(not calls, f"the teacher ran {sorted(calls)}")
     different = [name for name, term in alone.items() if not torch.equal(term, losses[name])]
@@ -265,6 +113,8 @@ def is_float32_without_waiting(cell: Cell) -> None:
     terms: Terms = {}
 
     def guarded(*args):
+        one = torch.ones(1, 1, device=cell.device)
+        _check((one @ one).dtype is torch.float32, "the loss is computed under autocast")
         with as_on_a_gpu(), no_synchronization(host=cell.host):
             terms.update(forward(*args))
         return terms
@@ -389,28 +239,3 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return torch.equal(one, other)
-
-
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    """A detector's modules, but for those inside of its backbone and those that have no parameters."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and not name.startswith("backbone.") and any(True for _ in module.parameters())
-    }
-
-
-@contextlib.contextmanager
-def _counting(modules: dict[str, nn.Module]) -> Iterator[Counter]:
-    """How often each of the modules runs inside, by its name."""
-    calls: Counter[str] = Counter()
-
-    def counter(name):
-        return lambda *_: calls.update([name])
-
-    handles = [module.register_forward_pre_hook(counter(name)) for name, module in modules.items()]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -42,19 +42,30 @@ class MapDetector(nn.Module):
 class GivenView(DetectorView):
     """A view of given maps, predictions and anchors; it offers what it was given."""
 
-    predictions: Predictions | None = None
-    given_anchors: Maps | None = None
+    def __init__(
+        self,
+        model: nn.Module,
+        role: str,
+        predictions: Predictions | None = None,
+        anchors: Maps | None = None,
+    ):
+        super().__init__(model, role)
+        self._predictions = predictions
+        self._anchors = anchors
+        if predictions is not None:
+            self.offers = ("box_head",) if predictions.background else ("dense",)
+        if anchors is not None and "box_head" not in self.offers:
+            self.offers += ("anchors",)
 
     @property
-    def offers(self) -> tuple[str, ...]:
-        anchors = () if self.given_anchors is None else ("anchors",)
-        if self.predictions is None:
-            return anchors
-        return ("box_head",) if self.predictions.background else ("dense", *anchors)
+    def predictions(self) -> Predictions:
+        """The given ones."""
+        assert self._predictions is not None, "the view was given no predictions"
+        return self._predictions
 
     @property
     def num_classes(self) -> int:
-        return 0 if self.predictions is None else self.predictions.num_classes
+        return 0 if self._predictions is None else self._predictions.num_classes
 
     def dense(self) -> Predictions:
         return self.predictions
@@ -66,15 +77,17 @@ class GivenView(DetectorView):
     ) -> Predictions:
         return self.predictions
 
-    def sampled_proposals(self) -> None:
-        """Not needed: both heads have scored them already."""
+    def sampled_proposals(self) -> list[Boxes]:
+        """None: both heads have scored them already."""
+        return []
 
     @property
     def anchor_levels(self) -> list[str]:
-        return list(self.given_anchors or {})
+        return list(self._anchors or {})
 
     def anchors(self) -> Maps:
-        return self.given_anchors
+        assert self._anchors is not None, "the view was given no anchors"
+        return self._anchors
 
     def sample_boxes(self, capability: str) -> tuple[torch.Tensor, torch.Tensor]:
         anchors = self.predictions.anchors[..., :2, :]
@@ -98,8 +111,7 @@ def view_of(
         anchors: (H, W, A, 4) by level name.
     """
     strides = strides or {name: 2 ** int(name[1:]) for name in maps}
-    view = GivenView(MapDetector(_Maps(maps, strides)), role)
-    view.predictions, view.given_anchors = predictions, anchors
+    view = GivenView(MapDetector(_Maps(maps, strides)), role, predictions, anchors)
     view.taps.start()
     view.model.backbone(None)
     return view

@@ -22,7 +22,7 @@ from ..views import Batch, DetectorView, Predictions
 def intercepted(loss: DistillLoss, function: Callable) -> Iterator[None]:
     """Inside, ``function(forward, student, teacher, batch)`` is called in place of the loss's ``forward``,
     which it gets as its first argument; it returns the terms."""
-    loss.forward = functools.partial(function, loss.forward)
+    loss.forward = functools.partial(function, loss.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:

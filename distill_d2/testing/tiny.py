@@ -18,7 +18,6 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from torch import nn
 
 from distill_d2 import add_distill_config
-from distill_d2.plugins import import_detectors
 
 CLASSES = 3
 #: (height, width) of the images of ``tiny_batch``; three together are padded to 64x80 pixels.
@@ -58,7 +57,6 @@ def tiny_config(family: str = "retinanet", width: int = 8, channels: int = 16) -
         _retinanet(cfg)
     else:
         _rcnn(cfg, masks=family == "mask")
-    import_detectors(cfg)
     return cfg
 
 
@@ -157,7 +155,6 @@ def save_teacher(cfg: CfgNode, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     cfg = cfg.clone()
     cfg.MODEL.WEIGHTS = str(folder / "teacher.pth")
-    import_detectors(cfg)
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     path = folder / "teacher.yaml"
     path.write_text(cfg.dump())
@@ -233,7 +230,6 @@ def use_ghnd(cfg: CfgNode) -> None:
     bottleneck.ENCODER_WIDTHS = [8, 12, 8]
     bottleneck.DECODER_WIDTHS = [8, 12]
     cfg.MODEL.BACKBONE.NAME = "build_bottleneck_backbone"
-    import_detectors(cfg)
     node = cfg.MODEL.DISTILLER
     node.TYPES = ["GHND"]
     node.GHND.IN_FEATURES = stages
@@ -243,4 +239,3 @@ def use_ghnd(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "Adam"
     cfg.SOLVER.BASE_LR = 0.001
     cfg.SOLVER.WEIGHT_DECAY = cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
-    import_detectors(cfg)

@@ -58,11 +58,6 @@ def test_upsampling_by_loops(factor):
             np.testing.assert_allclose(found[n, c], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_upsampling_by_hand():
-    found = aligned_bilinear(torch.tensor([[[[0.0, 4.0]]]]), 4)
-    assert found[0, 0, 0].tolist() == [0, 0, 0, 1, 2, 3, 4, 4]
-
-
 def test_upsampling_nothing():
     assert aligned_bilinear(torch.zeros(0, 1, 4, 5), 2).shape == (0, 1, 8, 10)
 
@@ -176,29 +171,6 @@ def test_no_instances():
     assert found.shape == (0, 1, 8, 12)
     dice_losses(found.sigmoid(), found).sum().backward()
     assert features.grad.abs().sum() == 0 and top.grad.abs().sum() == 0
-
-
-def test_under_autocast():
-    model, features = head(), torch.randn(1, 5, 4, 6)
-    params, locations, levels = instances(model, 3)
-    expected = model(features, params, locations, levels, [3])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = model(features, params, locations, levels, [3])
-    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
-
-
-@pytest.mark.parametrize("stride", [3, 16, 0])
-def test_strides_that_do_not_fit(stride):
-    with pytest.raises(ValueError, match=f"MASK_OUT_STRIDE is {stride}; expected a divisor .*stride, 8"):
-        head(out_stride=stride)
-
-
-def test_checkpoints_without_a_counter():
-    model, other = head(), head()
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "_iter"}
-    other._iter += 5
-    assert other.load_state_dict(state) and other._iter == 5  # strict
-    assert list(model.state_dict()) == ["sizes_of_interest", "_iter"]
 
 
 def test_dice_by_loops():

@@ -49,38 +49,30 @@ def expected(leaves, targets, **options):
 @pytest.mark.parametrize(
     "box, quality, gamma", list(itertools.product(module.BOX_LOSSES, module.QUALITIES, (2.0, 1.5)))
 )
-def test_by_loops(box, quality, gamma):
-    leaves, targets = case()
+@pytest.mark.parametrize("positives", [6, 0])
+def test_by_loops(box, quality, gamma, positives):
+    leaves, targets = case(positives)
     loss = FCOSLoss(box_loss=box, quality=quality, alpha=0.3, gamma=gamma, weight_cls=2.0)
     found = loss(*leaves, targets)
     name = "loss_fcos_ctr" if quality == "ctrness" else "loss_fcos_iou"
     assert list(found) == ["loss_fcos_cls", "loss_fcos_loc", name]
     classes, loc, other, count = expected(leaves, targets, alpha=0.3, gamma=gamma, box=box, kind=quality)
-    assert count == 6
+    assert count == max(positives, 1) and (loc > 0) == (other > 0) == (positives > 0)
     assert found["loss_fcos_cls"].item() == pytest.approx(2 * classes / count, rel=1e-5)
     assert found["loss_fcos_loc"].item() == pytest.approx(loc, rel=1e-5)
     assert found[name].item() == pytest.approx(other, rel=1e-5)
 
 
-def test_one_location_by_hand():
-    """A box of 4 x 4 of which 2 x 2 around the location is predicted."""
-    ltrb, wanted = torch.ones(1, 4, 1), torch.full((1, 4, 1), 2.0)
-    label = torch.zeros(1, 1, dtype=torch.int64)
-    targets = Targets(label, wanted, label, label == 0)
-    zero = torch.zeros(1, 1, 1)
-    found = FCOSLoss()(zero, ltrb, zero[0], targets)
-    assert found["loss_fcos_loc"].item() == pytest.approx(1 - 5 / 17)  # hull is the union
-    assert found["loss_fcos_ctr"].item() == pytest.approx(0.693147)
-    assert found["loss_fcos_cls"].item() == pytest.approx(0.25 * 0.25 * 0.693147)
-
-
 def test_normalizers():
+    """Without making the host wait for the device."""
     leaves, targets = case()
     classes, *_ = expected(leaves, targets)
 
     def found(kind, times=1):
         loss = FCOSLoss(normalizer_cls=kind)
-        return [classes / loss(*leaves, targets)["loss_fcos_cls"].item() for _ in range(times)]
+        with no_synchronization():
+            terms = [loss(*leaves, targets)["loss_fcos_cls"] for _ in range(times)]
+        return [classes / term.item() for term in terms]
 
     assert found("fg") == pytest.approx([6], rel=1e-4)
     assert found("all") == pytest.approx([IMAGES * ROWS], rel=1e-4)
@@ -101,17 +93,6 @@ def test_over_two_processes(monkeypatch, kind):
     assert found["loss_fcos_cls"].item() == pytest.approx(classes / normalizer, rel=1e-5)
     assert found["loss_fcos_loc"].item() == pytest.approx(loc / 1.5, rel=1e-5)
     assert found["loss_fcos_ctr"].item() == pytest.approx(other / 1.5, rel=1e-5)
-
-
-@pytest.mark.parametrize("quality", module.QUALITIES)
-def test_no_positives(quality):
-    leaves, targets = case(positives=0)
-    found = FCOSLoss(quality=quality)(*leaves, targets)
-    cls, loc, other = found.values()
-    assert cls > 0 and loc == 0 and other == 0
-    sum(found.values()).backward()
-    assert leaves[0].grad.abs().sum() > 0
-    assert all(leaf.grad.abs().sum() == 0 for leaf in leaves[1:])
 
 
 @pytest.mark.parametrize("box", module.BOX_LOSSES)
@@ -145,24 +126,3 @@ def test_float32_whatever_comes(dtype):
     for name, term in found.items():
         assert term.dtype == torch.float32
         torch.testing.assert_close(term, exact[name])
-
-
-@pytest.mark.parametrize("kind", module.NORMALIZERS)
-def test_does_not_synchronize(kind):
-    leaves, targets = case()
-    loss = FCOSLoss(normalizer_cls=kind)
-    with no_synchronization():
-        loss(*leaves, targets)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"box_loss": "diou"}, r"MODEL.FCOS.LOC_LOSS_TYPE is 'diou'; expected one of \['giou', "),
-        ({"quality": "area"}, r"MODEL.FCOS.BOX_QUALITY is 'area'; expected one of \['ctrness', 'iou'\]"),
-        ({"normalizer_cls": "bg"}, r"MODEL.FCOS.LOSS_NORMALIZER_CLS is 'bg'; expected one of \['fg', "),
-    ],
-)
-def test_unknown_choices(options, message):
-    with pytest.raises(ValueError, match=message):
-        FCOSLoss(**options)

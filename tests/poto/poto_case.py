@@ -1,32 +1,25 @@
-"""Small POTOs on a SmallResNet, whose predictions differ from location to location."""
+"""Small POTOs, whose predictions differ from location to location."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
-from distill_d2.projects.poto import POTO
+from distill_d2.projects.poto import POTO, tiny
 from torch import nn
 
-from distill_d2.testing.tiny import CLASSES, tiny_config
-
 VARIANTS = {
-    "plain": {},
-    "3dmf": {"USE_3DMF": True},
-    "aux": {"USE_AUX": True},
+    "plain": {"USE_3DMF": False, "USE_AUX": False},
+    "3dmf": {"USE_3DMF": True, "USE_AUX": False},
+    "aux": {"USE_3DMF": False, "USE_AUX": True},
     "both": {"USE_3DMF": True, "USE_AUX": True},
 }
 
 
 def config(variant: str = "plain", width: int = 8, **keys) -> CfgNode:
     """Levels p2 to p4; ``keys`` are of MODEL.POTO."""
-    cfg = tiny_config("retinanet", width, channels=32)
-    cfg.MODEL.META_ARCHITECTURE = "POTO"
-    own = {"NUM_CLASSES": CLASSES, "IN_FEATURES": ["p2", "p3", "p4"], "NUM_CONVS": 1}
-    for key, value in {**own, **VARIANTS[variant], **keys}.items():
+    cfg = tiny.config(width)
+    for key, value in {**VARIANTS[variant], **keys}.items():
         cfg.MODEL.POTO[key] = value
     return cfg
 
@@ -39,14 +32,6 @@ def poto(variant: str = "plain", width: int = 8, **keys) -> POTO:
             nn.init.normal_(layer.weight, std=0.1)
     nn.init.constant_(model.head.bbox_pred.bias, 1.0)
     return model
-
-
-def objects(boxes: Sequence[Sequence[float]], classes: Sequence[int], size: int = 64) -> Instances:
-    return Instances(
-        (size, size),
-        gt_boxes=Boxes(torch.tensor(boxes, dtype=torch.float32).view(-1, 4)),
-        gt_classes=torch.tensor(classes, dtype=torch.int64),
-    )
 
 
 @torch.no_grad()

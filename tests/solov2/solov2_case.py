@@ -1,4 +1,4 @@
-"""SOLOv2s and batches for tests: five levels, three classes, images of about 128 pixels."""
+"""SOLOv2s and batches for tests: five levels, three classes, images 96 pixels wide."""
 
 from __future__ import annotations
 
@@ -9,35 +9,27 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
-from distill_d2.projects.solov2 import SOLOv2
+from distill_d2.projects.solov2 import SOLOv2, tiny
 
-from distill_d2.testing.tiny import CLASSES, tiny_config
+from distill_d2.testing import CLASSES
 
 GRIDS = [10, 8, 6, 4, 3]
 RANGES = [[1, 24], [12, 48], [24, 96], [48, 192], [96, 512]]
 CELLS = sum(grid**2 for grid in GRIDS)
+PADDED = (64, 96)  # of ``batch``
 
 
-def config(width: int = 8, channels: int = 16, **keys) -> CfgNode:
+def config(width: int = 8, **keys) -> CfgNode:
     """On a SmallResNet, on the CPU; ``keys`` are of MODEL.SOLOV2."""
-    cfg = tiny_config("mask", width, channels)
-    cfg.MODEL.META_ARCHITECTURE = "SOLOv2"
-    cfg.INPUT.MASK_FORMAT = "bitmask"
-    node = cfg.MODEL.SOLOV2
-    node.NUM_CLASSES = CLASSES
-    node.NUM_GRIDS, node.FPN_SCALE_RANGES = GRIDS, RANGES
-    node.FPN_INSTANCE_STRIDES = [4, 8, 16, 32, 32]
-    node.INSTANCE_IN_CHANNELS = node.MASK_IN_CHANNELS = channels
-    node.INSTANCE_CHANNELS = node.MASK_CHANNELS = node.NUM_KERNELS = node.NUM_MASKS = 32
-    node.NUM_INSTANCE_CONVS = 1
+    cfg = tiny.config(width)
     for key, value in keys.items():
-        node[key] = value
+        cfg.MODEL.SOLOV2[key] = value
     return cfg
 
 
 def solov2(seed: int = 0, lively: bool = True, **keys) -> SOLOv2:
-    """Of ``config(**keys)``; ``lively``: scores and masks differ from cell to cell, which a new network's
-    hardly do."""
+    """Of ``config(**keys)``; ``lively``: scores and masks differ from cell to cell, unlike those of a new
+    network."""
     torch.manual_seed(seed)
     model = build_model(config(**keys))
     if lively:
@@ -70,12 +62,12 @@ def instances(boxes, classes, masks, size) -> Instances:
     return found
 
 
-def batch(*objects: int, size: int = 96, polygons: bool = False, seed: int = 0) -> list[dict]:
-    """Random images, each 8 pixels lower than the one before, with so many objects each."""
+def batch(*objects: int, polygons: bool = False, seed: int = 0) -> list[dict]:
+    """Random images, each 8 pixels lower than the one before, with these numbers of objects."""
     random = np.random.default_rng(seed)
     inputs = []
     for index, count in enumerate(objects):
-        shape = (size - 8 * index, size)
+        shape = (PADDED[0] - 8 * index, PADDED[1])
         boxes, masks = random_objects(random, count, shape)
         truth = instances(boxes, random.integers(0, CLASSES, count), masks, shape)
         if polygons:
@@ -89,8 +81,3 @@ def _diamond(box: Sequence[float]) -> np.ndarray:
     x1, y1, x2, y2 = map(float, box)
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
     return np.array([x, y1, x2, y, x, y2, x1, y])
-
-
-def with_objects(item: dict, chosen) -> dict:
-    """The image with some of its objects, by an index or a mask."""
-    return {**item, "instances": item["instances"][chosen]}

@@ -1,40 +1,25 @@
 """SOLOv2 itself: training, and what it refuses."""
 
-import copy
-
 import naive_solov2 as naive
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks
 from distill_d2.projects.solov2 import losses, targets
-from solov2_case import GRIDS, RANGES, batch, config, solov2, with_objects
+from solov2_case import GRIDS, PADDED, RANGES, batch, config, solov2
 
 from distill_d2.testing.synchronization import no_synchronization
 
-TERMS = ["loss_ins", "loss_cate"]
-
 
 def step(model, inputs):
-    """Losses; afterwards there are gradients, of everything."""
+    """The losses; everything has a gradient afterwards."""
     losses = model.train()(inputs)
-    assert list(losses) == TERMS
+    assert list(losses) == ["loss_ins", "loss_cate"]
     model.zero_grad()
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     return {name: loss.item() for name, loss in losses.items()}
-
-
-@pytest.mark.parametrize("polygons", [False, True])
-def test_training(polygons):
-    model, inputs = solov2(lively=False), batch(3, 5, polygons=polygons)
-    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9), []
-    for _ in range(8):
-        seen.append(sum(step(model, inputs).values()))
-        optimizer.step()
-    assert np.isfinite(seen).all() and seen[-1] < 0.9 * seen[0]
 
 
 def test_losses_by_loops():
@@ -53,13 +38,13 @@ def test_losses_by_loops():
         truth = item["instances"]
         masks = truth.gt_masks.tensor.numpy()
         classes, entries = naive.targets(
-            *(truth.gt_boxes.tensor.tolist(), truth.gt_classes.tolist(), masks, (96, 96)),
+            *(truth.gt_boxes.tensor.tolist(), truth.gt_classes.tolist(), masks, PADDED),
             *([3, 2, 2, 2, 2], RANGES, 0.2, 3),
         )
         for level, row, column, k in entries:
             kernel = kernels[level][i, :, row, column].detach()
             mask = np.tensordot(kernel, features[i].detach(), axes=1)
-            wanted = naive.downscale(masks[k].astype(float), 4, (24, 24))
+            wanted = naive.downscale(masks[k].astype(float), 4, (16, 24))
             dice.append(naive.dice(1 / (1 + np.exp(-mask)), wanted))
         for level, grid in enumerate(classes):
             rows += logits[level][i].flatten(1).t().tolist()
@@ -69,80 +54,37 @@ def test_losses_by_loops():
     assert losses["loss_cate"] == pytest.approx(0.7 * naive.focal(rows, labels, 0.4, 2.0), rel=1e-4)
 
 
-def test_polygons_are_masks():
-    model, inputs = solov2(), batch(4, 2, polygons=True)
-    drawn = copy.deepcopy(inputs)
-    for item in drawn:
-        truth = item["instances"]
-        truth.gt_masks = BitMasks.from_polygon_masks(truth.gt_masks, *truth.image_size)
-    assert step(model, inputs) == step(model, drawn)
-
-
-def test_some_images_without_objects():
-    """The mask loss is the others' alone."""
-    model, inputs = solov2(), batch(3, 0)
-    del inputs[1]["instances"]._fields["gt_masks"]  # as detectron2's mapper has it
-    losses = step(model, inputs)
-    assert losses["loss_ins"] > 0 and losses["loss_cate"] > 0
-    full = model(batch(3, 2))  # the same first image
-    assert losses["loss_cate"] != pytest.approx(full["loss_cate"].item())
-
-
 @pytest.mark.parametrize("why", ["no objects", "empty masks", "no level"])
 def test_no_objects_at_all(why):
-    inputs = batch(2, 3)
-    if why == "no objects":
-        inputs = [with_objects(item, slice(0, 0)) for item in inputs]
-    for item in inputs if why == "empty masks" else ():
-        item["instances"].gt_masks.tensor[:] = False
-    ranges = [[600, 700]] * 5 if why == "no level" else RANGES
-    model = solov2(FPN_SCALE_RANGES=ranges)
+    inputs = batch(*((0, 0) if why == "no objects" else (2, 3)))
+    for item in inputs:
+        if why == "no objects":
+            del item["instances"]._fields["gt_masks"]  # as detectron2's mapper returns it
+        elif why == "empty masks":
+            item["instances"].gt_masks.tensor[:] = False
+    model = solov2(FPN_SCALE_RANGES=[[600, 700]] * 5 if why == "no level" else RANGES)
     losses = step(model, inputs)
     assert losses["loss_ins"] == 0.0 and losses["loss_cate"] > 0
     assert not model.mask_head.conv_pred[0].weight.grad.any()
     assert not model.ins_head.kernel_pred.weight.grad.any()
 
 
-def test_many_objects():
-    model, inputs = solov2(), batch(200, 1)
-    assert all(np.isfinite(value) for value in step(model, inputs).values())
-
-
-def test_order_of_images_does_not_matter():
-    model, inputs = solov2(), batch(2, 0, 6)
-    first, again = step(model, inputs), step(model, [inputs[2], inputs[0], inputs[1]])
-    for name in first:
-        assert first[name] == pytest.approx(again[name], rel=1e-4)
-
-
-def test_order_of_objects_matters_to_shared_cells_alone():
-    model, (item,) = solov2(), batch(7)
-    first, again = step(model, [item]), step(model, [with_objects(item, torch.arange(6, -1, -1))])
-    assert first["loss_ins"] == pytest.approx(again["loss_ins"], rel=1e-5)
-
-
-def entries(monkeypatch):
-    """A list that grows by how many masks of each image had a loss."""
-    made, real = [], losses.predict_masks
+def test_limit_of_masks(monkeypatch):
+    made, inputs, real = [], batch(30, 10), losses.predict_masks
 
     def spy(kernels, feature):
         made.append(len(kernels))
         return real(kernels, feature)
 
     monkeypatch.setattr(losses, "predict_masks", spy)
-    return made
-
-
-def test_at_most_so_many_masks(monkeypatch):
-    made, inputs = entries(monkeypatch), batch(30, 10)
     whole = step(solov2(), inputs)
     count, made[:] = sum(made), []
     assert count > 40
     model, seen = solov2(MAX_INSTANCES_TRAIN=20), []
     for _ in range(25):
-        losses = step(model, inputs)
-        assert losses["loss_cate"] == pytest.approx(whole["loss_cate"], rel=1e-5)
-        seen.append(losses["loss_ins"])
+        terms = step(model, inputs)
+        assert terms["loss_cate"] == pytest.approx(whole["loss_cate"], rel=1e-5)
+        seen.append(terms["loss_ins"])
     assert sum(made) == 25 * 20
     assert np.std(seen) > 0 and np.mean(seen) == pytest.approx(whole["loss_ins"], rel=0.05)
 
@@ -164,7 +106,7 @@ def test_a_step_does_not_synchronize(most, monkeypatch):
     model, inputs = solov2(MAX_INSTANCES_TRAIN=most).train(), batch(9, 0, 4)
     images = model.preprocess_image(inputs)
     truths = [item["instances"] for item in inputs]
-    objects = {id(truth): model.targets.objects(truth, (96, 96), model.device) for truth in truths}
+    objects = {id(truth): model.targets.objects(truth, PADDED, model.device) for truth in truths}
     drawn = targets.draw_slots([image.most_entries for image in objects.values()], most)
     monkeypatch.setattr(model.targets, "objects", lambda truth, *_: objects[id(truth)])
     monkeypatch.setattr(targets, "draw_slots", lambda *_: drawn)
@@ -182,35 +124,19 @@ def test_losses_are_float32_under_autocast():
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(whole[name], rel=0.1)
-    sum(losses.values()).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_norm_and_padding_of_the_images():
-    model, inputs = solov2(), batch(1, 1)  # 96 and 88 pixels high
+    model, inputs = solov2(), batch(1, 1)  # 64 and 56 pixels high
     images = model.preprocess_image(inputs)
-    assert images.tensor.shape == (2, 3, 96, 96) and images.image_sizes == [(96, 96), (88, 96)]
+    assert images.tensor.shape == (2, 3, 64, 96) and images.image_sizes == [(64, 96), (56, 96)]
     mean, std = model.pixel_mean, model.pixel_std
-    assert torch.equal(images.tensor[1, :, :88], (inputs[1]["image"] - mean) / std)
-    assert not images.tensor[1, :, 88:].any()
+    assert torch.equal(images.tensor[1, :, :56], (inputs[1]["image"] - mean) / std)
+    assert not images.tensor[1, :, 56:].any()
     assert not any("pixel" in name for name in model.state_dict())
 
 
-def test_training_without_masks():
-    inputs = batch(2)
-    del inputs[0]["instances"]._fields["gt_masks"]
-    with pytest.raises(ValueError, match="SOLOv2 learns from masks.* MODEL.MASK_ON True"):
-        solov2().train()(inputs)
-
-
 # What is refused when it is built
-
-
-def check_refused(match, **keys):
-    cfg = config()
-    cfg.merge_from_list([part for k, v in keys.items() for part in (f"MODEL.SOLOV2.{k}", v)])
-    with pytest.raises(ValueError, match=match):
-        build_model(cfg)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +163,8 @@ def check_refused(match, **keys):
         ({"MASK_IN_FEATURES": ["p2", "p4"]}, r"twice the stride of the one before; .* \[4, 16\]"),
         ({"MASK_IN_FEATURES": ["p4", "p5", "p6"]}, "strides that divide 32, .* padded; one is 64"),
         ({"MASK_IN_FEATURES": []}, "MASK_IN_FEATURES: found "),
-        ({"INSTANCE_IN_CHANNELS": 32}, "INSTANCE_IN_CHANNELS: found 32, expected 16, those of p2"),
-        ({"MASK_IN_CHANNELS": 32}, "MASK_IN_CHANNELS: found 32, expected 16, those of p2"),
+        ({"INSTANCE_IN_CHANNELS": 16}, "INSTANCE_IN_CHANNELS: found 16, expected 32, those of p2"),
+        ({"MASK_IN_CHANNELS": 16}, "MASK_IN_CHANNELS: found 16, expected 32, those of p2"),
         ({"INSTANCE_CHANNELS": 40}, "INSTANCE_CHANNELS: found 40, expected a multiple of 32"),
         ({"MASK_CHANNELS": 40}, "MASK_CHANNELS: found 40, expected a multiple of 32"),
         ({"NUM_KERNELS": 40, "NUM_MASKS": 40}, "NUM_MASKS: found 40, expected a multiple of 32"),
@@ -251,7 +177,10 @@ def check_refused(match, **keys):
     ],
 )
 def test_wrong_values(keys, match):
-    check_refused(rf"^MODEL\.SOLOV2\..*{match}" if not match.startswith("'") else match, **keys)
+    cfg = config()
+    cfg.merge_from_list([part for k, v in keys.items() for part in (f"MODEL.SOLOV2.{k}", v)])
+    with pytest.raises(ValueError, match=rf"^MODEL\.SOLOV2\..*{match}"):
+        build_model(cfg)
 
 
 def test_keys_that_are_read_by_nothing():

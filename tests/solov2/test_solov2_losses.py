@@ -37,14 +37,6 @@ def test_dice_by_loops():
     np.testing.assert_allclose(dice_loss(masks, wanted), expected, rtol=1e-5)
 
 
-def test_dice_by_hand():
-    """Half of two pixels: 1 - 2 * 0.5 / (0.25 + 2 + 0.002)."""
-    masks, wanted = torch.tensor([[[0.5, 0.0]]]), torch.tensor([[[True, True]]])
-    assert dice_loss(masks, wanted).item() == pytest.approx(1 - 1 / 2.252)
-    same = torch.tensor([[[1.0, 0.0]]])
-    assert dice_loss(same, same.bool()).item() == pytest.approx(1 - 2 / 2.002, abs=1e-6)
-
-
 def test_masks_by_hand():
     """A kernel is a 1x1 convolution."""
     feature = torch.randn(WEIGHTS, *SIZE)
@@ -74,8 +66,7 @@ def test_what_fills_up_changes_nothing():
         mask_loss(kernels, features, [image(entries, fill=fill)]).backward()
         assert set(kernels.grad[0].abs().sum(dim=1).nonzero().flatten().tolist()) == {1, 2}
         found.append((kernels.grad, features.grad))
-    for ours, theirs in zip(*found):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("fill", [0, 3])
@@ -87,22 +78,9 @@ def test_no_entries(fill):
     assert kernels.grad.isfinite().all() and features.grad.isfinite().all()
 
 
-def test_gradients_of_the_mask_loss():
-    targets = [image([(1, 0), (2, 1), (2, 2)], fill=1), image([(0, 0)], seed=1)]
-    kernels, features = (x.detach().double().requires_grad_() for x in outputs(2))
-    assert torch.autograd.gradcheck(lambda k, f: mask_loss(k, f, targets), (kernels, features))
-
-
 @pytest.mark.parametrize("alpha, gamma", [(0.25, 2.0), (0.6, 1.0)])
 def test_class_loss_by_loops(alpha, gamma):
     logits = 2 * torch.randn(2, CELLS, 3)
     classes = torch.randint(0, 5, (2, CELLS)).clamp(max=3)
     expected = naive.focal(logits.flatten(0, 1).tolist(), classes.flatten().tolist(), alpha, gamma)
     assert class_loss(logits, classes, alpha, gamma).item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_class_loss_without_objects():
-    logits = torch.randn(1, CELLS, 3)
-    classes = torch.full((1, CELLS), 3)
-    expected = naive.focal(logits[0].tolist(), classes[0].tolist(), 0.25, 2.0)
-    assert class_loss(logits, classes, 0.25, 2.0).item() == pytest.approx(expected, rel=1e-4)

@@ -47,15 +47,6 @@ def overlapping(*pairs, count=3):
     return ious
 
 
-def test_matrix_nms_by_hand():
-    """The third is what the second is, half of each: the second has decayed itself, which counts."""
-    ious = overlapping((0, 1, 0.6), (0, 2, 0.2), (1, 2, 0.5))
-    linear = [1.0, 0.4, min(0.8, 0.5 / 0.4)]
-    assert matrix_nms(ious, "linear").tolist() == pytest.approx(linear)
-    gaussian = [1.0, math.exp(-2 * 0.36), min(math.exp(-2 * 0.04), math.exp(-2 * (0.25 - 0.36)))]
-    assert matrix_nms(ious, "gaussian", 2.0).tolist() == pytest.approx(gaussian)
-
-
 @pytest.mark.parametrize("kernel", ["gaussian", "linear"])
 def test_equal_masks(kernel):
     """Finite, and linear leaves one of them."""
@@ -96,12 +87,6 @@ def test_nothing_to_suppress():
     assert matrix_nms(one).item() == 1.0 and mask_nms(one, 0.5).item()
 
 
-def test_classes_do_not_suppress_each_other():
-    masks, _ = random_masks(1)
-    classes = torch.arange(25)
-    assert (matrix_nms(mask_ious(masks, classes)) == 1).all()
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_point_nms_by_loops(seed):
     scores = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
@@ -110,7 +95,3 @@ def test_point_nms_by_loops(seed):
         for k in range(3):
             np.testing.assert_array_equal(found[image, k], naive.point_nms(scores[image, k].numpy()))
     assert 0.2 < (found > 0).float().mean() < 0.5
-
-
-def test_point_nms_of_one_cell():
-    assert torch.equal(point_nms(torch.full((1, 2, 1, 1), 0.3)), torch.full((1, 2, 1, 1), 0.3))

@@ -46,7 +46,7 @@ def instances(boxes: Sequence[Sequence[float]], classes: Sequence[int], size: in
 
 
 def batch(*objects: int, size: int = 300, classes: int = 20, seed: int = 0):
-    """Random images with so many objects each."""
+    """Random images, with the given numbers of objects."""
     random = np.random.default_rng(seed)
     inputs = []
     for count in objects:
@@ -75,10 +75,5 @@ def maps(widths: Sequence[int]):
     return [torch.empty(1, 1, width, width) for width in widths]
 
 
-def golden(shared):
-    """The arrays of ssd_kd.npz by name."""
-    with np.load(shared / "golden" / "ssd_kd.npz") as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
+#: Of the levels that the head reads, in cells.
 WIDTHS = {"A": (38, 19, 10, 5, 3, 1), "B": (19, 10, 5, 3, 2, 1), "C": (19, 10, 5, 3, 2, 1)}

@@ -73,8 +73,11 @@ def naive_step(
 class HeadsView(GivenView):
     """A view of given maps and predictions, called dense, rpn and box_head."""
 
-    offers = ("dense", "rpn", "box_head")
     has_centerness = True
+
+    def __init__(self, model, role: str, predictions: Predictions):
+        super().__init__(model, role, predictions)
+        self.offers = ("dense", "rpn", "box_head")
 
     def rpn(self) -> Predictions:
         return self.predictions
@@ -88,8 +91,7 @@ class HeadsView(GivenView):
 
 
 def heads_view(maps: dict[str, Tensor], role: str, predictions: Predictions) -> HeadsView:
-    view = HeadsView(view_of(maps, role).model, role)
-    view.predictions = predictions
+    view = HeadsView(view_of(maps, role).model, role, predictions)
     view.taps.start()
     view.model.backbone(None)
     return view
