@@ -31,11 +31,11 @@ def test_folders_inside_it_count_in_order(tmp_path):
         write(tmp_path / name, width=20 + index)
     expected = [
         {
-            "file_name": str(tmp_path / name), "image_id": name, "annotations": [],
-
-                "height": 40,
-                "width": 20 + names.index(name)
-            ,  # its own, though several threads read them
+            "file_name": str(tmp_path / name),
+            "image_id": name,
+            "annotations": [],
+            "height": 40,
+            "width": 20 + names.index(name),  # its own, though several threads read them
         }
         for name in sorted(names)
     ]
