@@ -52,14 +52,11 @@ def test_upsampling_by_loops(factor):
     x = torch.randn(2, 3, 4, 5)
     found = aligned_bilinear(x, factor)
     assert found.shape == (2, 3, 4 * factor, 5 * factor)
+    assert aligned_bilinear(x[:0], factor).shape == (0, *found.shape[1:])
     for n in range(2):
         for c in range(3):
             expected = naive.upsample(x[n, c].double().numpy(), factor)
             np.testing.assert_allclose(found[n, c], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_upsampling_nothing():
-    assert aligned_bilinear(torch.zeros(0, 1, 4, 5), 2).shape == (0, 1, 8, 10)
 
 
 # The mask branch
@@ -163,7 +160,6 @@ def test_numbers_per_instance():
 
 
 def test_no_instances():
-    """A zero that reaches everything."""
     model, features = head(), torch.randn(2, 5, 4, 6, requires_grad=True)
     top = torch.randn(3, model.num_params, requires_grad=True)
     nothing = torch.zeros(0, dtype=torch.int64)
@@ -209,27 +205,22 @@ def polygons():
     return PolygonMasks([[np.array(p) for p in each] for each in POLYGONS])
 
 
-@pytest.mark.parametrize("kind", ["polygon", "bitmask"])
-def test_truth_by_loops(kind):
+@pytest.mark.parametrize(
+    "kind, stride", [("polygon", 1), ("polygon", 4), ("bitmask", 2), ("bitmask", 8)]
+)
+def test_truth_by_loops(kind, stride):
     masks = polygons() if kind == "polygon" else BitMasks(bits((30, 46)))
-    found = mask_truth(objects(masks), SIZE, 4, 8, 3)
+    found = mask_truth(objects(masks), SIZE, stride, 8, 3)
     full = bits().numpy()
     if kind == "bitmask":  # the image's own size, and nothing on the padding
         full = np.zeros_like(full)
         full[:, :30, :46] = bits((30, 46)).numpy()
     assert found.masks.dtype == torch.float32
-    np.testing.assert_array_equal(found.masks, full[:, 2::4, 2::4])
+    np.testing.assert_array_equal(found.masks, full[:, stride // 2 :: stride, stride // 2 :: stride])
     np.testing.assert_allclose(found.centers, [naive.center(mask) for mask in full], rtol=1e-5)
     expected = naive.classes(full, [0, 1, 2], 3, 8)
     np.testing.assert_array_equal(found.classes, expected)
     assert set(expected.flatten()) == {0, 1, 2, 3}
-
-
-def test_strides_of_truth():
-    for stride in (1, 2, 4, 8):
-        found = mask_truth(objects(polygons()), SIZE, stride, 8, 3)
-        expected = bits()[:, stride // 2 :: stride, stride // 2 :: stride].float()
-        assert torch.equal(found.masks, expected)
 
 
 def test_an_empty_mask():
@@ -246,11 +237,8 @@ def test_no_objects(masks):
     assert found.classes.shape == (4, 6) and (found.classes == 3).all()
 
 
-def test_objects_without_masks():
+def test_no_masks_and_masks_of_another_kind():
     assert mask_truth(objects(), SIZE, 4, 8, 3) is None
-
-
-def test_masks_of_another_kind():
     masks = ROIMasks(torch.zeros(3, 4, 4))
     with pytest.raises(TypeError, match="are ROIMasks; CondInst reads PolygonMasks and BitMasks"):
         mask_truth(objects(masks), SIZE, 4, 8, 3)
@@ -307,8 +295,5 @@ def test_best_of_each_object(per_image, seed):
     kinds, scores = random.integers(0, 5, 40), random.permutation(40) / 40
     found = best_of_each_object(*map(torch.from_numpy, (images, kinds, scores)), per_image)
     assert found.tolist() == naive.best(images.tolist(), kinds.tolist(), scores.tolist(), per_image)
-
-
-def test_best_of_nothing():
     nothing = torch.zeros(0, dtype=torch.int64)
-    assert len(best_of_each_object(nothing, nothing, torch.zeros(0), 5)) == 0
+    assert len(best_of_each_object(nothing, nothing, torch.zeros(0), per_image)) == 0

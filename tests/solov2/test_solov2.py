@@ -1,5 +1,6 @@
 """SOLOv2 itself: training, and what it refuses."""
 
+import naive_fcos
 import naive_solov2 as naive
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ def step(model, inputs):
 def test_losses_by_loops():
     """From what the heads compute: padding, levels, cells, duplicates, both weights."""
     keys = {"LOSS.DICE_WEIGHT": 2.0, "LOSS.FOCAL_WEIGHT": 0.7, "LOSS.FOCAL_ALPHA": 0.4}
+    keys["LOSS.FOCAL_GAMMA"] = 1.5
     cfg = config(NUM_GRIDS=[3, 2, 2, 2, 2])
     cfg.merge_from_list([part for k, v in keys.items() for part in (f"MODEL.SOLOV2.{k}", v)])
     torch.manual_seed(0)
@@ -51,7 +53,9 @@ def test_losses_by_loops():
             labels += grid.ravel().tolist()
     assert len(dice) > 12
     assert losses["loss_ins"] == pytest.approx(2.0 * np.mean(dice), rel=1e-4)
-    assert losses["loss_cate"] == pytest.approx(0.7 * naive.focal(rows, labels, 0.4, 2.0), rel=1e-4)
+    focal = sum(naive_fcos.focal(*pair, 0.4, 1.5) for pair in zip(rows, labels))
+    count = sum(label < 3 for label in labels)
+    assert losses["loss_cate"] == pytest.approx(0.7 * focal / (count + 1), rel=1e-4)
 
 
 @pytest.mark.parametrize("why", ["no objects", "empty masks", "no level"])

@@ -19,17 +19,6 @@ def random_masks(seed, count=25, classes=2):
     return torch.tensor(masks), torch.tensor(random.integers(0, classes, count))
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_ious_by_loops(seed):
-    masks, classes = random_masks(seed)
-    ious = mask_ious(masks, classes)
-    for i in range(25):
-        for j in range(25):
-            counts = i < j and classes[i] == classes[j]
-            expected = naive.iou(masks[i].numpy(), masks[j].numpy()) if counts else 0.0
-            assert ious[i, j].item() == pytest.approx(expected, abs=1e-6)
-
-
 @pytest.mark.parametrize("kernel, sigma", [("gaussian", 2.0), ("gaussian", 0.5), ("linear", 2.0)])
 @pytest.mark.parametrize("seed", range(4))
 def test_matrix_nms_by_loops(seed, kernel, sigma):
