@@ -3,12 +3,13 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
+from recorded import count_calls
 
 from distill_d2.distiller import Distiller
 from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
+from distill_d2.testing import step
 from distill_d2.testing.tiny import (
     distiller_config,
     save_teacher,
@@ -27,19 +28,6 @@ def build(*losses, student="retinanet", teacher="retinanet", channels=16, **opti
         **options,
     )
     return model.train()
-
-
-def step(model, batch):
-    with EventStorage(0):
-        losses = model(batch)
-    sum(losses.values()).backward()
-    return losses
-
-
-def count_calls(module):
-    calls = []
-    module.register_forward_hook(lambda *_: calls.append(1))
-    return calls
 
 
 def test_teacher_moves_with_the_model():
@@ -94,7 +82,6 @@ def test_weights_of_the_students_own_losses(weight, start, factors):
         student.loss_normalizer = 100
         options = {"losses": [loss], "task_loss_weight": task_weight}
         model = Distiller(student=student, teacher=teacher, **options)
-        torch.manual_seed(0)
         losses.append(step(model, tiny_batch()))
     for name, factor in factors.items():
         torch.testing.assert_close(losses[1][name], losses[0][name] * factor)

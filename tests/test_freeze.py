@@ -3,7 +3,6 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 
 from distill_d2.distiller import Distiller
 from distill_d2.freeze import freeze, matching_names, summary
@@ -12,6 +11,7 @@ from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.ghnd import GHND
 from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
+from distill_d2.testing import step
 from distill_d2.testing.tiny import tiny_batch, tiny_config, tiny_detector, use_ghnd
 
 KEY = "MODEL.DISTILLER.FREEZE"
@@ -128,13 +128,6 @@ def moved(model, before):
     return {name.rpartition(".")[0] for name in after if not torch.equal(before[name], after[name])}
 
 
-def step(model):
-    with EventStorage(0):
-        losses = model(tiny_batch())
-    sum(losses.values()).backward()
-    return losses
-
-
 def test_frozen_norms_stay_in_eval_mode_and_keep_their_statistics():
     """Unless only their weights are frozen."""
     model = distiller(freeze_names=["res3", r"res2.*\.(weight|bias)$"])
@@ -142,7 +135,7 @@ def test_frozen_norms_stay_in_eval_mode_and_keep_their_statistics():
     model.train()
     before = statistics(model)
     for _ in range(2):
-        step(model)
+        step(model, tiny_batch())
         modes = {name: module.training for name, module in model.student.named_modules()}
         assert {name for name in norms if not modes[name]} == RES3_NORMS
         assert {name for name in modes if not modes[name]} == RES3_NORMS
@@ -178,7 +171,7 @@ def test_only_what_the_losses_reach_is_trained(family, levels, reached):
     """A pyramid's level has what lies above it; a loss on p3 does not reach p2's own convolutions."""
     model = distiller(family, [FeatureMimic(in_features=levels)], task_loss_weight=0.0)
     assert trained(model.student) == inside(model.student, *reached)
-    step(model.train())
+    step(model.train(), tiny_batch())
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -243,4 +236,4 @@ def test_a_loss_that_states_nothing_reads_all_features():
     """Beside one that only needs the first stage of both."""
     model = distiller(losses=[PKD(in_features=["res2"]), MeanFeature()], task_loss_weight=0.0)
     assert model.features_only and trained(model.student) == inside(model.student, "backbone.")
-    assert step(model.train())["loss_mean_feature"] > 0
+    assert step(model.train(), tiny_batch())["loss_mean_feature"] > 0

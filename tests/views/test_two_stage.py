@@ -273,20 +273,12 @@ def proposals_in_evaluation(view, batch):
     return [per_image.proposal_boxes.tensor for per_image in found]
 
 
-def iou(one, other):
-    """Of two boxes, in numbers."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    common = max(width, 0) * max(height, 0)
-    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (one, other)]
-    return common / (sum(areas) - common)
-
-
-def class_by_iou(box, truth, threshold, background=3):
-    """The class of the object that a box overlaps most, if it does so enough."""
-    objects = zip(truth.gt_boxes.tensor.tolist(), truth.gt_classes.tolist())
-    overlap, best = max(((iou(box, other), kind) for other, kind in objects), default=(0, None))
-    return best if overlap >= threshold else background
+def classes_by_iou(boxes, truth, threshold, background=3):
+    """The class of the object that each box overlaps most, if it does so enough."""
+    if not len(truth):
+        return [background] * len(boxes)
+    overlaps, best = pairwise_iou(truth.gt_boxes, boxes).max(dim=0)
+    return torch.where(overlaps >= threshold, truth.gt_classes[best], background).tolist()
 
 
 def in_order(boxes):
@@ -316,7 +308,7 @@ def test_own_proposals_are_those_of_an_evaluation_and_the_truth(family, threshol
         both = torch.cat([proposed, truth.gt_boxes.tensor])
         assert len(proposed) > 5 and len(own) == len(both)
         torch.testing.assert_close(in_order(own.tensor), in_order(both))
-        assert kinds.tolist() == [class_by_iou(box, truth, threshold) for box in own.tensor.tolist()]
+        assert kinds.tolist() == classes_by_iou(own, truth, threshold)
         found = (kinds < 3).sum() - len(truth)  # the truth itself is among them
         assert found >= (1 if threshold == 0.5 else 2) if len(truth) else found == 0
         assert (kinds == 3).any()
