@@ -6,7 +6,6 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.utils import comm
@@ -16,7 +15,6 @@ from distill_d2.projects.ghnd.quantizer import quantize, rounded
 from torch import nn
 
 from distill_d2 import add_distill_config
-from distill_d2.evaluation import with_model_evaluators
 
 # The stage
 
@@ -357,7 +355,7 @@ def stage():
 )
 def test_bytes_per_image(stage, batches, numbers):
     """The mean over images of different sizes; each evaluation starts anew."""
-    evaluator = TransmittedBytes(stage)
+    evaluator = stage.evaluator()
     for _ in range(2):
         evaluator.reset()
         for images, height, width in batches:
@@ -381,9 +379,3 @@ def test_bytes_of_two_processes(stage, monkeypatch):
     monkeypatch.setattr(comm, "is_main_process", lambda: True)
     found = evaluators[0].evaluate()["bytes_per_image"]
     assert found["8bit"] == 5 * (5 * 5 + 3 * 7 * 5) / 4
-
-
-def test_evaluator_of_a_model_with_a_bottleneck(stage):
-    together = with_model_evaluators(DatasetEvaluator(), nn.Sequential(nn.Identity(), stage))
-    assert isinstance(together, DatasetEvaluators)
-    assert [type(part) for part in together._evaluators] == [DatasetEvaluator, TransmittedBytes]
