@@ -24,8 +24,7 @@ def observed(variant, inputs):
     """A recording teacher that saw them, and the model that it was made of."""
     model = poto(variant).eval()
     teacher = Teacher(copy.deepcopy(model))
-    for capability in ("dense", "anchors"):
-        teacher.view.require(capability)
+    teacher.view.require("dense")
     teacher.view.taps.start()
     teacher.observe([item["image"] for item in inputs], PADDED)
     return teacher.view, model
@@ -53,27 +52,6 @@ def test_dense(variant):
     for row in (0, 100, 415):
         expected = naive.decode(rows.deltas[1, row].tolist(), rows.anchors[row].tolist())
         np.testing.assert_allclose(found.boxes()[1, row], expected, rtol=1e-3, atol=1e-2)
-
-
-def test_the_students_head_runs_once():
-    model, inputs = poto("both").train(), tiny_batch(2)
-    view, calls = build_view(model, "student"), []
-    view.require("dense")
-    model.head.register_forward_hook(lambda *_: calls.append(1))
-    with view.recording(), EventStorage(0):
-        model(inputs)
-        found = view.dense()
-        assert found.logits.requires_grad and found.deltas.requires_grad
-    assert len(calls) == 1
-
-
-def test_anchors():
-    """Squares of 8 strides, as ATSS has."""
-    view, _ = observed("plain", tiny_batch(1))
-    anchors = view.anchors()
-    shapes = {"p2": (16, 20, 1, 4), "p3": (8, 10, 1, 4), "p4": (4, 5, 1, 4)}
-    assert {name: tuple(level.shape) for name, level in anchors.items()} == shapes
-    assert anchors["p3"][2, 5, 0].tolist() == [44 - 32, 20 - 32, 44 + 32, 20 + 32]
 
 
 def test_match():

@@ -78,11 +78,6 @@ def test_rows_of_all_levels(layout):
 # Classes.
 
 
-def test_best_class():
-    predictions = dense()
-    assert torch.equal(predictions.best_class(), predictions.logits.argmax(dim=2))
-
-
 def test_best_class_is_never_the_background():
     predictions = scored()
     predictions.logit_levels[0][..., -1] = 100.0
@@ -130,15 +125,6 @@ def test_decoder_of_any_number_of_dimensions(transform, shape):
     assert torch.equal(decode(deltas, anchors), expected)
     transposed = deltas.transpose(0, -1).contiguous().transpose(0, -1)
     assert torch.equal(decode(transposed, anchors), expected)
-
-
-def test_boxes_of_shared_anchors():
-    predictions = dense()
-    for image, boxes in enumerate(predictions.boxes()):
-        expected = Box2BoxTransform((1.0, 1.0, 1.0, 1.0)).apply_deltas(
-            predictions.deltas[image], predictions.anchors
-        )
-        assert torch.equal(boxes, expected)
 
 
 @pytest.mark.parametrize("specific", [True, False])
