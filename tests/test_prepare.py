@@ -123,6 +123,18 @@ def test_channels_last_is_what_a_cpu_gets():
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_norm_that_is_read_is_not_folded():
+    model, path, outputs = tiny_detector(), "backbone.bottom_up.stem.conv1.norm", []
+    randomize(model.get_submodule(path))
+    for prepare_it in (False, True):
+        teacher = Teacher(model, prepare=prepare_it)
+        teacher.view.require_tap(path)
+        with teacher.view.recording():
+            teacher.observe([torch.full((3, 64, 96), 50.0)], (64, 96))
+            outputs.append(teacher.view.tap("backbone.bottom_up.stem.conv1.norm"))
+    assert relative_error(*outputs) < 1e-5
+
+
 # The loaded model stays as it is.
 
 

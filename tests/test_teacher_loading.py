@@ -96,6 +96,8 @@ def test_allow_list_excuses(fits, edit):
         ValueError, match="missing in the file: backbone.bottom_up.stem.conv1.norm.running_var"
     ):
         fits(remove("backbone.bottom_up.stem.conv1.norm.running_var"), allow=[r"cls_score\.bias$"])
+    with pytest.raises(ValueError, match=r"TEACHER_ALLOW_MISSING: '\(' is not a valid regular expr"):
+        fits(edit, allow=["("])
 
 
 def test_keys_that_change_nothing_are_neutral(fits):

@@ -97,6 +97,8 @@ def test_deltas_of_given_classes():
             first = 4 * classes[image, row]
             expected = predictions.delta_levels[0][image, row, 0, first : first + 4]
             assert torch.equal(deltas[image, row], expected)
+    with pytest.raises(ValueError, match="each class has its own deltas"):
+        predictions.deltas_of(None)
 
 
 @pytest.mark.parametrize("predictions", [dense, lambda: scored(specific=False)])
