@@ -4,12 +4,12 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
-from detectron2.utils.events import EventStorage
 
 from distill_d2.distiller import Distiller
 from distill_d2.distiller.padding import CommonPadding
 from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
+from distill_d2.testing import step
 from distill_d2.testing.tiny import tiny_batch, tiny_detector
 from distill_d2.views import RetinaNetView
 
@@ -72,11 +72,6 @@ def test_rows_and_columns_are_added_below_and_to_the_right():
 
 def distiller(student, teacher, **options):
     return Distiller(student=student, teacher=teacher, losses=[PKD(**options)]).train()
-
-
-def step(model, batch):
-    with EventStorage(0):
-        return model(batch)
 
 
 def inputs_of(model):
