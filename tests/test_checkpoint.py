@@ -69,24 +69,12 @@ def test_addresses_of_files(path, expected):
     assert direct_address(path) == expected
 
 
-@pytest.fixture
-def downloads(tmp_path, monkeypatch):
-    """A list of the addresses that were asked for; each is a file with the weights of ``linear``."""
-    asked = []
-    path = tmp_path / "downloaded.pth"
-    torch.save({"model": {"weight": torch.tensor(WEIGHT), "bias": torch.zeros(2)}}, path)
-
-    def get(address, **_):
-        asked.append(address)
-        return str(path)
-
-    monkeypatch.setattr(PathManager, "get_local_path", get)
-    return asked
-
-
 @pytest.mark.parametrize("suffix", ["", "?download=true"])
 @pytest.mark.parametrize("kind", ["resolve", "blob"])
-def test_a_page_of_a_file_is_the_file(downloads, kind, suffix):
+def test_a_page_of_a_file_is_the_file(tmp_path, monkeypatch, kind, suffix):
+    downloads, path = [], str(tmp_path / "downloaded.pth")
+    torch.save({"model": {"weight": torch.tensor(WEIGHT), "bias": torch.zeros(2)}}, path)
+    monkeypatch.setattr(PathManager, "get_local_path", lambda url, **_: downloads.append(url) or path)
     model, address = linear(), FILE.replace("resolve", kind) + suffix
     load(model, address)
     assert model.weight.tolist() == WEIGHT
@@ -211,10 +199,6 @@ def test_torch_file_that_runs_code(tmp_path, suffix, legacy):
     assert len(str(error.value).splitlines()) == 1  # without torch's advice to trust the file
 
 
-def lengths(whole):
-    return sorted({*range(40), *range(0, whole, max(whole // 40, 1)), whole - 1})
-
-
 @pytest.mark.parametrize("kind", ["pkl", "pth", "large pth", "legacy pth"])
 def test_truncated(tmp_path, kind):
     path = tmp_path / f"model.{kind[-3:]}"
@@ -224,7 +208,7 @@ def test_truncated(tmp_path, kind):
         data = {"model": nn.Linear(200 if kind == "large pth" else 3, 100).state_dict()}
         torch.save(data, path, _use_new_zipfile_serialization=kind != "legacy pth")
     whole = path.read_bytes()
-    for length in lengths(len(whole)):
+    for length in {*range(40), *range(0, len(whole), max(len(whole) // 40, 1)), len(whole) - 1}:
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=f"'{path}': .+It may be truncated"):
             load(linear(), path)

@@ -77,8 +77,6 @@ def test_matching_names_keep_their_order():
     assert matching_names(names, ["^a", r"c\."], KEY) == ["a.weight", "a.bias", "c.bias"]
     assert matching_names(names, ["bias", "^b"], KEY) == ["b.weight", "a.bias", "c.bias"]
     assert matching_names(names, [], KEY) == []
-    with pytest.raises(ValueError, match="'d' matches no name; names are, for example, "):
-        matching_names(names, ["d"], KEY)
     with pytest.raises(ValueError, match=r"'d' matches no name; names are, for example, \[\]"):
         matching_names([], ["d"], KEY)
 
@@ -99,7 +97,6 @@ def test_summary():
         ("res3", RES3_NORMS, {"weight", "bias"}),
         (r"res3.*running_(mean|var)$", RES3_NORMS, set()),
         (r"res3.*(weight|bias)$", set(), {"weight", "bias"}),
-        (r"res3.*\.weight$", set(), {"weight"}),
         (r"res3.0.conv1.norm", {"backbone.bottom_up.res3.0.conv1.norm"}, {"weight", "bias"}),
     ],
 )
@@ -163,7 +160,6 @@ ALL_STAGES = [f"backbone.bottom_up.{part}" for part in ("stem", "res2", "res3", 
             [*ALL_STAGES, "backbone.fpn_lateral3", "backbone.fpn_lateral4", "backbone.fpn_output3"],
         ),
         ("faster", ["res2", "res5"], ALL_STAGES),
-        ("faster", ["p2", "p3", "p4", "p5", "p6"], ["backbone."]),
         ("fcos", ["res3"], ALL_STAGES[:3]),
     ],
 )
@@ -173,10 +169,7 @@ def test_only_what_the_losses_reach_is_trained(family, levels, reached):
     assert trained(model.student) == inside(model.student, *reached)
     step(model.train(), tiny_batch())
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_with_the_students_own_losses_everything_is_trained():
-    model = distiller(losses=[FeatureMimic(in_features=["res2"])], task_loss_weight=1e-3)
+    model = distiller(family, [FeatureMimic(in_features=levels)], task_loss_weight=1e-3)
     assert trained(model.student) == inside(model.student, "")
 
 
@@ -194,9 +187,8 @@ def test_a_bottleneck_that_rounds_is_trained_whole():
     cfg = tiny_config()
     use_ghnd(cfg)
     cfg.MODEL.BOTTLENECK.QUANT_BITS = 8
-    student = build_model(cfg)
+    student, teacher = build_model(cfg), Teacher(tiny_detector())
     losses = [GHND(in_features=["res2", "res3"])]
-    teacher = Teacher(tiny_detector())
     Distiller(student=student, teacher=teacher, losses=losses, task_loss_weight=0.0)
     assert trained(student) == inside(student, *ALL_STAGES[:3])
 

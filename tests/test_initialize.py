@@ -123,15 +123,10 @@ def test_nothing_fits(what, message):
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
-def bottleneck_detector():
-    """A student as GHND's, which has another first stage."""
-    cfg = tiny_config()
-    use_ghnd(cfg)
-    return build_model(cfg)
-
-
 def test_tensors_that_the_teacher_lacks_stay(caplog):
-    student, teacher = bottleneck_detector(), detector()
+    cfg = tiny_config()
+    use_ghnd(cfg)  # another first stage
+    student, teacher = build_model(cfg), detector()
     with caplog.at_level("INFO"):
         names = copied(student, teacher, names=["."])
     own = {name for name in student.state_dict() if name.startswith(f"{BOTTOM_UP}res2.")}

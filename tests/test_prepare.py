@@ -46,10 +46,8 @@ NORMS = {
 @pytest.mark.parametrize("norm", NORMS.values(), ids=list(NORMS))
 @torch.no_grad()
 def test_folding_changes_nothing(norm, groups, bias):
-    conv = Conv2d(
-        4, 6, 3, padding=1, groups=groups, bias=bias, norm=randomize(norm(6)), activation=F.relu
-    )
-    conv = conv.eval()
+    options = {"padding": 1, "groups": groups, "bias": bias, "activation": F.relu}
+    conv = Conv2d(4, 6, 3, norm=randomize(norm(6)), **options).eval()
     image = torch.randn(2, 4, 8, 8)
     expected = conv(image)
     assert fold_norms(conv) == 1 and fold_norms(conv) == 0
@@ -69,11 +67,7 @@ def test_other_norms_are_left_alone(norm):
     assert fold_norms(conv) == 0 and conv.norm is norm
 
 
-OUTPUTS = {
-    "retinanet": ["dense"],
-    "fcos": ["dense"],
-    "faster": ["rpn", "box_head"],
-}
+OUTPUTS = {"retinanet": ["dense"], "fcos": ["dense"], "faster": ["rpn", "box_head"]}
 PROPOSALS = [
     Boxes(torch.tensor([[2.0, 3.0, 40.0, 50.0], [0.0, 0.0, 64.0, 64.0]])),
     Boxes(torch.tensor([[5.0, 5.0, 9.0, 12.0]])),
@@ -203,12 +197,8 @@ def test_native_bfloat16_asks_for_instructions(monkeypatch, support):
 @torch.no_grad()
 def test_prefer_onednn_changes_no_output(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3),
-        nn.Conv2d(8, 8, 1),
-        nn.Conv2d(8, 4, 1, stride=2, padding=1),
-        nn.Conv2d(4, 2, (1, 3)),
-    )
+    pointwise = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1, stride=2, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *pointwise, nn.Conv2d(4, 2, (1, 3)))
     image = torch.randn(2, 3, 9, 9)
     expected = model(image)
     assert prepare.prefer_onednn(model) == 2
