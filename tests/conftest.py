@@ -51,11 +51,3 @@ def pool():
     processes = Pool()
     yield processes
     processes.close()
-
-
-@pytest.fixture
-def tool():
-    """tools/check_golden.py."""
-    import check_golden
-
-    return check_golden

@@ -1,6 +1,4 @@
-"""The bottleneck of projects/GHND: the stage, backbones that get it, its quantizer, its evaluator."""
-
-import math
+"""The bottleneck of projects/GHND: the stage, backbones that have it, its quantizer, its evaluator."""
 
 import numpy as np
 import pytest
@@ -8,8 +6,6 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg, instantiate
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.utils import comm
@@ -19,7 +15,6 @@ from distill_d2.projects.ghnd.quantizer import quantize, rounded
 from torch import nn
 
 from distill_d2 import add_distill_config
-from distill_d2.evaluation import with_model_evaluators
 
 # The stage
 
@@ -35,28 +30,28 @@ def random_stage(*arguments, **options):
 
 
 def by_hand(stage, x):
-    """What the stage sends and returns, and the statistics of norms afterwards, by numpy in float64."""
-    state = {name: tensor.double().numpy().copy() for name, tensor in stage.state_dict().items()}
-    x, training = x.detach().double().numpy(), stage.training
-    steps = ("convolve", "norm", "convolve", "norm", "relu", "convolve", "norm", "convolve")
-    sent = _by_hand(x, state, "encoder", steps, 1, training)
-    steps = (
-        *("norm", "relu", "convolve", "norm", "convolve", "norm", "relu"),
-        *("convolve", "norm", "convolve", "norm", "relu"),
-    )
-    return sent, _by_hand(sent, state, "decoder", steps, 0, training), state
+    """What the stage sends and returns, by numpy in float64."""
+    state = {name: tensor.double().numpy() for name, tensor in stage.state_dict().items()}
+    steps = "convolve norm convolve norm relu convolve norm convolve"
+    sent = _by_hand(x.numpy(), state, "encoder", steps, 1, stage.training)
+    steps = "norm relu convolve norm convolve norm relu convolve norm convolve norm relu"
+    return sent, _by_hand(sent, state, "decoder", steps, 0, stage.training)
 
 
 def _by_hand(x, state, part, steps, padding, training):
-    for index, step in enumerate(steps):
-        weights = {name: state.get(f"{part}.{index}.{name}") for name in ("weight", "bias")}
+    for index, step in enumerate(steps.split()):
+        key = f"{part}.{index}"
         if step == "relu":
-            x = np.where(x > 0, x, 0)
+            x = np.maximum(x, 0)
         elif step == "convolve":
-            assert weights["bias"] is None
-            x = _convolve(x, weights["weight"], padding)
+            assert f"{key}.bias" not in state
+            x = _convolve(x, state[f"{key}.weight"], padding)
         else:
-            x = _norm(x, state, f"{part}.{index}", weights, training)
+            mean, variance = state[f"{key}.running_mean"], state[f"{key}.running_var"]
+            if training:
+                mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3))
+            scale, offset = state[f"{key}.weight"] / np.sqrt(variance + 1e-5), state[f"{key}.bias"]
+            x = (x - mean[:, None, None]) * scale[:, None, None] + offset[:, None, None]
     return x
 
 
@@ -71,20 +66,8 @@ def _convolve(x, weight, padding):
     )
 
 
-def _norm(x, state, key, weights, training):
-    mean, variance = state[f"{key}.running_mean"], state[f"{key}.running_var"]
-    if training:
-        rows = x.transpose(1, 0, 2, 3).reshape(x.shape[1], -1)
-        state[f"{key}.running_mean"] = 0.9 * mean + 0.1 * rows.mean(1)
-        state[f"{key}.running_var"] = 0.9 * variance + 0.1 * rows.var(1, ddof=1)
-        state[f"{key}.num_batches_tracked"] += 1
-        mean, variance = rows.mean(1), rows.var(1)
-    scale, offset = weights["weight"] / np.sqrt(variance + 1e-5), weights["bias"]
-    return (x - mean[:, None, None]) * scale[:, None, None] + offset[:, None, None]
-
-
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("size", [(1, 1), (7, 9), (4, 6), (1, 5)])
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (1, 5)])
 @pytest.mark.parametrize(
     "channels, options",
     [
@@ -96,27 +79,18 @@ def _norm(x, state, key, weights, training):
 def test_by_hand(channels, options, size, training):
     stage = random_stage(*channels, **options).double().train(training)
     x, sent = torch.randn(2, channels[0], *size).double(), []
-    expected_sent, expected, statistics = by_hand(stage, x)
+    expected_sent, expected = by_hand(stage, x)
     stage.encoder.register_forward_hook(lambda _module, _inputs, output: sent.append(output))
     out = stage(x)
     assert out.shape == (2, channels[1], *size) and out.min() >= 0 and out.max() > 0
     assert sent[0].shape == (2, (*channels, 3)[2], size[0] + 4, size[1] + 4)
     np.testing.assert_allclose(sent[0].detach().numpy(), expected_sent, rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(out.detach().numpy(), expected, rtol=1e-7, atol=1e-7)
-    for name, tensor in stage.state_dict().items():
-        np.testing.assert_allclose(tensor.numpy(), statistics[name], rtol=1e-8, atol=1e-8, err_msg=name)
 
 
-def count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def test_number_of_parameters():
-    # Convolutions without a bias, norms with two numbers per channel.
-    encoder = 4 * (64 * 64 + 64 * 256 + 256 * 64 + 64 * 3) + 2 * (64 + 256 + 64)
-    small = 4 * (3 * 64 + 64 * 128 + 128 * 64 + 64 * 64) + 2 * (3 + 64 + 128 + 64 + 64)
-    assert count(BottleneckStage(64, 256)) == 577158
-    assert count(BottleneckStage(64, 64)) == encoder + small == 232326
+@pytest.mark.parametrize("channels, count", [((64, 256), 577158), ((64, 64), 232326)])
+def test_number_of_parameters(channels, count):
+    assert sum(p.numel() for p in BottleneckStage(*channels).parameters()) == count
 
 
 def test_keys_are_those_of_released_checkpoints():
@@ -126,16 +100,6 @@ def test_keys_are_those_of_released_checkpoints():
     expected = {f"{half}.{index}.weight" for half in kernels for index in kernels[half]}
     expected |= {f"{half}.{index}.{part}" for half in norms for index in norms[half] for part in parts}
     assert set(BottleneckStage(64, 256).state_dict()) == expected
-
-
-def test_biases_that_the_next_norm_removes():
-    """In training. Padding brings back those of the encoder's."""
-    stage = random_stage(8, 12).double().train()
-    stage(torch.randn(2, 8, 5, 6).double()).pow(2).sum().backward()
-    gradients = {name: p.grad.abs().max().item() for name, p in stage.named_parameters()}
-    largest = max(gradients.values())
-    removed = [name for name, gradient in gradients.items() if gradient < 1e-12 * largest]
-    assert removed == ["decoder.3.bias", "decoder.8.bias"]
 
 
 # In a backbone
@@ -148,44 +112,23 @@ def config(**keys):
     cfg.MODEL.BACKBONE.NAME = "build_bottleneck_backbone"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
-    set_keys(cfg, keys)
-    return cfg
-
-
-def set_keys(cfg, keys):
     for key, value in keys.items():
         cfg.merge_from_list(["MODEL." + key.replace("__", "."), value])
-
-
-def plain_config(cfg):
-    cfg = cfg.clone()
-    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BOTTLENECK.BACKBONE
     return cfg
 
 
 SMALL = {"BOTTLENECK__BACKBONE": "build_small_resnet_backbone"}
 NARROW = {"RESNETS__STEM_OUT_CHANNELS": 16, "RESNETS__WIDTH_PER_GROUP": 8, "FPN__OUT_CHANNELS": 16}
 BASIC = {**NARROW, "RESNETS__STEM_OUT_CHANNELS": 64, "RESNETS__RES2_OUT_CHANNELS": 64}
+PLAIN = {**NARROW, "BOTTLENECK__BACKBONE": "build_resnet_backbone"}
+RETINANET = {"FPN__IN_FEATURES": ["res3", "res4", "res5"]}
+RETINANET["BOTTLENECK__BACKBONE"] = "build_retinanet_resnet_fpn_backbone"
 BACKBONES = {
     "R50": {},
-    "R101": {**NARROW, "RESNETS__DEPTH": 101},
     "R18": {**BASIC, "RESNETS__DEPTH": 18},
-    "R34": {**BASIC, "RESNETS__DEPTH": 34},
-    "RetinaNet": {
-        **NARROW,
-        "BOTTLENECK__BACKBONE": "build_retinanet_resnet_fpn_backbone",
-        "FPN__IN_FEATURES": ["res3", "res4", "res5"],
-    },
-    "C4": {
-        **NARROW,
-        "BOTTLENECK__BACKBONE": "build_resnet_backbone",
-        "RESNETS__OUT_FEATURES": ["res4"],
-    },
-    "first stage": {
-        **NARROW,
-        "BOTTLENECK__BACKBONE": "build_resnet_backbone",
-        "RESNETS__OUT_FEATURES": ["stem", "res2"],
-    },
+    "RetinaNet": {**NARROW, **RETINANET},
+    "C4": {**PLAIN, "RESNETS__OUT_FEATURES": ["res4"]},
+    "first stage": {**PLAIN, "RESNETS__OUT_FEATURES": ["stem", "res2"]},
     "small": SMALL,
 }
 
@@ -193,7 +136,9 @@ BACKBONES = {
 @pytest.mark.parametrize("name", BACKBONES)
 def test_stands_in_for_the_first_stage(name):
     cfg = config(**BACKBONES[name])
-    backbone, plain = build_backbone(cfg).eval(), build_backbone(plain_config(cfg)).eval()
+    backbone = build_backbone(cfg).eval()
+    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BOTTLENECK.BACKBONE
+    plain = build_backbone(cfg).eval()
     resnet = getattr(backbone, "bottom_up", backbone)
     assert type(resnet.res2) is BottleneckStage and resnet.stages[0] is resnet.res2
     assert backbone.output_shape() == plain.output_shape()
@@ -205,37 +150,17 @@ def test_stands_in_for_the_first_stage(name):
     assert outside(backbone) == outside(plain) and outside(plain)
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        actual, expected = backbone(x), plain(x)
-    assert {n: t.shape for n, t in actual.items()} == {n: t.shape for n, t in expected.items()}
+        found, expected = backbone(x), plain(x)
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
     assert resnet.res2.transmitted == (1, 3, 20, 28)
 
 
-def test_the_rest_is_computed_as_before():
-    """From the first stage's output on."""
-    cfg = config(**SMALL)
-    backbone, plain = build_backbone(cfg).eval(), build_backbone(plain_config(cfg)).eval()
-    plain.load_state_dict(backbone.state_dict(), strict=False)
-    plain.bottom_up.res2.register_forward_hook(lambda _module, inputs, _output: stage(inputs[0]))
-    stage, x = backbone.bottom_up.res2, torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        for actual, expected in zip(backbone(x).values(), plain(x).values()):
-            assert torch.equal(actual, expected)
-
-
-NORMS = {
-    "FrozenBN": FrozenBatchNorm2d,
-    "BN": nn.BatchNorm2d,
-    "GN": nn.GroupNorm,
-    "SyncBN": nn.SyncBatchNorm,
-}
-
-
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", ["FrozenBN", "GN", "SyncBN"])
 def test_norms_are_ordinary_ones(name):
     resnet = build_backbone(config(RESNETS__NORM=name, RESNETS__DEPTH=18, **BASIC)).bottom_up
     norms = [module for module in resnet.res2.modules() if "Norm" in type(module).__name__]
     assert [type(norm) for norm in norms] == [nn.BatchNorm2d] * 8
-    assert type(resnet.res3[0].conv1.norm) is NORMS[name]
+    assert type(resnet.res3[0].conv1.norm) is not nn.BatchNorm2d
     assert all(parameter.requires_grad for parameter in resnet.res2.parameters())
 
 
@@ -274,8 +199,7 @@ class _NoResNet(Backbone):
 )
 def test_wrong_keys(monkeypatch, keys, message):
     monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "build_other", _NoResNet)
-    cfg = config(**SMALL)
-    set_keys(cfg, {f"BOTTLENECK__{key}": value for key, value in keys.items()})
+    cfg = config(**{**SMALL, **{f"BOTTLENECK__{key}": value for key, value in keys.items()}})
     with pytest.raises((TypeError, ValueError), match=r"MODEL\.BOTTLENECK\." + message):
         build_backbone(cfg)
 
@@ -304,17 +228,6 @@ def test_lazy_config():
 # The quantizer
 
 
-def test_quantized_by_hand():
-    """A step of 1/50; 0 is level 50 and 150."""
-    tensor = torch.tensor([[-1.0, 0.0, 4.1, 0.513], [-3.0, 2.1, 0.0, -0.005]])
-    found = quantize(tensor)
-    torch.testing.assert_close(found.scale, torch.full((2, 1), 0.02))
-    assert found.values.dtype == torch.uint8 and found.zero_point.tolist() == [[50.0], [150.0]]
-    assert found.values.tolist() == [[0, 50, 255, 76], [0, 255, 150, 150]]
-    expected = torch.tensor([[-1.0, 0.0, 4.1, 0.52], [-3.0, 2.1, 0.0, 0.0]])
-    torch.testing.assert_close(found.dequantize(), expected)
-
-
 KINDS = {
     "mixed": lambda x: x,
     "positive": lambda x: x.abs() + 2,
@@ -331,12 +244,14 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_a_step_at_most(kind):
+    """And 0 stays 0."""
     random = np.random.default_rng(0)
     for _ in range(20):
         shape = tuple(random.integers(1, 6, 4))
         numbers = random.normal(size=shape) * random.uniform(0.1, 10, (shape[0], 1, 1, 1))
         tensor = KINDS[kind](torch.tensor(numbers).float())
         found = quantize(tensor)
+        assert found.values.dtype == torch.uint8
         assert found.scale.shape == found.zero_point.shape == (shape[0], 1, 1, 1)
         ends = tensor.amin((1, 2, 3)).clamp(max=0), tensor.amax((1, 2, 3)).clamp(min=0)
         span = (ends[1] - ends[0]).view(-1, 1, 1, 1)
@@ -345,27 +260,14 @@ def test_half_a_step_at_most(kind):
         error = (found.dequantize().double() - tensor.double()).abs()
         rounding = 2e-7 * tensor.abs().double()
         assert (error <= found.scale.double() / 2 * (1 + 1e-5) + rounding).all()
+        assert not found.dequantize()[tensor == 0].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_quantized_in_float32(dtype):
-    tensor = torch.randn(2, 3, 4, 5).to(dtype)
-    found, expected = quantize(tensor), quantize(tensor.float())
-    assert found.scale.dtype == found.dequantize().dtype == torch.float32
-    assert all(torch.equal(*parts) for parts in zip(found, expected))
-
-
-@pytest.mark.parametrize("constant", [0.0, 255.0, -255.0, 1.0, -0.1, 3.7e-9, -4e18])
+@pytest.mark.parametrize("constant", [255.0, -255.0, 1.0, -0.1, 3.7e-9, -4e18])
 def test_constants_return(constant):
-    """Within the rounding of a division and a product by 255; 0 is 0."""
+    """Within the rounding of a division and a product by 255."""
     tensor = torch.full((2, 3, 4, 5), constant)
     torch.testing.assert_close(quantize(tensor).dequantize(), tensor, rtol=1.2e-7, atol=0)
-
-
-def test_zero_stays_zero():
-    tensor = torch.randn(4, 3, 5, 5)
-    tensor[:, 1] = 0
-    assert not quantize(tensor).dequantize()[:, 1].any()
 
 
 def test_images_do_not_depend_on_each_other():
@@ -375,47 +277,32 @@ def test_images_do_not_depend_on_each_other():
         assert torch.equal(together[index : index + 1], rounded(images[index : index + 1], 8))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16])
 def test_rounded(dtype):
+    """By float32's numbers."""
     tensor = torch.randn(2, 3, 4, 4).to(dtype)
     assert rounded(tensor, 0) is tensor
     assert torch.equal(rounded(tensor, 16), tensor.half().to(dtype))
-    assert torch.equal(rounded(tensor, 8), quantize(tensor).dequantize().to(dtype))
+    found = quantize(tensor)
+    assert found.scale.dtype == found.dequantize().dtype == torch.float32
+    assert all(torch.equal(*parts) for parts in zip(found, quantize(tensor.float())))
+    assert torch.equal(rounded(tensor, 8), found.dequantize().to(dtype))
     bugs = quantize(tensor, reference_bugs=True).dequantize().to(dtype)
     assert torch.equal(rounded(tensor, 8, reference_bugs=True), bugs)
     assert not torch.equal(rounded(tensor, 8), bugs)
 
 
 def test_reference_bugs_by_hand():
-    """One range for both images; those numbers' own."""
+    """One range for both images, that of their numbers alone; tests/test_golden.py has recorded ones."""
     positive = quantize(torch.tensor([[10.0, 11.0], [11.5, 12.0]]), reference_bugs=True)
     assert positive.scale.item() == pytest.approx(2 / 255) and positive.zero_point.item() == 0
     assert positive.values.tolist() == [[255, 255], [255, 255]]
     torch.testing.assert_close(positive.dequantize(), torch.full((2, 2), 2.0))
-    negative = quantize(torch.tensor([[-10.0, -11.0], [-11.5, -12.0]]), reference_bugs=True)
-    assert negative.zero_point.item() == 255 and negative.values.tolist() == [[0, 0], [0, 0]]
-    torch.testing.assert_close(negative.dequantize(), torch.full((2, 2), -2.0))
     # 63.75 is truncated to 63: the largest number is 254.25 and not the last level.
     mixed = quantize(torch.tensor([[-1.0], [3.0]]), reference_bugs=True)
     assert mixed.zero_point.item() == 63 and mixed.values.tolist() == [[0], [254]]
     assert not quantize(torch.full((1, 4), 5.0), reference_bugs=True).dequantize().any()
     assert quantize(torch.zeros(1, 4), reference_bugs=True).dequantize().isnan().all()
-
-
-@pytest.mark.parametrize("kind", ["mixed", "positive", "negative"])
-def test_reference_bugs_are_the_references(shared, kind):
-    with np.load(shared / "golden" / "ghnd.npz") as recorded:
-        arrays = {n: recorded[f"quant/{kind}/{n}"] for n in ("x", "q", "scale", "zero_point", "deq")}
-    found = quantize(torch.tensor(arrays["x"]), reference_bugs=True)
-    assert np.array_equal(found.values.numpy(), arrays["q"])
-    assert found.zero_point.item() == arrays["zero_point"]
-    assert found.scale.item() == pytest.approx(float(arrays["scale"]), rel=1e-6)
-    np.testing.assert_allclose(found.dequantize().numpy(), arrays["deq"], rtol=1e-5, atol=1e-7)
-    saturated = np.abs(arrays["deq"] - arrays["x"]).max() > 2 * arrays["scale"]
-    assert saturated == (kind != "mixed")
-
-
-# Quantized in evaluation
 
 
 @pytest.mark.parametrize("bits, bugs", [(0, False), (8, False), (8, True), (16, False)])
@@ -437,52 +324,30 @@ def test_quantized_in_evaluation_alone(bits, bugs):
 # The evaluator
 
 
-def sizes(stage, *batches):
-    """The evaluator's result after batches of (images, height, width), padded."""
-    evaluator = stage.evaluator()
-    evaluator.reset()
-    for images, height, width in batches:
-        stage(torch.zeros(images, 8, height // 4, width // 4))
-        evaluator.process([{"image": None}] * images, None)
-    return evaluator.evaluate()["bytes_per_image"]
-
-
 @pytest.fixture
 def stage():
     return BottleneckStage(8, 12, 5).eval()
 
 
-@pytest.mark.parametrize("height, width", [(64, 96), (32, 32), (256, 160)])
-def test_bytes_of_one_image(stage, height, width):
-    numbers = 5 * (height // 4 + 4) * (width // 4 + 4)
-    found = sizes(stage, (1, height, width))
-    assert found == {"raw": 4 * numbers, "16bit": 2 * numbers, "8bit": numbers}
-    assert found["8bit"] == math.prod(stage.transmitted)
-
-
-def test_mean_over_images_of_different_sizes(stage):
-    found = sizes(stage, (1, 64, 96), (1, 32, 32))
-    assert found["8bit"] == 5 * (20 * 28 + 12 * 12) / 2
-
-
-def test_batches_of_several_images(stage):
-    found = sizes(stage, (3, 64, 96), (1, 32, 32))
-    assert found["8bit"] == 5 * (3 * 20 * 28 + 12 * 12) / 4
-    assert found["raw"] == 4 * found["8bit"]
-
-
-def test_no_images(stage):
-    assert sizes(stage) == {"raw": 0, "16bit": 0, "8bit": 0}
-
-
-def test_evaluator_starts_anew(stage):
-    evaluator = TransmittedBytes(stage)
-    stage(torch.zeros(1, 8, 9, 9))
-    evaluator.process([{}], None)
-    evaluator.reset()
-    stage(torch.zeros(1, 8, 1, 1))
-    evaluator.process([{}], None)
-    assert evaluator.evaluate()["bytes_per_image"]["8bit"] == 5 * 5 * 5
+@pytest.mark.parametrize(
+    "batches, numbers",
+    [
+        ([], 0),
+        ([(1, 16, 24)], 5 * 20 * 28),
+        ([(1, 16, 24), (1, 8, 8)], 5 * (20 * 28 + 12 * 12) / 2),
+        ([(3, 16, 24), (1, 8, 8)], 5 * (3 * 20 * 28 + 12 * 12) / 4),
+    ],
+)
+def test_bytes_per_image(stage, batches, numbers):
+    """The mean over images of different sizes; each evaluation starts anew."""
+    evaluator = stage.evaluator()
+    for _ in range(2):
+        evaluator.reset()
+        for images, height, width in batches:
+            stage(torch.zeros(images, 8, height, width))
+            evaluator.process([{}] * images, None)
+        found = evaluator.evaluate()["bytes_per_image"]
+        assert found == {"raw": 4 * numbers, "16bit": 2 * numbers, "8bit": numbers}
 
 
 def test_bytes_of_two_processes(stage, monkeypatch):
@@ -499,11 +364,3 @@ def test_bytes_of_two_processes(stage, monkeypatch):
     monkeypatch.setattr(comm, "is_main_process", lambda: True)
     found = evaluators[0].evaluate()["bytes_per_image"]
     assert found["8bit"] == 5 * (5 * 5 + 3 * 7 * 5) / 4
-
-
-def test_evaluator_of_a_model_with_a_bottleneck(stage):
-    own = DatasetEvaluator()
-    assert with_model_evaluators(own, nn.Conv2d(1, 1, 1)) is own
-    together = with_model_evaluators(own, nn.Sequential(nn.Identity(), stage))
-    assert isinstance(together, DatasetEvaluators)
-    assert [type(part) for part in together._evaluators] == [DatasetEvaluator, TransmittedBytes]

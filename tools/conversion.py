@@ -7,11 +7,15 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+
+from distill_d2.checkpoint import read_checkpoint
+from distill_d2.config import student_config
+from distill_d2.engine.setup import load_config
 
 Weights = dict[str, torch.Tensor]
 
@@ -35,6 +39,14 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def make_detector_parser(description: str | None, backbone: str) -> argparse.ArgumentParser:
+    """The parser of a program that needs the detector's config; ``backbone``: the help of --backbone."""
+    parser = make_parser(description)
+    parser.add_argument("--config-file", metavar="CONFIG", required=True, help="of the detector")
+    parser.add_argument("--backbone", action="store_true", help=backbone)
+    return parser
+
+
 def parse_arguments(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 ) -> argparse.Namespace:
@@ -54,6 +66,32 @@ def exiting_on_errors(program: str) -> Iterator[None]:
     except (ConversionError, OSError, ValueError, KeyError, AssertionError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         sys.exit(f"{program}: nothing was written: {message}")
+
+
+def convert_detector(
+    program: str,
+    args: argparse.Namespace,
+    author: str,
+    convert: Callable[[Weights, CfgNode], tuple[Weights, list[str]]],
+    finish: Callable[[Weights], Weights] = dict,
+) -> tuple[Weights, list[str]]:
+    """Convert INPUT and write the result, if it fits the detector of CONFIG; otherwise exit with a message.
+
+    Args:
+        args: of ``make_detector_parser``.
+        convert: from INPUT's weights and the config to the detector's weights and the dropped names.
+        finish: applied to weights that fit, before they are written.
+
+    Returns:
+        the written weights, and the dropped names.
+    """
+    with exiting_on_errors(program):
+        cfg = student_config(load_config(args.config_file, args.opts))
+        weights, dropped = convert(state_dict_of(read_checkpoint(args.input, stubs=NUMPY_SCALARS)), cfg)
+        check_agreement(weights, cfg, args.config_file, partial=args.backbone)
+        weights = finish(weights)
+        write(args.output, weights, author)
+    return weights, dropped
 
 
 def print_result(

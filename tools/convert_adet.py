@@ -26,17 +26,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conversion import (
-    NUMPY_SCALARS,
-    Weights,
-    check_agreement,
-    exiting_on_errors,
-    make_parser,
-    parse_arguments,
-    print_result,
-    state_dict_of,
-    write,
-)
+from conversion import Weights, convert_detector, make_detector_parser, parse_arguments, print_result
+from detectron2.config import CfgNode
 from distill_d2.projects.fcos.names import (
     DROPPED,
     from_detectron2,
@@ -45,44 +36,34 @@ from distill_d2.projects.fcos.names import (
     to_detectron2,
 )
 
-import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
-from distill_d2.checkpoint import read_checkpoint
-from distill_d2.config import student_config
-from distill_d2.engine.setup import load_config
-
 AUTHOR = "converted from AdelaiDet by distill_d2"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; exits with a message if nothing was written."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--config-file", metavar="CONFIG", required=True, help="of the detector")
+    parser = make_detector_parser(__doc__, "leave out all but the backbone")
     parser.add_argument(
         "--to",
         choices=("projects", "detectron2"),
         default="projects",
         help="names of projects/FCOS and CondInst, or of detectron2's own FCOS",
     )
-    parser.add_argument("--backbone", action="store_true", help="leave out all but the backbone")
     args = parse_arguments(parser, arguments)
-    with exiting_on_errors("convert_adet"):
-        cfg = student_config(load_config(args.config_file, args.opts))
-        state_dict = state_dict_of(read_checkpoint(args.input, stubs=NUMPY_SCALARS))
-        if is_detectron2s(state_dict):
-            fcos = cfg.MODEL.FCOS
-            state_dict = from_detectron2(state_dict, len(fcos.IN_FEATURES) if fcos.USE_SCALE else 0)
-        weights, dropped = convert(state_dict, args.backbone)
-        check_agreement(weights, cfg, args.config_file, partial=args.backbone)
-        if args.to == "detectron2":
-            weights = to_detectron2(weights)
-        write(args.output, weights, AUTHOR)
-    use = "detectron2's own FCOS: train.init_checkpoint" if args.to == "detectron2" else "MODEL.WEIGHTS"
+    finish, use = dict, "MODEL.WEIGHTS"
+    if args.to == "detectron2":
+        finish, use = to_detectron2, "detectron2's own FCOS: train.init_checkpoint"
+    weights, dropped = convert_detector(
+        "convert_adet", args, AUTHOR, lambda state, cfg: convert(state, cfg, args.backbone), finish
+    )
     reasons = {f"{name}*": reason for name, reason in DROPPED.items()}
     print_result(args, weights, dropped, reasons, use=use)
 
 
-def convert(state_dict: Weights, backbone: bool) -> tuple[Weights, list[str]]:
+def convert(state_dict: Weights, cfg: CfgNode, backbone: bool) -> tuple[Weights, list[str]]:
     """The weights by their names here, and the names that were dropped."""
+    if is_detectron2s(state_dict):
+        fcos = cfg.MODEL.FCOS
+        state_dict = from_detectron2(state_dict, len(fcos.IN_FEATURES) if fcos.USE_SCALE else 0)
     weights, dropped = from_public(state_dict)
     others = [name for name in weights if backbone and not name.startswith("backbone.")]
     return {k: v for k, v in weights.items() if k not in others}, dropped + others

@@ -20,38 +20,24 @@ from collections.abc import Sequence
 from conversion import (
     ConversionError,
     Weights,
-    check_agreement,
-    exiting_on_errors,
+    convert_detector,
     listing,
-    make_parser,
+    make_detector_parser,
     parse_arguments,
     print_result,
-    state_dict_of,
-    write,
 )
 from distill_d2.projects.ssd.names import DROPPED, from_public
-
-import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
-from distill_d2.checkpoint import read_checkpoint
-from distill_d2.config import student_config
-from distill_d2.engine.setup import load_config
 
 AUTHOR = "converted from a public SSD by distill_d2"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program; exits with a message if nothing was written."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--config-file", metavar="CONFIG", required=True, help="of the detector")
-    parser.add_argument(
-        "--backbone", action="store_true", help="leave out the heads, and layers that CONFIG lacks"
-    )
+    parser = make_detector_parser(__doc__, "leave out the heads, and layers that CONFIG lacks")
     args = parse_arguments(parser, arguments)
-    with exiting_on_errors("convert_ssd"):
-        cfg = student_config(load_config(args.config_file, args.opts))
-        weights, dropped = convert(state_dict_of(read_checkpoint(args.input)), args.backbone)
-        check_agreement(weights, cfg, args.config_file, partial=args.backbone)
-        write(args.output, weights, AUTHOR)
+    weights, dropped = convert_detector(
+        "convert_ssd", args, AUTHOR, lambda state_dict, _cfg: convert(state_dict, args.backbone)
+    )
     print_result(args, weights, dropped, DROPPED, ", the background last among the classes")
 
 

@@ -1,6 +1,7 @@
 """The download scripts, with small archives in place of the real ones."""
 
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -32,45 +33,31 @@ class Download:
         archive = self.server / path
         archive.parent.mkdir(parents=True, exist_ok=True)
         if archive.suffix == ".zip":
-            self._zip(archive, members)
+            with zipfile.ZipFile(archive, "w") as file:
+                for name, content in members.items():
+                    file.writestr(name, content)
             value = str(archive.stat().st_size)
         else:
-            self._tar(archive, members)
+            with tarfile.open(archive, "w") as file:
+                for name, content in members.items():
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(content)
+                    file.addfile(entry, io.BytesIO(content.encode()))
             value = hashlib.md5(archive.read_bytes()).hexdigest()
         self.text, count = re.subn(rf"(get {re.escape(path)}) [0-9a-f]+", rf"\1 {value}", self.text)
         assert count == 1, f"the script does not download {path}"
-        return archive
 
-    @staticmethod
-    def _zip(archive, members):
-        with zipfile.ZipFile(archive, "w") as file:
-            for name, content in members.items():
-                file.writestr(name, content)
-
-    @staticmethod
-    def _tar(archive, members):
-        folder = archive.with_suffix("")
-        for name, content in members.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(content)
-        with tarfile.open(archive, "w") as file:
-            file.add(folder / "VOCdevkit", "VOCdevkit")
-
-    def run(self):
+    def run(self, expect=0):
         self.script.write_text(self.text)
-        return subprocess.run(
-            ["bash", str(self.script), str(self.target)],
-            env={**os.environ, self.variable: f"file://{self.server}"},
-            capture_output=True,
-            text=True,
-        )
+        command = ["bash", str(self.script), str(self.target)]
+        environment = {**os.environ, self.variable: f"file://{self.server}"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == expect, done.stderr
+        return done
 
     def files(self):
-        return sorted(
-            str(path.relative_to(self.target))
-            for path in self.target.rglob("*")
-            if path.is_file() and not path.name.startswith(".")
-        )
+        files = [path for path in self.target.rglob("*") if path.is_file()]
+        return sorted(str(p.relative_to(self.target)) for p in files if not p.name.startswith("."))
 
 
 COCO_FILES = [
@@ -90,9 +77,8 @@ VOC_FILES = [
 def coco(tmp_path):
     download = Download(tmp_path, "download_coco_2017.sh", "COCO_URL")
     names = ("instances_train2017", "instances_val2017", "captions_val2017")
-    download.serve(
-        "annotations/annotations_trainval2017.zip", {f"annotations/{name}.json": "{}" for name in names}
-    )
+    annotations = {f"annotations/{name}.json": "{}" for name in names}
+    download.serve("annotations/annotations_trainval2017.zip", annotations)
     download.serve("zips/val2017.zip", {"val2017/1.jpg": "one" * 100})
     download.serve("zips/train2017.zip", {"train2017/2.jpg": "two" * 100})
     return download
@@ -108,65 +94,39 @@ def voc(tmp_path):
     return download
 
 
-def test_coco_skips_what_is_complete(coco):
-    assert coco.run().returncode == 0
-    assert coco.files() == COCO_FILES
-    shutil.rmtree(coco.server)
-    again = coco.run()
-    assert again.returncode == 0 and again.stdout.count("is complete") == 3
+@pytest.mark.parametrize("name, files", [("coco", COCO_FILES), ("voc", VOC_FILES)])
+def test_files_are_where_detectron2_wants_them(request, name, files):
+    """What is complete is not downloaded again."""
+    download = request.getfixturevalue(name)
+    download.run()
+    assert download.files() == files
+    shutil.rmtree(download.server)
+    assert download.run().stdout.count("is complete") == 3
 
 
-def test_coco_goes_on_where_it_stopped(coco):
-    archive = coco.server / "zips" / "val2017.zip"
-    content = archive.read_bytes()
-    partial = coco.target / "coco" / "val2017.zip"
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(content[:50])
-    archive.write_bytes(b"x" * 50 + content[50:])  # damaged, if it were downloaded from its beginning
-    done = coco.run()
-    assert done.returncode == 0, done.stderr
-    assert coco.files() == COCO_FILES
-
-
-def test_coco_stopped_download_is_kept_and_finished_by_the_next_run(coco):
-    archive = coco.server / "zips" / "train2017.zip"
+def test_stopped_download_goes_on_where_it_stopped(coco):
+    archive, folder = coco.server / "zips" / "train2017.zip", coco.target / "coco"
     content = archive.read_bytes()
     archive.write_bytes(content[:60])
-    stopped = coco.run()
-    assert stopped.returncode == 1
-    assert f"has 60 bytes, expected {len(content)}" in stopped.stderr
-    assert not (coco.target / "coco" / "train2017").exists()
-    archive.write_bytes(content)
-    assert coco.run().returncode == 0
+    assert f"has 60 bytes, expected {len(content)}" in coco.run(expect=1).stderr
+    assert not (folder / "train2017").exists()
+    archive.write_bytes(b"x" * 60 + content[60:])  # damaged, if it were downloaded from its beginning
+    coco.run()
     assert coco.files() == COCO_FILES
 
 
-def test_coco_archive_that_is_damaged_or_missing(coco):
-    archive = coco.server / "zips" / "val2017.zip"
+def test_archive_that_is_damaged_or_missing(coco):
+    archive, partial = coco.server / "zips" / "val2017.zip", coco.target / "coco" / "val2017.zip"
     archive.write_bytes(b"x" * archive.stat().st_size)
     for _ in range(2):
-        failed = coco.run()
-        assert failed.returncode == 1 and "is damaged" in failed.stderr
-    assert (coco.target / "coco" / "val2017.zip").exists()
+        assert "is damaged" in coco.run(expect=1).stderr
     archive.unlink()
-    (coco.target / "coco" / "val2017.zip").unlink()
-    failed = coco.run()
-    assert failed.returncode == 1 and "zips/val2017.zip stopped" in failed.stderr
+    partial.unlink()
+    assert "zips/val2017.zip stopped" in coco.run(expect=1).stderr
 
 
-def test_voc_is_as_detectron2_wants_it(voc):
-    done = voc.run()
-    assert done.returncode == 0, done.stderr
-    assert voc.files() == VOC_FILES
-    shutil.rmtree(voc.server)
-    again = voc.run()
-    assert again.returncode == 0 and again.stdout.count("is complete") == 3
-
-
-def test_voc_wrong_sum_is_not_unpacked(voc):
+def test_wrong_sum_is_not_unpacked(voc):
     archive = voc.server / "voc2012" / "VOCtrainval_11-May-2012.tar"
     archive.write_bytes(archive.read_bytes() + b"more")
-    failed = voc.run()
-    assert failed.returncode == 1
-    assert "VOCtrainval_11-May-2012.tar' has the md5 sum" in failed.stderr
+    assert "VOCtrainval_11-May-2012.tar' has the md5 sum" in voc.run(expect=1).stderr
     assert not (voc.target / "VOC2012").exists()

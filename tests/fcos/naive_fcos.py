@@ -72,24 +72,26 @@ def focal(logits, label: int, alpha: float, gamma: float) -> float:
     """Of one location's K logits; label K is background."""
     total = 0.0
     for k, logit in enumerate(logits):
-        p, wanted = sigmoid(logit), float(k == label)
-        right = p if wanted else 1 - p
-        weight = alpha if wanted else 1 - alpha
+        p, is_class = sigmoid(logit), k == label
+        right = p if is_class else 1 - p
+        weight = alpha if is_class else 1 - alpha
         total += weight * (1 - right) ** gamma * -math.log(right)
     return total
 
 
-def losses(logits, ltrb, quality, labels, wanted, *, alpha=0.25, gamma=2.0, box="giou", kind="ctrness"):
+def losses(
+    logits, ltrb, quality, labels, target_ltrb, *, alpha=0.25, gamma=2.0, box="giou", kind="ctrness"
+):
     """The class loss before its normalizer, and the two others; per location, labels K where
     background."""
     background = len(logits[0])
     rows = [i for i, label in enumerate(labels) if label != background]
     classes = sum(focal(logits[i], labels[i], alpha, gamma) for i in range(len(labels)))
     count = max(len(rows), 1)
-    weights = {i: centerness(wanted[i]) for i in rows}
+    weights = {i: centerness(target_ltrb[i]) for i in rows}
     box_loss, quality_loss = 0.0, 0.0
     for i in rows:
-        iou, giou = ious(ltrb[i], wanted[i])
+        iou, giou = ious(ltrb[i], target_ltrb[i])
         loss = {"giou": 1 - giou, "linear_iou": 1 - iou, "iou": -math.log(iou)}[box]
         box_loss += loss * (weights[i] if kind == "ctrness" else 1.0)
         quality_loss += bce(quality[i], weights[i] if kind == "ctrness" else iou)

@@ -58,22 +58,11 @@ def small(name=RESNET, *options):
     return cfg
 
 
-def run(backbone, height=64, width=96):
-    return backbone(torch.randn(1, 3, height, width))
+def run(backbone):
+    return backbone(torch.randn(1, 3, 64, 96))
 
 
 # Names and shapes of the published models
-
-
-PUBLISHED = {
-    "FCOS_R_50_1x": "R_50_1x",
-    "FCOS_MS_R_101_2x": "MS_R_101_2x",
-    "FCOS_MS_X_101_32x8d_2x": "MS_X_101_32x8d_2x",
-    "FCOS_MS_X_101_32x8d_dcnv2_2x": "MS_X_101_32x8d_2x_dcnv2",
-    "FCOS_RT_MS_R_50_4x_syncbn_bn_head": "FCOS_RT/MS_R_50_4x_syncbn_bn_head",
-    "FCOS_RT_MS_DLA_34_4x_syncbn": "FCOS_RT/MS_DLA_34_4x_syncbn",
-    "FCOS_RT_MS_DLA_34_4x_syncbn_shared_towers": "FCOS_RT/MS_DLA_34_4x_syncbn_shared_towers",
-}
 
 
 @pytest.fixture
@@ -81,15 +70,12 @@ def published(shared):
     return json.loads((shared / "golden" / "adet_state_dict_keys.json").read_text())
 
 
-def test_all_published_ones_are_compared(published):
-    assert set(PUBLISHED) == {name for name in published if name.startswith("FCOS")}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_names_and_shapes(published, name):
-    entry = published[name]
-    assert entry["config"] == f"FCOS-Detection/{PUBLISHED[name]}.yaml"
-    assert shapes_of(packaged(entry["config"])) == entry["state_dict"]
+def test_names_and_shapes(published):
+    models = [name for name in published if name.startswith("FCOS")]
+    assert len(models) == 7
+    for name in models:
+        found = shapes_of(packaged(published[name]["config"]))
+        assert found == published[name]["state_dict"], name
 
 
 def test_names_and_shapes_of_detectron2s_own(published):
@@ -106,8 +92,8 @@ def test_names_and_shapes_of_detectron2s_own(published):
 @pytest.mark.parametrize("levels", [0, 1, 2])
 def test_top_levels(levels):
     backbone = build_backbone(small(RESNET, "FCOS.TOP_LEVELS", levels))
-    found = run(backbone, 64, 128)
-    names, sizes = ["p3", "p4", "p5", "p6", "p7"], [(8, 16), (4, 8), (2, 4), (1, 2), (1, 1)]
+    found = run(backbone)
+    names, sizes = ["p3", "p4", "p5", "p6", "p7"], [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
     assert list(found) == names[: 3 + levels] and backbone.size_divisibility == 32
     assert [tuple(x.shape[2:]) for x in found.values()] == sizes[: 3 + levels]
     assert {name: shape.stride for name, shape in backbone.output_shape().items()} == {
@@ -299,10 +285,8 @@ def test_deformable_stages_start_as_ordinary_ones(modulated):
             tensor = 0.5 * tensor
         if "offset" not in name:
             plain.state_dict()[name].copy_(tensor)
-    torch.manual_seed(0)
-    found = run(deformable)
-    torch.manual_seed(0)
-    expected = run(plain)
+    x = torch.randn(1, 3, 64, 96)
+    found, expected = deformable(x), plain(x)
     for name in found:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
 

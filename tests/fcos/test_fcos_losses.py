@@ -49,26 +49,30 @@ def expected(leaves, targets, **options):
 @pytest.mark.parametrize(
     "box, quality, gamma", list(itertools.product(module.BOX_LOSSES, module.QUALITIES, (2.0, 1.5)))
 )
-def test_by_loops(box, quality, gamma):
-    leaves, targets = case()
+@pytest.mark.parametrize("positives", [6, 1, 0])
+def test_by_loops(box, quality, gamma, positives):
+    leaves, targets = case(positives)
     loss = FCOSLoss(box_loss=box, quality=quality, alpha=0.3, gamma=gamma, weight_cls=2.0)
     found = loss(*leaves, targets)
     name = "loss_fcos_ctr" if quality == "ctrness" else "loss_fcos_iou"
     assert list(found) == ["loss_fcos_cls", "loss_fcos_loc", name]
     classes, loc, other, count = expected(leaves, targets, alpha=0.3, gamma=gamma, box=box, kind=quality)
-    assert count == 6
+    assert count == max(positives, 1) and (loc > 0) == (other > 0) == (positives > 0)
     assert found["loss_fcos_cls"].item() == pytest.approx(2 * classes / count, rel=1e-5)
     assert found["loss_fcos_loc"].item() == pytest.approx(loc, rel=1e-5)
     assert found[name].item() == pytest.approx(other, rel=1e-5)
 
 
 def test_normalizers():
+    """Without making the host wait for the device."""
     leaves, targets = case()
     classes, *_ = expected(leaves, targets)
 
     def found(kind, times=1):
         loss = FCOSLoss(normalizer_cls=kind)
-        return [classes / loss(*leaves, targets)["loss_fcos_cls"].item() for _ in range(times)]
+        with no_synchronization():
+            terms = [loss(*leaves, targets)["loss_fcos_cls"] for _ in range(times)]
+        return [classes / term.item() for term in terms]
 
     assert found("fg") == pytest.approx([6], rel=1e-4)
     assert found("all") == pytest.approx([IMAGES * ROWS], rel=1e-4)
@@ -89,17 +93,6 @@ def test_over_two_processes(monkeypatch, kind):
     assert found["loss_fcos_cls"].item() == pytest.approx(classes / normalizer, rel=1e-5)
     assert found["loss_fcos_loc"].item() == pytest.approx(loc / 1.5, rel=1e-5)
     assert found["loss_fcos_ctr"].item() == pytest.approx(other / 1.5, rel=1e-5)
-
-
-@pytest.mark.parametrize("quality", module.QUALITIES)
-def test_no_positives(quality):
-    leaves, targets = case(positives=0)
-    found = FCOSLoss(quality=quality)(*leaves, targets)
-    cls, loc, other = found.values()
-    assert cls > 0 and loc == 0 and other == 0
-    sum(found.values()).backward()
-    assert leaves[0].grad.abs().sum() > 0
-    assert all(leaf.grad.abs().sum() == 0 for leaf in leaves[1:])
 
 
 @pytest.mark.parametrize("box", module.BOX_LOSSES)
@@ -133,11 +126,3 @@ def test_float32_whatever_comes(dtype):
     for name, term in found.items():
         assert term.dtype == torch.float32
         torch.testing.assert_close(term, exact[name])
-
-
-@pytest.mark.parametrize("kind", module.NORMALIZERS)
-def test_does_not_synchronize(kind):
-    leaves, targets = case()
-    loss = FCOSLoss(normalizer_cls=kind)
-    with no_synchronization():
-        loss(*leaves, targets)

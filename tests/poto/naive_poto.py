@@ -1,4 +1,4 @@
-"""POTO by plain loops in Python's float64, from the paper's formulas; nothing of the package."""
+"""POTO by plain loops in Python's float64, from the paper's formulas, independent of projects/POTO."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import itertools
 import math
 
 import numpy as np
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
+from naive_fcos import box_iou
+from naive_maps import interpolate
 
 
 def center(box):
@@ -20,18 +18,10 @@ def area(box):
     return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
 
 
-def common(a, b):
-    return area([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])])
-
-
-def iou(a, b):
-    return common(a, b) / (area(a) + area(b) - common(a, b))
-
-
 def giou(a, b):
     hull = area([min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])])
-    union = area(a) + area(b) - common(a, b)
-    return common(a, b) / union - (hull - union) / hull
+    union = (area(a) + area(b)) / (1 + box_iou(a, b))
+    return box_iou(a, b) - (hull - union) / hull
 
 
 def decode(delta, anchor):
@@ -53,15 +43,11 @@ def is_near(box, anchor, radius):
     return is_inside(box, anchor) and is_inside(square, anchor)
 
 
-def quality(probability, overlap, alpha):
-    return probability ** (1 - alpha) * overlap**alpha
-
-
 def qualities(scores, predicted, boxes, classes, alpha):
     """(G, R) of one image, from probabilities (R, K)."""
     return np.array(
         [
-            [quality(row[k], iou(box, found), alpha) for row, found in zip(scores, predicted)]
+            [p[k] ** (1 - alpha) * box_iou(box, found) ** alpha for p, found in zip(scores, predicted)]
             for box, k in zip(boxes, classes)
         ]
     )
@@ -98,35 +84,6 @@ def auxiliary(values, allowed, sizes, topk):
     return [
         max(some, key=lambda g, r=r: values[g, r]) if some else None for r, some in enumerate(wanted)
     ]
-
-
-def focal(scores, classes, background, alpha, gamma):
-    """The sum over probabilities (N, R, K), of classes (N, R)."""
-    total = 0.0
-    for image, labels in zip(scores, classes):
-        for row, label in zip(image, labels):
-            for k, p in enumerate(row):
-                is_class = k == label and label != background
-                right = p if is_class else 1 - p
-                total += (alpha if is_class else 1 - alpha) * (1 - right) ** gamma * -math.log(right)
-    return total
-
-
-def interpolate(level, height, width):
-    """Bilinear, pixels being areas: (H, W) to (height, width)."""
-    source = level.shape
-    out = np.zeros((height, width))
-    for y in range(height):
-        for x in range(width):
-            v = min(max((y + 0.5) * source[0] / height - 0.5, 0), source[0] - 1)
-            u = min(max((x + 0.5) * source[1] / width - 0.5, 0), source[1] - 1)
-            top, left = int(v), int(u)
-            bottom, right = min(top + 1, source[0] - 1), min(left + 1, source[1] - 1)
-            dy, dx = v - top, u - left
-            out[y, x] = (1 - dy) * ((1 - dx) * level[top, left] + dx * level[top, right]) + dy * (
-                (1 - dx) * level[bottom, left] + dx * level[bottom, right]
-            )
-    return out
 
 
 def max_filter(hidden, features, kernel, tau):

@@ -1,5 +1,6 @@
 """POTO itself: targets, losses, training, inference, what it refuses."""
 
+import naive_fcos
 import naive_poto as naive
 import numpy as np
 import pytest
@@ -49,9 +50,13 @@ def test_product_logits_far_from_zero():
 # Targets
 
 
-@pytest.mark.parametrize("variant", ALL)
-def test_targets_by_loops(variant):
-    model, inputs = poto(variant, AUX_TOPK=3), tiny_batch(3, objects=3)
+@pytest.mark.parametrize(
+    "variant, alpha, radius",
+    [("plain", 1.0, 1.5), ("3dmf", 0.0, 1e6), ("aux", 0.8, 0.5), ("both", 0.8, 1.5)],
+)
+def test_targets_by_loops(variant, alpha, radius):
+    keys = {"ALPHA": alpha, "CENTER_SAMPLING_RADIUS": radius, "AUX_TOPK": 3}
+    model, inputs = poto(variant, **keys), tiny_batch(3, objects=3)
     rows = computed(model, inputs)
     targets = model.targets(rows, gt(inputs))
     anchors = rows.anchors.tolist()
@@ -61,8 +66,8 @@ def test_targets_by_loops(variant):
         boxes, classes = instances.gt_boxes.tensor.tolist(), instances.gt_classes.tolist()
         predicted = [naive.decode(*pair) for pair in zip(rows.deltas[image].tolist(), anchors)]
         scores = rows.filtered[image].double().sigmoid().tolist()
-        quality = naive.qualities(scores, predicted, boxes, classes, 0.8)
-        near = np.array([[naive.is_near(box, anchor, 1.5) for anchor in anchors] for box in boxes])
+        quality = naive.qualities(scores, predicted, boxes, classes, alpha)
+        near = np.array([[naive.is_near(box, anchor, radius) for anchor in anchors] for box in boxes])
         # Their sum is the largest that there is; the best are among a few locations of each object.
         found, mine = np.where(near, quality, -1.0), images == image
         objects_of, locations = targets.pairs.objects[mine] - 3 * image, targets.pairs.rows[mine]
@@ -74,41 +79,19 @@ def test_targets_by_loops(variant):
             assert variant not in ("aux", "both")
             continue
         scores = rows.logits[image].double().sigmoid().tolist()
-        quality = naive.qualities(scores, predicted, boxes, classes, 0.8)
+        quality = naive.qualities(scores, predicted, boxes, classes, alpha)
         allowed = np.array([[naive.is_inside(box, anchor) for anchor in anchors] for box in boxes])
         owners = naive.auxiliary(quality, allowed, rows.sizes, 3)
         expected = [CLASSES if owner is None else classes[owner] for owner in owners]
         assert targets.auxiliary[image].tolist() == expected and len(set(expected)) > 1
 
 
-def test_what_the_keys_of_the_assignment_do():
-    """A radius that leaves no location, and only IoU or only probability."""
-    inputs = tiny_batch(1, objects=1)
-    (box,) = inputs[0]["instances"].gt_boxes.tensor
-    k = inputs[0]["instances"].gt_classes.item()
-    model = poto(CENTER_SAMPLING_RADIUS=1e-6)
-    assert model.targets(computed(model, inputs), gt(inputs)).pairs.rows.tolist() == [0]
-    for alpha in (0.0, 1.0):
-        model = poto(ALPHA=alpha, CENTER_SAMPLING_RADIUS=1e6)
-        rows = computed(model, inputs)
-        inside = [naive.is_inside(box.tolist(), anchor) for anchor in rows.anchors.tolist()]
-        predicted = [naive.decode(*pair) for pair in zip(rows.deltas[0].tolist(), rows.anchors.tolist())]
-        values = rows.logits[0, :, k].tolist()
-        if alpha == 1:
-            values = [naive.iou(box.tolist(), found) for found in predicted]
-        best = max((value, row) for row, value in enumerate(values) if inside[row])[1]
-        assert model.targets(rows, gt(inputs)).pairs.rows.tolist() == [best]
-
-
-def test_targets_carry_no_gradient():
-    model, inputs = poto("both"), tiny_batch(2)
-    rows = computed(model, inputs)
-    rows = rows._replace(logits=rows.logits.requires_grad_(), deltas=rows.deltas.requires_grad_())
-    targets = model.targets(rows, gt(inputs))
-    assert not targets.boxes.requires_grad and targets.auxiliary.dtype == torch.int64
-
-
 # Losses
+
+
+def focal(logits, classes):
+    rows = zip(logits.double().flatten(0, 1).tolist(), classes.flatten().tolist())
+    return sum(naive_fcos.focal(*row, 0.3, 1.5) for row in rows)
 
 
 @pytest.mark.parametrize("variant", ALL)
@@ -124,19 +107,15 @@ def test_losses_by_loops(variant):
     targets = model.targets(rows, gt(inputs))
     classes = torch.full(rows.logits.shape[:2], CLASSES)
     classes[targets.pairs.images, targets.pairs.rows] = targets.classes
-    scores = rows.logits.double().sigmoid()
-    filtered = rows.filtered.double().sigmoid()
-    assert (variant in ("plain", "aux")) == torch.equal(scores, filtered)
-    assert (filtered <= scores).all()
-    focal = naive.focal(filtered.tolist(), classes.tolist(), CLASSES, 0.3, 1.5)
-    expected = {"loss_cls": focal / 6, "loss_box_reg": 0.0}
+    assert (variant in ("plain", "aux")) == torch.equal(rows.logits, rows.filtered)
+    assert (rows.filtered <= rows.logits).all()
+    expected = {"loss_cls": focal(rows.filtered, classes) / 6, "loss_box_reg": 0.0}
     for image, row, box in zip(*targets.pairs[:2], targets.boxes.tolist()):
         predicted = naive.decode(rows.deltas[image, row].tolist(), rows.anchors[row].tolist())
         expected["loss_box_reg"] += 3.0 * (1 - naive.giou(predicted, box)) / 6
     if variant in ("aux", "both"):
         count = int((targets.auxiliary != CLASSES).sum())
-        focal = naive.focal(scores.tolist(), targets.auxiliary.tolist(), CLASSES, 0.3, 1.5)
-        expected["loss_cls_aux"] = focal / count
+        expected["loss_cls_aux"] = focal(rows.logits, targets.auxiliary) / count
         assert count not in (1, 6)
     assert list(found) == list(expected)
     for name, value in expected.items():
@@ -163,9 +142,6 @@ def test_a_mean_below_one_counts_as_one(monkeypatch):
     assert model(inputs)["loss_cls"] == alone["loss_cls"]
 
 
-# Training
-
-
 def test_objects_without_area():
     model, inputs = poto("both").train(), tiny_batch(1)
     boxes = torch.tensor([[10.0, 10, 10, 30], [20, 20, 20, 20]])
@@ -176,7 +152,7 @@ def test_objects_without_area():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("variant", ["plain", "both"])
 def test_losses_are_float32_under_autocast(variant):
     """Exactly those of the head's outputs in float32."""
     model, inputs = poto(variant).train(), tiny_batch(2)
@@ -192,8 +168,6 @@ def test_losses_are_float32_under_autocast(variant):
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, expected[name], rtol=1e-6, atol=0)
-    sum(losses.values()).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_a_step_waits_for_the_device_once(monkeypatch):
@@ -238,18 +212,6 @@ def test_detections_by_loops(variant, keys):
             row += starts[level]
             decoded = naive.decode(rows.deltas[image, row].tolist(), rows.anchors[row].tolist())
             np.testing.assert_allclose(box, decoded, rtol=1e-4, atol=1e-3)
-
-
-def test_nothing_is_suppressed():
-    """Two equal boxes of one class are two detections."""
-    model = poto().eval()
-    logits = torch.full((2, CLASSES), -9.0)
-    logits[:, 1] = torch.tensor([2.0, 1.0])
-    anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8.0, 0, 16, 8]]))]
-    deltas = torch.tensor([[1.0, 1, 2, 1], [2.0, 1, 1, 1]])
-    found = model.detect([logits.sigmoid()], [deltas], anchors, (16, 16))
-    assert found.pred_classes.tolist() == [1, 1] and found.scores[0] > found.scores[1]
-    assert found.pred_boxes.tensor.tolist() == [[-4, -4, 20, 12]] * 2
 
 
 # Configs, and what is refused

@@ -1,27 +1,18 @@
-"""SOLOv2 by plain loops in Python's float64, from the papers' formulas; nothing of the package."""
+"""SOLOv2 by plain loops in Python's float64, from the papers' formulas, independent of projects/SOLOv2."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+from naive_maps import interpolate
 
 
 def downscale(mask, stride, canvas):
-    """Bilinear with half-pixel centers, to rounded sizes; a half counts."""
-    height, width = mask.shape
+    """Bilinear, to rounded sizes; a half counts."""
     rows, columns = (math.floor(side / stride + 0.5) for side in mask.shape)
     found = np.zeros(canvas, dtype=bool)
-    for i in range(rows):
-        for j in range(columns):
-            y, x = (i + 0.5) * height / rows - 0.5, (j + 0.5) * width / columns - 0.5
-            y, x = max(y, 0.0), max(x, 0.0)
-            top, left = int(y), int(x)
-            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
-            down, across = y - top, x - left
-            upper = mask[top, left] * (1 - across) + mask[top, right] * across
-            lower = mask[bottom, left] * (1 - across) + mask[bottom, right] * across
-            found[i, j] = upper * (1 - down) + lower * down >= 0.5 - 1e-9
+    found[:rows, :columns] = interpolate(mask.astype(float), rows, columns) >= 0.5 - 1e-9
     return found
 
 
@@ -60,20 +51,6 @@ def dice(mask, wanted):
         squares += p * p
         wanted_squares += t * t
     return 1 - 2 * common / ((squares + 1e-3) + (wanted_squares + 1e-3))
-
-
-def focal(logits, classes, alpha, gamma):
-    """Of rows x K logits, the sum over all, divided by the number of objects plus one."""
-    total, objects = 0.0, 0
-    for row, label in zip(logits, classes):
-        objects += label < len(row)
-        for k, logit in enumerate(row):
-            p = 1 / (1 + math.exp(-logit))
-            if k == label:
-                total -= alpha * (1 - p) ** gamma * math.log(p)
-            else:
-                total -= (1 - alpha) * p**gamma * math.log(1 - p)
-    return total / (objects + 1)
 
 
 def point_nms(scores):

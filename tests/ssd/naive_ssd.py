@@ -83,7 +83,7 @@ def hard_negatives(losses, positive, ratio):
     return {row for rank, row in enumerate(ranked) if rank < most and not positive[row]}
 
 
-def multibox(logits, deltas, labels, wanted, background, ratio):
+def multibox(logits, deltas, labels, target_deltas, background, ratio):
     """The two losses of a batch (N, R, ...), and the rows that count in the first."""
     count = sum(label != background for image in labels for label in image)
     classes = boxes = 0.0
@@ -95,8 +95,8 @@ def multibox(logits, deltas, labels, wanted, background, ratio):
         selected.append(rows)
         classes += sum(losses[row] for row in rows)
         for row, is_object in enumerate(positive):
-            for ours, theirs in zip(deltas[i][row], wanted[i][row]) if is_object else ():
-                distance = abs(ours - theirs)
+            for delta, target in zip(deltas[i][row], target_deltas[i][row]) if is_object else ():
+                distance = abs(delta - target)
                 boxes += distance**2 / 2 if distance < 1 else distance - 0.5
     return classes / max(count, 1), boxes / max(count, 1), selected
 

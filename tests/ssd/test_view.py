@@ -10,7 +10,7 @@ from recorded import detector
 from ssd_case import NETWORKS, WIDTHS, batch, ssd
 
 from distill_d2 import Distiller, DistillLoss, Teacher
-from distill_d2.losses import FGFI, GID, PKD
+from distill_d2.losses import FGFI, GID
 from distill_d2.testing import no_synchronization
 from distill_d2.views import Batch, build_view
 
@@ -115,31 +115,23 @@ def test_rows_pair_where_prior_boxes_are_equal():
 
 
 @pytest.mark.parametrize(
-    "loss, teacher, message",
+    "loss, message",
     [
         (
             lambda: GID(adapter_share_weights=False),
-            *("B", "levels have strides {.*'s100': 100, .*}; .* each has twice the stride of"),
+            "levels have strides {.*'s100': 100, .*}; .* each has twice the stride of",
         ),
         (
             lambda: GID(adapter_share_weights=False, in_features=["s8", "s16"]),
-            *("B", "teacher's levels have {'s8': 64, 's16': 128} channels; instances are pooled"),
+            "teacher's levels have {'s8': 64, 's16': 128} channels; instances are pooled",
         ),
-        (
-            lambda: GID(feature_weight=0.0, relation_weight=0.0),
-            *("A", "row by row, but their anchors differ: .* has 144 boxes, .* the teacher 120 boxes"),
-        ),
-        (lambda: FGFI(), "B", r"none on the levels \['s8'\]; choose among \['s16', "),
-        (
-            lambda: PKD(in_features=["s8", "s150"]),
-            *("A", r"the teacher \(SSD\) has no level 's150'; its neck has"),
-        ),
+        (lambda: FGFI(), r"none on the levels \['s8'\]; choose among \['s16', "),
     ],
 )
-def test_losses_that_are_refused(loss, teacher, message):
+def test_losses_that_are_refused(loss, message):
     """When the Distiller is built."""
-    with pytest.raises((KeyError, TypeError, ValueError), match=message):
-        Distiller(student=ssd(), teacher=Teacher(ssd(teacher)), losses=[loss()], input_format="RGB")
+    with pytest.raises(ValueError, match=message):
+        Distiller(student=ssd(), teacher=Teacher(ssd("B")), losses=[loss()], input_format="RGB")
 
 
 class NeedsBoth(DistillLoss):
@@ -153,9 +145,3 @@ def test_detectors_that_take_images_of_different_sizes():
     student, teacher = detector("retinanet"), Teacher(ssd("A"))
     assert build_view(student, "student").probe_size == (64, 64)
     Distiller(student=student, teacher=teacher, losses=[NeedsBoth()])
-
-
-def test_detectors_without_common_levels():
-    for student, teacher in ((ssd(), detector("retinanet")), (detector("retinanet"), ssd("A"))):
-        with pytest.raises(ValueError, match="no neck level with the same name and stride: .*s100: 100"):
-            Distiller(student=student, teacher=Teacher(teacher), losses=[PKD()])

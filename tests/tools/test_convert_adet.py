@@ -33,11 +33,14 @@ def options(**keys):
 
 
 def model_of(config=CONFIG, **keys):
-    model = build_model(load_config(config, options(**keys)))
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if "running_var" not in name and tensor.is_floating_point():
-                tensor.copy_(torch.randn_like(tensor) * 0.1)
+    return randomized(build_model(load_config(config, options(**keys))))
+
+
+@torch.no_grad()
+def randomized(model):
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and "running_var" not in name and "pixel" not in name:
+            tensor.copy_(torch.randn_like(tensor) * 0.1)
     return model
 
 
@@ -66,17 +69,12 @@ def test_a_released_one(tmp_path, capsys, bare):
     assert same(model, source.state_dict())
     output = capsys.readouterr().out
     assert "dropped 2: pixel_mean, pixel_std" in output and f"MODEL.WEIGHTS {path}" in output
-
-
-def test_a_released_one_as_it_is(tmp_path):
-    """Loaded without a conversion, by a student, and by a teacher, which must be whole."""
-    source = model_of()
-    state = {**source.state_dict(), "pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
-    torch.save({"model": state}, tmp_path / "released.pth")
-    student, teacher = model_of(), model_of()
-    SafeCheckpointer(student).load(str(tmp_path / "released.pth"))
-    count = load_teacher_weights(teacher, str(tmp_path / "released.pth"))
-    assert same(student, state) and same(teacher, state) and count == len(source.state_dict())
+    # As it is, without a conversion: loaded by a student, and by a teacher, which must be whole.
+    released, student, teacher = str(tmp_path / "released.pth"), model_of(), model_of()
+    torch.save({"model": state}, released)
+    SafeCheckpointer(student).load(released)
+    assert load_teacher_weights(teacher, released) == len(source.state_dict())
+    assert same(student, state) and same(teacher, state)
 
 
 @pytest.mark.parametrize("semantic", [False, True])
@@ -102,9 +100,9 @@ def before_detectron2(name):
         rest = re.sub(r"conv(\d)\.norm", r"bn\1", rest)
         rest = rest.replace("shortcut.norm", "downsample.1").replace("shortcut", "downsample.0")
         return f"backbone.body.layer{int(stage) - 1}.{block}.{rest}"
-    for ours, theirs in (("lateral", "inner"), ("output", "layer")):
+    for new, old in (("lateral", "inner"), ("output", "layer")):
         for level in (3, 4, 5):
-            name = name.replace(f"backbone.fpn_{ours}{level}", f"backbone.fpn.fpn_{theirs}{level - 1}")
+            name = name.replace(f"backbone.fpn_{new}{level}", f"backbone.fpn.fpn_{old}{level - 1}")
     name = name.replace("backbone.top_block.", "backbone.fpn.top_blocks.")
     return name.replace("proposal_generator.fcos_head.", "rpn.head.").replace("ctrness", "centerness")
 
@@ -121,12 +119,8 @@ def test_of_before_detectron2(tmp_path):
 def test_dlas_weights_of_imagenet(tmp_path):
     keys = {"FPN__IN_FEATURES": ["stage3", "stage4", "stage5"]}
     source, model = (model_of(DLA, **keys) for _ in range(2))
-    prefix = "backbone.bottom_up."
-    state = {
-        name[len(prefix) :]: tensor
-        for name, tensor in source.state_dict().items()
-        if name.startswith(prefix) and "num_batches" not in name
-    }
+    state = source.backbone.bottom_up.state_dict()
+    state = {name: tensor for name, tensor in state.items() if "num_batches" not in name}
     state.update({"fc.weight": torch.zeros(1000, 512, 1, 1), "fc.bias": torch.zeros(1000)})
     path = convert(tmp_path, state, "--backbone", config=DLA, **keys)
     SafeCheckpointer(model).load(path)
@@ -136,9 +130,6 @@ def test_dlas_weights_of_imagenet(tmp_path):
 
 
 # To detectron2's own FCOS, and from it
-
-
-NO_SCALES = {"FCOS__USE_SCALE": False}
 
 
 def detectron2s():
@@ -184,12 +175,8 @@ def test_to_detectron2(tmp_path, capsys, scale):
 def test_from_detectron2(tmp_path, scales):
     """The same detections, with scales of 1 and without."""
     keys = {"FCOS__USE_SCALE": scales, "FCOS__THRESH_WITH_CTR": True}
-    source, model = detectron2s().eval(), model_of(**keys).eval()
-    with torch.no_grad():
-        for name, tensor in source.state_dict().items():
-            if "running_var" not in name and "pixel" not in name:
-                tensor.copy_(torch.randn_like(tensor) * 0.1)
-        source.head.bbox_pred.bias.fill_(1.0)
+    source, model = randomized(detectron2s()).eval(), model_of(**keys).eval()
+    torch.nn.init.ones_(source.head.bbox_pred.bias)
     path = convert(tmp_path, {"model": source.state_dict()}, **keys)
     model.load_state_dict(torch.load(path, weights_only=True)["model"])  # strict
     assert_same_detections(model, source)
@@ -199,12 +186,13 @@ def test_from_detectron2(tmp_path, scales):
     "keys, message",
     [
         ({}, r"the levels' scales differ, \[.*\]: detectron2's FCOS has none, and only equal"),
-        ({**NO_SCALES, "FCOS__NUM_SHARE_CONVS": 1}, "the head has convolutions of both towers"),
-        ({**NO_SCALES, "FCOS__USE_DEFORMABLE": True}, "the head has deformable convolutions"),
-        ({**NO_SCALES, "FCOS__NORM": "BN"}, "the head has a batch norm per level"),
+        ({"FCOS__NUM_SHARE_CONVS": 1}, "the head has convolutions of both towers"),
+        ({"FCOS__USE_DEFORMABLE": True}, "the head has deformable convolutions"),
+        ({"FCOS__NORM": "BN"}, "the head has a batch norm per level"),
     ],
 )
-def test_heads_that_detectron2_has_not(tmp_path, keys, message):
+def test_heads_that_detectron2_does_not_have(tmp_path, keys, message):
+    keys = {"FCOS__USE_SCALE": not keys, **keys}
     source = model_of(**keys)
     with pytest.raises(SystemExit, match=f"nothing was written: {message}"):
         convert(tmp_path, source.state_dict(), "--to", "detectron2", **keys)

@@ -41,13 +41,10 @@ def candidates(network):
 
 def public_state(model, network):
     """The state of a model by public names, the background first; written independently."""
-    state, found = model.state_dict(), {}
+    state, public_names = model.state_dict(), {}
     for public in candidates(network):
-        ours = name_of(public)
-        if ours in state and ours not in found.values():
-            found[public] = ours
-    assert set(found.values()) == set(state)
-    weights = {public: state[ours].clone() for public, ours in found.items()}
+        public_names.setdefault(name_of(public), public)
+    weights = {public_names[name]: tensor.clone() for name, tensor in state.items()}
     for public, tensor in weights.items():
         last = re.fullmatch(r"(conf\.\d|classification_headers\.(\d\.3|5))\.(weight|bias)", public)
         if last:
@@ -57,7 +54,7 @@ def public_state(model, network):
 
 
 def converted(tmp_path, weights, *options, entry=None):
-    source, target = tmp_path / "public.pth", tmp_path / "ours.pth"
+    source, target = tmp_path / "public.pth", tmp_path / "converted.pth"
     torch.save({entry: weights} if entry else weights, source)
     tool.main([str(source), str(target), *options, *SMALL])
     return target
@@ -76,39 +73,32 @@ def test_conversion_gives_the_same_network(tmp_path, network, entry, prefix):
         assert torch.equal(other.state_dict()[name], tensor), name
 
 
-def test_the_original_starts_a_teacher_with_other_priors(tmp_path, capsys):
+def test_backbone_alone(tmp_path, capsys):
+    """The original's, for a teacher with other prior boxes; and VGG16 with reduced layers, which is no more."""
     model = small_ssd("ssd300")
     weights = public_state(model, "ssd300")
-    options = ("--config-file", CONFIGS["teacher"], "--backbone")
-    target = converted(tmp_path, weights, *options)
+    target = converted(tmp_path, weights, "--config-file", CONFIGS["teacher"], "--backbone")
     loaded = torch.load(target, weights_only=True)["model"]
-    assert set(loaded) == {
-        name for name in model.state_dict() if name.startswith(("backbone.features", "backbone.extras"))
-    }
+    backbone = ("backbone.features", "backbone.extras")
+    assert set(loaded) == {name for name in model.state_dict() if name.startswith(backbone)}
     assert "dropped 25" in capsys.readouterr().out
-
-
-def test_vgg16_with_reduced_layers(tmp_path):
-    state = public_state(small_ssd("ssd300"), "ssd300")
-    weights = {name[len("vgg.") :]: tensor for name, tensor in state.items() if name.startswith("vgg.")}
-    options = ("--config-file", CONFIGS["ssd300"], "--backbone")
-    loaded = torch.load(converted(tmp_path, weights, *options), weights_only=True)["model"]
-    assert len(loaded) == 30 and torch.equal(loaded["backbone.features.33.bias"], weights["33.bias"])
+    vgg = {name[len("vgg.") :]: tensor for name, tensor in weights.items() if name.startswith("vgg.")}
+    target = converted(tmp_path, vgg, "--config-file", CONFIGS["ssd300"], "--backbone")
+    loaded = torch.load(target, weights_only=True)["model"]
+    assert len(loaded) == 30 and torch.equal(loaded["backbone.features.33.bias"], vgg["33.bias"])
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "remove, add, message",
     [
-        (
-            lambda w: w.update(surprise=torch.zeros(1)),
-            "1 of INPUT's 72 keys do not belong to a known SSD: surp",
-        ),
-        (lambda w: w.pop("vgg.0.weight"), "1 missing: backbone.features.0.weight"),
+        ((), ("surprise",), "1 of INPUT's 72 keys do not belong to a known SSD: surprise"),
+        (("vgg.0.weight",), (), "1 missing: backbone.features.0.weight"),
     ],
 )
-def test_what_does_not_fit_is_listed(tmp_path, change, message):
+def test_what_does_not_fit_is_listed(tmp_path, remove, add, message):
     weights = public_state(small_ssd("ssd300"), "ssd300")
-    change(weights)
-    with pytest.raises(SystemExit, match=f"(?s)nothing was written.*{message}"):
+    weights = {name: tensor for name, tensor in weights.items() if name not in remove}
+    weights.update(dict.fromkeys(add, torch.zeros(1)))
+    with pytest.raises(SystemExit, match=f"(?s)convert_ssd: nothing was written.*{message}"):
         converted(tmp_path, weights, "--config-file", CONFIGS["ssd300"])
-    assert not (tmp_path / "ours.pth").exists()
+    assert not (tmp_path / "converted.pth").exists()

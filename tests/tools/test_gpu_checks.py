@@ -61,34 +61,20 @@ def test_a_failure_is_recorded_and_the_others_go_on(monkeypatch, tmp_path, capsy
     assert written["facts"]["torch"] == torch.__version__
 
 
-class Waiting(PKD):
-    """Waits for the device."""
-
-    def forward(self, student, teacher, batch):
-        terms = super().forward(student, teacher, batch)
-        return {name: term * (1.0 if term.item() else 1.0) for name, term in terms.items()}
-
-
-class Overflowing(PKD):
-    """Is not finite."""
-
-    def forward(self, student, teacher, batch):
-        return {
-            name: term * float("inf") for name, term in super().forward(student, teacher, batch).items()
-        }
-
-
 @pytest.mark.parametrize(
-    "loss, broken",
+    "change, broken",
     [
-        (PKD, []),
-        (Waiting, ["step_does_not_wait"]),
-        (Overflowing, ["finite_in_bfloat16"]),
+        (lambda term: term, []),
+        (lambda term: term * (1.0 if term.item() else 1.0), ["step_does_not_wait"]),
+        (lambda term: term * float("inf"), ["finite_in_bfloat16"]),
     ],
 )
-def test_a_cell(monkeypatch, loss, broken):
-    family = families()["RetinaNet"]
-    cell = Cell(family, loss(in_features=["p3"]))
+def test_a_cell(monkeypatch, change, broken):
+    class Loss(PKD):
+        def forward(self, *views):
+            return {name: change(term) for name, term in super().forward(*views).items()}
+
+    cell = Cell(families()["RetinaNet"], Loss(in_features=["p3"]))
     monkeypatch.setattr(cells.Cell, "of_recipe", lambda *_: cell)
     monkeypatch.setattr(cells, "LAWS", [])
     results = cells.check_cell(("PKD", "RetinaNet"), "cpu")
@@ -97,6 +83,7 @@ def test_a_cell(monkeypatch, loss, broken):
 
 
 def test_laws_and_refusals_of_cells():
+    """On a GPU, in place of equality bit for bit, closeness, which holds on a CPU, too."""
     report = Report(seconds=1000)
     names = [("PKD", "RetinaNet"), ("HeadKD", "RetinaNet")]
     assert set(names) < set(cells.cell_names())
@@ -107,14 +94,9 @@ def test_laws_and_refusals_of_cells():
     report.start -= 1000
     cells.check_cells(report, names, "cpu", workers=1)
     assert [result.status for result in report.results[-2:]] == ["skipped"] * 2
-
-
-def test_checks_on_a_gpu():
-    """In place of equality bit for bit, closeness, which holds on a CPU, too."""
     assert not set(cells.EXACT_LAWS) & set(cells.checks("cuda"))
     assert {"off_is_close_to_the_baseline", "finite_in_float16"} < set(cells.checks("cuda"))
-    cell = Cell(families()["RetinaNet"], PKD(in_features=["p3"]))
-    cells.off_is_close_to_the_baseline(cell)
+    cells.off_is_close_to_the_baseline(Cell(families()["RetinaNet"], PKD(in_features=["p3"])))
 
 
 def test_prepared_teachers():

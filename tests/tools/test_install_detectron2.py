@@ -48,9 +48,7 @@ def run(path, target):
 
 def test_target_gets_the_renamed_package_with_metadata(make_wheel, tmp_path, capsys):
     target = tmp_path / "deep" / "target"
-
     run(make_wheel(), target)
-
     captured = capsys.readouterr()
     assert str(target) in captured.out and captured.err == ""
     info = f"detectron2-{tool.VERSION}.dist-info"
@@ -69,43 +67,23 @@ def test_target_gets_the_renamed_package_with_metadata(make_wheel, tmp_path, cap
 
 
 def test_an_installed_detectron2_stays(make_wheel, tmp_path, capsys, monkeypatch):
+    """A requirement that it lacks is a note."""
     target = tmp_path / "target"
-    path = make_wheel()
+    path = make_wheel({"LabGym/detectron2/layers.py": "import surely_not_installed\n"})
     run(path, target)
+    assert "detectron2 needs surely_not_installed" in capsys.readouterr().err
     (target / "detectron2" / "mine.txt").write_text("keep")
     monkeypatch.setattr(tool, "SOURCE_SHA256", "")  # the wheel is not even read
-
     run(path, target)
-
     assert f"already installed ({target / 'detectron2'})" in capsys.readouterr().out
     assert (target / "detectron2" / "mine.txt").read_text() == "keep"
-
-
-def test_another_file_is_refused(make_wheel, tmp_path, monkeypatch):
-    path, target = make_wheel(), tmp_path / "target"
-    found = tool.SOURCE_SHA256
-    monkeypatch.setattr(tool, "SOURCE_SHA256", "0" * 64)
-    with pytest.raises(SystemExit, match=rf"{found}, expected {'0' * 64} \(LabGym==3.1.2\)"):
-        run(path, target)
-    with pytest.raises(SystemExit, match="2"):
-        run(tmp_path / "no.whl", target)
-    assert not target.exists()
-
-
-def test_a_missing_requirement_is_a_note(make_wheel, tmp_path, capsys):
-    path = make_wheel({"LabGym/detectron2/layers.py": "import surely_not_installed\n"})
-    run(path, tmp_path / "target")
-    assert "detectron2 needs surely_not_installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "source, message",
     [
         (None, "is not a Python package"),
-        (
-            "raise RuntimeError('boom')\n",
-            "cannot be imported: RuntimeError: boom. Repair it or remove it",
-        ),
+        ("raise RuntimeError('boom')\n", "imported: RuntimeError: boom. Repair it or remove it"),
         ("import os\nos._exit(3)\n", "cannot be imported: exit status 3"),
         ("import detectron2.missing\n", "No module named 'detectron2.missing'"),
     ],
@@ -120,12 +98,19 @@ def test_a_broken_detectron2_is_reported_not_replaced(make_wheel, tmp_path, sour
     assert {path.name for path in package.iterdir()} <= {"__init__.py", "__pycache__"}
 
 
-def test_programs_that_fail(make_wheel, tmp_path, monkeypatch):
-    make_wheel()
+def test_another_file_or_a_failing_program(make_wheel, tmp_path, monkeypatch):
+    path, target = make_wheel(), tmp_path / "target"
+    found = tool.SOURCE_SHA256
+    monkeypatch.setattr(tool, "SOURCE_SHA256", "0" * 64)
+    with pytest.raises(SystemExit, match=rf"{found}, expected {'0' * 64} \(LabGym==3.1.2\)"):
+        run(path, target)
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "no.whl", target)
+    assert not target.exists()
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # as without a network
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(SystemExit, match="`pip .*LabGym==3.1.2` failed: ERROR: .*LabGym==3.1.2"):
-        tool.main(["--target", str(tmp_path / "target")])
+        tool.main(["--target", str(target)])
     with pytest.raises(SystemExit, match="no module surely_missing; `pip install surely_missing`"):
         tool.run("surely_missing")
 

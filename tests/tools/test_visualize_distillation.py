@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import visualize_distillation as tool
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from matplotlib import colormaps
@@ -34,13 +33,7 @@ from distill_d2.config import student_config
 from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.gid import GeneralInstances
 from distill_d2.losses.pkd import PKD
-from distill_d2.testing.tiny import (
-    distiller_config,
-    save_teacher,
-    tiny_config,
-    use_dataset,
-    write_dataset,
-)
+from distill_d2.testing import distiller_config, save_teacher, tiny_config, use_dataset, write_dataset
 from distill_d2.views import Batch
 
 METHODS = {
@@ -59,25 +52,20 @@ PADDED = (64, 64)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Of a teacher with weights and of a dataset of six images."""
-    folder = tmp_path_factory.mktemp("visualize")
-    save_teacher(tiny_config(width=12), folder / "retinanet_teacher")
-    save_teacher(tiny_config("faster", width=12), folder / "faster_teacher")
-    write_dataset(folder / "data")
-    return folder
+    return tmp_path_factory.mktemp("visualize")
 
 
 @pytest.fixture(scope="module")
 def write_config(folder):
-    """Writes the config of a distillation, with a student's checkpoint; returns its path."""
+    """Writes the config of a distillation on six images, with checkpoints of both; returns its path."""
 
     def write(family="retinanet"):
         cfg = tiny_config(family)
         use_dataset(cfg, write_dataset(folder / "data"))
-        cfg = distiller_config(cfg, str(folder / f"{family}_teacher" / "teacher.yaml"))
+        teacher = save_teacher(tiny_config(family, width=12), folder / f"{family}_teacher")
+        cfg = distiller_config(cfg, teacher)
         cfg.VERSION = 2
         cfg.MODEL.WEIGHTS = str(folder / f"{family}_student.pth")
-        torch.manual_seed(7)
         torch.save({"model": build_model(student_config(cfg)).state_dict()}, cfg.MODEL.WEIGHTS)
         path = folder / f"{family}.yaml"
         path.write_text(cfg.dump())
@@ -113,16 +101,6 @@ def make_batch(height=48, width=64):
     return Batch([{"image": torch.zeros(3, height, width)}], PADDED, 0, 10)
 
 
-class Maps:
-    """A view of a detector with these levels."""
-
-    def __init__(self, levels):
-        self.levels = levels
-
-    def level(self, name, contiguous=True):
-        return self.levels[name]
-
-
 def first_item(job):
     return next(iter(job.items.values()))
 
@@ -143,10 +121,9 @@ def test_writes_a_picture_per_image(config, method, images, tmp_path, capsys):
     files = run(config, method, tmp_path / "new" / "folder", *more)
     assert [Path(file).name for file in files] == [f"{index}_{method}.png" for index in images]
     assert capsys.readouterr().out.splitlines()[-len(images) :] == files
+    color = np.array(to_rgb(SKY if method == "icd" else GREEN)) * 255
     for file in files:
-        picture = cv2.imread(file)[..., ::-1]
-        color = SKY if method == "icd" else GREEN
-        assert (np.abs(picture - np.array(to_rgb(color)) * 255).max(axis=-1) < 12).sum() > 500
+        assert (np.abs(cv2.imread(file)[..., ::-1] - color).max(axis=-1) < 12).sum() > 500
 
 
 def refused(config, *more, method="pkd", output):
@@ -184,22 +161,6 @@ def test_wrong_arguments(config, tmp_path, capsys):
     assert "--output" in message and "cannot be written to" in message
 
 
-def test_a_dataset_that_cannot_be_drawn(config, tmp_path):
-    name, image = "visualize_unlabeled", {"file_name": str(tmp_path / "0.png"), "height": 8, "width": 8}
-    cv2.imwrite(image["file_name"], np.zeros((8, 8, 3), np.uint8))
-    DatasetCatalog.register(name, lambda: [dict(image)])
-    try:
-        message = refused(config, "DATASETS.TEST", str((name,)), output=tmp_path / "output")
-    finally:
-        DatasetCatalog.remove(name)
-    assert f"DATASETS.TEST ['{name}']: no image has annotations" in message
-    entry = write_dataset(tmp_path / "broken")
-    (tmp_path / "broken" / "images" / "0.png").write_bytes(b"no image")
-    options = ["DATASETS.CUSTOM", str([entry]), "DATASETS.TEST", str((entry["NAME"],))]
-    message = refused(config, *options, output=tmp_path / "output")
-    assert "0.png' or its annotations cannot be used" in message
-
-
 # Images and detectors.
 
 
@@ -214,26 +175,22 @@ def test_images_and_the_names_of_their_pictures(config):
 
 
 def test_drawing_leaves_the_student_as_it_is(make_job, folder):
-    """Its norms do not see the image alone: what is drawn are the features with which it detects."""
+    """Its norms do not see the image alone: what is drawn are the features with which it detects; a loss that
+    is off is drawn all the same."""
     norms = ["MODEL.RETINANET.NORM", "BN", "MODEL.WEIGHTS", ""]
+    off = ["MODEL.DISTILLER.PKD.WEIGHT", "0.0", "MODEL.DISTILLER.PKD.STOP_ITER", "1"]
     for options in ([], norms):
-        job = make_job("pkd", *options)
+        job = make_job("pkd", *off, "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS", "100", *options)
         before = {k: v.clone() for k, v in job.distiller.state_dict().items()}
         if not options:
             loaded = torch.load(folder / "retinanet_student.pth")["model"]
             assert all(torch.equal(before[name], value) for name, value in loaded.items())
-        tool.draw(job, first_item(job))
+        [row] = tool.draw(job, first_item(job))
+        assert len(row.panels) == 4
         after = job.distiller.state_dict()
         assert all(torch.equal(before[name], value) for name, value in after.items())
     assert job.distiller.student.training
     assert any("num_batches_tracked" in name for name in before)
-
-
-def test_a_loss_that_is_off_is_drawn_all_the_same(make_job):
-    off = ["MODEL.DISTILLER.PKD.WEIGHT", "0.0", "MODEL.DISTILLER.PKD.STOP_ITER", "1"]
-    job = make_job("pkd", *off, "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS", "100")
-    [row] = tool.draw(job, job.items["0"])
-    assert len(row.panels) == 4
 
 
 def test_colors_are_those_of_the_file(make_job):
@@ -297,10 +254,7 @@ def test_boxes_heat_maps_and_legend_are_where_they_belong():
     marks = [Mark([8, 6, 30, 40], SKY, "cat"), Mark([35, 10, 60, 30], YELLOW, dashed=True)]
     rows = [
         Row([picture.boxes("boxes", marks)], legend=[LegendEntry("y", SKY)]),
-        Row(
-            [picture.ground_truth(), picture.heat("heat", values, PADDED)],
-            ColorScale("x", 1.0),
-        ),
+        Row([picture.ground_truth(), picture.heat("heat", values, PADDED)], ColorScale("x", 1.0)),
     ]
     figure = sheet.compose(rows, ["header $1", "line"])
     at = pixels_of(figure, 0)
@@ -310,10 +264,8 @@ def test_boxes_heat_maps_and_legend_are_where_they_belong():
     inside = [(x, y) for x in range(12, 28, 4) for y in range(16, 36, 4)]
     assert all((np.abs(at(*point) - GRAY) < 3).all() for point in inside)
     at = pixels_of(figure, 2)
-    hot, cold = (
-        np.array(colormaps["inferno"](value)[:3]) * 255 * sheet.HEAT + (1 - sheet.HEAT) * GRAY
-        for value in (1.0, 0.0)
-    )
+    colors = (np.array(colormaps["inferno"](value)[:3]) * 255 for value in (1.0, 0.0))
+    hot, cold = (color * sheet.HEAT + (1 - sheet.HEAT) * GRAY for color in colors)
     for y in range(4, 48, 8):
         for x in range(4, 64, 8):
             expected = hot if (x, y) == (44, 20) else cold
@@ -331,15 +283,6 @@ def test_labels_give_way_to_each_other_and_stay_inside():
         assert (place >= 0).all() and place[2] <= 64 and place[3] <= 48
         assert sheet.box_iou(place[None], taken).sum() == 0
         taken = torch.cat([taken, place[None]])
-
-
-def test_ground_truth_has_all_boxes_and_names():
-    boxes = [[4, 4, 20, 24], [20, 20, 60, 44], [40, 2, 62, 14]]
-    panel = make_picture(boxes=boxes, classes=[0, 1, 5]).ground_truth()
-    assert panel.title == "ground truth (3)"
-    assert [(mark.box, mark.label) for mark in panel.marks] == list(
-        zip(boxes, ["cat", "dog", "class 5"])
-    )
 
 
 # Distances on levels.
@@ -362,7 +305,8 @@ def test_one_scale_for_all_levels():
 def random_maps(seed):
     generator = torch.Generator().manual_seed(seed)
     shapes = {"p3": (1, 4, 8, 8), "p4": (1, 4, 4, 4)}
-    return Maps({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+    maps = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return SimpleNamespace(level=lambda name, contiguous=True: maps[name])
 
 
 def spy_errors(monkeypatch, module):
@@ -372,22 +316,25 @@ def spy_errors(monkeypatch, module):
     return seen
 
 
-@pytest.mark.parametrize("form", ["L2", "L1", "smoothL1"])
-@pytest.mark.parametrize("normalize", ["none", "channel", "level"])
-def test_mimic_draws_the_terms_of_its_loss(monkeypatch, form, normalize):
-    loss = FeatureMimic(in_features=["p3", "p4"], loss_form=form, normalize=normalize)
-    views, seen = (random_maps(0), random_maps(1)), spy_errors(monkeypatch, mimic)
-    mimic.mimic(loss, *views, None, None)
-    drawn = torch.stack([error.mean() for error in seen[0].values()]).mean()
-    torch.testing.assert_close(drawn, loss(*views, None)["loss_feature_mimic"])
+FORMS = [
+    (form, normalize) for form in ("L2", "L1", "smoothL1") for normalize in ("none", "channel", "level")
+]
+LEVELS = {"in_features": ["p3", "p4"]}
 
 
-def test_pkd_draws_the_terms_of_its_loss(monkeypatch):
-    loss = PKD(in_features=["p3", "p4"])
-    views, seen = (random_maps(0), random_maps(1)), spy_errors(monkeypatch, pkd)
-    pkd.pkd(loss, *views, None, None)
+@pytest.mark.parametrize(
+    "module, loss",
+    [(mimic, FeatureMimic(**LEVELS, loss_form=form, normalize=n)) for form, n in FORMS]
+    + [(pkd, PKD(**LEVELS))],
+)
+def test_terms_of_the_loss_are_drawn(monkeypatch, module, loss):
+    """FeatureMimic's is the mean over both levels, PKD's the sum of halves."""
+    views, seen = (random_maps(0), random_maps(1)), spy_errors(monkeypatch, module)
+    draw = module.mimic if module is mimic else module.pkd
+    draw(loss, *views, None, None)
     drawn = torch.stack([error.mean() / 2 for error in seen[0].values()]).sum()
-    torch.testing.assert_close(drawn, loss(*views, None)["loss_pkd"])
+    (term,) = loss(*views, None).values()
+    torch.testing.assert_close(drawn, term)
 
 
 @pytest.mark.parametrize("method", ["defeat", "fgfi"])
@@ -444,8 +391,7 @@ def test_instances_are_drawn_by_kind_with_their_scores():
 @pytest.mark.parametrize("family", ["retinanet", "faster"])
 def test_the_instances_of_the_loss_are_drawn(make_job, write_config, monkeypatch, family):
     config_file = write_config(family)
-    mode = ["MODEL.DISTILLER.GID.GI_MODE", "gt"]
-    job = make_job("gid", *mode, config_file=config_file)
+    job = make_job("gid", "MODEL.DISTILLER.GID.GI_MODE", "gt", config_file=config_file)
     [row] = tool.draw(job, first_item(job))
     assert row.panels[0].title == "instances are the ground truth, GI_MODE gt (2)"
     job = make_job("gid", "MODEL.DISTILLER.GID.GI_MIN_SIDE", "4.0", config_file=config_file)
@@ -463,10 +409,8 @@ def test_the_instances_of_the_loss_are_drawn(make_job, write_config, monkeypatch
 
 
 def make_item(boxes, classes):
-    instances = Instances((48, 64))
-    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
-    instances.gt_classes = torch.tensor(classes)
-    return {"image": torch.full((3, 48, 64), GRAY, dtype=torch.uint8), "instances": instances}
+    picture = make_picture(boxes=boxes, classes=classes)
+    return {"image": torch.from_numpy(picture.image).permute(2, 0, 1), "instances": picture.instances}
 
 
 @pytest.mark.parametrize("level", [0, 1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 from detectron2.config import CfgNode as CN
 from detectron2.layers import ShapeSpec
@@ -27,18 +27,25 @@ def build_bottleneck_backbone(cfg: CN, input_shape: ShapeSpec) -> Backbone:
         TypeError: it does not build a ResNet.
     """
     node = cfg.MODEL.BOTTLENECK
-    if node.BACKBONE == _NAME or node.BACKBONE not in BACKBONE_REGISTRY:
-        raise ValueError(
-            f"MODEL.BOTTLENECK.BACKBONE is '{node.BACKBONE}'; expected a registered backbone such as "
-            "build_resnet_fpn_backbone"
-        )
     return inject_bottleneck(
-        BACKBONE_REGISTRY.get(node.BACKBONE)(cfg, input_shape),
+        _builder(node.BACKBONE)(cfg, input_shape),
         node.CHANNELS,
         encoder_widths=node.ENCODER_WIDTHS,
         decoder_widths=node.DECODER_WIDTHS,
         quant_bits=node.QUANT_BITS,
         reference_bugs=node.REFERENCE_BUGS,
+    )
+
+
+def _builder(name: str) -> Callable[[CN, ShapeSpec], Backbone]:
+    try:
+        if name != _NAME:
+            return BACKBONE_REGISTRY.get(name)
+    except KeyError:
+        pass
+    raise ValueError(
+        f"MODEL.BOTTLENECK.BACKBONE is '{name}'; expected a registered backbone such as "
+        "build_resnet_fpn_backbone"
     )
 
 
