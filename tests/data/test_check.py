@@ -99,19 +99,16 @@ def test_number_of_classes(cfg, family, key, distil):
     check_datasets(other)
 
 
-@pytest.mark.parametrize("distil", [False, True])
-def test_an_ssds_size_of_images(cfg, distil):
+def test_an_ssds_size_of_images(cfg):
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SSD.NUM_CLASSES = "SSD", CLASSES
-    cfg.INPUT.FIXED_SIZE = [300, 300]
-    if distil:
-        cfg = distiller_config(cfg, "")
-    (detector,) = of_student(cfg)
-    detector.check(cfg)
-    for size in ([], [300, 320]):
-        cfg.INPUT.FIXED_SIZE = size
-        with pytest.raises(ValueError, match="an SSD takes images of 300x300 pixels") as caught:
-            detector.check(cfg)
-        assert f"INPUT.FIXED_SIZE is {size}" in str(caught.value)
+    for config in (cfg, distiller_config(cfg, "")):
+        (detector,) = of_student(config)
+        config.INPUT.FIXED_SIZE = [300, 300]
+        detector.check(config)
+        for size in ([], [300, 320]):
+            config.INPUT.FIXED_SIZE = size
+            with pytest.raises(ValueError, match="an SSD takes images of 300x300 pixels"):
+                detector.check(config)
 
 
 def test_annotations_are_needed_for_training_alone(cfg):
@@ -160,10 +157,10 @@ def test_missing_images_are_counted_and_named(cfg, folder):
 
 
 def test_existence_costs_one_listing_per_folder(cfg, folder, monkeypatch):
-    cfg.DATASETS.CHECK_IMAGES = 0
     listed, listdir = [], os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: listed.append(str(path)) or listdir(path))
     monkeypatch.setattr(os.path, "exists", lambda path: pytest.fail("one call per file"))
+    cfg.DATASETS.CHECK_IMAGES = 0
     check_datasets(cfg)
     assert listed == [str(folder / "images")]
 
@@ -202,9 +199,8 @@ def test_mapper_errors_name_the_image(cfg, folder):
     mapper = NamedReadErrors(DatasetMapper(cfg, True))
     good, bad = (DatasetCatalog.get(name_of(cfg))[index] for index in (2, 3))
     assert mapper(good)["image"].shape[0] == 3
-    with pytest.raises(RuntimeError, match="images/3.png.*UnidentifiedImageError") as caught:
+    with pytest.raises(RuntimeError, match="images/3.png.*UnidentifiedImageError"):
         mapper(bad)
-    assert type(caught.value.__cause__).__name__ == "UnidentifiedImageError"
 
 
 def test_error_crosses_processes():
