@@ -11,6 +11,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from fvcore.transforms.transform import NoOpTransform
+from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 from distill_d2 import add_distill_config
@@ -97,14 +98,9 @@ def test_expansions():
 # Crops
 
 
-def iou(a, b):
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    common = max(width, 0) * max(height, 0)
-    return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)
-
-
-def patch_of(crop):
-    return crop.x0, crop.y0, crop.x0 + crop.w, crop.y0 + crop.h
+def ious(crop, boxes):
+    patch = torch.tensor([[crop.x0, crop.y0, crop.x0 + crop.w, crop.y0 + crop.h]])
+    return box_iou(patch, torch.tensor(boxes)).flatten()
 
 
 BOXES = np.array([[10.0, 20, 150, 110], [120, 60, 190, 115], [5, 5, 15, 15]])
@@ -121,13 +117,11 @@ def test_crops_keep_a_limit(limit):
         if isinstance(found, NoOpTransform):
             whole += 1
             continue
-        x1, y1, x2, y2 = patch = patch_of(found)
-        shares.append(((x2 - x1) / 200, (y2 - y1) / 120))
-        assert 0 <= x1 < x2 <= 200 and 0 <= y1 < y2 <= 120
-        assert 0.5 * (x2 - x1) <= y2 - y1 <= 2 * (x2 - x1)
-        centers = (BOXES[:, :2] + BOXES[:, 2:]) / 2
-        inside = [box for box, (x, y) in zip(BOXES, centers) if x1 < x < x2 and y1 < y < y2]
-        lowest = min(lowest, max(iou(patch, box) for box in inside))
+        shares.append((found.w / 200, found.h / 120))
+        assert 0 <= found.x0 <= 200 - found.w and 0 <= found.y0 <= 120 - found.h
+        assert found.w > 0 and 0.5 * found.w <= found.h <= 2 * found.w
+        inside = found.apply_box(BOXES).any(axis=1)  # by test_crop_by_hand
+        lowest = min(lowest, ious(found, BOXES[inside]).max())
     assert np.min(shares) >= 0.29 and np.max(shares) > 0.9  # sides are rounded down to pixels
     # The choices are the whole image, any patch, and the limit; all are equally likely.
     assert whole / 150 == pytest.approx(1 / 3 if limit else 1 / 2, abs=0.12)
@@ -135,7 +129,7 @@ def test_crops_keep_a_limit(limit):
     for number in range(40):
         seed(number)
         found = crop.get_transform(image, BOXES)
-        assert type(found) is CropToCenters and max(iou(patch_of(found), box) for box in BOXES) >= limit
+        assert type(found) is CropToCenters and ious(found, BOXES).max() >= limit
     assert lowest < 0.3
 
 

@@ -310,8 +310,8 @@ def test_teachers_run_with_torchvisions_numbers(kind):
 # What the file may look like.
 
 
-def converted(state_dict, eps=0.0, coco=True):
-    return tool.convert(tool.state_dict_of({"model": state_dict}), eps, coco=coco)
+def converted(state_dict):
+    return tool.convert(tool.state_dict_of({"model": state_dict}), 0.0, coco=True)
 
 
 def test_all_names_give_the_same(pair, tmp_path):
