@@ -185,7 +185,7 @@ def load_yaml(cfg: CN, path: str) -> None:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"config file '{path}' does not exist")
-    check_note(os.path.dirname(path))
+    check_note(os.path.dirname(path) or ".")
     try:
         cfg.merge_from_file(path, allow_unsafe=False)
     except yaml.constructor.ConstructorError as error:

@@ -3,17 +3,16 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 
 from distill_d2.distiller import Distiller
-from distill_d2.freeze import freeze, freeze_unreached, matching_names, summary
+from distill_d2.freeze import freeze, matching_names, summary
 from distill_d2.losses import DistillLoss
 from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.ghnd import GHND
 from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
+from distill_d2.testing import step
 from distill_d2.testing.tiny import tiny_batch, tiny_config, tiny_detector, use_ghnd
-from distill_d2.views import build_view
 
 KEY = "MODEL.DISTILLER.FREEZE"
 RES3_NORMS = {f"backbone.bottom_up.res3.0.{layer}.norm" for layer in ("conv1", "conv2", "shortcut")}
@@ -37,25 +36,24 @@ def inside(model, *prefixes):
 # By name.
 
 
-def test_parameters_whose_names_match():
+@pytest.mark.parametrize(
+    "patterns, prefixes, line",
+    [
+        ([], [], ""),
+        (
+            [r"bottom_up\.res[34]\.", "^head.cls_score.bias$"],
+            ["backbone.bottom_up.res3.", "backbone.bottom_up.res4.", "head.cls_score.bias"],
+            "19 parameters are not trained: backbone.bottom_up.res3 (9), backbone.bottom_up.res4 (9), head",
+        ),
+    ],
+)
+def test_parameters_whose_names_match(caplog, patterns, prefixes, line):
     model = tiny_detector()
-    freeze(model, [r"bottom_up\.res[34]\.", "^head.cls_score.bias$"], KEY)
-    frozen = inside(model, "backbone.bottom_up.res3.", "backbone.bottom_up.res4.", "head.cls_score.bias")
-    assert len(frozen) == 19
-    assert trained(model) == inside(model, "") - frozen
-
-
-def test_no_patterns(caplog):
-    model = tiny_detector()
-    assert freeze(model, [], KEY) == []
-    assert trained(model) == inside(model, "") and not caplog.text
-
-
-def test_it_is_logged(caplog):
     with caplog.at_level("INFO"):
-        freeze(tiny_detector(), [r"bottom_up\.res3", "bbox_pred"], KEY)
-    expected = "11 parameters are not trained: backbone.bottom_up.res3 (9), head.bbox_pred (2)"
-    assert f"{KEY}: {expected}" in caplog.text
+        assert bool(freeze(model, patterns, KEY)) is bool(patterns)
+    frozen = inside(model, *prefixes) if prefixes else set()
+    assert trained(model) == inside(model, "") - frozen
+    assert f"{KEY}: {line}" in caplog.text if line else not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -79,8 +77,6 @@ def test_matching_names_keep_their_order():
     assert matching_names(names, ["^a", r"c\."], KEY) == ["a.weight", "a.bias", "c.bias"]
     assert matching_names(names, ["bias", "^b"], KEY) == ["b.weight", "a.bias", "c.bias"]
     assert matching_names(names, [], KEY) == []
-    with pytest.raises(ValueError, match="'d' matches no name; names are, for example, "):
-        matching_names(names, ["d"], KEY)
     with pytest.raises(ValueError, match=r"'d' matches no name; names are, for example, \[\]"):
         matching_names([], ["d"], KEY)
 
@@ -101,7 +97,6 @@ def test_summary():
         ("res3", RES3_NORMS, {"weight", "bias"}),
         (r"res3.*running_(mean|var)$", RES3_NORMS, set()),
         (r"res3.*(weight|bias)$", set(), {"weight", "bias"}),
-        (r"res3.*\.weight$", set(), {"weight"}),
         (r"res3.0.conv1.norm", {"backbone.bottom_up.res3.0.conv1.norm"}, {"weight", "bias"}),
     ],
 )
@@ -112,15 +107,11 @@ def test_norms_whose_statistics_match(pattern, still, fixed):
     assert inside(model, norm) - trained(model) == {f"{norm}.{kind}" for kind in fixed}
 
 
-def distiller(family="retinanet", losses=None, teacher=None, **options):
+def distiller(family="retinanet", losses=None, width=8, **options):
     """A Distiller of a detector and one of its kind; by default of FeatureMimic on the neck."""
+    teacher = Teacher(tiny_detector(family, width=width))
     losses = losses or [FeatureMimic()]
-    return Distiller(
-        student=tiny_detector(family),
-        teacher=Teacher(tiny_detector(teacher or family)),
-        losses=losses,
-        **options,
-    )
+    return Distiller(student=tiny_detector(family), teacher=teacher, losses=losses, **options)
 
 
 def statistics(model):
@@ -134,34 +125,22 @@ def moved(model, before):
     return {name.rpartition(".")[0] for name in after if not torch.equal(before[name], after[name])}
 
 
-def step(model):
-    with EventStorage(0):
-        losses = model(tiny_batch())
-    sum(losses.values()).backward()
-    return losses
-
-
 def test_frozen_norms_stay_in_eval_mode_and_keep_their_statistics():
-    model = distiller(freeze_names=["res3"])
+    """Unless only their weights are frozen."""
+    model = distiller(freeze_names=["res3", r"res2.*\.(weight|bias)$"])
     norms = {name for name, m in model.student.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     model.train()
     before = statistics(model)
     for _ in range(2):
-        step(model)
+        step(model, tiny_batch())
         modes = {name: module.training for name, module in model.student.named_modules()}
         assert {name for name in norms if not modes[name]} == RES3_NORMS
         assert {name for name in modes if not modes[name]} == RES3_NORMS
         assert model.eval().training is False and not any(m.training for m in model.student.modules())
         assert model.train() is model and model.training
     assert moved(model, before) == norms - RES3_NORMS
-
-
-def test_statistics_move_where_only_the_weights_are_frozen():
-    model = distiller(freeze_names=[r"res3.*\.(weight|bias)$"]).train()
-    before = statistics(model)
-    step(model)
-    assert RES3_NORMS < moved(model, before)
-    assert not inside(model.student, "backbone.bottom_up.res3.") & trained(model.student)
+    prefix = "backbone.bottom_up."
+    assert not inside(model.student, f"{prefix}res2.", f"{prefix}res3.") & trained(model.student)
 
 
 # What no loss reaches.
@@ -181,7 +160,6 @@ ALL_STAGES = [f"backbone.bottom_up.{part}" for part in ("stem", "res2", "res3", 
             [*ALL_STAGES, "backbone.fpn_lateral3", "backbone.fpn_lateral4", "backbone.fpn_output3"],
         ),
         ("faster", ["res2", "res5"], ALL_STAGES),
-        ("faster", ["p2", "p3", "p4", "p5", "p6"], ["backbone."]),
         ("fcos", ["res3"], ALL_STAGES[:3]),
     ],
 )
@@ -189,12 +167,9 @@ def test_only_what_the_losses_reach_is_trained(family, levels, reached):
     """A pyramid's level has what lies above it; a loss on p3 does not reach p2's own convolutions."""
     model = distiller(family, [FeatureMimic(in_features=levels)], task_loss_weight=0.0)
     assert trained(model.student) == inside(model.student, *reached)
-    step(model.train())
+    step(model.train(), tiny_batch())
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_with_the_students_own_losses_everything_is_trained():
-    model = distiller(losses=[FeatureMimic(in_features=["res2"])], task_loss_weight=1e-3)
+    model = distiller(family, [FeatureMimic(in_features=levels)], task_loss_weight=1e-3)
     assert trained(model.student) == inside(model.student, "")
 
 
@@ -207,27 +182,13 @@ def test_what_is_not_reached_is_logged(caplog):
     assert "head.cls_score (2)" in line and "res3" not in line
 
 
-def test_asking_what_is_reached_changes_nothing():
-    model = tiny_detector().train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.backbone.bottom_up.res3.eval()
-    modes = [module.training for module in model.modules()]
-    view = build_view(model, "student")
-    view.require_level("res3")
-    freeze_unreached(view)
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters()) and not view.taps.recorded
-
-
 def test_a_bottleneck_that_rounds_is_trained_whole():
     """It rounds in evaluation alone; rounding has no gradient."""
     cfg = tiny_config()
     use_ghnd(cfg)
     cfg.MODEL.BOTTLENECK.QUANT_BITS = 8
-    student = build_model(cfg)
+    student, teacher = build_model(cfg), Teacher(tiny_detector())
     losses = [GHND(in_features=["res2", "res3"])]
-    teacher = Teacher(tiny_detector())
     Distiller(student=student, teacher=teacher, losses=losses, task_loss_weight=0.0)
     assert trained(student) == inside(student, *ALL_STAGES[:3])
 
@@ -236,25 +197,21 @@ def test_a_bottleneck_that_rounds_is_trained_whole():
 
 
 @pytest.mark.parametrize(
-    "weight, names",
+    "loss, weight, names",
     [
-        (1.0, ["."]),
-        (0.0, [r"bottom_up\.(stem|res2)"]),
-        (0.0, ["bottom_up", "head"]),
+        (PKD, 1.0, ["."]),
+        (PKD, 0.0, [r"bottom_up\.(stem|res2)"]),
+        (PKD, 0.0, ["bottom_up", "head"]),
+        (FeatureMimic, 1.0, ["."]),  # its adapters are not enough
     ],
 )
-def test_nothing_is_left_to_train(weight, names):
+def test_nothing_is_left_to_train(loss, weight, names):
+    losses = [loss(in_features=["res2"])]
     with pytest.raises(ValueError) as caught:
-        distiller(losses=[PKD(in_features=["res2"])], task_loss_weight=weight, freeze_names=names)
-    message = f"{KEY} is {names}, TASK_LOSS_WEIGHT {weight} and TYPES ['PKD']: nothing of the student"
+        distiller(losses=losses, width=16, task_loss_weight=weight, freeze_names=names)
+    kinds = [loss.__name__]
+    message = f"{KEY} is {names}, TASK_LOSS_WEIGHT {weight} and TYPES {kinds}: nothing of the student"
     assert message in str(caught.value)
-
-
-def test_a_losses_adapters_are_not_enough():
-    student, teacher = (build_model(tiny_config(width=width)) for width in (8, 16))
-    losses = [FeatureMimic(in_features=["res2"])]
-    with pytest.raises(ValueError, match="nothing of the student is left to train"):
-        Distiller(student=student, teacher=Teacher(teacher), losses=losses, freeze_names=["."])
 
 
 class MeanFeature(DistillLoss):
@@ -271,4 +228,4 @@ def test_a_loss_that_states_nothing_reads_all_features():
     """Beside one that only needs the first stage of both."""
     model = distiller(losses=[PKD(in_features=["res2"]), MeanFeature()], task_loss_weight=0.0)
     assert model.features_only and trained(model.student) == inside(model.student, "backbone.")
-    assert step(model.train())["loss_mean_feature"] > 0
+    assert step(model.train(), tiny_batch())["loss_mean_feature"] > 0

@@ -5,25 +5,23 @@ import os
 import pytest
 import torch
 from detectron2 import model_zoo as detectron2_zoo
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 from torch import nn
 
-from distill_d2.distiller import Distiller
 from distill_d2.engine.setup import load_config
-from distill_d2.losses.icd.loss import InstanceConditionalDistillation
 from distill_d2.teacher import (
     Teacher,
     build_teacher,
     load_teacher,
     load_teacher_weights,
-    untrained_teacher,
 )
-from distill_d2.testing.tiny import save_teacher, tiny_batch, tiny_config
+from distill_d2.testing.tiny import save_teacher, tiny_config
 
 ZOO_NAME = "COCO-Detection/retinanet_R_50_FPN_1x"
+LSJ_NAME = "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py"
+SYNC_BN = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
 BIAS = "head.cls_score.bias"  # (9,)
 
 
@@ -60,12 +58,6 @@ PROBLEMS = {
 }
 
 
-def test_a_whole_teacher(fits):
-    count, model, state = fits(lambda state: None)
-    assert count == len(state)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
 @pytest.mark.parametrize("edit, line", PROBLEMS.values(), ids=list(PROBLEMS))
 def test_each_problem_stops_and_is_listed(fits, edit, line):
     with pytest.raises(ValueError) as error:
@@ -98,6 +90,8 @@ def test_allow_list_excuses(fits, edit):
         ValueError, match="missing in the file: backbone.bottom_up.stem.conv1.norm.running_var"
     ):
         fits(remove("backbone.bottom_up.stem.conv1.norm.running_var"), allow=[r"cls_score\.bias$"])
+    with pytest.raises(ValueError, match=r"TEACHER_ALLOW_MISSING: '\(' is not a valid regular expr"):
+        fits(edit, allow=["("])
 
 
 def test_keys_that_change_nothing_are_neutral(fits):
@@ -113,26 +107,13 @@ def test_keys_that_change_nothing_are_neutral(fits):
     assert model.pixel_std.flatten().tolist() == [58.0] * 3
 
 
-@pytest.mark.parametrize(
-    "saved, line",
-    [
-        ({"family": "faster"}, "missing in the file: head.cls_subnet"),
-        ({"width": 16}, r"of another shape .*stem.conv1.weight \(16, 3, 7, 7\) \(8, 3, 7, 7\)"),
-    ],
-)
-def test_weights_of_another_detector(tmp_path, saved, line):
-    save_teacher(tiny_config(**saved), tmp_path)
-    with pytest.raises(ValueError, match=line):
-        load_teacher_weights(build_model(tiny_config()), str(tmp_path / "teacher.pth"))
-
-
 # Where it comes from.
 
 
 def same_weights(teacher, path):
     saved = torch.load(path, weights_only=True)["model"]
-    ours = teacher.model.state_dict()
-    return set(saved) == set(ours) and all(torch.equal(ours[name], saved[name]) for name in saved)
+    own = teacher.model.state_dict()
+    return set(saved) == set(own) and all(torch.equal(own[name], saved[name]) for name in saved)
 
 
 def config_naming(folder, teacher, **keys):
@@ -144,40 +125,33 @@ def config_naming(folder, teacher, **keys):
     return str(folder / "student.yaml")
 
 
-def test_yaml_by_absolute_path(tmp_path):
-    teacher = load_teacher(save_teacher(tiny_config(), tmp_path), official=False)
-    assert type(teacher.model).__name__ == "RetinaNet"
-    assert same_weights(teacher, tmp_path / "teacher.pth")
+@pytest.mark.parametrize(
+    "folder, working_folder, named",
+    [
+        ("a", ".", "{folder}/teacher.yaml"),
+        ("configs/teachers", ".", "teachers/teacher.yaml"),  # beside the config that names it
+        ("work", "work", "teacher.yaml"),
+    ],
+)
+def test_where_the_yaml_is(tmp_path, monkeypatch, folder, working_folder, named):
+    save_teacher(tiny_config(), tmp_path / folder)
+    monkeypatch.chdir(tmp_path / working_folder)
+    cfg = load_config(config_naming(tmp_path / "configs", named.format(folder=tmp_path / folder)))
+    assert same_weights(build_teacher(cfg), tmp_path / folder / "teacher.pth")
 
 
-def test_yaml_beside_the_config_that_names_it(tmp_path):
-    save_teacher(tiny_config(), tmp_path / "configs" / "teachers")
-    cfg = load_config(config_naming(tmp_path / "configs", "teachers/teacher.yaml"))
-    assert same_weights(build_teacher(cfg), tmp_path / "configs/teachers/teacher.pth")
-
-
-def test_yaml_in_the_current_folder(tmp_path, monkeypatch):
-    save_teacher(tiny_config(), tmp_path / "work")
-    monkeypatch.chdir(tmp_path / "work")
-    cfg = load_config(config_naming(tmp_path / "configs", "teacher.yaml"))
-    assert same_weights(build_teacher(cfg), tmp_path / "work/teacher.pth")
-
-
-def test_weights_beside_the_yaml(tmp_path, monkeypatch):
-    path = save_teacher(tiny_config(), tmp_path / "teachers")
-    cfg = tiny_config()
+@pytest.mark.parametrize("working_folder, weights", [(".", ""), ("other", "moved.pth")])
+def test_where_the_weights_are(tmp_path, monkeypatch, working_folder, weights):
+    """Beside the yaml, or in the current folder."""
+    cfg, path = tiny_config(), save_teacher(tiny_config(), tmp_path / "teachers")
     cfg.MODEL.WEIGHTS = "teacher.pth"
-    (tmp_path / "teachers" / "teacher.yaml").write_text(cfg.dump())
-    monkeypatch.chdir(tmp_path)
-    assert same_weights(load_teacher(path, official=False), tmp_path / "teachers/teacher.pth")
-
-
-def test_weights_in_the_current_folder(tmp_path, monkeypatch):
-    path = save_teacher(tiny_config(), tmp_path / "teachers")
-    (tmp_path / "teachers" / "teacher.pth").rename(tmp_path / "other.pth")
-    monkeypatch.chdir(tmp_path)
-    teacher = load_teacher(path, official=False, weights="other.pth")
-    assert same_weights(teacher, tmp_path / "other.pth")
+    (tmp_path / "teachers/teacher.yaml").write_text(cfg.dump())
+    file = tmp_path / "teachers/teacher.pth"
+    (tmp_path / "other").mkdir()
+    if weights:
+        file = file.rename(tmp_path / "other" / weights)
+    monkeypatch.chdir(tmp_path / working_folder)
+    assert same_weights(load_teacher(path, official=False, weights=weights), file)
 
 
 def test_weights_override(tmp_path):
@@ -186,7 +160,6 @@ def test_weights_override(tmp_path):
     opts = ["MODEL.DISTILLER.TEACHER_WEIGHTS", str(tmp_path / "b/teacher.pth")]
     teacher = build_teacher(load_config(config_naming(tmp_path, path), opts))
     assert same_weights(teacher, tmp_path / "b/teacher.pth")
-    assert not same_weights(teacher, tmp_path / "a/teacher.pth")
 
 
 def test_allow_list_of_the_config(tmp_path):
@@ -199,65 +172,70 @@ def test_allow_list_of_the_config(tmp_path):
     build_teacher(load_config(config_naming(tmp_path, path, TEACHER_ALLOW_MISSING="['cls_score']")))
 
 
-def test_no_weights(tmp_path):
-    (tmp_path / "teacher.yaml").write_text(tiny_config().dump())
-    with pytest.raises(ValueError, match="teacher.yaml' names no weights; set MODEL.WEIGHTS there"):
-        load_teacher(str(tmp_path / "teacher.yaml"), official=False)
+@pytest.mark.parametrize(
+    "name, weights, error, message",
+    [
+        ("none.yaml", "", FileNotFoundError, "config '.*none.yaml' does not exist"),
+        ("bare.yaml", "", ValueError, "bare.yaml' names no weights; set MODEL.WEIGHTS there"),
+        ("bare.py", "", ValueError, "bare.py' names no weights; .*train.init_checkpoint"),
+        ("bare.yaml", "none.pth", FileNotFoundError, "'none.pth' do not exist .*TEACHER_WEIGHTS"),
+        ("teacher.yaml", "", ValueError, "cannot read the checkpoint '.*teacher.pth'"),
+        # Weights of other detectors.
+        ("bare.yaml", "faster/teacher.pth", ValueError, "missing in the file: head.cls_subnet"),
+        ("bare.yaml", "wide/teacher.pth", ValueError, r"shape .*conv1.weight \(16, 3, 7, 7\) \(8, 3,"),
+    ],
+)
+def test_what_cannot_be_loaded(tmp_path, name, weights, error, message):
+    save_teacher(tiny_config("faster"), tmp_path / "faster")
+    save_teacher(tiny_config(width=16), tmp_path / "wide")
+    save_teacher(tiny_config(), tmp_path)
+    (tmp_path / "bare.yaml").write_text(tiny_config().dump())
+    (tmp_path / "bare.py").write_text(LAZY.format(weights=""))
+    truncated = (tmp_path / "teacher.pth").read_bytes()[:5000]
+    (tmp_path / "teacher.pth").write_bytes(truncated)
+    weights = str(tmp_path / weights) if "/" in weights else weights
+    with pytest.raises(error, match=message):
+        load_teacher(str(tmp_path / name), official=False, weights=weights)
 
 
-def test_weights_that_do_not_exist(tmp_path):
-    path = save_teacher(tiny_config(), tmp_path)
-    with pytest.raises(FileNotFoundError, match="'none.pth' do not exist .*TEACHER_WEIGHTS"):
-        load_teacher(path, official=False, weights="none.pth")
+# Of detectron2's model zoo.
 
 
-def test_truncated_weights(tmp_path):
-    path, weights = save_teacher(tiny_config(), tmp_path), tmp_path / "teacher.pth"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="cannot read the checkpoint '.*teacher.pth'"):
-        load_teacher(path, official=False)
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("none.yaml", "'none.yaml': none.yaml not available .*MODEL_LOAD_OFFICIAL"),
+        ("COCO-Detection/fcos_R_50_FPN_1x.py", "Pretrained model for .*fcos.* is not available"),
+    ],
+)
+def test_not_in_the_zoo(name, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        load_teacher(name)
 
 
-def test_config_that_does_not_exist():
-    with pytest.raises(FileNotFoundError, match="config 'Teachers/none.yaml' does not exist"):
-        load_teacher("Teachers/none.yaml", official=False)
-
-
-def test_unknown_zoo_name():
-    with pytest.raises(
-        FileNotFoundError, match="'none.yaml': none.yaml not available .*MODEL_LOAD_OFFICIAL"
-    ):
-        load_teacher("none.yaml")
-
-
-def test_zoo_config_without_published_weights():
-    with pytest.raises(FileNotFoundError, match="Pretrained model for .*fcos.* is not available"):
-        load_teacher("COCO-Detection/fcos_R_50_FPN_1x.py")
-
-
-@pytest.fixture(scope="module")
-def zoo_weights(tmp_path_factory):
-    """A file that stands for the published one of retinanet_R_50_FPN_1x."""
-    path = tmp_path_factory.mktemp("zoo") / "model_final.pth"
-    cfg = detectron2_zoo.get_config(f"{ZOO_NAME}.yaml")
-    cfg.MODEL.DEVICE = "cpu"
-    torch.save({"model": build_model(cfg).state_dict()}, path)
-    yield str(path)
-    path.unlink()
-
-
-@pytest.mark.parametrize("kind", ["yaml", "py"])
-def test_zoo(zoo_weights, monkeypatch, kind):
-    asked = []
+@pytest.mark.parametrize("name", [f"{ZOO_NAME}.yaml", f"{ZOO_NAME}.py", LSJ_NAME])
+def test_zoo(tmp_path, monkeypatch, name):
+    """Those of new_baselines have synchronized batch norms."""
+    asked, path = [], str(tmp_path / "model_final.pth")
     monkeypatch.setattr(
-        detectron2_zoo.model_zoo, "get_checkpoint_url", lambda name: asked.append(name) or zoo_weights
+        detectron2_zoo.model_zoo, "get_checkpoint_url", lambda name: asked.append(name) or path
     )
-    teacher = load_teacher(f"{ZOO_NAME}.{kind}")
-    assert asked == [f"{ZOO_NAME}.{kind}"]
-    assert same_weights(teacher, zoo_weights)
-    assert teacher.input_format == "BGR" and teacher.model.num_classes == 80
+    cfg = detectron2_zoo.get_config(name)
+    if name.endswith("yaml"):
+        cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg) if name.endswith("yaml") else instantiate(cfg.model)
+    torch.save({"model": model.state_dict()}, path)
+    teacher = load_teacher(name)
+    assert asked == [name] and same_weights(teacher, path)
+    os.unlink(path)  # 140 MB
+    norms = sum(isinstance(module, SYNC_BN) for module in teacher.model.modules())
+    assert bool(norms) is (name == LSJ_NAME)
+    assert teacher.input_format == "BGR" and teacher.model.pixel_std.flatten().tolist() == [1.0] * 3
     assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert not any(module.training for module in teacher.model.modules())
 
+
+# In a LazyConfig.
 
 LAZY = """
 from detectron2.config import LazyCall as L
@@ -276,135 +254,15 @@ train = dict(init_checkpoint={weights!r})
 """
 
 
-def lazy_teacher(folder, weights="teacher.pth"):
-    save_teacher(tiny_config(width=16), folder)
-    (folder / "lazy.py").write_text(LAZY.format(weights=weights))
-    return str(folder / "lazy.py")
-
-
-def test_lazy_config(tmp_path):
-    teacher = load_teacher(lazy_teacher(tmp_path), official=False)
-    assert same_weights(teacher, tmp_path / "teacher.pth")
-    assert teacher.input_format == "RGB"
-
-
-def test_lazy_config_without_weights(tmp_path):
-    with pytest.raises(ValueError, match="lazy.py' names no weights; .*train.init_checkpoint"):
-        load_teacher(lazy_teacher(tmp_path, weights=""), official=False)
-
-
-def test_lazy_config_with_other_weights(tmp_path):
+@pytest.mark.parametrize("other_weights", [False, True])
+def test_lazy_config(tmp_path, other_weights):
+    save_teacher(tiny_config(width=16), tmp_path)
     save_teacher(tiny_config(width=16), tmp_path / "other")
-    other = str(tmp_path / "other" / "teacher.pth")
-    teacher = load_teacher(lazy_teacher(tmp_path), official=False, weights=other)
-    assert same_weights(teacher, other)
-
-
-@torch.no_grad()
-def test_lsj_baseline():
-    cfg = tiny_config()
-    cfg.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG = "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py"
-    model, input_format = untrained_teacher(cfg.MODEL.DISTILLER, "cpu")
-    assert input_format == "BGR"
-    assert model.pixel_mean.flatten().tolist() == pytest.approx([103.53, 116.28, 123.675])
-    teacher = Teacher(model, input_format=input_format)
-    image = torch.rand(3, 64, 64) * 255
-    expected = model.backbone(((image - model.pixel_mean) / model.pixel_std)[None])
-    with teacher.view.recording():
-        teacher.observe([image], (64, 64))
-        features = teacher.view.features
-    assert list(features) == ["p2", "p3", "p4", "p5", "p6"]
-    for name, feature in features.items():
-        error = (feature - expected[name]).abs().max() / expected[name].abs().max()
-        assert error < 1e-5
-
-
-# Teachers of detectron2's new_baselines: trained with large-scale jitter (LSJ) and synchronized
-# batch normalization, in LazyConfigs.
-
-LSJ_NAME = "new_baselines/mask_rcnn_R_101_FPN_400ep_LSJ.py"
-SYNC_BN = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
-LSJ = """
-from detectron2 import model_zoo
-
-model = model_zoo.get_config("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py").model
-model.input_format = "RGB"
-model.pixel_mean, model.pixel_std = [120.0, 110.0, 100.0], [58.0, 57.0, 56.0]
-train = dict(init_checkpoint={weights!r})
-"""
-
-
-def save_random(model, path):
-    """As a trained one: statistics that are not those of the start."""
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name.endswith(("running_mean", "running_var")):
-                value.copy_(0.5 + torch.rand(value.shape))
-    torch.save({"model": model.state_dict()}, path)
-
-
-def student_of(teacher):
-    """A Distiller of a tiny student with ICD; its necks have 16 and 256 channels."""
-    loss = InstanceConditionalDistillation(hidden_dim=16, att_heads=4, bypass_distill=0)
-    model = Distiller(student=build_model(tiny_config("faster")), teacher=teacher, losses=[loss])
-    return model.train()
-
-
-def losses_of(model, batch):
-    with EventStorage(0):
-        losses = model(batch)
-    sum(losses.values()).backward()
-    return losses
-
-
-def test_lsj_teacher_of_the_zoo_for_icd(tmp_path, monkeypatch):
-    weights = str(tmp_path / "model_final.pth")
-    cfg = detectron2_zoo.get_config(LSJ_NAME)
-    save_random(instantiate(cfg.model), weights)
-    asked = []
-    monkeypatch.setattr(
-        detectron2_zoo.model_zoo, "get_checkpoint_url", lambda name: asked.append(name) or weights
-    )
-    teacher = load_teacher(LSJ_NAME, prepare=False)  # so that its norms stay what they are
-    assert asked == [LSJ_NAME] and same_weights(teacher, weights)
-    norms = [module for module in teacher.model.modules() if isinstance(module, SYNC_BN)]
-    assert len(norms) > 100 and not any(module.training for module in teacher.model.modules())
-    assert not any(p.requires_grad for p in teacher.model.parameters())
-    assert teacher.input_format == "BGR" and teacher.model.pixel_std.flatten().tolist() == [1.0] * 3
-
-    model = student_of(teacher)
-    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
-    losses = losses_of(model, tiny_batch())
-    assert 8 < losses["loss_icd_value"] < 24
-    adapters = model.losses["InstanceConditionalDistillation"].pairs.teacher_adapters
-    assert list(adapters) == ["p2", "p3", "p4", "p5", "p6"]
-    assert all(adapter.weight.shape == (16, 256, 1, 1) for adapter in adapters.values())
-    assert any(adapter.weight.grad.any() for adapter in adapters.values())
-    after = teacher.model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    os.unlink(weights)  # 250 MB
-
-
-def test_lsj_teacher_of_a_file_sees_its_own_format(tmp_path):
-    """The student's images are BGR with other constants."""
-    (tmp_path / "teacher.py").write_text(LSJ.format(weights="teacher.pth"))
-    save_random(
-        instantiate(LazyConfig.load(str(tmp_path / "teacher.py")).model), tmp_path / "teacher.pth"
-    )
-    teacher, seen = load_teacher(str(tmp_path / "teacher.py"), official=False), []
+    (tmp_path / "lazy.py").write_text(LAZY.format(weights="teacher.pth"))
+    weights = str(tmp_path / "other/teacher.pth") if other_weights else ""
+    teacher = load_teacher(str(tmp_path / "lazy.py"), official=False, weights=weights)
+    assert same_weights(teacher, weights or tmp_path / "teacher.pth")
     assert teacher.input_format == "RGB"
-    model = student_of(teacher)
-    teacher.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    batch = tiny_batch()
-    losses = losses_of(model, batch)
-    assert all(loss.isfinite() for loss in losses.values()) and losses["loss_icd_value"] > 0
-    mean, std = torch.tensor([120.0, 110.0, 100.0]), torch.tensor([58.0, 57.0, 56.0])
-    for padded, item in zip(seen[-1], batch):
-        expected = (item["image"].flip(0) - mean[:, None, None]) / std[:, None, None]
-        height, width = expected.shape[1:]
-        torch.testing.assert_close(padded[:, :height, :width], expected)
-        assert not padded[:, height:].any()
-    os.unlink(tmp_path / "teacher.pth")
 
 
 def test_channel_order_and_normalization_of_the_yaml(tmp_path):

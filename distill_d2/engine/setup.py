@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .. import model_zoo
-from ..config import add_distill_config, load_yaml, student_config
+from ..config import add_distill_config, dump, load_yaml, student_config
 from ..data import check_datasets, register_builtin_voc, register_custom_datasets, register_shapes
 from ..evaluation import evaluator_kind
 from ..imports import check_note, imported, write_note
@@ -53,6 +53,8 @@ def setup(args: Any, distill: bool) -> CfgNode:
         check_note(cfg.OUTPUT_DIR)
     cfg.freeze()
     default_setup(cfg, args)
+    if comm.is_main_process():
+        _write_config(cfg)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports)
     for detector in of_student(cfg):
@@ -190,6 +192,12 @@ def choose_device(device: str, num_gpus: int) -> str:
         f"--num-gpus {num_gpus} and device '{device}', but torch sees no GPU; for the CPU use "
         "--num-gpus 0"
     )
+
+
+def _write_config(cfg: CfgNode) -> None:
+    """Write OUTPUT_DIR/config.yaml as detectron2 does, with comments."""
+    with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
+        file.write(dump(cfg))
 
 
 def note_imports(folder: str, names: Sequence[str]) -> None:

@@ -31,7 +31,6 @@ from ..data import (
 )
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
-from ..views import view_type
 from .evaluate import evaluate_teacher
 from .hooks import (
     Checkpoints,
@@ -47,6 +46,7 @@ from .optimizer import build_optimizer, optimizer_signature
 from .random_state import random_state, set_random_state
 from .settings import RunSettings
 from .step import TrainStep
+from .training_state import set_training_state, training_state
 
 logger = logging.getLogger(__name__)
 
@@ -277,10 +277,7 @@ class DistillTrainer(DefaultTrainer):
         state.update(self.loss_training.state_dict())
         if self.sampler is not None:
             state["sampler_seed"] = self.sampler.seed
-        student = self._student()
-        for name in view_type(student).training_state:
-            if hasattr(student, name):
-                state[name] = float(getattr(student, name))
+        state.update(training_state(self._student()))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -294,10 +291,7 @@ class DistillTrainer(DefaultTrainer):
             self._random_states = states
         if self.sampler is not None and "sampler_seed" in state_dict:
             self.sampler.seed = state_dict["sampler_seed"]
-        student = self._student()
-        for name in view_type(student).training_state:
-            if name in state_dict:
-                setattr(student, name, state_dict[name])
+        set_training_state(self._student(), state_dict)
 
     def _check_optimizer(self, state_dict: dict[str, Any]) -> None:
         signature = optimizer_signature(self._trainer.optimizer)

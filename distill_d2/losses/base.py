@@ -137,7 +137,13 @@ class DistillLoss(nn.Module):
 
     @classmethod
     def add_config(cls, distiller: CN) -> None:
-        """Add the keys of this loss, with their defaults, to the node MODEL.DISTILLER."""
+        """Add the keys of this loss, with their defaults, to the node MODEL.DISTILLER.
+
+        Raises:
+            ValueError: the class has no NODE.
+        """
+        if not cls.NODE:
+            raise ValueError(f"{cls.__name__} has no NODE, the name of its config node; set it")
         defaults = cls.Settings()
         for name in keys_of(cls.Settings):
             node, default = cls._node(name), getattr(defaults, name)

@@ -13,7 +13,6 @@ first stage is a bottleneck (projects/GHND), and nothing else is trained.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from ..views import Batch, DetectorView
 from .base import DISTILL_LOSS_REGISTRY, DistillLoss
 from .pairing import FeaturePairs
-from .settings import IN_FEATURES, LossSettings, key
+from .settings import IN_FEATURES, LossSettings, is_finite, key
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class GHNDSettings(LossSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        numbers = all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in self.stage_weights)
+        numbers = all(is_finite(w) and w >= 0 for w in self.stage_weights)
         fits = numbers and len(self.stage_weights) in (0, len(self.in_features))
         self.require("stage_weights", fits, "a finite number, at least 0, for each of IN_FEATURES")
 

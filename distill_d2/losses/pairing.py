@@ -134,7 +134,7 @@ class FeaturePairs(nn.Module):
         """One row per level for the table at start-up: name, stride, both shapes, and what is adapted.
 
         Args:
-            student, teacher: (C, H, W) of each level by name, as DetectorView.probe gives them.
+            student, teacher: (C, H, W) of each level by name, see ``level_shapes``.
         """
         rows = []
         for name in self.in_features:

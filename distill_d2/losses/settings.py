@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 #: Comment of a setting that names levels.
 IN_FEATURES = "Neck levels (p3) or backbone stages (res4); empty: all neck levels that both have."
 
@@ -53,14 +55,18 @@ class Key:
         if not number:
             return True
         return (
-            isinstance(value, (int, float))
-            and math.isfinite(value)
+            is_finite(value)
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
             and (not self.odd or value % 2 == 1)
         )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether this is a finite number, one of numpy's for example."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)
 
 
 def key(default: Any, comment: str, *, choices: Iterable[Any] | None = None, **rules: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from .. import model_zoo
 from ..checkpoint import SafeCheckpointer
 from ..config import add_distill_config, load_yaml, student_config
+from ..freeze import compile_patterns
 from .running import Teacher
 
 # Keys that never change what a detector computes: normalization constants and anchors, which come
@@ -91,7 +91,7 @@ def load_teacher_weights(model: nn.Module, path: str, allow: Sequence[str] = ())
         allow: regular expressions of keys that may be missing, unexpected or mis-shaped.
 
     Raises:
-        ValueError: some key does not fit; the message lists them.
+        ValueError: some key does not fit; the message lists them. A pattern is not valid.
     """
     checkpointer = SafeCheckpointer(model)
     checkpointer.load(path)
@@ -101,7 +101,7 @@ def load_teacher_weights(model: nn.Module, path: str, allow: Sequence[str] = ())
         "not in the model": keys.unexpected_keys,
         "of another shape (file, model)": [f"{k} {a} {b}" for k, a, b in keys.incorrect_shapes],
     }
-    allowed = [re.compile(pattern) for pattern in (*_NEUTRAL_KEYS, *allow)]
+    allowed = compile_patterns((*_NEUTRAL_KEYS, *allow), "MODEL.DISTILLER.TEACHER_ALLOW_MISSING")
     problems = {
         kind: [name for name in names if not any(p.search(name.split(" ")[0]) for p in allowed)]
         for kind, names in problems.items()

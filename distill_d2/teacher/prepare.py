@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
-def prepared_copy(model: nn.Module, memory_format: torch.memory_format, *, heads: bool) -> nn.Module:
+def prepared_copy(
+    model: nn.Module, memory_format: torch.memory_format, *, heads: bool, tapped: Iterable[str] = ()
+) -> nn.Module:
     """A copy of ``model`` with folded norms, the given layout, and, on a CPU, oneDNN's convolutions.
 
     The copy has modules of its own, and shares with ``model`` every parameter and buffer that it does not
@@ -21,10 +24,11 @@ def prepared_copy(model: nn.Module, memory_format: torch.memory_format, *, heads
         model: a frozen detector in eval mode, with a ``backbone``.
         memory_format: of the weights.
         heads: whether more than the backbone is prepared.
+        tapped: dotted names of modules whose outputs are read: such norms are not folded.
     """
     copied: Any = share_copy(model)
     part = copied if heads else copied.backbone
-    fold_norms(part)
+    fold_norms(part, [copied.get_submodule(path) for path in tapped])
     _use_memory_format(part, memory_format)
     if next(model.parameters()).device.type == "cpu":
         prefer_onednn(part)
@@ -38,8 +42,9 @@ def share_copy(model: nn.Module) -> nn.Module:
     )
 
 
-def fold_norms(model: nn.Module) -> int:
-    """Fold every batch norm with fixed statistics into its convolution, a detectron2 Conv2d.
+def fold_norms(model: nn.Module, kept: Sequence[nn.Module] = ()) -> int:
+    """Fold every batch norm with fixed statistics, but those in ``kept``, into its convolution, a detectron2
+    Conv2d.
 
     The weights are computed in float64 and replaced, not changed in place. The model must stay in eval
     mode.
@@ -49,7 +54,7 @@ def fold_norms(model: nn.Module) -> int:
     """
     folded = 0
     for conv in model.modules():
-        if isinstance(conv, Conv2d) and _has_fixed_statistics(conv.norm):
+        if isinstance(conv, Conv2d) and _has_fixed_statistics(conv.norm) and conv.norm not in kept:
             _fold(conv)
             folded += 1
     return folded

@@ -187,8 +187,8 @@ class Teacher:
         model = self.model
         if self._prepare:
             with self.view.taps.paused():
-                heads = bool(self.view.required)
-                model = prepared_copy(self.model, self._memory_format(), heads=heads)
+                heads, tapped = bool(self.view.required), self.view.taps.paths
+                model = prepared_copy(self.model, self._memory_format(), heads=heads, tapped=tapped)
             self.view.replace_model(model)
         backbone = torch.compile(model.backbone.forward) if self._compile else model.backbone
         self._backbone = backbone

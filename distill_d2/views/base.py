@@ -61,8 +61,9 @@ class DetectorView:
     class_losses: tuple[str, ...] = ("loss_cls",)
     box_losses: tuple[str, ...] = ("loss_box_reg",)
 
-    #: Plain attributes of the detector, floats, that training changes: checkpoints keep them. The default
-    #: is what detectron2's dense detectors have, a moving average of the number of positives.
+    #: Dotted names of the detector's numbers, floats or tensors, that training changes and its state_dict
+    #: lacks: checkpoints keep them. The default is what detectron2's dense detectors have, a moving average
+    #: of the number of positives.
     training_state: tuple[str, ...] = ("loss_normalizer",)
 
     def __init__(self, model: nn.Module, role: str):

@@ -105,7 +105,7 @@ class Predictions:
             ValueError: there are no classes, but each class has its own deltas.
         """
         deltas = self.deltas
-        if not self.class_specific or classes is None:
+        if not self.class_specific:
             return deltas
         if classes is None:
             raise ValueError("each class has its own deltas, but the rows have no classes")

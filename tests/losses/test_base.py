@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -123,6 +124,16 @@ def test_a_loss_stops_after_it_starts(start):
     with pytest.raises(ValueError, match=f"SCALED.STOP_ITER is 3; .* START_ITER, which is {start}"):
         Scaled(start_iter=start, stop_iter=3)
     assert Scaled(start_iter=2, stop_iter=3).settings.stop_iter == 3
+
+
+def test_numbers_of_numpy():
+    settings = Scaled(weight=np.float32(0.5), side=np.int64(5)).settings
+    assert settings.weight == 0.5 and settings.side == 5
+
+
+def test_a_loss_needs_a_node():
+    with pytest.raises(ValueError, match="DistillLoss has no NODE, the name of its config node"):
+        DistillLoss.add_config(CfgNode())
 
 
 def test_unknown_setting():

@@ -24,8 +24,7 @@ def observed(variant, inputs):
     """A recording teacher that saw them, and the model that it was made of."""
     model = poto(variant).eval()
     teacher = Teacher(copy.deepcopy(model))
-    for capability in ("dense", "anchors"):
-        teacher.view.require(capability)
+    teacher.view.require("dense")
     teacher.view.taps.start()
     teacher.observe([item["image"] for item in inputs], PADDED)
     return teacher.view, model
@@ -55,27 +54,6 @@ def test_dense(variant):
         np.testing.assert_allclose(found.boxes()[1, row], expected, rtol=1e-3, atol=1e-2)
 
 
-def test_the_students_head_runs_once():
-    model, inputs = poto("both").train(), tiny_batch(2)
-    view, calls = build_view(model, "student"), []
-    view.require("dense")
-    model.head.register_forward_hook(lambda *_: calls.append(1))
-    with view.recording(), EventStorage(0):
-        model(inputs)
-        found = view.dense()
-        assert found.logits.requires_grad and found.deltas.requires_grad
-    assert len(calls) == 1
-
-
-def test_anchors():
-    """Squares of 8 strides, as ATSS has."""
-    view, _ = observed("plain", tiny_batch(1))
-    anchors = view.anchors()
-    shapes = {"p2": (16, 20, 1, 4), "p3": (8, 10, 1, 4), "p4": (4, 5, 1, 4)}
-    assert {name: tuple(level.shape) for name, level in anchors.items()} == shapes
-    assert anchors["p3"][2, 5, 0].tolist() == [44 - 32, 20 - 32, 44 + 32, 20 + 32]
-
-
 def test_match():
     inputs = tiny_batch(3, objects=3)
     for item, count in zip(inputs, (3, 0, 1)):
@@ -95,20 +73,11 @@ def test_match():
     assert not predictions.match(boxes, torch.zeros_like(valid)).any()
 
 
-def distiller(student, teacher, *losses):
-    return Distiller(student=student, teacher=Teacher(teacher), losses=losses).train()
-
-
 @pytest.mark.parametrize("student, teacher", [("plain", "3dmf"), ("3dmf", "plain"), ("plain", "FCOS")])
 def test_other_teachers(student, teacher):
     """With and without the filter; locations and boxes of an FCOS are the same."""
     teacher = tiny_detector("fcos", channels=32) if teacher == "FCOS" else poto(teacher)
+    model = Distiller(student=poto(student), teacher=Teacher(teacher), losses=[GID()]).train()
     with EventStorage(0):
-        terms = distiller(poto(student), teacher, GID())(tiny_batch(2))
+        terms = model(tiny_batch(2))
     assert terms["loss_gid_response_cls"] > 0 and terms["loss_gid_response_reg"].isfinite()
-
-
-def test_gid_without_centerness():
-    """The filter is in the logits."""
-    with pytest.raises(ValueError, match="GI_CENTERNESS is True, but the student, a POTO, predicts no"):
-        distiller(poto("3dmf"), poto("3dmf"), GID(gi_centerness=True))

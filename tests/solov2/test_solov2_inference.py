@@ -12,6 +12,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import BitMasks
 from distill_d2.projects.solov2 import InstanceSelection, chunks, inference
 from distill_d2.projects.solov2.inference import boxes_of
+from distill_d2.projects.solov2.nms import mask_ious, mask_nms, matrix_nms
 from solov2_case import CELLS, GRIDS, batch, solov2
 
 SIZES = ((48, 64), (44, 50), (66, 75))
@@ -143,6 +144,37 @@ def test_boxes_are_those_of_bit_masks():
     masks[1], masks[2] = True, False
     masks[2, 8, 10] = True
     assert torch.equal(boxes_of(masks).tensor, BitMasks(masks).get_bounding_boxes().tensor)
+
+
+# Non-maximum suppression at its limits
+
+
+@pytest.mark.parametrize("kernel, factor", [("gaussian", np.exp(-2)), ("linear", 0.0)])
+def test_equal_masks(kernel, factor):
+    """Finite; what has decayed to 0 makes nothing else decay."""
+    masks = torch.eye(4, 9, dtype=torch.bool).view(4, 3, 3)
+    masks[1:3] = masks[0]  # three are equal, the last one overlaps them
+    masks[3, 0, 0] = True
+    one_class = torch.zeros(4, dtype=torch.int64)
+    factors = matrix_nms(mask_ious(masks, one_class), kernel)
+    last = {"gaussian": np.exp(-2 * 0.25), "linear": 0.5}[kernel]
+    assert factors.tolist() == pytest.approx([1.0, factor, factor, last], abs=1e-6)
+
+
+def test_mask_nms_of_a_chain():
+    """Each overlaps the next: every other one stays."""
+    ious = torch.diag(torch.full((8,), 0.8), diagonal=1)
+    assert mask_nms(ious, 0.5).tolist() == [index % 2 == 0 for index in range(9)]
+    assert mask_nms(ious, 0.8).all()  # the threshold itself is no overlap
+
+
+def test_nothing_to_suppress():
+    ious = mask_ious(torch.zeros(0, 4, 4, dtype=torch.bool), torch.zeros(0, dtype=torch.int64))
+    assert ious.shape == (0, 0)
+    assert matrix_nms(ious).shape == matrix_nms(ious, "linear").shape == (0,)
+    assert mask_nms(ious, 0.5).shape == (0,) and mask_nms(ious, 0.5).dtype == torch.bool
+    one = mask_ious(torch.zeros(1, 4, 4, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
+    assert matrix_nms(one).item() == 1.0 and mask_nms(one, 0.5).item()
 
 
 # The whole detector

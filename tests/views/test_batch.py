@@ -4,7 +4,6 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
-from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.views import Batch
 
 FIRST, SECOND, THIRD = [1.0, 2, 30, 40], [5.5, 6, 7, 8], [0.0, 0, 64, 64]
@@ -34,22 +33,14 @@ def test_truth_is_padded_to_the_longest_image():
     assert truth.classes.tolist() == [[5, 0, 0], [0] * 3, [5, 6, 7]]
     assert truth.valid.tolist() == [[True, False, False], [False] * 3, [True] * 3]
     assert truth.counts == [1, 0, 3]
-    assert (truth.boxes.dtype, truth.classes.dtype, truth.valid.dtype) == (
-        torch.float32,
-        torch.int64,
-        torch.bool,
-    )
+    dtypes = (truth.boxes.dtype, truth.classes.dtype, truth.valid.dtype)
+    assert dtypes == (torch.float32, torch.int64, torch.bool)
 
 
 @pytest.mark.parametrize("images", [1, 3])
 def test_without_any_boxes_there_is_one_place(images):
     truth = batch_of(*[[]] * images).truth
     assert truth.boxes.tolist() == [[[0.0] * 4]] * images and truth.valid.tolist() == [[False]] * images
-
-
-def test_boxes_of_another_precision():
-    boxes = batch_of([SECOND], [], dtype=torch.float64).truth.boxes
-    assert boxes.dtype == torch.float32 and boxes[0, 0].tolist() == SECOND
 
 
 def test_truth_is_made_once_and_the_given_boxes_stay_as_they_are():
@@ -73,9 +64,3 @@ def test_an_image_without_annotations():
     batch.inputs[1]["file_name"] = "a.jpg"
     with pytest.raises(KeyError, match="image 'a.jpg' has no annotations"):
         batch.truth  # noqa: B018
-
-
-def test_nothing_waits_for_the_device():
-    batch = batch_of([FIRST], [SECOND, THIRD], [])
-    with no_synchronization():
-        batch.instances()

@@ -42,8 +42,8 @@ def labels_one_by_one(matcher, boxes, valid, rows):
     """detectron2's Matcher, image by image."""
     labels = []
     for image, (per_image, there) in enumerate(zip(boxes, valid)):
-        ours = rows if rows.dim() == 2 else rows[image]
-        labels.append(matcher(pairwise_iou(Boxes(per_image[there]), Boxes(ours)))[1])
+        own = rows if rows.dim() == 2 else rows[image]
+        labels.append(matcher(pairwise_iou(Boxes(per_image[there]), Boxes(own)))[1])
     return torch.stack(labels)
 
 
@@ -61,62 +61,29 @@ def case(images=4, most=6):
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("shared", [True, False], ids=["anchors", "proposals"])
 @pytest.mark.parametrize("settings", MATCHERS.values(), ids=list(MATCHERS))
-def test_labels_of_anchors(settings, seed):
+def test_labels(settings, shared, seed):
+    """Of anchors of all images, with ties, and of proposals that differ between images."""
     torch.manual_seed(seed)
     matcher, (boxes, valid) = Matcher(*settings), case()
-    rows = torch.cat([grid(4, 12), grid(8, 24), grid(16, 48)])
-    # A slot without a box may hold anything: the best of boxes, for example.
-    boxes = torch.where(valid[..., None], boxes, rows[100])
+    if shared:
+        rows = torch.cat([grid(4, 12), grid(8, 24), grid(16, 48)])
+        # A slot without a box may hold anything: the best of boxes, for example.
+        boxes = torch.where(valid[..., None], boxes, rows[100])
+    else:
+        rows = torch.cat([random_boxes(4, 50), boxes + torch.randint(-2, 3, boxes.shape)], dim=1)
     expected = labels_one_by_one(matcher, boxes, valid, rows)
     actual = match_by_iou(matcher, boxes, valid, rows)
-    assert actual.dtype == torch.int8
-    assert torch.equal(actual, expected)
-    assert set(expected.unique().tolist()) == set(settings[1])
+    assert actual.dtype == torch.int8 and torch.equal(actual, expected)
     assert (expected[3] == settings[1][0]).all()
+    if shared:
+        assert set(expected.unique().tolist()) == set(settings[1])
+    else:
+        assert (expected[:3] == 1).any(dim=1).all()
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("settings", MATCHERS.values(), ids=list(MATCHERS))
-def test_labels_of_proposals_that_differ_between_images(settings, seed):
-    torch.manual_seed(seed)
-    matcher, (boxes, valid) = Matcher(*settings), case()
-    rows = torch.cat([random_boxes(4, 50), boxes + torch.randint(-2, 3, boxes.shape)], dim=1)
-    expected = labels_one_by_one(matcher, boxes, valid, rows)
-    assert torch.equal(match_by_iou(matcher, boxes, valid, rows), expected)
-    assert (expected[:3] == 1).any(dim=1).all()
-
-
-def test_low_quality_matches_decide_something_and_tie():
-    """What the comparison above relies on."""
-    boxes, valid = case()
-    rows = torch.cat([grid(4, 12), grid(8, 24), grid(16, 48)])
-    strict, lenient = (Matcher([0.3, 0.7], [0, -1, 1], low) for low in (False, True))
-    more = match_by_iou(lenient, boxes, valid, rows) != match_by_iou(strict, boxes, valid, rows)
-    iou = batched_iou(boxes, rows.expand(4, -1, -1))[valid]
-    ties = (iou == iou.amax(dim=1, keepdim=True)).sum(dim=1)
-    assert more.any() and (ties > 1).any()
-
-
-# By hand.
-
-
-@pytest.mark.parametrize(
-    "width, label",
-    [(10.0, 1), (5.0, 1), (4.999, -1), (4.0, -1), (3.999, 0), (0.0, 0)],
-)
-def test_thresholds(width, label):
-    rows = torch.tensor([[0.0, 0.0, width, 10.0]])
-    matcher = Matcher([0.4, 0.5], [0, -1, 1])
-    assert match_by_iou(matcher, SQUARE[None, None], everything(1), rows).tolist() == [[label]]
-
-
-def test_best_anchors_of_a_box_even_if_bad():
-    rows = torch.tensor([[0.0, 0.0, 2.0, 10.0], [8.0, 0.0, 10.0, 10.0], [0.0, 0.0, 1.0, 10.0]])
-    boxes = SQUARE[None, None]
-    for low_quality, labels in ((True, [[1, 1, 0]]), (False, [[0, 0, 0]])):
-        matcher = Matcher([0.3, 0.7], [0, -1, 1], low_quality)
-        assert match_by_iou(matcher, boxes, everything(1), rows).tolist() == labels
+# Where there is no overlap.
 
 
 def test_a_box_that_overlaps_nothing_matches_nothing():
@@ -139,24 +106,12 @@ def test_boxes_and_rows_without_area_match_nothing(settings):
 # Other measures.
 
 
-@pytest.mark.parametrize("batched, pairwise", [(batched_iou, pairwise_iou), (batched_ioa, None)])
-def test_measures_are_detectron2s(batched, pairwise):
+def test_measures_are_detectron2s():
     boxes, others = random_boxes(7), random_boxes(9)
-    if pairwise is None:  # detectron2's is of the second argument's area
-        expected = pairwise_ioa(Boxes(others), Boxes(boxes)).T
-    else:
-        expected = pairwise(Boxes(boxes), Boxes(others))
-    assert torch.equal(batched(boxes, others), expected)
-    assert (expected > 0).any() and (expected == 0).any()
-
-
-def test_measures_by_hand():
-    others = torch.tensor(
-        [[0.0, 0.0, 10, 10], [5.0, 0.0, 15, 10], [-10.0, -10.0, 30, 30], [10.0, 0.0, 20, 10]]
-    )
-    iou, ioa = batched_iou(SQUARE[None], others), batched_ioa(SQUARE[None], others)
-    torch.testing.assert_close(iou, torch.tensor([[1.0, 1 / 3, 1 / 16, 0.0]]))
-    torch.testing.assert_close(ioa, torch.tensor([[1.0, 0.5, 1.0, 0.0]]))
+    iou = pairwise_iou(Boxes(boxes), Boxes(others))
+    ioa = pairwise_ioa(Boxes(others), Boxes(boxes)).T  # of the second argument's area
+    assert torch.equal(batched_iou(boxes, others), iou) and torch.equal(batched_ioa(boxes, others), ioa)
+    assert (iou > 0).any() and (iou == 0).any()
     assert batched_iou(torch.zeros(1, 4), torch.zeros(1, 4)).isnan().all()
 
 
@@ -181,13 +136,6 @@ def test_rows_inside(shared):
     expected = inside_one_by_one(boxes, valid, rows)
     assert torch.equal(rows_inside(boxes, valid, rows), expected)
     assert expected[0].any() and not expected[0].all() and not expected[3].any()
-
-
-def test_a_center_on_the_border_is_outside():
-    centers = [(5, 5), (0, 5), (10, 5), (5, 0), (5, 10), (0.01, 9.99)]
-    rows = torch.tensor([[x - 3, y - 2, x + 3, y + 2] for x, y in centers])
-    inside = rows_inside(SQUARE[None, None], everything(1), rows)
-    assert inside.tolist() == [[True, False, False, False, False, True]]
 
 
 # FCOS' own rule.
@@ -220,20 +168,6 @@ def test_fcos_labels_are_the_models_own(seed):
     assert expected[0].any() and not expected[3].any()
 
 
-def test_fcos_by_hand():
-    """Points nearer to a box's center than 1.5 strides, from which its farthest side is less than 8
-    strides away and, but for the finest level, more than 4."""
-    view, anchors, _, _ = fcos_case()
-    boxes = torch.tensor([[[4.0, 4.0, 20.0, 20.0], [0.0, 0.0, 60.0, 60.0]]])
-    labels = view._match(boxes, everything(2), anchors)
-    levels = [level.nonzero().flatten().tolist() for level in labels[0].split([256, 64, 16])]
-    # Of stride 4, at 2, 6, 10, ...: 10 and 14 are near 12; from (30, 30) all sides are 30 away.
-    assert levels[0] == [16 * y + x for y in (2, 3) for x in (2, 3)] + [16 * 7 + 7]
-    # Of stride 8, at 4, 12, 20, ...: 20, 28 and 36 are near 30; from (28, 28) all sides are near.
-    assert levels[1] == [8 * y + x for y in (2, 3, 4) for x in (2, 3, 4) if (x, y) != (3, 3)]
-    assert levels[2] == []
-
-
 # Law 7.
 
 
@@ -254,13 +188,3 @@ def test_fcos_by_hand():
 def test_the_guard_sees_what_waits(waits):
     with pytest.raises(AssertionError), no_synchronization():
         waits(torch.tensor([1.0, 2.0]))
-
-
-@pytest.mark.parametrize("settings", MATCHERS.values(), ids=list(MATCHERS))
-def test_matching_does_not_synchronize(settings):
-    matcher, (boxes, valid), rows = Matcher(*settings), case(), grid(8, 24)
-    with no_synchronization():
-        match_by_iou(matcher, boxes, valid, rows)
-        match_by_iou(matcher, boxes, valid, rows.expand(4, -1, -1))
-        rows_inside(boxes, valid, rows)
-        batched_ioa(boxes, boxes)

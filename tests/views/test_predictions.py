@@ -78,11 +78,6 @@ def test_rows_of_all_levels(layout):
 # Classes.
 
 
-def test_best_class():
-    predictions = dense()
-    assert torch.equal(predictions.best_class(), predictions.logits.argmax(dim=2))
-
-
 def test_best_class_is_never_the_background():
     predictions = scored()
     predictions.logit_levels[0][..., -1] = 100.0
@@ -102,6 +97,8 @@ def test_deltas_of_given_classes():
             first = 4 * classes[image, row]
             expected = predictions.delta_levels[0][image, row, 0, first : first + 4]
             assert torch.equal(deltas[image, row], expected)
+    with pytest.raises(ValueError, match="each class has its own deltas"):
+        predictions.deltas_of(None)
 
 
 @pytest.mark.parametrize("predictions", [dense, lambda: scored(specific=False)])
@@ -128,15 +125,6 @@ def test_decoder_of_any_number_of_dimensions(transform, shape):
     assert torch.equal(decode(deltas, anchors), expected)
     transposed = deltas.transpose(0, -1).contiguous().transpose(0, -1)
     assert torch.equal(decode(transposed, anchors), expected)
-
-
-def test_boxes_of_shared_anchors():
-    predictions = dense()
-    for image, boxes in enumerate(predictions.boxes()):
-        expected = Box2BoxTransform((1.0, 1.0, 1.0, 1.0)).apply_deltas(
-            predictions.deltas[image], predictions.anchors
-        )
-        assert torch.equal(boxes, expected)
 
 
 @pytest.mark.parametrize("specific", [True, False])

@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import FCOS, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from recorded import count_calls, detector, detector_from_p3, trained_on
+from recorded import c4_config, count_calls, detector, detector_from_p3, trained_on
 from torch import nn
 
 from distill_d2.testing.tiny import tiny_batch, tiny_config
@@ -24,115 +24,78 @@ from distill_d2.views.probe import level_shapes, reached_parameters
 
 FAMILIES = ["retinanet", "fcos", "faster", "mask"]
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
-ONE_STAGE = "dense, anchors"
-TWO_STAGE = "rpn, anchors, score_boxes, box_head, own_proposals"
-NOT_DENSE = [name for name in TWO_STAGE.split(", ") if name != "anchors"]
+ONE_STAGE = ", dense, anchors"
+TWO_STAGE = ", rpn, anchors, score_boxes, box_head, own_proposals"
+VIEWS = [RetinaNetView, FCOSView, RCNNView, RCNNView]
 ANCHORS = {"retinanet": 3, "fcos": 1, "faster": 3, "mask": 3}  # in each cell
 
 
 # What the detector has.
 
 
-def test_view_of_a_subclass_is_its_bases():
+def test_a_view_is_its_nearest_registered_bases(monkeypatch):
     model = detector()
-    model.__class__ = type("OurRetinaNet", (type(model),), {})
+    model.__class__ = type("OwnRetinaNet", (type(model),), {})
     assert type(build_view(model, "student")) is RetinaNetView
-
-
-def test_registered_view_is_used(monkeypatch):
     monkeypatch.setattr(views_base, "_VIEWS", {})
-    model = detector()
     assert type(build_view(model, "student")) is DetectorView
 
     @register_view(type(model))
-    class Ours(DetectorView):
+    class Own(DetectorView):
         pass
 
-    assert type(build_view(model, "student")) is Ours
-
-
-def test_a_model_without_backbone():
+    assert type(build_view(model, "student")) is Own
     with pytest.raises(TypeError, match="the teacher, a Linear, has no module 'backbone'"):
         build_view(nn.Linear(1, 1), "teacher")
 
 
 @pytest.mark.parametrize(
-    "family, view_type, count",
-    [
-        ("retinanet", RetinaNetView, 3),
-        ("fcos", FCOSView, 3),
-        ("faster", RCNNView, 5),
-        ("mask", RCNNView, 5),
-    ],
+    "family, view_type", zip(FAMILIES, [RetinaNetView, FCOSView, RCNNView, RCNNView])
 )
-def test_what_each_family_has(family, view_type, count):
+def test_what_each_family_has(family, view_type):
     view = build_view(detector(family), "student")
     assert type(view) is view_type and view.num_classes == 3
-    assert list(view.strides.items()) == list(STRIDES.items())[:count]
+    assert list(view.strides.items()) == list(STRIDES.items())[: 5 if view_type is RCNNView else 3]
     shape = view.require_level("res3")
     assert (shape.channels, shape.stride) == (16, 8)
 
 
-def test_stage_shapes_include_stages_that_the_neck_does_not_read():
+def test_stages_that_the_neck_does_not_read():
+    """They are levels, too."""
     view = build_view(detector_from_p3(), "student")
     shapes = {name: (shape.channels, shape.stride) for name, shape in view.stage_shapes.items()}
     assert shapes.pop("stem", (8, 4)) == (8, 4)
     assert shapes == {"res2": (8, 4), "res3": (16, 8), "res4": (32, 16)}
-
-
-def test_require_level_lists_the_levels():
-    view = build_view(detector(), "teacher")
-    message = r"the teacher \(RetinaNet\) has no level 'p7'; its neck has \['p2', 'p3', 'p4'\].*'res3'"
+    view.require_level("res2")
+    with view.recording():
+        view.model.backbone(torch.zeros(1, 3, 64, 96))
+        assert list(view.features) == ["p3", "p4"]
+        assert view.level("res2").shape == (1, 8, 16, 24)
+    message = r"the student \(RetinaNet\) has no level 'p7'; its neck has \['p3', 'p4'\].*'res2'"
     with pytest.raises(KeyError, match=message):
         view.require_level("p7")
 
 
-def test_require_tap_lists_close_names():
-    view = build_view(detector(), "student")
-    with pytest.raises(KeyError, match="head.cls_subnet"):
-        view.require_tap("head.cls_subnets")
-
-
 @pytest.mark.parametrize(
-    "family, capability, offers",
+    "family, offers, capabilities",
     [
-        *((family, name, ONE_STAGE) for family in ("retinanet", "fcos") for name in NOT_DENSE),
-        *(("faster", "dense", TWO_STAGE), ("mask", "dense", TWO_STAGE)),
+        ("retinanet", ONE_STAGE, ["rpn", "score_boxes", "box_head", "own_proposals"]),
+        ("faster", TWO_STAGE, ["dense"]),
+        ("unknown", "", ["anchors"]),
     ],
 )
-def test_require_what_is_not_there(family, capability, offers):
-    view = build_view(detector(family), "teacher")
-    message = rf"the teacher is a \w+, which has no {capability}\(\); it offers .*, tap, {offers}$"
-    with pytest.raises(TypeError, match=message):
-        view.require(capability)
-    with pytest.raises(TypeError):
-        getattr(view, capability)(*[[]] * (capability in ("score_boxes", "own_proposals")))
-
-
-def test_an_unknown_detector_has_no_anchors():
-    view = DetectorView(detector(), "student")
-    with pytest.raises(TypeError, match=r"has no anchors\(\); it offers features, bottom_up, tap$"):
-        view.require("anchors")
-    with pytest.raises(TypeError, match="RetinaNet has no anchors"):
-        view.anchors()
-    with pytest.raises(TypeError, match="RetinaNet has no anchors"):
-        view.anchor_levels  # noqa: B018
-
-
-@pytest.mark.parametrize("heads", ["CascadeROIHeads", "Res5ROIHeads"])
-def test_rcnn_without_a_single_box_head_cannot_score_boxes(heads):
-    cfg = tiny_config("faster")
-    cfg.MODEL.ROI_HEADS.NAME = heads
-    if heads == "CascadeROIHeads":
-        cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
-    else:
-        cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p4"]
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 2  # makes res5 of 16 channels
-        cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 4
-    view = build_view(build_model(cfg), "student")
-    with pytest.raises(TypeError, match="no score_boxes"):
-        view.require("score_boxes")
-    assert view.num_classes == 3
+def test_require_what_is_not_there(family, offers, capabilities):
+    known = family != "unknown"
+    view = build_view(detector(family), "teacher") if known else DetectorView(detector(), "teacher")
+    for capability in capabilities:
+        message = rf"the teacher is a \w+, which has no {capability}\(\); it offers .*, tap{offers}$"
+        with pytest.raises(TypeError, match=message):
+            view.require(capability)
+        with pytest.raises(TypeError):
+            getattr(view, capability)(*[[]] * (capability in ("score_boxes", "own_proposals")))
+    if not known:
+        with pytest.raises(TypeError, match="RetinaNet has no anchors"):
+            view.anchor_levels  # noqa: B018
 
 
 def test_require_same_classes():
@@ -149,39 +112,22 @@ def test_require_same_classes():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_features_are_the_necks_outputs(family):
-    view, seen = build_view(detector(family), "student"), []
+def test_levels_are_the_necks_outputs_and_the_required_stages(family):
+    view, seen, stages = build_view(detector(family), "student"), [], []
+    view.require_level("res2")
+    view.require_level("res4")
     view.model.backbone.register_forward_hook(lambda *args: seen.append(args[-1]))
+    view.model.backbone.bottom_up.res4.register_forward_hook(lambda *args: stages.append(args[-1]))
     with trained_on(view, tiny_batch(masks=family == "mask")):
         features = view.features
         assert list(features) == list(view.strides)
         assert all(torch.equal(features[name], seen[0][name]) for name in seen[0])
         shapes = {name: tuple(f.shape) for name, f in features.items()}
+        assert list(view.bottom_up) == ["res2", "res4"]
+        assert torch.equal(view.bottom_up["res4"], stages[0])
+        assert torch.equal(view.level("res4"), stages[0])
     height, width = (64, 96) if family in ("faster", "mask") else (64, 80)
     assert shapes == {name: (2, 16, height // s, -(-width // s)) for name, s in view.strides.items()}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bottom_up_has_the_required_stages(family):
-    view, seen = build_view(detector(family), "student"), {}
-    view.require_level("res2")
-    view.require_level("res4")
-    for name in ("res2", "res4"):
-        hook = lambda _m, _i, output, name=name: seen.update({name: output})  # noqa: E731
-        getattr(view.model.backbone.bottom_up, name).register_forward_hook(hook)
-    with trained_on(view, tiny_batch(masks=family == "mask")):
-        assert list(view.bottom_up) == ["res2", "res4"]
-        assert torch.equal(view.bottom_up["res4"], seen["res4"])
-        assert torch.equal(view.level("res2"), seen["res2"])
-
-
-def test_a_stage_that_the_neck_does_not_read():
-    view = build_view(detector_from_p3(), "student")
-    view.require_level("res2")
-    with view.recording():
-        view.model.backbone(torch.zeros(1, 3, 64, 64))
-        assert list(view.features) == ["p3", "p4"]
-        assert view.level("res2").shape == (1, 8, 16, 16)
 
 
 def test_tap_with_and_without_index():
@@ -194,14 +140,6 @@ def test_tap_with_and_without_index():
         # The shared layer ran once per level.
         assert torch.equal(view.tap("head.cls_score", 2), logits[2])
         assert torch.equal(view.tap("backbone", "p3"), view.features["p3"])
-
-
-def test_everything_is_forgotten_after_the_step():
-    view = build_view(detector(), "student")
-    with trained_on(view, tiny_batch()):
-        assert view.features
-    with pytest.raises(RuntimeError, match="'backbone' did not run"):
-        view.features  # noqa: B018
 
 
 def test_float32_and_contiguous_under_autocast():
@@ -221,7 +159,7 @@ def test_float32_and_contiguous_under_autocast():
     assert all(tensor.is_contiguous() for tensor in tensors)
 
 
-# One-stage heads.
+# Heads on the neck.
 
 
 def check_dense(dense, model, features):
@@ -243,31 +181,55 @@ def check_dense(dense, model, features):
     assert not dense.background and dense.valid is None and not dense.class_specific
 
 
-@pytest.mark.parametrize("family, anchors", [("retinanet", 3), ("fcos", 1)])
-def test_dense_of_the_student_is_what_it_computed(family, anchors):
-    view = build_view(detector(family), "student")
-    view.require("dense")
-    calls = count_calls(view.model.head)
-    with trained_on(view, tiny_batch()):
-        dense = view.dense()
-        assert len(calls) == 1
-        rows = anchors * (16 * 20 + 8 * 10 + 4 * 5)
-        assert dense.logits.shape == (2, rows, 3) and dense.deltas.shape == (2, rows, 4)
-        check_dense(dense, view.model, view.features)
-        dense.logits.sum().backward()
-    assert view.model.head.cls_score.bias.grad.abs().sum() > 0
-    assert view.model.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+def check_rpn(predictions, model, features):
+    """Against the RPN's own anchors, layout, decoding and matcher."""
+    rpn = model.proposal_generator
+    levels = [features[name] for name in rpn.in_features]
+    logits, deltas = rpn.rpn_head(levels)
+    anchors = rpn.anchor_generator(levels)
+    # The layout and the decoding of RPN.forward.
+    logits = [level.permute(0, 2, 3, 1).flatten(1) for level in logits]
+    deltas = [level.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in deltas]
+    torch.testing.assert_close(predictions.logits, torch.cat(logits, dim=1)[..., None])
+    torch.testing.assert_close(predictions.deltas, torch.cat(deltas, dim=1))
+    assert torch.equal(predictions.anchors, Boxes.cat(anchors).tensor)
+    boxes = torch.cat(rpn._decode_proposals(anchors, deltas), dim=1)
+    torch.testing.assert_close(predictions.boxes(), boxes)
+    assert predictions.level_sizes == [level.shape[1] for level in logits]
+    assert not predictions.background and predictions.valid is None
+    assert not predictions.centerness_levels and not predictions.class_specific
 
 
-@pytest.mark.parametrize("family", ["retinanet", "fcos"])
-def test_dense_of_the_teacher_runs_its_head_on_demand(observed, family):
-    view, features = observed(family, "dense")
-    calls = count_calls(view.model.head)
-    dense = view.dense()
-    again = view.dense()
-    assert len(calls) == 1
-    assert torch.equal(dense.logits, again.logits) and not dense.logits.requires_grad
-    check_dense(dense, view.model, features)
+HEADS = {"dense": ("head", check_dense), "rpn": ("proposal_generator.rpn_head", check_rpn)}
+ON_THE_NECK = [("retinanet", "dense"), ("fcos", "dense"), ("faster", "rpn"), ("mask", "rpn")]
+
+
+@pytest.mark.parametrize("family, capability", ON_THE_NECK)
+def test_predictions_of_the_student_are_what_it_computed(family, capability):
+    view, (path, check) = build_view(detector(family), "student"), HEADS[capability]
+    view.require(capability)
+    head = view.model.get_submodule(path)
+    calls = count_calls(head)
+    with trained_on(view, tiny_batch(masks=family == "mask")):
+        predictions = getattr(view, capability)()
+        getattr(view, capability)()
+        assert len(calls) == 1 and len(predictions.logits) == 2
+        check(predictions, view.model, view.features)
+        predictions.logits.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in head.parameters())
+    assert view.model.backbone.bottom_up.stem.conv1.weight.grad.any()
+
+
+@pytest.mark.parametrize("family, capability", ON_THE_NECK)
+def test_head_of_the_teacher_runs_on_demand(observed, family, capability):
+    view, features = observed(family, capability)
+    path, check = HEADS[capability]
+    calls = count_calls(view.model.get_submodule(path))
+    assert not calls
+    predictions, again = getattr(view, capability)(), getattr(view, capability)()
+    assert len(calls) == 1 and torch.equal(predictions.logits, again.logits)
+    assert not predictions.logits.requires_grad and not predictions.deltas.requires_grad
+    check(predictions, view.model, features)
 
 
 def test_matched_rows_of_retinanet_are_its_own_labels(observed):
@@ -282,31 +244,7 @@ def test_matched_rows_of_retinanet_are_its_own_labels(observed):
     assert set(matched.unique().tolist()) == {-1, 0, 1}
 
 
-def test_decode_of_chosen_rows(observed):
-    view, _ = observed("retinanet", "dense")
-    dense, rows = view.dense(), torch.tensor([5, 17, 1500])
-    chosen = dense.decode(dense.deltas[:, rows], dense.anchors[rows].expand(1, 3, 4))
-    assert torch.equal(chosen, dense.boxes()[:, rows])
-
-
 # Anchors of both.
-
-
-def squares_around_points(features, strides):
-    """By level, of 8 strides around the middles of the cells, one by one."""
-    expected = {}
-    for name, feature in features.items():
-        stride = strides[name]
-        height, width = feature.shape[-2:]
-        centers = [
-            [((column + 0.5) * stride, (row + 0.5) * stride) for column in range(width)]
-            for row in range(height)
-        ]
-        half = 4 * stride
-        expected[name] = torch.tensor(
-            [[[[x - half, y - half, x + half, y + half]] for x, y in row] for row in centers]
-        )
-    return expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -325,9 +263,12 @@ def test_anchors_of_each_level_are_the_generators(observed, family, role):
     for name, stride in view.strides.items():
         rows, columns = -(-64 // stride), -(-96 // stride)
         assert anchors[name].shape == (rows, columns, ANCHORS[family], 4)
-    if family == "fcos":
-        expected = squares_around_points(features, view.strides)
-        assert all(torch.equal(anchors[name], expected[name]) for name in expected)
+    if family == "fcos":  # squares of 8 strides around the middles of the cells
+        for name, stride in view.strides.items():
+            y, x = (stride * (torch.arange(n) + 0.5) for n in anchors[name].shape[:2])
+            centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+            expected = torch.cat([centers - 4 * stride, centers + 4 * stride], dim=-1)
+            assert torch.equal(anchors[name][:, :, 0], expected)
         return
     two_stage = family in ("faster", "mask")
     generator = (view.model.proposal_generator if two_stage else view.model).anchor_generator
@@ -340,14 +281,6 @@ def test_anchors_of_each_level_are_the_generators(observed, family, role):
             assert torch.equal(anchors[name][1, 2], expected)
 
 
-def test_anchors_run_no_head(observed):
-    for family, path in (("retinanet", "head"), ("faster", "proposal_generator.rpn_head")):
-        view, _ = observed(family, "anchors")
-        calls = count_calls(view.model.get_submodule(path))
-        view.anchors()
-        assert not calls
-
-
 def test_anchors_of_the_heads_levels_alone():
     """The head of a RetinaNet need not take all levels of its neck."""
     cfg = tiny_config()
@@ -356,21 +289,33 @@ def test_anchors_of_the_heads_levels_alone():
     view = build_view(build_model(cfg), "student")
     assert list(view.strides) == ["p2", "p3", "p4"] and list(view.anchor_levels) == ["p3", "p4"]
     with view.recording():
-        view.model.backbone(torch.zeros(1, 3, 64, 64))
+        view.model.backbone(torch.zeros(1, 3, 64, 96))
         anchors = view.anchors()
-    assert {name: tuple(level.shape) for name, level in anchors.items()} == {
-        "p3": (8, 8, 3, 4),
-        "p4": (4, 4, 3, 4),
-    }
+    shapes = {name: tuple(level.shape) for name, level in anchors.items()}
+    assert shapes == {"p3": (8, 12, 3, 4), "p4": (4, 6, 3, 4)}
     middle = anchors["p4"][1, 2].unflatten(-1, (2, 2)).mean(dim=(0, 1))
     assert middle.tolist() == pytest.approx([32.0, 16.0])  # OFFSET is 0
 
 
+@pytest.mark.parametrize("heads", ["CascadeROIHeads", "Res5ROIHeads"])
+def test_several_box_heads_or_one_without_a_neck(heads):
+    """They have an RPN only."""
+    options = ["MODEL.ROI_HEADS.NAME", heads, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+    cfg = tiny_config("faster") if heads == "CascadeROIHeads" else c4_config()
+    cfg.merge_from_list(options)
+    model = build_model(cfg)
+    view = build_view(model, "student")
+    for capability in ("box_head", "own_proposals", "score_boxes"):
+        message = rf"the student is a GeneralizedRCNN, .* no {capability}\(\); it offers .*, tap, rpn, anchors$"
+        with pytest.raises(TypeError, match=message):
+            view.require(capability)
+    view.require("rpn")
+    assert view.num_classes == 3
+    with trained_on(view, tiny_batch()):
+        check_rpn(view.rpn(), model, view.features)
+
+
 # Two-stage heads.
-
-
-def proposals(boxes, size=(64, 96)):
-    return [Instances(size, proposal_boxes=per_image) for per_image in boxes]
 
 
 @pytest.mark.parametrize("family", ["faster", "mask"])
@@ -384,126 +329,67 @@ def test_score_boxes_is_the_roi_heads_own_pipeline(family, observed):
     heads, seen = view.model.roi_heads, []
     heads.box_predictor.register_forward_hook(lambda *args: seen.append(args[-1]))
     with torch.no_grad():
-        heads._forward_box(features, proposals(boxes))
+        heads._forward_box(features, [Instances((64, 96), proposal_boxes=boxes[0])])
     torch.testing.assert_close(logits, seen[0][0])
     torch.testing.assert_close(deltas, seen[0][1])
-
-
-def test_score_boxes_splits_by_image():
-    view = build_view(detector("faster"), "student")
-    view.require("score_boxes")
-    one = torch.tensor([[1.0, 2.0, 30.0, 40.0]])
-    two = torch.tensor([[0.0, 0.0, 9.0, 9.0], [3.0, 3.0, 60.0, 50.0]])
-    with view.recording():
-        view.model.backbone(torch.randn(3, 3, 64, 64))
-        boxes = [Boxes(one), Boxes(torch.zeros(0, 4)), Boxes(two)]
-        logits, deltas = view.score_boxes(boxes)
-        assert [len(x) for x in logits] == [1, 0, 2] == [len(x) for x in deltas]
-        swapped, _ = view.score_boxes([Boxes(two[1:]), Boxes(one), Boxes(two)])
-    assert logits[2].requires_grad
-    torch.testing.assert_close(swapped[2], logits[2])
-    assert not torch.allclose(swapped[0], logits[2][1:])  # the same box on another image
 
 
 # Probing.
 
 
-def test_probe_gives_all_levels():
-    view = build_view(detector(), "student")
-    view.require_level("res3")
-    assert level_shapes(view, 64, 96) == {
-        "p2": (16, 16, 24),
-        "p3": (16, 8, 12),
-        "p4": (16, 4, 6),
-        "res3": (16, 8, 12),
-    }
-
-
-def test_probe_leaves_no_trace():
+def test_probe_gives_all_levels_and_leaves_no_trace():
+    """Nor where it fails."""
     model = detector().train()
     model.backbone.bottom_up.res2.eval()
     model.backbone.fpn_lateral2.eval()
     view = build_view(model, "student")
+    view.require_level("res3")
     modes = {name: module.training for name, module in model.named_modules()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    assert any(name.endswith("running_mean") for name in state)
-    level_shapes(view, 64, 64)
-    assert {name: module.training for name, module in model.named_modules()} == modes
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    assert not view.taps.has("backbone")
-
-
-def test_probe_restores_training_after_an_error():
-    view = build_view(detector().train(), "student")
+    expected = {"p2": (16, 16, 24), "p3": (16, 8, 12), "p4": (16, 4, 6), "res3": (16, 8, 12)}
+    assert level_shapes(view, 64, 96) == expected
+    reached_parameters(view)
     with pytest.raises(RuntimeError):
         level_shapes(view, 65, 65)  # the FPN cannot add levels of odd sizes
-    assert all(module.training for module in view.model.modules())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters()) and not view.taps.recorded
 
 
 # What losses read of the backbone.
 
+RES3 = "backbone.bottom_up.res3"
+
 
 @pytest.mark.parametrize(
-    "family, levels, reads",
+    "family, levels, other, reads",
     [
-        ("retinanet", [], []),
-        ("retinanet", ["res3"], ["backbone.bottom_up.res3"]),
-        ("retinanet", ["res3", "res2", "res3"], ["backbone.bottom_up.res2", "backbone.bottom_up.res3"]),
-        ("fcos", ["p4", "p2"], ["backbone"]),
-        ("mask", ["p6", "res5"], ["backbone", "backbone.bottom_up.res5"]),
+        ("retinanet", [], "", []),
+        ("retinanet", ["res3", "res2", "res3"], "", ["backbone.bottom_up.res2", RES3]),
+        ("fcos", ["p4", "p2"], "", ["backbone"]),
+        ("mask", ["p6", "res5"], "", ["backbone", "backbone.bottom_up.res5"]),
+        ("retinanet", ["res3"], "backbone.fpn_lateral3", [RES3, "backbone.fpn_lateral3"]),
+        # Nothing is of the backbone alone where other modules are read, too.
+        ("retinanet", ["res3"], "head.cls_score", []),
+        ("retinanet", ["res2"], "dense", []),
+        ("faster", ["res2"], "rpn", []),
+        ("mask", ["res2"], "box_head", []),
+        # Without a neck, the last stages are the backbone's outputs.
+        ("c4", ["res2"], "", ["backbone.res2"]),
+        ("c4", ["res4", "res2"], "", ["backbone", "backbone.res2"]),
     ],
 )
-def test_what_is_read_of_the_backbone(family, levels, reads):
-    view = build_view(detector(family), "student")
+def test_what_is_read_of_the_backbone(family, levels, other, reads):
+    """Levels, and a tap or a capability."""
+    model = build_model(c4_config()) if family == "c4" else detector(family)
+    view = build_view(model, "student")
     for name in levels:
         view.require_level(name)
+    if "." in other:
+        view.require_tap(other)
+    elif other:
+        view.require(other)
     assert view.backbone_reads == reads
-
-
-def test_backbone_without_a_neck():
-    """Its last stages are its own outputs."""
-    view = build_view(c4_detector(), "student")
-    view.require_level("res2")
-    assert view.backbone_reads == ["backbone.res2"]
-    view.require_level("res4")
-    assert view.backbone_reads == ["backbone", "backbone.res2"]
-
-
-def c4_detector():
-    cfg = tiny_config("faster")
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-    cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 1, 4
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 4, 8
-    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32.0, 64.0]]
-    return build_model(cfg)
-
-
-@pytest.mark.parametrize(
-    "path, reads",
-    [
-        ("backbone.bottom_up.stem", ["backbone.bottom_up.stem"]),
-        ("backbone.fpn_lateral3", ["backbone.fpn_lateral3"]),
-        ("backbone", ["backbone"]),
-        *((path, []) for path in ("head", "head.cls_score", "anchor_generator", "")),
-    ],
-)
-def test_taps_inside_the_backbone_count(path, reads):
-    """Nothing is of the backbone alone where other modules are read, too."""
-    view = build_view(detector(), "student")
-    view.require_tap(path)
-    assert view.backbone_reads == reads
-
-
-HEADS = [("retinanet", "dense"), ("faster", "rpn"), ("mask", "box_head")]
-
-
-@pytest.mark.parametrize("family, capability", HEADS)
-def test_nothing_is_of_the_backbone_alone_where_heads_are_needed(family, capability):
-    view = build_view(detector(family), "student")
-    view.require_level("res2")
-    view.require(capability)
-    assert view.backbone_reads == []
 
 
 @pytest.mark.parametrize(
@@ -531,48 +417,19 @@ def test_forward_of_a_student_ends_with_the_last_that_is_read(levels, parts):
         assert all(view.level(name).requires_grad for name in levels)
 
 
-def test_forward_of_a_student_runs_to_its_end_where_nothing_is_stated():
-    view = build_view(detector().train(), "student")
-    heads = count_calls(view.model.head)
-    with view.recording(), EventStorage(0), view.until_read():
-        assert set(view.model(tiny_batch())) == {"loss_cls", "loss_box_reg"}
-    assert len(heads) == 1
-
-
-@pytest.mark.parametrize(
-    "levels, reached",
-    [
-        (["res2"], ["bottom_up.stem", "bottom_up.res2"]),
-        (["p4"], ["bottom_up", "fpn_lateral4", "fpn_output4"]),
-        (["p2", "p3", "p4"], ["bottom_up", "fpn_"]),
-    ],
-)
-def test_parameters_that_gradients_reach(levels, reached):
-    view = build_view(detector().train(), "student")
-    for name in levels:
-        view.require_level(name)
-    known = {parameter: name for name, parameter in view.model.backbone.named_parameters()}
-    found = {known[parameter] for parameter in reached_parameters(view)}
-    assert found == {name for name in known.values() if name.startswith(tuple(reached))}
-
-
-def test_parameters_that_gradients_of_taps_reach():
+def test_parameters_that_gradients_reach():
+    """Through levels and taps, and not where they are frozen."""
     view = build_view(detector().train(), "student")
     view.require_tap("backbone.fpn_lateral3")
     view.require_level("res2")
-    known = {parameter: name for name, parameter in view.model.backbone.named_parameters()}
+    backbone = view.model.backbone
+    known = {parameter: name for name, parameter in backbone.named_parameters()}
     parts = {known[parameter].rpartition(".")[0] for parameter in reached_parameters(view)}
     parts = {name if "fpn" in name else ".".join(name.split(".")[:2]) for name in parts}
     assert parts == {"bottom_up.stem", "bottom_up.res2", "bottom_up.res3", "fpn_lateral3"}
-
-
-def test_frozen_parameters_are_not_reached():
-    view = build_view(detector(), "student")
-    view.require_level("res3")
-    view.model.backbone.bottom_up.stem.requires_grad_(False)
-    bottom_up = view.model.backbone.bottom_up
-    assert reached_parameters(view) == {*bottom_up.res2.parameters(), *bottom_up.res3.parameters()}
-    bottom_up.requires_grad_(False)
-    assert reached_parameters(view) == set()
+    backbone.bottom_up.stem.requires_grad_(False)
+    backbone.fpn_lateral3.requires_grad_(False)
+    stages = (backbone.bottom_up.res2, backbone.bottom_up.res3)
+    assert reached_parameters(view) == {p for stage in stages for p in stage.parameters()}
     view.model.requires_grad_(False)
     assert reached_parameters(view) == set()

@@ -60,7 +60,7 @@ class FCOSLoss(nn.Module):
         self.weight_cls = weight_cls
         self.box_loss = box_loss
         self.quality = quality
-        # Not in checkpoints: those of the public implementation have none.
+        # Not in state_dict, as in the public implementation; checkpoints of a training have it (view.py).
         self.register_buffer("moving_positives", torch.tensor(100.0), persistent=False)
 
     def forward(

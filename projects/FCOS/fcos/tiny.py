@@ -19,6 +19,7 @@ def config(width: int) -> CfgNode:
     node.IN_FEATURES, node.FPN_STRIDES = ["p2", "p3", "p4"], [4, 8, 16]
     node.SIZES_OF_INTEREST, node.NUM_CLASSES = [16, 32], CLASSES
     node.NUM_CLS_CONVS = node.NUM_BOX_CONVS = 1
+    node.LOSS_NORMALIZER_CLS = "moving_fg"  # a moving average, which a resumed run must have
     return cfg
 
 

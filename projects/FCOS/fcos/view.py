@@ -22,6 +22,8 @@ HEAD = "proposal_generator.fcos_head"
 class OneStageDetectorView(FCOSView):
     """Of any OneStageDetector the features, of FCOS the head too."""
 
+    training_state = ("proposal_generator.loss.moving_positives",)
+
     @property
     def offers(self) -> tuple[str, ...]:
         return super().offers if isinstance(self.model.proposal_generator, FCOS) else ()
