@@ -117,12 +117,6 @@ def config(**keys):
     return cfg
 
 
-def plain_config(cfg):
-    cfg = cfg.clone()
-    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BOTTLENECK.BACKBONE
-    return cfg
-
-
 SMALL = {"BOTTLENECK__BACKBONE": "build_small_resnet_backbone"}
 NARROW = {"RESNETS__STEM_OUT_CHANNELS": 16, "RESNETS__WIDTH_PER_GROUP": 8, "FPN__OUT_CHANNELS": 16}
 BASIC = {**NARROW, "RESNETS__STEM_OUT_CHANNELS": 64, "RESNETS__RES2_OUT_CHANNELS": 64}
@@ -142,7 +136,9 @@ BACKBONES = {
 @pytest.mark.parametrize("name", BACKBONES)
 def test_stands_in_for_the_first_stage(name):
     cfg = config(**BACKBONES[name])
-    backbone, plain = build_backbone(cfg).eval(), build_backbone(plain_config(cfg)).eval()
+    backbone = build_backbone(cfg).eval()
+    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BOTTLENECK.BACKBONE
+    plain = build_backbone(cfg).eval()
     resnet = getattr(backbone, "bottom_up", backbone)
     assert type(resnet.res2) is BottleneckStage and resnet.stages[0] is resnet.res2
     assert backbone.output_shape() == plain.output_shape()
@@ -157,17 +153,6 @@ def test_stands_in_for_the_first_stage(name):
         found, expected = backbone(x), plain(x)
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
     assert resnet.res2.transmitted == (1, 3, 20, 28)
-
-
-def test_the_rest_is_computed_as_before():
-    cfg = config(**SMALL)
-    backbone, plain = build_backbone(cfg).eval(), build_backbone(plain_config(cfg)).eval()
-    plain.load_state_dict(backbone.state_dict(), strict=False)
-    plain.bottom_up.res2.register_forward_hook(lambda _module, inputs, _output: stage(inputs[0]))
-    stage, x = backbone.bottom_up.res2, torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        found, expected = backbone(x), plain(x)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("name", ["FrozenBN", "GN", "SyncBN"])

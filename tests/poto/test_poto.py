@@ -168,8 +168,6 @@ def test_losses_are_float32_under_autocast(variant):
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, expected[name], rtol=1e-6, atol=0)
-    sum(losses.values()).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_a_step_waits_for_the_device_once(monkeypatch):
@@ -214,18 +212,6 @@ def test_detections_by_loops(variant, keys):
             row += starts[level]
             decoded = naive.decode(rows.deltas[image, row].tolist(), rows.anchors[row].tolist())
             np.testing.assert_allclose(box, decoded, rtol=1e-4, atol=1e-3)
-
-
-def test_nothing_is_suppressed():
-    """Two equal boxes of one class are two detections."""
-    model = poto().eval()
-    logits = torch.full((2, CLASSES), -9.0)
-    logits[:, 1] = torch.tensor([2.0, 1.0])
-    anchors = [Boxes(torch.tensor([[0.0, 0, 8, 8], [8.0, 0, 16, 8]]))]
-    deltas = torch.tensor([[1.0, 1, 2, 1], [2.0, 1, 1, 1]])
-    found = model.detect([logits.sigmoid()], [deltas], anchors, (16, 16))
-    assert found.pred_classes.tolist() == [1, 1] and found.scores[0] > found.scores[1]
-    assert found.pred_boxes.tensor.tolist() == [[-4, -4, 20, 12]] * 2
 
 
 # Configs, and what is refused

@@ -73,20 +73,11 @@ def test_match():
     assert not predictions.match(boxes, torch.zeros_like(valid)).any()
 
 
-def distiller(student, teacher, *losses):
-    return Distiller(student=student, teacher=Teacher(teacher), losses=losses).train()
-
-
 @pytest.mark.parametrize("student, teacher", [("plain", "3dmf"), ("3dmf", "plain"), ("plain", "FCOS")])
 def test_other_teachers(student, teacher):
     """With and without the filter; locations and boxes of an FCOS are the same."""
     teacher = tiny_detector("fcos", channels=32) if teacher == "FCOS" else poto(teacher)
+    model = Distiller(student=poto(student), teacher=Teacher(teacher), losses=[GID()]).train()
     with EventStorage(0):
-        terms = distiller(poto(student), teacher, GID())(tiny_batch(2))
+        terms = model(tiny_batch(2))
     assert terms["loss_gid_response_cls"] > 0 and terms["loss_gid_response_reg"].isfinite()
-
-
-def test_gid_without_centerness():
-    """The filter is in the logits."""
-    with pytest.raises(ValueError, match="GI_CENTERNESS is True, but the student, a POTO, predicts no"):
-        distiller(poto("3dmf"), poto("3dmf"), GID(gi_centerness=True))

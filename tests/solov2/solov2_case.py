@@ -33,10 +33,9 @@ def solov2(seed: int = 0, lively: bool = True, **keys) -> SOLOv2:
     torch.manual_seed(seed)
     model = build_model(config(**keys))
     if lively:
-        head = model.ins_head
-        for layer, scale in ((head.cate_pred, 0.3), (head.kernel_pred, 0.3)):
-            torch.nn.init.normal_(layer.weight, std=scale)
-        torch.nn.init.constant_(head.cate_pred.bias, 0.0)
+        for layer in (model.ins_head.cate_pred, model.ins_head.kernel_pred):
+            torch.nn.init.normal_(layer.weight, std=0.3)
+        torch.nn.init.constant_(model.ins_head.cate_pred.bias, 0.0)
     return model
 
 

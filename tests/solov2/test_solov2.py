@@ -166,7 +166,3 @@ def test_wrong_values(keys, match):
     cfg.merge_from_list([part for k, v in keys.items() for part in (f"MODEL.SOLOV2.{k}", v)])
     with pytest.raises(ValueError, match=rf"^MODEL\.SOLOV2\..*{match}"):
         build_model(cfg)
-
-
-def test_keys_that_are_read_by_nothing():
-    build_model(config(TYPE_DCN="DCNv2"))
