@@ -282,6 +282,26 @@ def test_names_that_adelaidet_has(tmp_path, order):
     assert "'CondInst' is registered by adet, which is left alone" in text
 
 
+ALONE = """
+import sys
+from pathlib import Path
+folders = [folder for folder in Path("projects").iterdir() if folder.is_dir()]
+sys.path += map(str, folders)
+from detectron2.modeling import META_ARCH_REGISTRY
+for folder in folders:
+    (package,) = [path.parent.name for path in folder.glob("*/__init__.py")]
+    __import__(package)
+assert META_ARCH_REGISTRY.get("SSD").__module__ == "ssd.ssd"
+assert not {"distill_d2.engine", "distill_d2.projects.ssd"} & set(sys.modules)
+"""
+
+
+def test_projects_packages_alone(monkeypatch):
+    """As those of detectron2's projects/: from their folders, without the scripts."""
+    monkeypatch.chdir(ROOT)
+    command("-c", ALONE)
+
+
 def test_public_names():
     from distill_d2.losses import PKD, InstanceConditionalDistillation, build_losses
 
