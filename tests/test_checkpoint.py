@@ -53,47 +53,28 @@ def load(model, path):
 FILE = "https://huggingface.co/tianzhi/AdelaiDet-FCOS/resolve/main/FCOS_R_50_1x.pth"
 
 
-OTHERS = (
-    "https://elsewhere.org/blob/a.pth?download=true",
-    "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
-    *("a/blob/b.pth", ""),
-)
-
-
 @pytest.mark.parametrize(
     "path, expected",
     [
         (FILE, FILE),
-        (f"{FILE}?download=true", FILE),
-        (FILE.replace("resolve", "blob"), FILE),
         (FILE.replace("resolve", "blob") + "?download=true", FILE),
         ("https://hf.co/a/b/resolve/main/c.pth?download=1", "https://hf.co/a/b/resolve/main/c.pth"),
         (f"{FILE}?download=true&matching_heuristics=True", f"{FILE}?matching_heuristics=True"),
-        *((other, other) for other in OTHERS),
+        ("https://elsewhere.org/blob/a.pth?download=true",) * 2,
+        ("detectron2://ImageNetPretrained/MSRA/R-50.pkl",) * 2,
+        ("a/blob/b.pth",) * 2,
     ],
 )
 def test_addresses_of_files(path, expected):
     assert direct_address(path) == expected
 
 
-@pytest.fixture
-def downloads(tmp_path, monkeypatch):
-    """A list of the addresses that were asked for; each is a file with the weights of ``linear``."""
-    asked = []
-    path = tmp_path / "downloaded.pth"
-    torch.save({"model": {"weight": torch.tensor(WEIGHT), "bias": torch.zeros(2)}}, path)
-
-    def get(address, **_):
-        asked.append(address)
-        return str(path)
-
-    monkeypatch.setattr(PathManager, "get_local_path", get)
-    return asked
-
-
 @pytest.mark.parametrize("suffix", ["", "?download=true"])
 @pytest.mark.parametrize("kind", ["resolve", "blob"])
-def test_a_page_of_a_file_is_the_file(downloads, kind, suffix):
+def test_a_page_of_a_file_is_the_file(tmp_path, monkeypatch, kind, suffix):
+    downloads, path = [], str(tmp_path / "downloaded.pth")
+    torch.save({"model": {"weight": torch.tensor(WEIGHT), "bias": torch.zeros(2)}}, path)
+    monkeypatch.setattr(PathManager, "get_local_path", lambda url, **_: downloads.append(url) or path)
     model, address = linear(), FILE.replace("resolve", kind) + suffix
     load(model, address)
     assert model.weight.tolist() == WEIGHT
@@ -136,42 +117,30 @@ def test_pickle_of_python_2(tmp_path):
     assert read_pickle(str(path)) == {"__author__": "\xe9", "model": {"bias": 1.0}}
 
 
-def test_imagenet_weights_of_caffe2(tmp_path):
-    stem = nn.ModuleDict({"stem": BasicStem(3, 4, norm="FrozenBN")})
+@pytest.mark.parametrize("caffe2", [False, True])
+def test_names_of_detectron_1_and_caffe2(tmp_path, caffe2):
     data = {
         "conv1_w": np.full((4, 3, 7, 7), 2, np.float32),
         "res_conv1_bn_s": np.full(4, 3, np.float32),
         "res_conv1_bn_b": np.full(4, 4, np.float32),
         "conv1_w_momentum": np.zeros((4, 3, 7, 7), np.float32),
     }
-    load(stem, write(tmp_path / "R-50.pkl", data))
+    stem = nn.ModuleDict({"stem": BasicStem(3, 4, norm="FrozenBN")})
+    data = data if caffe2 else {"blobs": data, "cfg": "text"}
+    _, keys = load(stem, write(tmp_path / "R-50.pkl", data))
     conv = stem["stem"].conv1
     assert (conv.weight == 2).all() and (conv.norm.weight == 3).all() and (conv.norm.bias == 4).all()
-
-
-def test_detectron_1(tmp_path):
-    model = nn.ModuleDict({"box_head": nn.ModuleDict({"fc1": linear()})})
-    blobs = {"fc6_w": arrays()["weight"], "fc6_b": arrays()["bias"], "fc6_w_momentum": arrays()["bias"]}
-    _, keys = load(model, write(tmp_path / "d1.pkl", {"blobs": blobs, "cfg": "text"}))
-    assert model["box_head"]["fc1"].weight.tolist() == WEIGHT
-    assert not keys.missing_keys and not keys.unexpected_keys
-
-
-def test_pycls(tmp_path):
-    model = nn.Linear(3, 2)
-    torch.save({"model_state": linear().state_dict()}, tmp_path / "pycls.pyth")
-    load(model, tmp_path / "pycls.pyth")
-    assert (model.weight == 0).all()
+    assert not keys.unexpected_keys
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_pth(tmp_path, legacy):
-    source, model = nn.Linear(3, 2), linear()
-    path = tmp_path / "model.pth"
-    data = {"model": source.state_dict(), "iteration": 4}
+@pytest.mark.parametrize("name, entry", [("model.pth", "model"), ("pycls.pyth", "model_state")])
+def test_torch_files(tmp_path, legacy, name, entry):
+    source, model, path = nn.Linear(3, 2), linear(), tmp_path / name
+    data = {entry: source.state_dict(), "iteration": 4}
     torch.save(data, path, _use_new_zipfile_serialization=not legacy)
     rest, _ = load(model, path)
-    assert torch.equal(model.weight, source.weight) and rest == {"iteration": 4}
+    assert torch.equal(model.weight, source.weight) and (entry != "model" or rest == {"iteration": 4})
 
 
 def test_incompatible_keys_are_kept(tmp_path):
@@ -206,16 +175,10 @@ def test_pkl_that_runs_code(tmp_path, protocol, place):
     assert marker.exists()  # the test can fail: an ordinary unpickler does run it
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "builtins.eval",
-        "builtins.getattr",
-        "numpy.load",
-        "numpy._core.multiarray.fromfile",
-        "numpy.core.os",
-    ],
-)
+NUMPYS = ("numpy.load", "numpy._core.multiarray.fromfile", "numpy.core.os")
+
+
+@pytest.mark.parametrize("name", ["builtins.eval", "builtins.getattr", *NUMPYS])
 def test_globals_that_are_refused(tmp_path, name):
     owner, _, attribute = name.rpartition(".")
     path = tmp_path / "evil.pkl"
@@ -236,10 +199,6 @@ def test_torch_file_that_runs_code(tmp_path, suffix, legacy):
     assert len(str(error.value).splitlines()) == 1  # without torch's advice to trust the file
 
 
-def lengths(whole):
-    return sorted({*range(40), *range(0, whole, max(whole // 40, 1)), whole - 1})
-
-
 @pytest.mark.parametrize("kind", ["pkl", "pth", "large pth", "legacy pth"])
 def test_truncated(tmp_path, kind):
     path = tmp_path / f"model.{kind[-3:]}"
@@ -249,35 +208,23 @@ def test_truncated(tmp_path, kind):
         data = {"model": nn.Linear(200 if kind == "large pth" else 3, 100).state_dict()}
         torch.save(data, path, _use_new_zipfile_serialization=kind != "legacy pth")
     whole = path.read_bytes()
-    for length in lengths(len(whole)):
+    for length in {*range(40), *range(0, len(whole), max(len(whole) // 40, 1)), len(whole) - 1}:
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=f"'{path}': .+It may be truncated"):
             load(linear(), path)
 
 
+PAGE = b"<!DOCTYPE html><html>Not found</html>"
+
+
 @pytest.mark.parametrize("suffix", ["pkl", "pth"])
-@pytest.mark.parametrize(
-    "content", [b"<!DOCTYPE html><html>Not found</html>", b"\x80\x02]q\x00.", b"\x00" * 64]
-)
+@pytest.mark.parametrize("content", [PAGE, b"\x80\x02]q\x00.", b"\x00" * 64])
 def test_not_a_checkpoint(tmp_path, suffix, content):
-    path = tmp_path / f"page.{suffix}"
-    path.write_bytes(content)
+    (tmp_path / f"page.{suffix}").write_bytes(content)
     with pytest.raises(ValueError, match="page"):
-        load(linear(), path)
-
-
-@pytest.mark.parametrize("name", ["none.pth", "none.pkl", "none/none.pth"])
-def test_missing_file(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=f"checkpoint '.*{name}' does not exist"):
-        load(linear(), tmp_path / name)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_file(tmp_path):
-    torch.save(linear().state_dict(), tmp_path / "model.pth")
-    (tmp_path / "model.pth").chmod(0)
-    with pytest.raises(PermissionError, match="model.pth"):
-        load(linear(), tmp_path / "model.pth")
+        load(linear(), tmp_path / f"page.{suffix}")
+    with pytest.raises(FileNotFoundError, match=f"checkpoint '.*none.{suffix}' does not exist"):
+        load(linear(), tmp_path / f"none.{suffix}")
 
 
 # Writing.
@@ -286,6 +233,8 @@ def test_unreadable_file(tmp_path):
 def test_save_and_load(tmp_path):
     model, optimizer = nn.Linear(3, 2), torch.optim.SGD(linear().parameters(), lr=0.5)
     SafeCheckpointer(model, str(tmp_path), optimizer=optimizer).save("model_1", iteration=1)
+    SafeCheckpointer(model, str(tmp_path), save_to_disk=False).save("model_2")  # of another process
+    SafeCheckpointer(model, "").save("model_3")
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_1.pth"]
     assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth"
 
@@ -360,12 +309,6 @@ def test_failure_while_writing_the_name_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(pytest.fail.Exception):
         checkpointer.tag_last_checkpoint("model_2.pth")
     assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth"
-
-
-def test_only_the_main_process_writes(tmp_path):
-    SafeCheckpointer(linear(), str(tmp_path), save_to_disk=False).save("model")
-    SafeCheckpointer(linear(), "").save("model")
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("scheme", ["https://example.com/", "detectron2://"])

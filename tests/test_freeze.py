@@ -3,7 +3,6 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 
 from distill_d2.distiller import Distiller
 from distill_d2.freeze import freeze, matching_names, summary
@@ -12,6 +11,7 @@ from distill_d2.losses.feature_mimic import FeatureMimic
 from distill_d2.losses.ghnd import GHND
 from distill_d2.losses.pkd import PKD
 from distill_d2.teacher import Teacher
+from distill_d2.testing import step
 from distill_d2.testing.tiny import tiny_batch, tiny_config, tiny_detector, use_ghnd
 
 KEY = "MODEL.DISTILLER.FREEZE"
@@ -77,8 +77,6 @@ def test_matching_names_keep_their_order():
     assert matching_names(names, ["^a", r"c\."], KEY) == ["a.weight", "a.bias", "c.bias"]
     assert matching_names(names, ["bias", "^b"], KEY) == ["b.weight", "a.bias", "c.bias"]
     assert matching_names(names, [], KEY) == []
-    with pytest.raises(ValueError, match="'d' matches no name; names are, for example, "):
-        matching_names(names, ["d"], KEY)
     with pytest.raises(ValueError, match=r"'d' matches no name; names are, for example, \[\]"):
         matching_names([], ["d"], KEY)
 
@@ -99,7 +97,6 @@ def test_summary():
         ("res3", RES3_NORMS, {"weight", "bias"}),
         (r"res3.*running_(mean|var)$", RES3_NORMS, set()),
         (r"res3.*(weight|bias)$", set(), {"weight", "bias"}),
-        (r"res3.*\.weight$", set(), {"weight"}),
         (r"res3.0.conv1.norm", {"backbone.bottom_up.res3.0.conv1.norm"}, {"weight", "bias"}),
     ],
 )
@@ -128,13 +125,6 @@ def moved(model, before):
     return {name.rpartition(".")[0] for name in after if not torch.equal(before[name], after[name])}
 
 
-def step(model):
-    with EventStorage(0):
-        losses = model(tiny_batch())
-    sum(losses.values()).backward()
-    return losses
-
-
 def test_frozen_norms_stay_in_eval_mode_and_keep_their_statistics():
     """Unless only their weights are frozen."""
     model = distiller(freeze_names=["res3", r"res2.*\.(weight|bias)$"])
@@ -142,7 +132,7 @@ def test_frozen_norms_stay_in_eval_mode_and_keep_their_statistics():
     model.train()
     before = statistics(model)
     for _ in range(2):
-        step(model)
+        step(model, tiny_batch())
         modes = {name: module.training for name, module in model.student.named_modules()}
         assert {name for name in norms if not modes[name]} == RES3_NORMS
         assert {name for name in modes if not modes[name]} == RES3_NORMS
@@ -170,7 +160,6 @@ ALL_STAGES = [f"backbone.bottom_up.{part}" for part in ("stem", "res2", "res3", 
             [*ALL_STAGES, "backbone.fpn_lateral3", "backbone.fpn_lateral4", "backbone.fpn_output3"],
         ),
         ("faster", ["res2", "res5"], ALL_STAGES),
-        ("faster", ["p2", "p3", "p4", "p5", "p6"], ["backbone."]),
         ("fcos", ["res3"], ALL_STAGES[:3]),
     ],
 )
@@ -178,12 +167,9 @@ def test_only_what_the_losses_reach_is_trained(family, levels, reached):
     """A pyramid's level has what lies above it; a loss on p3 does not reach p2's own convolutions."""
     model = distiller(family, [FeatureMimic(in_features=levels)], task_loss_weight=0.0)
     assert trained(model.student) == inside(model.student, *reached)
-    step(model.train())
+    step(model.train(), tiny_batch())
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def test_with_the_students_own_losses_everything_is_trained():
-    model = distiller(losses=[FeatureMimic(in_features=["res2"])], task_loss_weight=1e-3)
+    model = distiller(family, [FeatureMimic(in_features=levels)], task_loss_weight=1e-3)
     assert trained(model.student) == inside(model.student, "")
 
 
@@ -201,9 +187,8 @@ def test_a_bottleneck_that_rounds_is_trained_whole():
     cfg = tiny_config()
     use_ghnd(cfg)
     cfg.MODEL.BOTTLENECK.QUANT_BITS = 8
-    student = build_model(cfg)
+    student, teacher = build_model(cfg), Teacher(tiny_detector())
     losses = [GHND(in_features=["res2", "res3"])]
-    teacher = Teacher(tiny_detector())
     Distiller(student=student, teacher=teacher, losses=losses, task_loss_weight=0.0)
     assert trained(student) == inside(student, *ALL_STAGES[:3])
 
@@ -243,4 +228,4 @@ def test_a_loss_that_states_nothing_reads_all_features():
     """Beside one that only needs the first stage of both."""
     model = distiller(losses=[PKD(in_features=["res2"]), MeanFeature()], task_loss_weight=0.0)
     assert model.features_only and trained(model.student) == inside(model.student, "backbone.")
-    assert step(model.train())["loss_mean_feature"] > 0
+    assert step(model.train(), tiny_batch())["loss_mean_feature"] > 0

@@ -247,7 +247,7 @@ def test_unknown_cases(kind, name, message):
 def test_keys_of_another_model(kind, name):
     arrays = load(kind)
     arrays["keys"] = np.array(str(arrays["keys"]).replace(name, "other"))
-    with pytest.raises(FixtureError, match="other (keys or shapes|tensors) than ours"):
+    with pytest.raises(FixtureError, match="other (keys or shapes|tensors) than the model here"):
         run(kind, arrays)
 
 

@@ -57,8 +57,8 @@ class WheatLoss(DistillLoss):
 
     def forward(self, student, teacher, batch):
         assert type(student) is type(teacher) is WheatView
-        ((ours, its),) = self.pairs(student, teacher).values()
-        return {"loss_wheat": (ours - its).square().mean()}
+        ((one, other),) = self.pairs(student, teacher).values()
+        return {"loss_wheat": (one - other).square().mean()}
 
 
 @DATASET_MAPPER_REGISTRY.register()
@@ -280,6 +280,26 @@ def test_names_that_adelaidet_has(tmp_path, order):
     assert "'OneStageDetector' is registered by adet and left alone" in line
     assert "distill_d2.projects.fcos is not imported" in line
     assert "'CondInst' is registered by adet, which is left alone" in text
+
+
+ALONE = """
+import sys
+from pathlib import Path
+folders = [folder for folder in Path("projects").iterdir() if folder.is_dir()]
+sys.path += map(str, folders)
+from detectron2.modeling import META_ARCH_REGISTRY
+for folder in folders:
+    (package,) = [path.parent.name for path in folder.glob("*/__init__.py")]
+    __import__(package)
+assert META_ARCH_REGISTRY.get("SSD").__module__ == "ssd.ssd"
+assert not {"distill_d2.engine", "distill_d2.projects.ssd"} & set(sys.modules)
+"""
+
+
+def test_projects_packages_alone(monkeypatch):
+    """As those of detectron2's projects/: from their folders, without the scripts."""
+    monkeypatch.chdir(ROOT)
+    command("-c", ALONE)
 
 
 def test_public_names():

@@ -130,7 +130,7 @@ class UnpickledStub:
 
 def stub_globals(names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
     """Inside, torch reads objects of these classes as stubs."""
-    # torch recognizes a class by its module and name, so that a class of ours can stand in for it.
+    # torch recognizes a class by its module and name, so that another class can stand in for it.
     parts = [name.rpartition(".") for name in names]
     stubs: list[Any] = [
         type(name, (UnpickledStub,), {"__module__": module}) for module, _, name in parts

@@ -11,6 +11,7 @@ or its ``model`` is a complete ``L(Distiller)(student=..., teacher=L(load_teache
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections import OrderedDict
 from typing import Any
@@ -34,6 +35,8 @@ from .optimizer import trained_with_student
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
 from .setup import check_length, check_output_dir, choose_device, config_keys, file_in, note_imports
 from .trainer import DistillTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
@@ -68,6 +71,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     default_setup(cfg, args)
     rank = comm.get_rank()
     setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
+    logger.info(f"Ran the code of {args.config_file}, a LazyConfig")
     note_imports(cfg.train.output_dir, args.imports)
     return cfg
 

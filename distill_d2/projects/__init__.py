@@ -2,7 +2,7 @@
 
 An installed distill_d2 has them inside this folder; a checkout has them in ``projects/`` beside the
 package, which is added to this package's search path. Importing a package registers its detector;
-``distill_d2.plugins`` imports the packages that a config needs.
+``distill_d2.plugins`` does so when detectron2 looks up a name of that detector.
 """
 
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from ..checkpoint import SafeCheckpointer
 from ..config import add_distill_config, load_yaml, student_config
 from ..freeze import compile_patterns
 from .running import Teacher
+
+logger = logging.getLogger(__name__)
 
 # Keys that never change what a detector computes: normalization constants and anchors, which come
 # from the config, and batch normalization's step counter, which evaluation does not use.
@@ -161,6 +164,7 @@ def _plan(name: str, official: bool) -> _Plan:
     path = model_zoo.find_config(name)
     if path.endswith(".py"):
         config = LazyConfig.load(path)
+        logger.info(f"Ran the code of {path}, a LazyConfig")
     else:
         config = get_cfg()
         add_distill_config(config)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 from pathlib import Path
 
 import cv2
@@ -11,7 +10,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_voc_instances
 from detectron2.structures import BoxMode
-from small_datasets import assert_fails, load, write_voc
+from small_datasets import OBJECT, assert_fails, load, write_voc
 
 from distill_d2.data import register_custom_datasets
 
@@ -23,25 +22,19 @@ def voc_entry(**changes):
     return {"NAME": f"custom_voc_{next(_numbers)}", **entry, **changes}
 
 
+BOX = {"image_id": 1, "category_id": 7, "area": 100, "iscrowd": 0}
+COCO = {
+    "info": {},
+    "images": [{"id": 1, "file_name": "1.png", "height": 40, "width": 60}],
+    "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
+    "annotations": [{"id": 1, "bbox": [5, 5, 10, 10], **BOX}],
+}
+
+
 def write_coco(folder, **changes):
-    content = {
-        "info": {},
-        "images": [{"id": 1, "file_name": "1.png", "height": 40, "width": 60}],
-        "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
-        "annotations": [
-            {
-                "id": 1,
-                "image_id": 1,
-                "category_id": 7,
-                "bbox": [5, 5, 10, 10],
-                "area": 100,
-                "iscrowd": 0,
-            },
-        ],
-    }
     (folder / "images").mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(folder / "images" / "1.png"), np.zeros((40, 60, 3), np.uint8))
-    (folder / "train.json").write_text(json.dumps({**content, **changes}))
+    (folder / "train.json").write_text(json.dumps({**COCO, **changes}))
 
 
 def coco_entry(**changes):
@@ -85,9 +78,8 @@ def test_bccd_is_what_detectron2_reads(shared):
 
 def test_nuclei_by_a_relative_path(shared, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shared / "data"))
-    dicts = load(
-        coco_entry(JSON="nuclei/annotations/val.json", IMAGES="nuclei/images", CLASSES=["nucleus"])
-    )
+    paths = dict(JSON="nuclei/annotations/val.json", IMAGES="nuclei/images")
+    dicts = load(coco_entry(**paths, CLASSES=["nucleus"]))
     assert len(dicts) == 45 and sum(len(record["annotations"]) for record in dicts) == 1466
     assert all("segmentation" in item for record in dicts for item in record["annotations"])
     assert all(Path(record["file_name"]).is_file() for record in dicts)
@@ -115,21 +107,15 @@ def test_voc_images_of_other_suffixes(root, suffix):
     assert load(voc_entry())[0]["file_name"] == str(root / "JPEGImages" / f"1{suffix}")
 
 
-def test_voc_boxes_without_area_are_dropped_and_counted(root, caplog):
+def test_boxes_without_area_are_dropped_and_counted(root, caplog):
     boxes = [(5, 5, 5, 9), (5, 9, 9, 5), (0, 0, 0, 0), (61, 1, 70, 9), (-9, 1, -1, 9), (1, 1, 2, 2)]
     write_voc(root, {"1": [("dog", *box) for box in boxes]})
-    with caplog.at_level(logging.WARNING, "distill_d2"):
-        (record,) = load(voc_entry(CLASSES=["dog"]))
+    (record,) = load(voc_entry(CLASSES=["dog"]))
     assert [item["bbox"] for item in record["annotations"]] == [[0, 0, 2, 2]]
     assert "dropped 5 boxes" in caplog.text
-
-
-def test_coco_boxes_without_area_are_dropped_and_counted(root, caplog):
-    box = {"image_id": 1, "category_id": 3, "area": 0, "iscrowd": 0}
     boxes = [[1, 1, 0, 5], [1, 1, 5, 0], [1, 1, -2, 5], [1, 1, 4, 5]]
-    write_coco(root, annotations=[{"id": i + 1, "bbox": b, **box} for i, b in enumerate(boxes)])
-    with caplog.at_level(logging.WARNING, "distill_d2"):
-        (record,) = load(coco_entry())
+    write_coco(root, annotations=[{"id": i + 1, "bbox": box, **BOX} for i, box in enumerate(boxes)])
+    (record,) = load(coco_entry())
     assert [item["bbox"] for item in record["annotations"]] == [[1, 1, 4, 5]]
     assert "dropped 3 boxes" in caplog.text
 
@@ -148,25 +134,20 @@ def test_coco_categories_follow_their_ids(coco):
 
 def test_registering_twice_is_registering_once(voc, coco):
     entries = [voc_entry(), coco_entry()]
-    register_custom_datasets(entries)
-    register_custom_datasets([dict(entry) for entry in entries])
+    for _ in range(2):
+        register_custom_datasets([dict(entry) for entry in entries])
     assert len(DatasetCatalog.get(entries[0]["NAME"])) == 3
 
 
-def test_name_of_another_entry(voc):
+def test_name_of_another_entry(voc, tmp_path, monkeypatch):
+    """Also the same entry below another folder."""
     entry = voc_entry()
     register_custom_datasets([entry])
-    assert_fails(
-        {**entry, "CLASSES": ["dog", "cat"]}, entry["NAME"], "another dataset", "choose another"
-    )
-
-
-def test_same_entry_below_another_root_is_another_dataset(voc, tmp_path, monkeypatch):
-    entry = voc_entry()
-    register_custom_datasets([entry])
+    texts = entry["NAME"], "another dataset", str(voc), "choose another"
+    assert_fails({**entry, "CLASSES": ["dog", "cat"]}, *texts)
     write_voc(tmp_path / "other" / "pets", {"1": [("dog", 1, 1, 9, 9)]})
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "other"))
-    assert_fails(entry, "another dataset", str(voc))
+    assert_fails(entry, *texts)
 
 
 @pytest.mark.parametrize(
@@ -194,10 +175,7 @@ def test_wrong_entries(voc, changes, texts):
 @pytest.mark.parametrize(
     "entry, texts",
     [
-        (
-            voc_entry(ROOT="cats"),
-            ["the file", "cats/ImageSets/Main/train.txt", "['pets']", "DETECTRON2"],
-        ),
+        (voc_entry(ROOT="cats"), ["file", "cats/ImageSets/Main/train.txt", "['pets']", "DETECTRON2"]),
         (voc_entry(SPLIT="test"), ["Main/test.txt", "['train.txt']"]),
         (coco_entry(JSON="pets/val.json"), ["pets/val.json", "'train.json'"]),
         (coco_entry(IMAGES="pets/pngs"), ["the folder", "pets/pngs", "'images'"]),
@@ -218,35 +196,25 @@ def test_missing_voc_folder(voc, folder):
 # Annotations
 
 
-def test_voc_class_that_is_not_in_classes(voc):
-    assert_fails(
-        voc_entry(CLASSES=["cat", "bird"]),
-        "['dog']",
-        "'1.xml'",
-        "['cat', 'bird']",
-        "annotations hold ['cat', 'dog']",
-    )
-
-
-def test_coco_classes_that_differ(coco):
+def test_classes_that_differ(voc, coco):
+    texts = ["['dog']", "'1.xml'", "['cat', 'bird']", "annotations hold ['cat', 'dog']"]
+    assert_fails(voc_entry(CLASSES=["cat", "bird"]), *texts)
     assert_fails(coco_entry(CLASSES=["dog", "cat"]), "['dog', 'cat']", "['cat', 'dog']", "train.json")
 
 
-def test_voc_without_annotations(root):
+def test_no_annotations(root):
     write_voc(root, {"1": [], "2": []})
     assert_fails(voc_entry(), "no annotations", str(root), "2 images")
     (root / "ImageSets" / "Main" / "empty.txt").write_text("\n")
     assert_fails(voc_entry(SPLIT="empty"), "no annotations", "0 images")
-
-
-@pytest.mark.parametrize("missing", [True, False])
-def test_coco_without_annotations(root, missing):
     write_coco(root, annotations=[])
-    if missing:
-        content = json.loads((root / "train.json").read_text())
-        del content["annotations"]
-        (root / "train.json").write_text(json.dumps(content))
     assert_fails(coco_entry(), "no annotations", "train.json")
+    content = {key: value for key, value in COCO.items() if key != "annotations"}
+    (root / "train.json").write_text(json.dumps(content))
+    assert_fails(coco_entry(), "no annotations", "train.json")
+
+
+SIZE = "<annotation><size><width>{}</width><height>4</height></size>{}</annotation>"
 
 
 @pytest.mark.parametrize(
@@ -254,12 +222,8 @@ def test_coco_without_annotations(root, missing):
     [
         ("<annotation><size>", "2.xml"),
         ("<annotation></annotation>", "no <size><width>"),
-        ("<annotation><size><width>0</width><height>4</height></size></annotation>", "0 x 4"),
-        (
-            "<annotation><size><width>9</width><height>9</height></size><object><name>cat</name>"
-            "<bndbox><xmin>1</xmin><ymin>a</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></object></annotation>",
-            "'a'",
-        ),
+        (SIZE.format(0, ""), "0 x 4"),
+        (SIZE.format(9, OBJECT.format("cat", 1, "a", 3, 3)), "'a'"),
     ],
 )
 def test_malformed_xml_is_named(voc, content, text):
@@ -271,15 +235,11 @@ def test_malformed_xml_is_named(voc, content, text):
     "content, text",
     [
         ('{"images": [', "JSONDecodeError"),
-        (None, "category_id=4"),
+        (json.dumps(COCO).replace('"category_id": 7', '"category_id": 4'), "category_id=4"),
         ("[]", "train.json"),
         ("{}", "categories"),
     ],
 )
 def test_malformed_json_is_named(coco, content, text):
-    if content is None:
-        box = {"id": 1, "image_id": 1, "category_id": 4, "bbox": [1, 1, 2, 2], "area": 4, "iscrowd": 0}
-        write_coco(coco, annotations=[box])
-    else:
-        (coco / "train.json").write_text(content)
+    (coco / "train.json").write_text(content)
     assert_fails(coco_entry(), "cannot read", "train.json", text)

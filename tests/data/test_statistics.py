@@ -94,11 +94,12 @@ def test_instances_that_are_all_alike():
 def test_several_datasets():
     """They are one dataset of all images, with as many classes as the largest has, by metadata or boxes."""
     more = [image(40, 30, item(4, [10, 0, 30, 30]), item(0, [0, 0, 10, 3]))]
-    names = [register(DICTS), register(more, ["cat"]), register(more, None)]
-    together, apart = box_statistics([register(DICTS + more + more)]), box_statistics(names)
-    assert apart.counts.tolist() == together.counts.tolist() == [4, 0, 2, 0, 2]
+    names = [register(DICTS), register(more, ["cat"]), register(DICTS, None)]
+    together, apart = box_statistics([register(DICTS + more + DICTS)]), box_statistics(names)
+    assert apart.counts.tolist() == together.counts.tolist() == [5, 0, 4, 0, 1]
     np.testing.assert_allclose(apart.mean, together.mean, rtol=1e-12)
     np.testing.assert_allclose(apart.std, together.std, rtol=1e-10)
+    assert apart.mean[4].tolist() == [0.5, 1.0]  # of one instance
     assert box_statistics([names[0]] * 2).counts.tolist() == [4, 0, 4]
 
 

@@ -11,6 +11,7 @@ def test_distils_evaluates_and_resumes(lazy_job):
     results = lazy_job.run("train.max_iter=4")
     assert "AP" in results["bbox"]
     assert "loss_pkd" in metrics(lazy_job.output)[0]
+    assert f"Ran the code of {lazy_job.folder}/config.py" in (lazy_job.output / "log.txt").read_text()
     assert not any(name.startswith("student.") for name in checkpoint(lazy_job.output)["model"])
     assert lazy_job.run("--resume", "train.max_iter=6")["bbox"].keys() == results["bbox"].keys()
     assert checkpoint(lazy_job.output)["trainer"]["iteration"] == 5

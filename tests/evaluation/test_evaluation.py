@@ -1,17 +1,11 @@
 """The evaluators that a dataset's metadata asks for."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    inference_on_dataset,
-)
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_dataset
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 from pycocotools import mask as rle
@@ -19,26 +13,6 @@ from torch import nn
 
 from distill_d2.data import register_custom_datasets, register_shapes, shapes
 from distill_d2.evaluation import build_evaluator, with_model_evaluators
-
-_numbers = itertools.count()
-
-
-def _instances(record, shift):
-    """A record's ground truth as a detector would return it, scores 0.99, 0.98, ..."""
-    items = record["annotations"]
-    boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS) for item in items]
-    result = Instances((record["height"], record["width"]))
-    result.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) + shift)
-    result.scores = 0.99 - 0.001 * torch.arange(len(items))
-    result.pred_classes = torch.tensor([item["category_id"] for item in items], dtype=torch.int64)
-    if "segmentation" in items[0]:
-        masks = [_mask(item["segmentation"], record) for item in items]
-        result.pred_masks = torch.from_numpy(np.stack(masks)).bool()
-    return result
-
-
-def _mask(polygons, record):
-    return rle.decode(rle.merge(rle.frPyObjects(polygons, record["height"], record["width"])))
 
 
 def evaluate(name, output_dir, shift=0.0):
@@ -50,15 +24,18 @@ def evaluate(name, output_dir, shift=0.0):
     return evaluator.evaluate()
 
 
-def bccd_entry(shared, **changes):
-    entry = dict(FORMAT="voc", ROOT=str(shared / "data" / "bccd"), SPLIT="val", YEAR=2007)
-    entry["CLASSES"] = ["RBC", "WBC", "Platelets"]
-    return {"NAME": f"evaluate_bccd_{next(_numbers)}", **entry, **changes}
-
-
-def register(entry):
-    register_custom_datasets([entry])
-    return entry["NAME"]
+def _instances(record, shift):
+    """A record's ground truth as a detector would return it, scores 0.99, 0.98, ..."""
+    items, size = record["annotations"], (record["height"], record["width"])
+    boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS) for item in items]
+    result = Instances(size)
+    result.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) + shift)
+    result.scores = 0.99 - 0.001 * torch.arange(len(items))
+    result.pred_classes = torch.tensor([item["category_id"] for item in items], dtype=torch.int64)
+    if "segmentation" in items[0]:
+        masks = [rle.decode(rle.merge(rle.frPyObjects(item["segmentation"], *size))) for item in items]
+        result.pred_masks = torch.from_numpy(np.stack(masks)).bool()
+    return result
 
 
 # Ground truth for detections is AP 100
@@ -66,19 +43,20 @@ def register(entry):
 
 @pytest.mark.parametrize("year", [2007, 2012])
 def test_bccd_ground_truth_is_100(shared, tmp_path, year):
-    metrics = evaluate(register(bccd_entry(shared, YEAR=year)), tmp_path)["bbox"]
+    name, classes = f"evaluate_bccd_{year}", ["RBC", "WBC", "Platelets"]
+    entry = dict(FORMAT="voc", ROOT=str(shared / "data" / "bccd"), SPLIT="val", YEAR=year)
+    register_custom_datasets([{"NAME": name, "CLASSES": classes, **entry}])
+    metrics = evaluate(name, tmp_path)["bbox"]
     names = ["AP", "AP50", "AP75", "AP50_11point", "AP50_area"]
-    assert list(metrics) == [*names, "AP50-RBC", "AP50-WBC", "AP50-Platelets"]
+    assert list(metrics) == [*names, *(f"AP50-{label}" for label in classes)]
     assert all(value == pytest.approx(100) for value in metrics.values())
     assert {type(value) for value in metrics.values()} == {float}
 
 
 def test_nuclei_ground_truth_is_100(shared, tmp_path):
-    folder = shared / "data" / "nuclei"
-    entry = dict(
-        FORMAT="coco", JSON=str(folder / "annotations" / "val.json"), IMAGES=str(folder / "images")
-    )
-    name = register({"NAME": "evaluate_nuclei", **entry})
+    folder, name = shared / "data" / "nuclei", "evaluate_nuclei"
+    entry = dict(JSON=str(folder / "annotations" / "val.json"), IMAGES=str(folder / "images"))
+    register_custom_datasets([{"NAME": name, "FORMAT": "coco", **entry}])
     results = evaluate(name, tmp_path)
     assert results["bbox"]["AP"] == pytest.approx(100) and results["segm"]["AP"] == pytest.approx(100)
     assert (tmp_path / "inference" / name / "coco_instances_results.json").is_file()
@@ -89,11 +67,9 @@ def test_shapes_ground_truth_is_100_and_is_generated_when_needed(monkeypatch, tm
     register_shapes()
     assert isinstance(build_evaluator("shapes_val", str(tmp_path)), COCOEvaluator)
     results = evaluate("shapes_val", tmp_path)
-    assert results["bbox"]["AP"] == pytest.approx(100)
-    assert results["segm"]["AP"] == pytest.approx(100)
-    assert results["bbox"]["AP-star"] == pytest.approx(100)
-    wrong = evaluate("shapes_val", tmp_path, shift=6.0)
-    assert wrong["bbox"]["AP"] < 60
+    for task, metric in (("bbox", "AP"), ("segm", "AP"), ("bbox", "AP-star")):
+        assert results[task][metric] == pytest.approx(100)
+    assert evaluate("shapes_val", tmp_path, shift=6.0)["bbox"]["AP"] < 60
 
 
 # build_evaluator
@@ -137,23 +113,16 @@ class Reporting(nn.Module):
 
     def __init__(self, name):
         super().__init__()
-        self.name = name
-
-    def evaluator(self):
-        return Counted(self.name)
+        self.evaluator = lambda: Counted(name)
 
 
-class Doubling(nn.Module):
-    def __init__(self, *parts):
-        super().__init__()
-        self.parts = nn.Sequential(*parts)
-
+class Doubling(nn.Sequential):
     def forward(self, inputs):
         return [2 * item for item in inputs]
 
 
-def test_evaluators_of_modules_are_merged():
-    """Those of modules at any depth, after those of the dataset."""
+def test_evaluators_of_modules_are_merged(monkeypatch):
+    """Those of modules at any depth, after those of the dataset; on the main process, as detectron2's."""
     names = ["bytes", "time"]
     model = Doubling(nn.Linear(1, 1), nn.Sequential(*(Reporting(name) for name in names)))
     evaluator = with_model_evaluators(Counted("boxes"), model)
@@ -161,11 +130,5 @@ def test_evaluators_of_modules_are_merged():
     assert list(results) == ["boxes", *names]
     assert all(values == {"images": 3, "outputs": 12} for values in results.values())
     assert with_model_evaluators(evaluator, nn.Linear(1, 1)) is evaluator
-
-
-def test_several_processes_report_on_the_main_one(monkeypatch):
-    """Others return nothing, as detectron2's evaluators do."""
-    evaluator = with_model_evaluators(Counted("boxes"), Reporting("bytes"))
-    evaluator.reset()
     monkeypatch.setattr(comm, "get_rank", lambda: 1)
     assert not evaluator.evaluate()

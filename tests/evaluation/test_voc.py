@@ -108,9 +108,8 @@ def scene(request):
         objects[key] = [(CLASSES[k], tuple(b), mark.format(h)) for k, b, h in zip(labels, boxes, hard)]
         near = np.repeat(boxes, 2, axis=0) + random.randint(-30, 40, (2 * len(boxes), 4)) / 10
         near = np.concatenate([near, near[:3], random_boxes(random, 6)])
-        labels = np.concatenate(
-            [np.repeat(labels, 2), random.randint(0, 4, len(near) - 2 * len(labels))]
-        )
+        others = random.randint(0, 4, len(near) - 2 * len(labels))
+        labels = np.concatenate([np.repeat(labels, 2), others])
         scores = random.randint(1, 40, len(near)) / 40
         found[key] = [(b, s, k) for b, s, k in zip(near.tolist(), scores, labels) if k != 2]
     return objects, found
@@ -122,9 +121,8 @@ def test_every_metric_is_that_of_voc_eval(voc, scene, tmp_path, year):
     objects, found = scene
     name = voc(objects, classes=CLASSES, year=year)
     evaluator = VOCEvaluator(name)
-    metrics = evaluate_detections(
-        name, {key: detections(*items) for key, items in found.items()}, evaluator
-    )
+    found = {key: detections(*items) for key, items in found.items()}
+    metrics = evaluate_detections(name, found, evaluator)
     (tmp_path / "split.txt").write_text("".join(f"{key}\n" for key in objects))
 
     def expected(index, threshold, is_2007):
@@ -132,14 +130,11 @@ def test_every_metric_is_that_of_voc_eval(voc, scene, tmp_path, year):
         files = (tmp_path / "found.txt", evaluator._anno_file_template, tmp_path / "split.txt")
         return 100 * voc_eval(*map(str, files), CLASSES[index], threshold / 100, is_2007)[2]
 
-    is_2007 = year == 2007
-    table = np.array(
-        [[expected(index, t, is_2007) for t in range(50, 100, 5)] for index in range(3)]
-    )  # (classes, thresholds)
+    thresholds = range(50, 100, 5)
+    table = np.array([[expected(index, t, year == 2007) for t in thresholds] for index in range(3)])
     assert metrics["AP50"] == table[:, 0].mean() and 10 < metrics["AP50"] < 90
-    assert metrics["AP75"] == table[:, 5].mean() and metrics["AP"] == pytest.approx(
-        table.mean(), rel=1e-12
-    )
+    assert metrics["AP75"] == table[:, 5].mean()
+    assert metrics["AP"] == pytest.approx(table.mean(), rel=1e-12)
     assert [metrics[f"AP50-{label}"] for label in CLASSES[:3]] == table[:, 0].tolist()
     assert metrics["AP50-bird"] == 0 and math.isnan(metrics["AP50-cow"])
     for key, rule in (("AP50_11point", True), ("AP50_area", False)):
@@ -148,6 +143,7 @@ def test_every_metric_is_that_of_voc_eval(voc, scene, tmp_path, year):
 
 
 FIRST, SECOND = (1, 1, 20, 20), (50, 50, 90, 90)
+DIFFICULT = [("cat", FIRST, ""), ("cat", SECOND, "<difficult>1</difficult>")]
 
 
 @pytest.mark.parametrize(
@@ -156,16 +152,8 @@ FIRST, SECOND = (1, 1, 20, 20), (50, 50, 90, 90)
         # No pose, truncated, difficult; fractions; the split file has a column and blank lines.
         pytest.param([("cat", (1.2, 2.1, 40.3, 50.4), "")], [(1, 2, 40, 50)], id="incomplete xml"),
         pytest.param([("cat", FIRST, ""), ("cat", (5, 5, 5, 5), "")], [FIRST], id="a box without area"),
-        pytest.param(
-            [("cat", FIRST, ""), ("cat", SECOND, "<difficult>1</difficult>")],
-            [FIRST],
-            id="difficult, missed",
-        ),
-        pytest.param(
-            [("cat", FIRST, ""), ("cat", SECOND, "<difficult>1</difficult>")],
-            [SECOND, FIRST],
-            id="difficult, found",
-        ),
+        pytest.param(DIFFICULT, [FIRST], id="difficult, missed"),
+        pytest.param(DIFFICULT, [SECOND, FIRST], id="difficult, found"),
         pytest.param({"a": [("cat", FIRST, "")], "b": []}, [FIRST], id="an image without objects"),
     ],
 )
@@ -176,7 +164,7 @@ def test_all_objects_that_count_are_found(voc, objects, found):
 
 
 def test_nothing_to_evaluate_with(voc):
-    name = voc([("cat", FIRST, "<difficult>1</difficult>")])
+    name = voc(DIFFICULT[1:])
     with pytest.raises(ValueError, match=r"test.txt' holds no object of \['cat'\]"):
         evaluate_detections(name, {})
 

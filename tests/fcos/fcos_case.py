@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from distill_d2.projects.fcos.tiny import config
@@ -15,25 +14,18 @@ from torch import nn
 STRIDES = (4, 8, 16)
 
 
-def fcos_config(channels: int = 32, width: int = 8, **keys: Any) -> CfgNode:
-    """Of a detector of three levels, on the CPU.
+def fcos(width: int = 8, **keys: Any) -> nn.Module:
+    """A detector of three levels whose predictions differ from location to location.
 
     Args:
-        channels: of the levels.
         width: channels of the stem.
         keys: of MODEL.FCOS.
     """
     cfg = config(width)
-    cfg.MODEL.FPN.OUT_CHANNELS = channels
     for key, value in keys.items():
         assert key in cfg.MODEL.FCOS, key
         cfg.MODEL.FCOS[key] = value
-    return cfg
-
-
-def fcos(channels: int = 32, width: int = 8, **keys: Any) -> nn.Module:
-    """A detector whose predictions differ from location to location; the arguments of fcos_config."""
-    model = build_model(fcos_config(channels, width, **keys))
+    model = build_model(cfg)
     spread(model)
     return model
 

@@ -49,7 +49,7 @@ def expected(leaves, targets, **options):
 @pytest.mark.parametrize(
     "box, quality, gamma", list(itertools.product(module.BOX_LOSSES, module.QUALITIES, (2.0, 1.5)))
 )
-@pytest.mark.parametrize("positives", [6, 0])
+@pytest.mark.parametrize("positives", [6, 1, 0])
 def test_by_loops(box, quality, gamma, positives):
     leaves, targets = case(positives)
     loss = FCOSLoss(box_loss=box, quality=quality, alpha=0.3, gamma=gamma, weight_cls=2.0)

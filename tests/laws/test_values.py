@@ -38,7 +38,7 @@ def cases():
                 yield pytest.param(loss, each.name, value, id=f"{loss}-{each.name}-{value}")
 
 
-@pytest.mark.parametrize("loss, name, value", cases())
+@pytest.mark.parametrize("loss, name, value", list(cases()))
 def test_wrong_value(loss, name, value):
     kind = LOSSES[loss]
     with pytest.raises(ValueError) as caught:

@@ -17,10 +17,10 @@ def target_deltas(model, features, targets):
 # Training
 
 
-@pytest.mark.parametrize("network", ["A", "C"])
-def test_targets_by_loops(network):
-    model, features = ssd(network), maps(WIDTHS[network])
-    gt = [x["instances"] for x in batch(3, 0, 1, seed=3)]
+@pytest.mark.parametrize("network, size", [("A", 300), ("C", 400)])
+def test_targets_by_loops(network, size):
+    model, features = ssd(network, SIZE=size), maps(WIDTHS[network])
+    gt = [x["instances"] for x in batch(3, 0, 1, size=size, seed=3)]
     targets = model.targets(features, gt)
     anchors = model._anchors(features).double().numpy()
     found = target_deltas(model, features, targets)

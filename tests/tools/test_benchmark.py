@@ -374,16 +374,3 @@ def test_whose_proposals_are_scored(make_config, proposals):
     assert len(plain) == len(expected)
     for boxes, recorded in zip(plain, expected):
         assert all(torch.equal(a, b.tensor) for a, b in zip(boxes, recorded))
-
-
-def test_only_what_a_loss_asks_for_runs(make_config):
-    subjects, tasks = tasks_of(make_config(["GID"], "faster"), {"PREDICTIONS": "rpn"}, "GID", False)
-    ran = []
-    head = subjects.plain.model.proposal_generator.rpn_head
-    head.register_forward_hook(lambda *_: ran.append("rpn"))
-    seen = box_head_boxes(subjects.plain.model)
-    tasks["teacher part, plain"]()
-    assert ran == ["rpn"] and seen == []
-    subjects, tasks = tasks_of(make_config(["GID"]), {"GI_MODE": "gt", **NO_HEADS}, "GID", False)
-    subjects.plain.model.head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
-    tasks["teacher part, plain"]()

@@ -147,39 +147,29 @@ def detectron2s():
     )
 
 
-def assert_same_detections(model, source):
+@pytest.mark.parametrize("scale", [None, 1.7])
+@pytest.mark.parametrize("to", ["projects", "detectron2"])
+def test_detectron2s_own(tmp_path, capsys, to, scale):
+    """The same detections. An equal scale of all levels becomes part of the box prediction; from detectron2 scales
+    are 1."""
+    keys = {"FCOS__USE_SCALE": scale is not None, "FCOS__THRESH_WITH_CTR": True}
+    of_projects, of_detectron2 = model_of(**keys).eval(), randomized(detectron2s()).eval()
+    head = of_projects.proposal_generator.fcos_head
+    for layer in (head.bbox_pred, of_detectron2.head.bbox_pred):
+        torch.nn.init.ones_(layer.bias)
+    for each in head.scales or ():
+        torch.nn.init.constant_(each.scale, scale)
+    pair = [of_projects, of_detectron2]
+    source, model = pair if to == "detectron2" else pair[::-1]
+    path = convert(tmp_path, {"model": source.state_dict()}, "--to", to, **keys)
+    model.load_state_dict(torch.load(path, weights_only=True)["model"])  # strict
+    use = {"projects": "MODEL.WEIGHTS", "detectron2": "detectron2's own FCOS: train.init_checkpoint"}[to]
+    assert f"To use it: {use} {path}" in capsys.readouterr().out
     with torch.no_grad(), EventStorage(0):
-        found, expected = model(tiny_batch(1))[0]["instances"], source(tiny_batch(1))[0]["instances"]
+        found, expected = (each(tiny_batch(1))[0]["instances"] for each in (model, source))
     assert len(found) == len(expected) > 20
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("scale", [None, 1.7])
-def test_to_detectron2(tmp_path, capsys, scale):
-    """The same detections; an equal scale of all levels becomes part of the box prediction."""
-    keys = {"FCOS__USE_SCALE": scale is not None, "FCOS__THRESH_WITH_CTR": True}
-    source, model = model_of(**keys).eval(), detectron2s().eval()
-    head = source.proposal_generator.fcos_head
-    with torch.no_grad():
-        head.bbox_pred.bias.fill_(1.0)
-        for each in head.scales or ():
-            each.scale.fill_(scale)
-    path = convert(tmp_path, source.state_dict(), "--to", "detectron2", **keys)
-    model.load_state_dict(torch.load(path, weights_only=True)["model"])  # strict
-    assert "detectron2's own FCOS: train.init_checkpoint" in capsys.readouterr().out
-    assert_same_detections(model, source)
-
-
-@pytest.mark.parametrize("scales", [False, True])
-def test_from_detectron2(tmp_path, scales):
-    """The same detections, with scales of 1 and without."""
-    keys = {"FCOS__USE_SCALE": scales, "FCOS__THRESH_WITH_CTR": True}
-    source, model = randomized(detectron2s()).eval(), model_of(**keys).eval()
-    torch.nn.init.ones_(source.head.bbox_pred.bias)
-    path = convert(tmp_path, {"model": source.state_dict()}, **keys)
-    model.load_state_dict(torch.load(path, weights_only=True)["model"])  # strict
-    assert_same_detections(model, source)
 
 
 @pytest.mark.parametrize(

@@ -97,14 +97,6 @@ def make_picture(height=48, width=64, boxes=(), classes=()):
     return Picture(np.full((height, width, 3), GRAY, np.uint8), instances, ["cat", "dog"])
 
 
-def make_batch(height=48, width=64):
-    return Batch([{"image": torch.zeros(3, height, width)}], PADDED, 0, 10)
-
-
-def first_item(job):
-    return next(iter(job.items.values()))
-
-
 # The whole program.
 
 
@@ -185,7 +177,7 @@ def test_drawing_leaves_the_student_as_it_is(make_job, folder):
         if not options:
             loaded = torch.load(folder / "retinanet_student.pth")["model"]
             assert all(torch.equal(before[name], value) for name, value in loaded.items())
-        [row] = tool.draw(job, first_item(job))
+        [row] = tool.draw(job, job.items["0"])
         assert len(row.panels) == 4
         after = job.distiller.state_dict()
         assert all(torch.equal(before[name], value) for name, value in after.items())
@@ -276,15 +268,6 @@ def test_boxes_heat_maps_and_legend_are_where_they_belong():
     assert [text.get_text() for text in legend.get_texts()] == ["y"]
 
 
-def test_labels_give_way_to_each_other_and_stay_inside():
-    mark, taken = Mark([0.5, 0.3, 30.0, 20.0], SKY, "0.83"), torch.zeros(0, 4)
-    for _ in range(4):
-        place = sheet._free_place(mark, taken, (48, 64), inches=0.1)
-        assert (place >= 0).all() and place[2] <= 64 and place[3] <= 48
-        assert sheet.box_iou(place[None], taken).sum() == 0
-        taken = torch.cat([taken, place[None]])
-
-
 # Distances on levels.
 
 
@@ -293,7 +276,8 @@ def test_one_scale_for_all_levels():
     errors["p3"][0, :, 1, 2] = 1.0
     errors["p4"][0, :, 4, 4] = torch.tensor([0.0, 16.0])  # the mean over channels counts
     errors["p4"][0, :, 7, 7] = 1000.0  # in the padding
-    row = error_maps.error_row(errors, make_batch(), make_picture(), "distance")
+    batch = Batch([{"image": torch.zeros(3, 48, 64)}], PADDED, 0, 10)
+    row = error_maps.error_row(errors, batch, make_picture(), "distance")
     assert row.scale == ColorScale("distance", 8.0)
     titles = ["ground truth (0)", "p3: mean 0.0208", "p4: mean 0.167"]
     assert [panel.title for panel in row.panels] == titles
@@ -344,7 +328,7 @@ def test_masks_and_distances_are_the_terms_of_the_loss(make_job, monkeypatch, me
     errors, terms = spy_errors(monkeypatch, regions), []
     loss = job.distiller.losses[METHODS[method]]
     loss.register_forward_hook(lambda _m, _i, output: terms.append(output))
-    row, _ = tool.draw(job, first_item(job))
+    row, _ = tool.draw(job, job.items["0"])
     masks = [panel.heat for panel in row.panels[1:]]
     assert list(errors[0]) == ["p2", "p3", "p4"] and len(masks) == 3
     assert 0 < sum(mask.sum() for mask in masks) < sum(mask.numel() for mask in masks)
@@ -354,14 +338,6 @@ def test_masks_and_distances_are_the_terms_of_the_loss(make_job, monkeypatch, me
     ]
     name, weight = {"defeat": ("loss_defeat_neck", 3.0), "fgfi": ("loss_fgfi", 1.0)}[method]
     torch.testing.assert_close(weight * torch.stack(means).mean(), terms[0][name])
-
-
-def test_defeat_of_heads_alone_has_no_levels_to_draw(make_job):
-    keys = {"HINT_NECK_W": "0.0", "HINT_NECK_BACK_W": "0.0", "HEAD_CLS_W": "1.0"}
-    options = [word for key, v in keys.items() for word in (f"MODEL.DISTILLER.DEFEAT.{key}", v)]
-    job = make_job("defeat", *options)
-    (row,) = tool.draw(job, first_item(job))
-    assert len(row.panels) == 1 and "HINT_NECK_W" in row.panels[0].title
 
 
 # GID.
@@ -392,13 +368,13 @@ def test_instances_are_drawn_by_kind_with_their_scores():
 def test_the_instances_of_the_loss_are_drawn(make_job, write_config, monkeypatch, family):
     config_file = write_config(family)
     job = make_job("gid", "MODEL.DISTILLER.GID.GI_MODE", "gt", config_file=config_file)
-    [row] = tool.draw(job, first_item(job))
+    [row] = tool.draw(job, job.items["0"])
     assert row.panels[0].title == "instances are the ground truth, GI_MODE gt (2)"
     job = make_job("gid", "MODEL.DISTILLER.GID.GI_MIN_SIDE", "4.0", config_file=config_file)
     loss, seen = job.distiller.losses["GID"], []
     select = loss.instances
     monkeypatch.setattr(loss, "instances", lambda *args: seen.append(select(*args)) or seen[-1])
-    [row] = tool.draw(job, first_item(job))
+    [row] = tool.draw(job, job.items["0"])
     shown, used = seen  # by the picture, and by the loss
     assert all(torch.equal(value, vars(shown)[name]) for name, value in vars(used).items())
     boxes = shown.boxes[0][shown.valid[0]].tolist()

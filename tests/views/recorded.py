@@ -20,10 +20,7 @@ def detector(family="retinanet"):
     return model
 
 
-_OUTPUT_LAYERS = (
-    *("cls_score", "bbox_pred", "ctrness"),
-    *("objectness_logits", "anchor_deltas"),
-)
+_OUTPUT_LAYERS = {"cls_score", "bbox_pred", "ctrness", "objectness_logits", "anchor_deltas"}
 
 
 def detector_from_p3():

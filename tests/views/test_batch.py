@@ -33,11 +33,8 @@ def test_truth_is_padded_to_the_longest_image():
     assert truth.classes.tolist() == [[5, 0, 0], [0] * 3, [5, 6, 7]]
     assert truth.valid.tolist() == [[True, False, False], [False] * 3, [True] * 3]
     assert truth.counts == [1, 0, 3]
-    assert (truth.boxes.dtype, truth.classes.dtype, truth.valid.dtype) == (
-        torch.float32,
-        torch.int64,
-        torch.bool,
-    )
+    dtypes = (truth.boxes.dtype, truth.classes.dtype, truth.valid.dtype)
+    assert dtypes == (torch.float32, torch.int64, torch.bool)
 
 
 @pytest.mark.parametrize("images", [1, 3])

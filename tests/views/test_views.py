@@ -26,6 +26,7 @@ FAMILIES = ["retinanet", "fcos", "faster", "mask"]
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
 ONE_STAGE = ", dense, anchors"
 TWO_STAGE = ", rpn, anchors, score_boxes, box_head, own_proposals"
+VIEWS = [RetinaNetView, FCOSView, RCNNView, RCNNView]
 ANCHORS = {"retinanet": 3, "fcos": 1, "faster": 3, "mask": 3}  # in each cell
 
 
@@ -48,24 +49,17 @@ def test_a_view_is_its_nearest_registered_bases(monkeypatch):
         build_view(nn.Linear(1, 1), "teacher")
 
 
-@pytest.mark.parametrize(
-    "family, view_type, count",
-    [
-        ("retinanet", RetinaNetView, 3),
-        ("fcos", FCOSView, 3),
-        ("faster", RCNNView, 5),
-        ("mask", RCNNView, 5),
-    ],
-)
-def test_what_each_family_has(family, view_type, count):
+@pytest.mark.parametrize("family, view_type", list(zip(FAMILIES, VIEWS)))
+def test_what_each_family_has(family, view_type):
     view = build_view(detector(family), "student")
     assert type(view) is view_type and view.num_classes == 3
-    assert list(view.strides.items()) == list(STRIDES.items())[:count]
+    assert list(view.strides.items()) == list(STRIDES.items())[: 5 if view_type is RCNNView else 3]
     shape = view.require_level("res3")
     assert (shape.channels, shape.stride) == (16, 8)
 
 
 def test_stages_that_the_neck_does_not_read():
+    """They are levels, too."""
     view = build_view(detector_from_p3(), "student")
     shapes = {name: (shape.channels, shape.stride) for name, shape in view.stage_shapes.items()}
     assert shapes.pop("stem", (8, 4)) == (8, 4)
@@ -75,11 +69,7 @@ def test_stages_that_the_neck_does_not_read():
         view.model.backbone(torch.zeros(1, 3, 64, 96))
         assert list(view.features) == ["p3", "p4"]
         assert view.level("res2").shape == (1, 8, 16, 24)
-
-
-def test_require_level_lists_the_levels():
-    view = build_view(detector(), "teacher")
-    message = r"the teacher \(RetinaNet\) has no level 'p7'; its neck has \['p2', 'p3', 'p4'\].*'res3'"
+    message = r"the student \(RetinaNet\) has no level 'p7'; its neck has \['p3', 'p4'\].*'res2'"
     with pytest.raises(KeyError, match=message):
         view.require_level("p7")
 
@@ -167,7 +157,7 @@ def test_float32_and_contiguous_under_autocast():
     assert all(tensor.is_contiguous() for tensor in tensors)
 
 
-# One-stage heads.
+# Heads on the neck.
 
 
 def check_dense(dense, model, features):
@@ -189,31 +179,55 @@ def check_dense(dense, model, features):
     assert not dense.background and dense.valid is None and not dense.class_specific
 
 
-@pytest.mark.parametrize("family, anchors", [("retinanet", 3), ("fcos", 1)])
-def test_dense_of_the_student_is_what_it_computed(family, anchors):
-    view = build_view(detector(family), "student")
-    view.require("dense")
-    calls = count_calls(view.model.head)
-    with trained_on(view, tiny_batch()):
-        dense = view.dense()
-        assert len(calls) == 1
-        rows = anchors * (16 * 20 + 8 * 10 + 4 * 5)
-        assert dense.logits.shape == (2, rows, 3) and dense.deltas.shape == (2, rows, 4)
-        check_dense(dense, view.model, view.features)
-        dense.logits.sum().backward()
-    assert view.model.head.cls_score.bias.grad.abs().sum() > 0
-    assert view.model.backbone.bottom_up.stem.conv1.weight.grad.abs().sum() > 0
+def check_rpn(predictions, model, features):
+    """Against the RPN's own anchors, layout, decoding and matcher."""
+    rpn = model.proposal_generator
+    levels = [features[name] for name in rpn.in_features]
+    logits, deltas = rpn.rpn_head(levels)
+    anchors = rpn.anchor_generator(levels)
+    # The layout and the decoding of RPN.forward.
+    logits = [level.permute(0, 2, 3, 1).flatten(1) for level in logits]
+    deltas = [level.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in deltas]
+    torch.testing.assert_close(predictions.logits, torch.cat(logits, dim=1)[..., None])
+    torch.testing.assert_close(predictions.deltas, torch.cat(deltas, dim=1))
+    assert torch.equal(predictions.anchors, Boxes.cat(anchors).tensor)
+    boxes = torch.cat(rpn._decode_proposals(anchors, deltas), dim=1)
+    torch.testing.assert_close(predictions.boxes(), boxes)
+    assert predictions.level_sizes == [level.shape[1] for level in logits]
+    assert not predictions.background and predictions.valid is None
+    assert not predictions.centerness_levels and not predictions.class_specific
 
 
-@pytest.mark.parametrize("family", ["retinanet", "fcos"])
-def test_dense_of_the_teacher_runs_its_head_on_demand(observed, family):
-    view, features = observed(family, "dense")
-    calls = count_calls(view.model.head)
-    dense = view.dense()
-    again = view.dense()
-    assert len(calls) == 1
-    assert torch.equal(dense.logits, again.logits) and not dense.logits.requires_grad
-    check_dense(dense, view.model, features)
+HEADS = {"dense": ("head", check_dense), "rpn": ("proposal_generator.rpn_head", check_rpn)}
+ON_THE_NECK = [("retinanet", "dense"), ("fcos", "dense"), ("faster", "rpn"), ("mask", "rpn")]
+
+
+@pytest.mark.parametrize("family, capability", ON_THE_NECK)
+def test_predictions_of_the_student_are_what_it_computed(family, capability):
+    view, (path, check) = build_view(detector(family), "student"), HEADS[capability]
+    view.require(capability)
+    head = view.model.get_submodule(path)
+    calls = count_calls(head)
+    with trained_on(view, tiny_batch(masks=family == "mask")):
+        predictions = getattr(view, capability)()
+        getattr(view, capability)()
+        assert len(calls) == 1 and len(predictions.logits) == 2
+        check(predictions, view.model, view.features)
+        predictions.logits.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in head.parameters())
+    assert view.model.backbone.bottom_up.stem.conv1.weight.grad.any()
+
+
+@pytest.mark.parametrize("family, capability", ON_THE_NECK)
+def test_head_of_the_teacher_runs_on_demand(observed, family, capability):
+    view, features = observed(family, capability)
+    path, check = HEADS[capability]
+    calls = count_calls(view.model.get_submodule(path))
+    assert not calls
+    predictions, again = getattr(view, capability)(), getattr(view, capability)()
+    assert len(calls) == 1 and torch.equal(predictions.logits, again.logits)
+    assert not predictions.logits.requires_grad and not predictions.deltas.requires_grad
+    check(predictions, view.model, features)
 
 
 def test_matched_rows_of_retinanet_are_its_own_labels(observed):
@@ -229,23 +243,6 @@ def test_matched_rows_of_retinanet_are_its_own_labels(observed):
 
 
 # Anchors of both.
-
-
-def squares_around_points(features, strides):
-    """By level, of 8 strides around the middles of the cells, one by one."""
-    expected = {}
-    for name, feature in features.items():
-        stride = strides[name]
-        height, width = feature.shape[-2:]
-        centers = [
-            [((column + 0.5) * stride, (row + 0.5) * stride) for column in range(width)]
-            for row in range(height)
-        ]
-        half = 4 * stride
-        expected[name] = torch.tensor(
-            [[[[x - half, y - half, x + half, y + half]] for x, y in row] for row in centers]
-        )
-    return expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -264,9 +261,12 @@ def test_anchors_of_each_level_are_the_generators(observed, family, role):
     for name, stride in view.strides.items():
         rows, columns = -(-64 // stride), -(-96 // stride)
         assert anchors[name].shape == (rows, columns, ANCHORS[family], 4)
-    if family == "fcos":
-        expected = squares_around_points(features, view.strides)
-        assert all(torch.equal(anchors[name], expected[name]) for name in expected)
+    if family == "fcos":  # squares of 8 strides around the middles of the cells
+        for name, stride in view.strides.items():
+            y, x = (stride * (torch.arange(n) + 0.5) for n in anchors[name].shape[:2])
+            centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+            expected = torch.cat([centers - 4 * stride, centers + 4 * stride], dim=-1)
+            assert torch.equal(anchors[name][:, :, 0], expected)
         return
     two_stage = family in ("faster", "mask")
     generator = (view.model.proposal_generator if two_stage else view.model).anchor_generator
@@ -287,21 +287,33 @@ def test_anchors_of_the_heads_levels_alone():
     view = build_view(build_model(cfg), "student")
     assert list(view.strides) == ["p2", "p3", "p4"] and list(view.anchor_levels) == ["p3", "p4"]
     with view.recording():
-        view.model.backbone(torch.zeros(1, 3, 64, 64))
+        view.model.backbone(torch.zeros(1, 3, 64, 96))
         anchors = view.anchors()
-    assert {name: tuple(level.shape) for name, level in anchors.items()} == {
-        "p3": (8, 8, 3, 4),
-        "p4": (4, 4, 3, 4),
-    }
+    shapes = {name: tuple(level.shape) for name, level in anchors.items()}
+    assert shapes == {"p3": (8, 12, 3, 4), "p4": (4, 6, 3, 4)}
     middle = anchors["p4"][1, 2].unflatten(-1, (2, 2)).mean(dim=(0, 1))
     assert middle.tolist() == pytest.approx([32.0, 16.0])  # OFFSET is 0
 
 
+@pytest.mark.parametrize("heads", ["CascadeROIHeads", "Res5ROIHeads"])
+def test_several_box_heads_or_one_without_a_neck(heads):
+    """They have an RPN only."""
+    options = ["MODEL.ROI_HEADS.NAME", heads, "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+    cfg = tiny_config("faster") if heads == "CascadeROIHeads" else c4_config()
+    cfg.merge_from_list(options)
+    model = build_model(cfg)
+    view = build_view(model, "student")
+    for capability in ("box_head", "own_proposals", "score_boxes"):
+        message = rf"the student is a GeneralizedRCNN, .* no {capability}\(\); it offers .*, tap, rpn, anchors$"
+        with pytest.raises(TypeError, match=message):
+            view.require(capability)
+    view.require("rpn")
+    assert view.num_classes == 3
+    with trained_on(view, tiny_batch()):
+        check_rpn(view.rpn(), model, view.features)
+
+
 # Two-stage heads.
-
-
-def proposals(boxes, size=(64, 96)):
-    return [Instances(size, proposal_boxes=per_image) for per_image in boxes]
 
 
 @pytest.mark.parametrize("family", ["faster", "mask"])
@@ -315,43 +327,16 @@ def test_score_boxes_is_the_roi_heads_own_pipeline(family, observed):
     heads, seen = view.model.roi_heads, []
     heads.box_predictor.register_forward_hook(lambda *args: seen.append(args[-1]))
     with torch.no_grad():
-        heads._forward_box(features, proposals(boxes))
+        heads._forward_box(features, [Instances((64, 96), proposal_boxes=boxes[0])])
     torch.testing.assert_close(logits, seen[0][0])
     torch.testing.assert_close(deltas, seen[0][1])
-
-
-def test_score_boxes_splits_by_image():
-    view = build_view(detector("faster"), "student")
-    view.require("score_boxes")
-    one = torch.tensor([[1.0, 2.0, 30.0, 40.0]])
-    two = torch.tensor([[0.0, 0.0, 9.0, 9.0], [3.0, 3.0, 60.0, 50.0]])
-    with view.recording():
-        view.model.backbone(torch.randn(3, 3, 64, 64))
-        boxes = [Boxes(one), Boxes(torch.zeros(0, 4)), Boxes(two)]
-        logits, deltas = view.score_boxes(boxes)
-        assert [len(x) for x in logits] == [1, 0, 2] == [len(x) for x in deltas]
-        swapped, _ = view.score_boxes([Boxes(two[1:]), Boxes(one), Boxes(two)])
-    assert logits[2].requires_grad
-    torch.testing.assert_close(swapped[2], logits[2])
-    assert not torch.allclose(swapped[0], logits[2][1:])  # the same box on another image
 
 
 # Probing.
 
 
-def test_probe_gives_all_levels():
-    view = build_view(detector(), "student")
-    view.require_level("res3")
-    assert level_shapes(view, 64, 96) == {
-        "p2": (16, 16, 24),
-        "p3": (16, 8, 12),
-        "p4": (16, 4, 6),
-        "res3": (16, 8, 12),
-    }
-
-
-def test_probes_leave_no_trace():
-    """Nor where one fails."""
+def test_probe_gives_all_levels_and_leaves_no_trace():
+    """Nor where it fails."""
     model = detector().train()
     model.backbone.bottom_up.res2.eval()
     model.backbone.fpn_lateral2.eval()
@@ -359,7 +344,8 @@ def test_probes_leave_no_trace():
     view.require_level("res3")
     modes = {name: module.training for name, module in model.named_modules()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    level_shapes(view, 64, 96)
+    expected = {"p2": (16, 16, 24), "p3": (16, 8, 12), "p4": (16, 4, 6), "res3": (16, 8, 12)}
+    assert level_shapes(view, 64, 96) == expected
     reached_parameters(view)
     with pytest.raises(RuntimeError):
         level_shapes(view, 65, 65)  # the FPN cannot add levels of odd sizes

@@ -62,10 +62,12 @@ def filled(cfg: CfgNode, shapes: Shapes) -> nn.Module:
     """
     model = build_model(cfg).eval()
     state = model.state_dict()
-    ours = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    different = sorted(set(ours.items()) ^ set(shapes.items()))
+    computed = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    different = sorted(set(computed.items()) ^ set(shapes.items()))
     if different:
-        raise FixtureError(f"is of a model with other keys or shapes than ours: {different[:6]}")
+        raise FixtureError(
+            f"is of a model with other keys or shapes than the model here: {different[:6]}"
+        )
     for key, tensor in state.items():
         if not key.endswith(_CONSTRUCTED):
             tensor.copy_(by_recipe(key, tuple(tensor.shape)))
@@ -127,7 +129,7 @@ def compare_training(
     losses = model(inputs)
     expected = fixture.names(f"{folder}/loss_*")
     if {name.rpartition("/")[2] for name in expected} != set(losses):
-        raise FixtureError(f"has the losses {expected}, ours are {sorted(losses)}")
+        raise FixtureError(f"has the losses {expected}, the model here {sorted(losses)}")
     for name in expected:
         fixture.compare(name, losses[name.rpartition("/")[2]], RTOL, 1e-6)
     norms = fixture.names(f"{folder}/gradnorm/*")
@@ -157,14 +159,14 @@ def compare_instances(
 
 
 def _order(fixture: Fixture, folder: str, arrays: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Ours in the order of the fixture, by level, class and location; as they are if they are others."""
+    """Indices of the instances in the fixture's order, by level, class and location; 0, 1, ... if they differ."""
     names = ("fpn_levels", "pred_classes", "locations")
-    ours = [tuple(row) for row in _table([arrays[name].numpy() for name in names]).tolist()]
-    theirs = [tuple(row) for row in _table([fixture[f"{folder}/{name}"] for name in names]).tolist()]
-    if sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours):
-        return torch.arange(len(ours))
-    places = {row: index for index, row in enumerate(ours)}
-    return torch.tensor([places[row] for row in theirs], dtype=torch.int64)
+    computed = [tuple(row) for row in _table([arrays[name].numpy() for name in names]).tolist()]
+    given = [tuple(row) for row in _table([fixture[f"{folder}/{name}"] for name in names]).tolist()]
+    if sorted(computed) != sorted(given) or len(set(computed)) < len(computed):
+        return torch.arange(len(computed))
+    places = {row: index for index, row in enumerate(computed)}
+    return torch.tensor([places[row] for row in given], dtype=torch.int64)
 
 
 def _table(columns: Sequence[np.ndarray]) -> np.ndarray:

@@ -125,10 +125,10 @@ def _compare_targets(fixture: Fixture, folder: str, model: nn.Module) -> None:
     ):
         fixture.compare(f"{folder}/labels{index}", labels)
         # Of background neither says anything.
-        for name, ours in ((f"{folder}/reg{index}", reg), (f"{folder}/gt_inds{index}", objects)):
-            theirs = fixture.tensor(name).to(ours)
-            mask = positive.view(-1, *[1] * (ours.dim() - 1))
-            fixture.compare(name, torch.where(mask, ours, theirs))
+        for name, computed in ((f"{folder}/reg{index}", reg), (f"{folder}/gt_inds{index}", objects)):
+            given = fixture.tensor(name).to(computed)
+            mask = positive.view(-1, *[1] * (computed.dim() - 1))
+            fixture.compare(name, torch.where(mask, computed, given))
 
 
 def _compare_functions(fixture: Fixture) -> None:

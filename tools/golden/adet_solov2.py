@@ -1,7 +1,7 @@
 """Fixtures of SOLOv2 as AdelaiDet has it: a small network, and its functions alone.
 
 Sizes of the network follow from its tensors' shapes ("keys"), weights from their names by ``by_recipe``.
-Boxes that the fixture has of detections are zeros, and are not compared: ours are those of the masks.
+Boxes that the fixture has of detections are zeros, and are not compared: here they are those of the masks.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def filled(fixture: Fixture, **keys: Any) -> SOLOv2:
     """The network, in evaluation, with weights of the recipe; ``keys`` are of MODEL.SOLOV2."""
     shapes = json.loads(str(fixture["keys"]))
     model = build_model(_config(fixture, shapes, keys)).eval()
-    ours = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    different = [name for name in {**ours, **shapes} if ours.get(name) != shapes.get(name)]
+    computed = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    different = [name for name in {**computed, **shapes} if computed.get(name) != shapes.get(name)]
     if different:
-        raise FixtureError(f"is of a network with other tensors than ours: {different[:10]}")
+        raise FixtureError(f"is of a network with other tensors than the model here: {different[:10]}")
     model.load_state_dict({name: by_recipe(name, shape) for name, shape in shapes.items()})
     return model
 
@@ -120,8 +120,8 @@ def _inputs(fixture: Fixture) -> list[dict[str, Any]]:
 def _compare_outputs(fixture: Fixture, model: SOLOv2, inputs: list[dict[str, Any]]) -> None:
     images = model.preprocess_image(inputs)
     logits, kernels, features = model.predict(model.backbone(images.tensor))
-    for level, (ours, weights) in enumerate(zip(logits, kernels)):
-        fixture.compare(f"eval/head/cate{level}", ours)
+    for level, (computed, weights) in enumerate(zip(logits, kernels)):
+        fixture.compare(f"eval/head/cate{level}", computed)
         fixture.compare(f"eval/head/kernel{level}", weights)
     fixture.compare("eval/mask_feat", features)
 
@@ -169,11 +169,11 @@ def _settings(variant: str) -> dict[str, Any]:
 
 def _compare_masks(fixture: Fixture, name: str, masks: torch.Tensor, most: int) -> None:
     """Packed masks (n, H, W), of each of which so many pixels may differ."""
-    ours, theirs = np.packbits(masks.flatten(1).numpy(), axis=1), fixture[name]
-    if ours.shape == theirs.shape:
-        different = np.unpackbits(ours ^ theirs, axis=1).sum(axis=1)
-        ours = np.where((different <= most)[:, None], theirs, ours)
-    fixture.compare(name, ours, **_EXACT)
+    computed, given = np.packbits(masks.flatten(1).numpy(), axis=1), fixture[name]
+    if computed.shape == given.shape:
+        different = np.unpackbits(computed ^ given, axis=1).sum(axis=1)
+        computed = np.where((different <= most)[:, None], given, computed)
+    fixture.compare(name, computed, **_EXACT)
 
 
 def _unpacked(packed: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -190,8 +190,8 @@ def _compare_targets(fixture: Fixture, model: SOLOv2, inputs: list[dict[str, Any
     objects = [assigner.objects(item["instances"], padded, model.device) for item in inputs]
     targets = assigner(objects, padded, model.mask_stride)
     areas = [grid**2 for grid in grids]
-    for image, (ours, per_image) in enumerate(zip(objects, targets)):
-        cells, there = assigner.cells(ours, padded)
+    for image, (computed, per_image) in enumerate(zip(objects, targets)):
+        cells, there = assigner.cells(computed, padded)
         classes = per_image.classes.split(areas)
         for level, (grid, first) in enumerate(zip(grids, np.cumsum([0, *areas]))):
             index, _ = there[level].nonzero(as_tuple=True)
@@ -237,8 +237,8 @@ def _compare_functions(fixture: Fixture) -> None:
     fixture.compare("fn/dice/loss", dice_loss(masks, wanted))
     scene = fixture.tensor("fn/imrescale/in").permute(2, 0, 1).bool()
     quarter = fixture["fn/imrescale/out_quarter"]
-    ours = downscale(scene, 4, quarter.shape[:2])
-    fixture.compare("fn/imrescale/out_quarter", ours.permute(1, 2, 0), **_EXACT)
+    computed = downscale(scene, 4, quarter.shape[:2])
+    fixture.compare("fn/imrescale/out_quarter", computed.permute(1, 2, 0), **_EXACT)
 
 
 def _compare_nms(fixture: Fixture) -> None:

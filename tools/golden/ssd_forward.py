@@ -1,7 +1,7 @@
 """Fixtures of SSD's three networks: what their levels and heads compute from one image.
 
 The weights follow from the tensors' names in public checkpoints by ``by_recipe``; names and order of
-classes are converted as those of a checkpoint are. Class logits have the background first, ours last.
+classes are converted as those of a checkpoint are. Class logits have the background first, here last.
 Arrays are "<network>_..." with the networks of CONFIGS.
 """
 
@@ -141,7 +141,7 @@ def _rows(model: SSD, features: Weights) -> list[torch.Tensor]:
 
 
 def _adapted(level: torch.Tensor) -> torch.Tensor:
-    """By the 1x1 convolution for hints that the authors' student has, and ours has not."""
+    """By the 1x1 convolution for hints that the authors' student has, and which is not part of the model here."""
     shape = (512, level.shape[1], 1, 1)
     weight, bias = by_recipe("adaptation.weight", shape), by_recipe("adaptation.bias", shape[:1])
     return F.conv2d(level, weight, bias)

@@ -1,6 +1,6 @@
 """Fixtures of SSD's prior boxes, matching, losses and inference, and of SSDKD, of the authors' code.
 
-Classes have the background first (0), ours last; boxes are relative to the image. Arrays "..._q64" are
+Classes have the background first (0), here last; boxes are relative to the image. Arrays "..._q64" are
 whole numbers, to be divided by 64. Losses "<case>_loss" are of the settings of CASES; gradients
 "..._index" and "..._values" are of some rows, those of boxes of all that have one.
 """
@@ -223,8 +223,8 @@ def _compare_soft(fixture: Fixture) -> None:
         temperature = float(re.match(r"soft_T(.+)_loss", name).group(1))
         student = fixture.tensor("soft_logits_student").requires_grad_()
         pair = (student, fixture.tensor("soft_logits_teacher"))
-        ours, theirs = (logits.roll(-1, dims=-1) / temperature for logits in pair)
-        total = soft_cross_entropy(ours, theirs, 1.0, _BACKGROUND_WEIGHT).sum()
+        scaled = [logits.roll(-1, dims=-1) / temperature for logits in pair]
+        total = soft_cross_entropy(*scaled, 1.0, _BACKGROUND_WEIGHT).sum()
         fixture.compare(name, total)
         fixture.compare(name.replace("_loss", "_grad"), *torch.autograd.grad(total, student))
 
@@ -234,17 +234,17 @@ def _compare_bounds(fixture: Fixture) -> None:
     truth = fixture.tensor("br_gt")
     rows = torch.ones(1, len(truth), dtype=torch.bool)
     for name, (exchanged, margin) in _BOUNDS.items():
-        ours, theirs = pair[::-1] if exchanged else pair
-        ours = ours.clone().requires_grad_()
-        total = _NU * per_batch_bound((ours - truth)[None], (theirs - truth)[None], rows, margin)
+        student, teacher = pair[::-1] if exchanged else pair
+        student = student.clone().requires_grad_()
+        total = _NU * per_batch_bound((student - truth)[None], (teacher - truth)[None], rows, margin)
         fixture.compare(f"{name}_loss", total)
-        fixture.compare(f"{name}_grad", *torch.autograd.grad(total, ours))
-    ours, theirs = ((boxes - truth)[None] for boxes in pair)
-    for role, boxes in (("student", ours), ("teacher", theirs)):
+        fixture.compare(f"{name}_grad", *torch.autograd.grad(total, student))
+    student, teacher = ((boxes - truth)[None] for boxes in pair)
+    for role, boxes in (("student", student), ("teacher", teacher)):
         each = [per_box_bound(boxes, boxes, row[None], math.inf) for row in torch.eye(len(truth)).bool()]
         fixture.compare(f"paper_br_{role}_err", torch.stack(each))
-    fixture.compare("paper_br_m0_sum", per_box_bound(ours, theirs, rows, 0.0))
-    fixture.compare("paper_br_swapped_m0_sum", per_box_bound(theirs, ours, rows, 0.0))
+    fixture.compare("paper_br_m0_sum", per_box_bound(student, teacher, rows, 0.0))
+    fixture.compare("paper_br_swapped_m0_sum", per_box_bound(teacher, student, rows, 0.0))
 
 
 @torch.no_grad()
