@@ -144,6 +144,7 @@ def test_losses_that_are_off(tmp_path, other_starts):
     res3 = model.student.backbone.bottom_up.res3
     assert not any(p.grad.any() for p in res3.parameters())
     assert model.student.backbone.bottom_up.stem.conv1.weight.grad.any() == on
+    assert model(images) and model.iteration == 2  # without a trainer it counts its steps
 
 
 # Messages.

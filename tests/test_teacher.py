@@ -183,7 +183,7 @@ def test_precision_on_a_cpu_is_the_settings_and_views_give_float32(autocast):
 @pytest.mark.parametrize("device, enabled", [("cuda", True), ("cuda", False), ("cpu", True)])
 def test_auto_follows_the_students_step_on_a_gpu(monkeypatch, device, enabled):
     monkeypatch.setattr(Teacher, "device", torch.device(device))
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: enabled)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda: enabled)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
     expected = torch.float16 if device == "cuda" and enabled else None
     assert Teacher(tiny_detector())._precision() is expected

@@ -169,8 +169,10 @@ class Teacher:
         """The autocast type for this step; None is float32."""
         if self._autocast != "auto":
             return _DTYPES[self._autocast]
-        if self.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        if self.device.type != "cuda" or not torch.is_autocast_enabled():  # of GPUs
             return None
+        if not hasattr(torch, "get_autocast_dtype"):  # torch 2.3
+            return torch.get_autocast_gpu_dtype()
         return torch.get_autocast_dtype("cuda")
 
     @contextlib.contextmanager

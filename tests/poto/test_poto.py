@@ -7,7 +7,6 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes
 from detectron2.utils import comm
 from distill_d2.projects.poto import poto as implementation
 from distill_d2.projects.poto.poto import product_logits
@@ -17,8 +16,6 @@ from distill_d2.config import add_distill_config, load_yaml
 from distill_d2.model_zoo import get_config_file
 from distill_d2.testing.synchronization import no_synchronization
 from distill_d2.testing.tiny import CLASSES, tiny_batch
-
-ALL = sorted(VARIANTS)
 
 
 def gt(inputs):
@@ -94,7 +91,7 @@ def focal(logits, classes):
     return sum(naive_fcos.focal(*row, 0.3, 1.5) for row in rows)
 
 
-@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_by_loops(variant):
     keys = {"FOCAL_ALPHA": 0.3, "FOCAL_GAMMA": 1.5, "REG_WEIGHT": 3.0, "AUX_TOPK": 4}
     model, inputs = poto(variant, **keys), tiny_batch(2, objects=3)
@@ -140,16 +137,6 @@ def test_a_mean_below_one_counts_as_one(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda count: count)
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     assert model(inputs)["loss_cls"] == alone["loss_cls"]
-
-
-def test_objects_without_area():
-    model, inputs = poto("both").train(), tiny_batch(1)
-    boxes = torch.tensor([[10.0, 10, 10, 30], [20, 20, 20, 20]])
-    inputs[0]["instances"].gt_boxes = Boxes(boxes)
-    losses = model(inputs)
-    sum(losses.values()).backward()
-    assert all(loss.isfinite() for loss in losses.values())
-    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("variant", ["plain", "both"])

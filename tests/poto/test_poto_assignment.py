@@ -11,6 +11,7 @@ import torch
 from distill_d2.projects.poto.assignment import (
     best_assignment,
     inside,
+    match_quality,
     near_center,
     one_to_many,
     one_to_one,
@@ -29,6 +30,12 @@ def squares(*rows):
 def grid(height, width, stride):
     cells = itertools.product(range(height), range(width))
     return squares(*[((x + 0.5) * stride, (y + 0.5) * stride, stride) for y, x in cells])
+
+
+def test_quality_that_is_not_a_number():
+    nan = float("nan")
+    found = match_quality(torch.tensor([[nan, 1.0, 0.0]]), torch.tensor([[0.5, nan, 1.0]]), 0.5)
+    assert found.tolist() == [[0.0, 0.0, pytest.approx(0.5**0.5)]]
 
 
 # Regions

@@ -81,7 +81,7 @@ def test_start():
 @pytest.mark.parametrize("tau", [0, 2, 4])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 def test_filter_by_loops(kernel, tau):
-    """Of one channel; the convolution passes on what it is given."""
+    """With one channel and a convolution that changes nothing."""
     levels = features(1, count=4, seed=kernel + tau)
     model = MaxFiltering(1, norm="", kernel_size=kernel, tau=tau)
     nn.init.dirac_(model.conv.weight)

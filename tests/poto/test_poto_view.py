@@ -41,7 +41,7 @@ def test_kind():
 
 @pytest.mark.parametrize("variant", ["plain", "3dmf"])
 def test_dense(variant):
-    """The teacher's, whose head runs here: what the detector itself reads."""
+    """Of the teacher, whose head runs here; equal to what the detector itself reads."""
     inputs = tiny_batch(2)
     view, model = observed(variant, inputs)
     found, rows = view.dense(), computed(model, inputs)

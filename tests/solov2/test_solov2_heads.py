@@ -93,7 +93,7 @@ def test_mask_head_by_hand(coordinates):
 
 
 def test_without_norms_convolutions_have_biases():
-    """But for the last one of the mask branch, which keeps its norm."""
+    """All but the last one of the mask branch, which keeps its norm."""
     widths = {"INSTANCE_CHANNELS": 20, "MASK_CHANNELS": 24}
     model = build_model(config(NORM="none", NUM_INSTANCE_CONVS=2, **widths))
     names = {n for n in model.state_dict() if n.startswith(("ins_head", "mask_head"))}

@@ -49,9 +49,7 @@ def test_a_view_is_its_nearest_registered_bases(monkeypatch):
         build_view(nn.Linear(1, 1), "teacher")
 
 
-@pytest.mark.parametrize(
-    "family, view_type", zip(FAMILIES, [RetinaNetView, FCOSView, RCNNView, RCNNView])
-)
+@pytest.mark.parametrize("family, view_type", list(zip(FAMILIES, VIEWS)))
 def test_what_each_family_has(family, view_type):
     view = build_view(detector(family), "student")
     assert type(view) is view_type and view.num_classes == 3
