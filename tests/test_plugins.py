@@ -151,7 +151,7 @@ def command(*words, path=""):
 
 
 def train(config, *words, path=""):
-    """Distil with the script; what it printed, and the last line of metrics.json."""
+    """Distill with the script; what it printed, and the last line of metrics.json."""
     script = ROOT / "train_distill.py"
     text = command(script, "--num-gpus", 0, "--config-file", config, *words, path=path)
     lines = (config.parent / "output" / "metrics.json").read_text().splitlines()

@@ -365,7 +365,7 @@ def infer_bottleneck(weights: Weights) -> dict[str, Any]:
 
 
 def packaged_config(keys: dict[str, Any]) -> str:
-    return _config_name(kind_of(keys), student=is_student(keys))
+    return _config_name(detector_kind(keys), student=is_student(keys))
 
 
 def _config_name(kind: str, *, student: bool) -> str:
@@ -373,7 +373,7 @@ def _config_name(kind: str, *, student: bool) -> str:
     return f"Distillation-GHND/{detector}_ghnd.yaml" if student else f"Teachers/{detector}.yaml"
 
 
-def kind_of(keys: dict[str, Any]) -> str:
+def detector_kind(keys: dict[str, Any]) -> str:
     if keys["MODEL.KEYPOINT_ON"]:
         return "keypoint"
     return "mask" if keys["MODEL.MASK_ON"] else "faster"
@@ -408,7 +408,7 @@ def complete_config(
 
 def print_summary(converted: Converted) -> None:
     keys = converted.keys
-    detector = f"{kind_of(keys).capitalize()} R-CNN R{keys['MODEL.RESNETS.DEPTH']}-FPN"
+    detector = f"{detector_kind(keys).capitalize()} R-CNN R{keys['MODEL.RESNETS.DEPTH']}-FPN"
     if is_student(keys):
         detector += f", GHND's student with {keys['MODEL.BOTTLENECK.CHANNELS']} bottleneck channels"
     print(f"{detector}: {len(converted.weights)} tensors converted, all that the detector has")

@@ -197,7 +197,7 @@ def check_loss(
         cell = Cell(kinds[name], loss, equal=equal, not_zero=not_zero, host=host)
         refusals[name] = cell.refusal
         for law in () if cell.refusal else LAWS:
-            with _naming(law, name):
+            with _errors_name_law(law, name):
                 law(cell)
     refused = {name: reason for name, reason in refusals.items() if reason}
     works = len(refused) < len(refusals) if on is None else not refused
@@ -206,7 +206,7 @@ def check_loss(
 
 
 @contextlib.contextmanager
-def _naming(law: Callable, name: str) -> Iterator[None]:
+def _errors_name_law(law: Callable, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -75,18 +75,18 @@ def test_missing_annotations(cfg, folder, tmp_path):
 
 
 @pytest.mark.parametrize("family, key", [("retinanet", "RETINANET"), ("faster", "ROI_HEADS")])
-@pytest.mark.parametrize("distil", [False, True])
-def test_number_of_classes(cfg, family, key, distil):
+@pytest.mark.parametrize("distill", [False, True])
+def test_number_of_classes(cfg, family, key, distill):
     other = tiny_config(family)
     other.DATASETS = cfg.DATASETS.clone()
-    if distil:
+    if distill:
         other = distiller_config(other, "teacher.yaml")
     check_datasets(other)
     getattr(other.MODEL, key).NUM_CLASSES = 80
     assert_fails(other, f"MODEL.{key}.NUM_CLASSES is 80", f"has {CLASSES} classes", "class0")
     assert_fails(other, f"MODEL.{key}.NUM_CLASSES is 80", train=False)
-    node = other.MODEL.DISTILLER if distil else other.MODEL
-    setattr(node, "STUDENT_META_ARCH" if distil else "META_ARCHITECTURE", "NobodyKnowsIt")
+    node = other.MODEL.DISTILLER if distill else other.MODEL
+    setattr(node, "STUDENT_META_ARCH" if distill else "META_ARCHITECTURE", "NobodyKnowsIt")
     check_datasets(other)
 
 

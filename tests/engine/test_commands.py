@@ -206,9 +206,9 @@ def values(folder):
 @pytest.mark.slow
 def test_commands_of_defeats_page(folder, weights):
     steps = [*TWO_STEPS, "SOLVER.STEPS", "(1,)", "SOLVER.WARMUP_ITERS", "0", "MODEL.WEIGHTS"]
-    teacher, student, distil, test = page_commands()
+    teacher, student, distill, test = page_commands()
     run_commands([*teacher, *steps, weights(VOC.format(101))])
-    for command in (student, distil):
+    for command in (student, distill):
         run_commands([*command, *steps, weights(VOC.format(50))])
     for output in ("work/voc/r101", "work/voc/r50", "work/kd/r101-50-DeFeat"):
         assert all(0 <= values(output)[rule] <= 100 for rule in RULES)

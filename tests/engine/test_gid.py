@@ -12,7 +12,7 @@ TERMS = {f"loss_gid_{name}" for name in ("feature", "relation", "response_cls", 
 
 
 def gid_job(folder, family="retinanet", **keys):
-    """A job that distils by GID, with these keys of its node, and does not evaluate."""
+    """A job that distills by GID, with these keys of its node, and does not evaluate."""
     job = Job(folder, family, types=["GID"], evaluate=False)
     # Random detectors, the two-stage ones above all, disagree on small boxes that lie close together.
     job.node.GID.GI_MIN_SIDE, job.node.GID.GI_NMS_THRESH = 1.0, 0.7

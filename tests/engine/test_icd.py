@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("log_every_iteration")
 
 
 def icd_job(folder, family="retinanet"):
-    """A job that distils by a small ICD from the first iteration on, and does not evaluate."""
+    """A job that distills by a small ICD from the first iteration on, and does not evaluate."""
     job = Job(folder, family, types=[ICD], evaluate=False)
     job.node.BYPASS_DISTILL = 0
     job.node.INS.HIDDEN_DIM, job.node.INS.ATT_HEADS = 16, 4
@@ -95,7 +95,7 @@ def test_pretraining_trains_the_decoder_alone(job):
 @pytest.mark.parametrize(
     "family, last, options",
     [
-        # in the middle of everything, and with a seed that nobody can repeat
+        # in the middle of everything, and with an unknown seed
         ("retinanet", "model_0000001", ["SEED", -1, NODE + "STOP_JOINT", 2, NODE + "INS.DROPOUT", 0.2]),
         ("faster", "model_0000000", [NODE + "PRETRAIN_TEACHER_ITERS", 2, NODE + "BYPASS_DISTILL", 1]),
     ],

@@ -48,7 +48,7 @@ model = L(Distiller)(
 
 def test_nothing_to_distil(lazy_job):
     lazy_job.without_distiller()
-    with pytest.raises(ValueError, match="nothing to distil"):
+    with pytest.raises(ValueError, match="nothing to distill"):
         lazy_job.run()
 
 

@@ -459,18 +459,18 @@ class NaiveICD:
         *,
         iteration: int,
         max_iter: int,
-        distil: bool = True,
+        distill: bool = True,
         descriptor: Optional[Tensor] = None,
     ) -> dict:
         """Losses of one step, and what they were computed from.
 
         tea_feats, stu_feats: (N, C, H, W) by level, finest first; image_sizes, padded_size: (h, w).
-        distil: False keeps the loss from the student. descriptor: (N, K, D) instead of the queries' own.
+        distill: False keeps the loss from the student. descriptor: (N, K, D) instead of the queries' own.
         Returns "losses" and the arrays of the steps, as "enc/...", "geo/...", "dec/{layer}/...". They
         hold memory: a benchmark should take the losses and let go of the rest.
         """
         tea_feats = {name: level.detach() for name, level in tea_feats.items()}
-        if not distil:
+        if not distill:
             stu_feats = {name: level.detach() for name, level in stu_feats.items()}
         teacher, student = sequence(tea_feats), sequence(stu_feats)
         out = self._encode(queries, image_sizes, descriptor, teacher)

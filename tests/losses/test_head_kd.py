@@ -50,7 +50,7 @@ class Head:
         valid = torch.arange(boxes.shape[1]) < counts[:, None]
         logits, deltas = self.scores(boxes)
         return Predictions(
-            # What fills up counts for nothing, whatever is in it.
+            # Padding rows count for nothing, for all values in them.
             logit_levels=[logits.masked_fill(~valid[..., None], 7.0).unsqueeze(2)],
             delta_levels=[deltas.masked_fill(~valid[..., None], -7.0).unsqueeze(2)],
             anchors=boxes,

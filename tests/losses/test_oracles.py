@@ -79,7 +79,7 @@ class Golden:
             self.padded_size,
             iteration=iteration,
             max_iter=self.meta["MAX_ITER"],
-            distil=switches["BYPASS_DISTILL"] <= iteration <= switches["BYPASS_DISTILL_AFTER"],
+            distill=switches["BYPASS_DISTILL"] <= iteration <= switches["BYPASS_DISTILL_AFTER"],
             descriptor=descriptor,
         )
         if backward:

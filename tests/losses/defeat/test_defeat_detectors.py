@@ -291,7 +291,7 @@ def test_heads_run_once_where_they_are_asked(family, loss, settings, teacher, st
 
 
 def test_the_teachers_counts_are_not_logged():
-    """What its head samples is no news of the student's."""
+    """What its head samples is not logged for the student."""
     model = distiller(DeFeat(**NO_NECK, **CLASSES, proposals="teacher"))
     model.teacher.model.roi_heads.batch_size_per_image = 5
     with EventStorage(0) as storage:

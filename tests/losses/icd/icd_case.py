@@ -105,7 +105,7 @@ class Case:
             add_scale=s["add_scale_indicator"],
             reconst=s["value_reconst"] > 0,
         )
-        # As large as a Linear's at its start: attention is not one-hot then, gradients are no noise.
+        # As large as a Linear's at its start: attention is not one-hot then, and gradients are not noise.
         self.weights = {n: w / 3**0.5 if w.dim() == 2 else w for n, w in self.weights.items()}
         self._load()
         self._record()
@@ -188,7 +188,7 @@ class Case:
             sample_range=self.settings["sample_range"],
         )
 
-    def naive(self, distil: bool = True):
+    def naive(self, distill: bool = True):
         """The naive version's loss object and what it returns, after its backward, and the gradients
         of the student's maps; all in float64."""
         settings = {name.upper(): value for name, value in self.settings.items()}
@@ -206,7 +206,7 @@ class Case:
             self.padded,
             iteration=self.iteration,
             max_iter=self.max_iter,
-            distil=distil,
+            distill=distill,
         )
         sum(out["losses"].values()).backward()
         return icd, out, {name: level.grad for name, level in leaves.items()}

@@ -60,9 +60,9 @@ SETTINGS = {
 }
 
 
-def compare_with_naive(case, distil=True):
+def compare_with_naive(case, distill=True):
     terms = case.step()
-    icd, out, student = case.naive(distil)
+    icd, out, student = case.naive(distill)
     compare_losses(terms, out["losses"])
     compare_gradients(case, icd, student)
 
@@ -201,7 +201,7 @@ ARCHITECTURES = [{}, {"att_layers": 2, "value_reconst": 1.0}, {"att_layers": 0}]
 def test_naive_loss_before_distillation(settings):
     case = Case(bypass_distill=6, **settings)
     terms = case.step()
-    _, out, student = case.naive(distil=False)
+    _, out, student = case.naive(distill=False)
     compare_losses(terms, out["losses"])
     assert all(gradient is None for gradient in student.values())
 
