@@ -1,4 +1,4 @@
-# `make demo`, `make test`, `make lint`: each does the set-up it needs and re-uses what is there.
+# `make demo`, `make test`, `make lint`: each does the set-up it needs and reuses what is there.
 # Needs nothing but make and Python 3.9 or later; `make VENV=path PYTHON=python3.12 test` chooses others.
 
 VENV ?= .venv
@@ -68,7 +68,7 @@ create-venv:
 	if [ -z "$(PYTHON)" ]; then \
 		echo "make: no Python 3 found; install Python 3.9 or later, or name one: make PYTHON=path" >&2; exit 1; fi; \
 	if ! $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 9))"; then \
-		echo "make: Python 3.9 or later is needed, $(PYTHON) is none; name one: make PYTHON=path" >&2; exit 1; fi; \
+		echo "make: Python 3.9 or later is needed, but $(PYTHON) is older; name one: make PYTHON=path" >&2; exit 1; fi; \
 	if ! $(PYTHON) -c "import ensurepip, venv" >/dev/null 2>&1; then \
 		echo "make: $(PYTHON) lacks the module venv or ensurepip; install it (Debian and Ubuntu: the package" \
 			"python3-venv), or name another Python: make PYTHON=path" >&2; exit 1; fi; \

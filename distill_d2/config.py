@@ -42,12 +42,12 @@ def add_distill_config(cfg: CN) -> None:
     cfg.INPUT.AUGMENTATIONS = "default"
     # [height, width]: images are resized to exactly this, instead of by MIN_SIZE_* and MAX_SIZE_*.
     cfg.INPUT.FIXED_SIZE = []
-    # False: images are not flipped, whatever RANDOM_FLIP says. True for IS_ROTATE is refused: images are
+    # False: images are not flipped, for every RANDOM_FLIP. True for IS_ROTATE is refused: images are
     # never rotated. (Keys of AdelaiDet.)
     cfg.INPUT.HFLIP_TRAIN = True
     cfg.INPUT.IS_ROTATE = False
     cfg.INPUT.SSD = CN()
-    # Expansion to at most so many times the sides.
+    # The largest factor by which an expansion multiplies the sides of an image.
     cfg.INPUT.SSD.EXPAND_MAX_RATIO = 4.0
     # A crop's IoU with some object is at least one of these, or any, or the whole image is kept.
     cfg.INPUT.SSD.CROP_MIN_IOUS = [0.1, 0.3, 0.5, 0.7, 0.9]
@@ -124,22 +124,22 @@ def solver_config() -> CN:
     solver.OPTIMIZER_ARGS = CN(new_allowed=True)
     # detectron2's schedules WarmupCosineLR or WarmupMultiStepLR.
     solver.LR_SCHEDULER_NAME = "WarmupCosineLR"
-    # Taken from the student's SOLVER, whatever stands here (with a LazyConfig: MAX_ITER from
+    # Taken from the student's SOLVER, whatever is set here (with a LazyConfig: MAX_ITER from
     # train.max_iter, STEPS from here).
     solver.MAX_ITER = -1
     solver.STEPS = (30000,)
     # One learning rate and one weight decay for all parameters.
     solver.BASE_LR = 1e-4
     solver.WEIGHT_DECAY = 1e-4
-    # Of SGD.
+    # Used by SGD only.
     solver.MOMENTUM = 0.9
     solver.NESTEROV = False
-    # Not used; here so that the reference's yaml files load.
+    # Not used; they exist so that the reference's yaml files load.
     solver.WEIGHT_DECAY_NORM = 0.0
     solver.WEIGHT_DECAY_BIAS = 1e-4
     solver.BIAS_LR_FACTOR = 1.0
     solver.NUM_DECAYS = 3
-    # Where WarmupCosineLR ends.
+    # The learning rate at the end of WarmupCosineLR.
     solver.BASE_LR_END = 0.0
     # The factor of WarmupMultiStepLR at each of STEPS.
     solver.GAMMA = 0.1
@@ -179,8 +179,8 @@ def load_yaml(cfg: CN, path: str) -> None:
     """Merge a yaml file, and its _BASE_, into ``cfg``; plain values only.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file; it is not yaml, or holds a python tag; it is of a
-            run that was started with an --import which is missing.
+        FileNotFoundError, ValueError: there is no such file; it is not yaml, or holds a python tag; its
+            run was started with an --import that is missing here.
         KeyError: a key that does not exist.
     """
     if not os.path.isfile(path):
@@ -207,7 +207,7 @@ def student_config(cfg: CN) -> CN:
     """A copy of ``cfg`` that describes its student alone, as an ordinary detectron2 config.
 
     Raises:
-        ValueError: META_ARCHITECTURE is "Distiller" and STUDENT_META_ARCH does not say of what.
+        ValueError: META_ARCHITECTURE is "Distiller" and STUDENT_META_ARCH is empty.
     """
     cfg = cfg.clone()
     cfg.defrost()

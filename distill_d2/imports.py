@@ -1,5 +1,7 @@
-"""Modules of users: those that --import names, those of installed packages, and the note of them beside a run's
-config. ``distill_d2.plugins`` says what such a module may bring."""
+"""Import users' modules, named by --import or by installed packages, and note them beside a run's config.
+
+``distill_d2.plugins`` says what such a module may register.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def import_entry_points() -> None:
 
 
 def imported() -> list[str]:
-    """One line for each module that was imported so: its name, its file, and what named it."""
+    """One line for each imported module: its name, its file, and what named it."""
     return [f"{name} ({sys.modules[name].__file__}; {source})" for name, source in _IMPORTED.items()]
 
 
@@ -71,7 +73,7 @@ def write_note(folder: str, names: Sequence[str]) -> None:
 
 
 def check_note(folder: str) -> None:
-    """Check that everything is imported that a run in ``folder`` has noted, if it has.
+    """Check that all modules are imported that the note of a run in ``folder`` names, if there is a note.
 
     Raises:
         ValueError: something is missing; the message names it.
@@ -100,7 +102,7 @@ def _entry_points() -> Iterable[metadata.EntryPoint]:
 def _import(name: str, source: str) -> None:
     try:
         module = _import_file(name) if name.endswith(".py") else importlib.import_module(name)
-    except Exception as error:  # whatever a user's module raises
+    except Exception as error:  # a user's module may raise anything
         raise ImportError(
             f"{source}: {type(error).__name__}: {error}. Expected a module that can be imported (its folder is in "
             "PYTHONPATH, or its package is installed) or the path of a .py file"

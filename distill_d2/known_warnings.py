@@ -12,13 +12,13 @@ _HARMLESS = (
     ("pkg_resources is deprecated as an API", UserWarning),
     # detectron2/modeling/box_regression.py scripts two small functions at import time.
     (r"`torch\.jit\.script` is deprecated", (FutureWarning, DeprecationWarning)),
-    # detectron2/modeling/anchor_generator.py calls torch.meshgrid and wants its default, "ij".
+    # detectron2/modeling/anchor_generator.py calls torch.meshgrid and relies on its default, "ij".
     (r"torch\.meshgrid: in an upcoming release", UserWarning),
 )
 
 
 def silence_known_warnings() -> None:
-    """Add the filters to this process; spawned processes add theirs when they import distill_d2."""
+    """Add the filters to this process; a spawned process adds them when it imports distill_d2."""
     for message, categories in _HARMLESS:
         for category in categories if isinstance(categories, tuple) else (categories,):
             warnings.filterwarnings("ignore", message=message, category=category)

@@ -11,7 +11,7 @@ The last two are imported before a config is read, in every process. Whatever th
 as detectron2 does it: losses in MODEL.DISTILLER.TYPES, meta-architectures in MODEL.META_ARCHITECTURE,
 backbones in MODEL.BACKBONE.NAME, datasets in DATASETS.TRAIN, mappers in INPUT.MAPPER, augmentations in
 INPUT.AUGMENTATIONS. A loss needs no more than its registration. A detector has a view, so that losses can
-read it, and a ``Detector``, which brings its config keys. A whole package::
+read it, and a ``Detector``, which adds its config keys. A whole package::
 
     # my_detector.py
     from detectron2.data import DatasetCatalog
@@ -76,7 +76,7 @@ def _nothing(cfg: CfgNode) -> None:
 
 @dataclass(frozen=True)
 class Detector:
-    """What a detector, or a backbone, brings.
+    """Describes a detector or a backbone.
 
     Attributes:
         name: for tables and messages, such as "FCOS (AdelaiDet)".
@@ -193,7 +193,7 @@ def _get(registry: Registry, name: str) -> Any:
     return Registry.get(registry, name)
 
 
-# Names of detectors are found when detectron2 looks them up, so that one that nobody uses costs no import.
+# Names of detectors are found when detectron2 looks them up, so that an unused one costs no import.
 for _registry in (META_ARCH_REGISTRY, BACKBONE_REGISTRY, PROPOSAL_GENERATOR_REGISTRY):
     _registry.get = functools.partial(_get, _registry)  # type: ignore[method-assign]
 

@@ -43,7 +43,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
 
 
 class _Complete(BaseException):
-    """All outputs that were awaited are recorded. No Exception, which a detector might catch."""
+    """All outputs that were awaited are recorded. Not an Exception, because a detector might catch one."""
 
 
 class Taps:

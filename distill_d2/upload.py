@@ -1,4 +1,4 @@
-"""Bring tensors to the device without waiting for it, and to another memory layout."""
+"""Move tensors to the device without waiting for it, and to another memory layout."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_pkl_that_runs_code(tmp_path, protocol, place):
     inside = np.array([evil], dtype=object) if place == "in an array" else evil
     data = evil if place == "top" else {"model": {**arrays(), "x": inside}, "__author__": "us"}
     path = write(tmp_path / "evil.pkl", data, protocol)
-    with pytest.raises(ValueError, match=r"evil.pkl'.*it wants to use posix.system; only numpy arrays"):
+    with pytest.raises(ValueError, match=r"evil.pkl'.*it uses posix.system; only numpy arrays"):
         load(linear(), path)
     assert not marker.exists()
     pickle.loads((tmp_path / "evil.pkl").read_bytes())
@@ -183,7 +183,7 @@ def test_globals_that_are_refused(tmp_path, name):
     owner, _, attribute = name.rpartition(".")
     path = tmp_path / "evil.pkl"
     path.write_bytes(f"c{owner}\n{attribute}\n.".encode())
-    with pytest.raises(ValueError, match=f"it wants to use {name}"):
+    with pytest.raises(ValueError, match=f"it uses {name}"):
         load(linear(), path)
 
 
@@ -192,7 +192,7 @@ def test_globals_that_are_refused(tmp_path, name):
 def test_torch_file_that_runs_code(tmp_path, suffix, legacy):
     marker, path = tmp_path / "executed", tmp_path / f"evil{suffix}"
     torch.save({"model": Evil(marker)}, path, _use_new_zipfile_serialization=not legacy)
-    message = f"cannot read the checkpoint '{path}': it wants to use posix.system"
+    message = f"cannot read the checkpoint '{path}': it uses posix.system"
     with pytest.raises(ValueError, match=message) as error:
         load(linear(), path)
     assert not marker.exists()
@@ -262,7 +262,7 @@ def interrupted(tmp_path):
 
 @pytest.mark.parametrize("tag", ["", "model_9999999.pth", None])
 def test_resume_without_a_usable_last_checkpoint(interrupted, tag):
-    """As after a crash: the newest whole checkpoint of a training is resumed."""
+    """As after a crash: the newest complete checkpoint of a training is resumed."""
     (interrupted / "last_checkpoint").unlink()
     if tag is not None:
         (interrupted / "last_checkpoint").write_text(tag)
@@ -317,7 +317,9 @@ def test_a_download_that_fails_names_the_address(tmp_path, monkeypatch, scheme):
         raise URLError("no network")
 
     monkeypatch.setattr(PathManager, "get_local_path", get)
-    message = f"{scheme}a.pth' could not be downloaded: .*no network.*give its path .MODEL.WEIGHTS; of a teacher"
+    message = (
+        f"{scheme}a.pth' could not be downloaded: .*no network.*set MODEL.WEIGHTS, or for a teacher"
+    )
     with pytest.raises(ValueError, match=message):
         SafeCheckpointer(nn.Linear(1, 1), str(tmp_path)).load(f"{scheme}a.pth?matching_heuristics=True")
     with pytest.raises(ValueError, match=message):

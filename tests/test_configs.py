@@ -81,8 +81,8 @@ def test_holds_plain_values_and_known_keys(name):
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_equals_detectron2s_config(name):
     official = flat(detectron2_zoo.get_config(name))
-    ours = flat(load(name))
-    different = {key: ours[key] for key in official if ours[key] != official[key]}
+    values = flat(load(name))
+    different = {key: values[key] for key in official if values[key] != official[key]}
     expected = {} if "C4" in name or "C5" in name else DIFFERENT
 
     assert different == expected

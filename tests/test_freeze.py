@@ -210,7 +210,9 @@ def test_nothing_is_left_to_train(loss, weight, names):
     with pytest.raises(ValueError) as caught:
         distiller(losses=losses, width=16, task_loss_weight=weight, freeze_names=names)
     kinds = [loss.__name__]
-    message = f"{KEY} is {names}, TASK_LOSS_WEIGHT {weight} and TYPES {kinds}: nothing of the student"
+    message = (
+        f"{KEY} is {names}, TASK_LOSS_WEIGHT {weight} and TYPES {kinds}: no parameter of the student"
+    )
     assert message in str(caught.value)
 
 

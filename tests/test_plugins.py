@@ -57,8 +57,8 @@ class WheatLoss(DistillLoss):
 
     def forward(self, student, teacher, batch):
         assert type(student) is type(teacher) is WheatView
-        ((one, other),) = self.pairs(student, teacher).values()
-        return {"loss_wheat": (one - other).square().mean()}
+        ((level, target),) = self.pairs(student, teacher).values()
+        return {"loss_wheat": (level - target).square().mean()}
 
 
 @DATASET_MAPPER_REGISTRY.register()

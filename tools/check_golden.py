@@ -61,7 +61,7 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
-        raise FixtureError("there is no such file") from None
+        raise FixtureError("does not exist") from None
     except _READ_ERRORS as error:
         raise FixtureError(f"cannot be read as an .npz file of arrays: {error}") from error
 
@@ -77,7 +77,7 @@ def kinds_of(arrays: dict[str, np.ndarray]) -> list[GoldenKind]:
     if not fitting:
         listing = "\n".join(f"  {name}: {', '.join(kind.holds)}" for name, kind in known.items())
         raise FixtureError(
-            f"is a fixture of no known kind. The known kinds, and the arrays that they hold:\n{listing}\n"
+            f"is not a fixture of a known kind. The known kinds, and the arrays that they hold:\n{listing}\n"
             f"It holds {listing_of(sorted(arrays)) or 'nothing'}"
         )
     return fitting
@@ -118,7 +118,11 @@ def print_table(fixture: Fixture) -> None:
             f"{c.absolute_error:.1e}" if c.same_shape else "-",
             f"{c.relative_error:.1e}" if c.same_shape else "-",
             f"{c.atol:.1g} + {c.rtol:.1g} x",
-            "pass" if c.passed else "FAIL" if c.same_shape else f"FAIL: ours is {c.actual.shape}",
+            "pass"
+            if c.passed
+            else "FAIL"
+            if c.same_shape
+            else f"FAIL: the result has shape {c.actual.shape}",
         ]
         for c in fixture.comparisons
     ]

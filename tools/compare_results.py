@@ -55,7 +55,7 @@ def last_evaluation(run: Path) -> dict[str, Metrics]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         found = evaluation_of(read_line(path, number, line)) or found
     if not found:
-        raise ValueError(f"'{path}' holds no evaluation: the training has not come to one")
+        raise ValueError(f"'{path}' holds no evaluation: the training has not reached one")
     return found
 
 
@@ -63,7 +63,7 @@ def read_line(path: Path, number: int, line: str) -> dict[str, float]:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}', line {number}, is no JSON: {error}") from error
+        raise ValueError(f"'{path}', line {number}, is not JSON: {error}") from error
 
 
 def evaluation_of(scalars: dict[str, float]) -> dict[str, Metrics]:

@@ -1,4 +1,4 @@
-"""What the programs that convert public checkpoints share."""
+"""Functions that the converters of public checkpoints share."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def state_dict_of(entries: dict[str, Any]) -> Weights:
     """
     weights = entries.get("model", entries)
     if not isinstance(weights, dict) or not weights:
-        raise ConversionError("INPUT's entry 'model' is no state_dict, expected {name: tensor, ...}")
+        raise ConversionError("INPUT's entry 'model' is not a state_dict; expected {name: tensor, ...}")
     others = [
         str(name)
         for name, value in weights.items()
@@ -139,8 +139,8 @@ def state_dict_of(entries: dict[str, Any]) -> Weights:
     ]
     if others:
         raise ConversionError(
-            "INPUT is no state_dict and has no entry 'model' that is one; these of its entries are not "
-            f"tensors with names: {listing(others)}"
+            "INPUT is not a state_dict and has no state_dict under 'model'; these of its entries are not "
+            f"named tensors: {listing(others)}"
         )
     prefix = "module." if all(name.startswith("module.") for name in weights) else ""
     return {name[len(prefix) :]: tensor.detach() for name, tensor in weights.items()}
@@ -177,7 +177,7 @@ def check_agreement(weights: Weights, cfg: CfgNode, config_file: str, *, partial
     if any(differences.values()):
         lines = [f"{len(v)} {what}: {listing(v)}" for what, v in differences.items() if v]
         raise ConversionError(
-            f"the weights are not those of the detector of '{config_file}' (choose one with "
+            f"the weights do not fit the detector of '{config_file}' (choose one with "
             "--config-file, or set its keys with KEY VALUE):\n  " + "\n  ".join(lines)
         )
 

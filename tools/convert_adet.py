@@ -14,11 +14,11 @@ detectron2 checkpoint of projects/FCOS or projects/CondInst.
         --config-file FCOS-Detection/FCOS_RT/MS_DLA_34_4x_syncbn.yaml
 
 Those of 2020 and later need no conversion: MODEL.WEIGHTS, and a teacher's weights, may be their path or
-address. This tells whether a file is whole, and brings older ones up to date: those of the FCOS that
+address. The converter checks that a file is complete, and updates older ones: those of the FCOS that
 preceded detectron2, and those with "centerness".
 
 INPUT is a path or URL: a checkpoint with the entry "model", or a bare state_dict. Code in it is not run,
-and what lies beside the weights (optimizer, ...) is not read. Names and shapes must be those of CONFIG's
+and other entries (optimizer, ...) are not read. Names and shapes must be those of CONFIG's
 detector, with --backbone those of its backbone as far as INPUT has it; otherwise nothing is written.
 """
 

@@ -50,7 +50,7 @@ def convert(state_dict: Weights, backbone: bool) -> tuple[Weights, list[str]]:
     weights, dropped, unknown = from_public(state_dict)
     if unknown:
         raise ConversionError(
-            f"{len(unknown)} of INPUT's {len(state_dict)} keys are those of no known SSD: {listing(unknown)}"
+            f"{len(unknown)} of INPUT's {len(state_dict)} keys do not belong to a known SSD: {listing(unknown)}"
         )
     if backbone:
         heads = [name for name in weights if name.startswith(("head.", "backbone.l2_norm."))]

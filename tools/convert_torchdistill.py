@@ -157,7 +157,7 @@ def converter_parser() -> argparse.ArgumentParser:
         metavar="EPS",
         help="eps of the frozen batch norms in INPUT (default: 0). 0 is that of torchvision's COCO_V1 "
         "detectors and of the checkpoints released in 2020. 1e-5, detectron2's own, is that of models "
-        "trained from an ImageNet backbone by today's torchvision, where nobody set it to 0, such as "
+        "trained from an ImageNet backbone by today's torchvision without setting it to 0, such as "
         "the current torch.hub students of GHND",
     )
     parser.add_argument(
@@ -179,7 +179,7 @@ def convert(state_dict: Weights, frozen_bn_eps: float, *, coco: bool) -> Convert
         coco: 91 rows of classes are COCO's.
 
     Raises:
-        ConversionError: it is no detector of a known kind, or has keys of unknown meaning.
+        ConversionError: it is not a detector of a known kind, or has keys of unknown meaning.
     """
     weights, dropped = rename(state_dict)
     notes = [last_background(weights, coco=coco)]
@@ -203,7 +203,7 @@ def rename(state_dict: Weights) -> tuple[Weights, dict[str, list[str]]]:
     for name, tensor in state_dict.items():
         target, reason = detectron2_name(name), reason_to_drop(name)
         if target in weights:
-            raise ConversionError(f"INPUT's keys {sources[target]} and {name} both are {target}")
+            raise ConversionError(f"INPUT's keys {sources[target]} and {name} both become {target}")
         if target:
             weights[target], sources[target] = tensor, name
         elif reason:
@@ -212,7 +212,7 @@ def rename(state_dict: Weights) -> tuple[Weights, dict[str, list[str]]]:
             unknown.append(name)
     if unknown:
         raise ConversionError(
-            f"{len(unknown)} of INPUT's {len(state_dict)} keys are none of torchvision's Faster, Mask "
+            f"{len(unknown)} of INPUT's {len(state_dict)} keys do not belong to torchvision's Faster, Mask "
             f"or Keypoint R-CNN with a ResNet and FPN, nor of GHND's bottleneck: {listing(unknown)}"
         )
     return weights, dropped
@@ -253,11 +253,11 @@ def last_background(weights: Weights, *, coco: bool) -> str:
     K + 1 rows, background first, become K (boxes, masks), or K + 1 with the background last (scores).
 
     Raises:
-        ConversionError: there are no scores or boxes of classes, or not of equally many.
+        ConversionError: there are no scores or boxes of classes, or their numbers differ.
     """
     if f"{_SCORES}.weight" not in weights:
         raise ConversionError(
-            "INPUT has no roi_heads.box_predictor.cls_score.weight: it is no Faster, Mask or Keypoint "
+            "INPUT has no roi_heads.box_predictor.cls_score.weight: it is not a Faster, Mask or Keypoint "
             "R-CNN of torchvision"
         )
     rows = len(weights[f"{_SCORES}.weight"])
@@ -316,7 +316,7 @@ def infer_keys(weights: Weights) -> dict[str, Any]:
     """The config keys that follow from the weights, by detectron2's names and in its class order.
 
     Raises:
-        ConversionError: the ResNet or the bottleneck is none that can be built.
+        ConversionError: the ResNet or the bottleneck cannot be built.
     """
     keypoints = weights.get(f"{_KEYPOINTS}.weight")
     keys = {
@@ -352,7 +352,9 @@ def infer_bottleneck(weights: Weights) -> dict[str, Any]:
     names = [f"{_BOTTLENECK}.{layer}.weight" for layer in layers]
     missing = [name for name in names if name not in weights]
     if missing:
-        raise ConversionError(f"INPUT's bottleneck is not GHND's of 2020: it lacks {listing(missing)}")
+        raise ConversionError(
+            f"INPUT's bottleneck is not the one of GHND (2020): it lacks {listing(missing)}"
+        )
     *encoder, channels, first, second = (len(weights[name]) for name in names)
     return {
         "MODEL.BACKBONE.NAME": "build_bottleneck_backbone",

@@ -51,7 +51,7 @@ from distill_d2.losses.settings import keys_of
 
 logger = logging.getLogger("distill_d2.visualize")
 
-# A loss is drawn whatever its schedule.
+# A loss is drawn independently of its schedule.
 ALWAYS_ON = {"weight": 1.0, "start_iter": 0, "stop_iter": -1, "warmup_iters": 0}
 
 _WRONG_INPUT = (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
@@ -191,7 +191,7 @@ def file_stems(records: list[dict[str, Any]]) -> list[str]:
 
 
 def build_distiller(cfg: CfgNode) -> Distiller:
-    """The Distiller in training mode, as losses want it, but for layers that would draw random numbers
+    """The Distiller in training mode, as losses need it, but for layers that would draw random numbers
     or take statistics of the one image (dropout, batch normalization)."""
     torch.manual_seed(max(cfg.SEED, 0))
     cfg = cfg.clone()
@@ -246,7 +246,7 @@ def load_student(distiller: Distiller, path: str) -> dict[str, Any]:
     missing = keys.missing_keys + [name for name, _, _ in keys.incorrect_shapes]
     if missing:
         raise ValueError(
-            f"MODEL.WEIGHTS '{path}' is no checkpoint of this student: {len(missing)} of its tensors "
+            f"MODEL.WEIGHTS '{path}' is not a checkpoint of this student: {len(missing)} of its tensors "
             f"are missing or of another shape: {sorted(set(missing))[:5]}. Give a checkpoint of its "
             "training, or '' for an untrained student"
         )

@@ -1,4 +1,4 @@
-"""Read checkpoints without running code from them, and write them so that none is ever lost."""
+"""Read checkpoints without running code from them, and write them so that an interruption loses none."""
 
 from .addresses import direct_address
 from .checkpointer import SafeCheckpointer

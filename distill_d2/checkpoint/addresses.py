@@ -11,8 +11,8 @@ _HUGGING_FACE = ("https://huggingface.co/", "https://hf.co/")
 
 
 def direct_address(path: str) -> str:
-    """The address of a file at huggingface.co, given that of its page or of its download; any other
-    path or address as it is."""
+    """The download address of a file at huggingface.co, from the address of its page or its download;
+    any other path or address is returned unchanged."""
     if not path or not path.startswith(_HUGGING_FACE):
         return path
     address = urlsplit(path)
@@ -41,7 +41,7 @@ def local_file(path: str) -> str:
     except OSError as error:
         raise ValueError(
             f"the checkpoint '{path}' could not be downloaded: {_first_line(error)}. Download it by other "
-            "means and give its path (MODEL.WEIGHTS; of a teacher MODEL.DISTILLER.TEACHER_WEIGHTS)"
+            "means and set MODEL.WEIGHTS, or for a teacher MODEL.DISTILLER.TEACHER_WEIGHTS, to its path"
         ) from error
 
 

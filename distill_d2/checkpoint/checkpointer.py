@@ -29,7 +29,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     _with_losses = True
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``name``.pth; an interruption or a full disk leaves an older file of that name whole."""
+        """Write ``name``.pth; an interruption or a full disk leaves an older file intact."""
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
@@ -52,11 +52,11 @@ class SafeCheckpointer(DetectionCheckpointer):
     def get_checkpoint_file(self) -> str:
         """The checkpoint that the file last_checkpoint names; "" if there is none.
 
-        Where that file was lost in a crash, is empty, or names a missing file: the newest whole
-        checkpoint of a training.
+        Where that file was lost in a crash, is empty, or names a missing file: the newest complete
+        training checkpoint.
 
         Raises:
-            ValueError: last_checkpoint names no file, and no other checkpoint is whole.
+            ValueError: last_checkpoint names no file, and no other checkpoint is complete.
         """
         tag = os.path.join(self.save_dir, _LAST)
         name = _text(tag)
@@ -66,19 +66,19 @@ class SafeCheckpointer(DetectionCheckpointer):
         if self._newest_whole or not os.path.exists(tag):
             return self._newest_whole
         raise ValueError(
-            f"--resume: {tag} {_what_is_wrong(name)}, and no checkpoint beside it is whole. Use another "
+            f"--resume: {tag} {_what_is_wrong(name)}, and no checkpoint beside it is complete. Use another "
             "OUTPUT_DIR, or start without --resume"
         )
 
     @cached_property
     def _newest_whole(self) -> str:
-        """Used only where last_checkpoint is of no use: every file is read."""
+        """The newest checkpoint that can be read. Reads every file, so only used without last_checkpoint."""
         paths = glob(os.path.join(escape(self.save_dir), "model_*.pth")) if self.save_dir else []
         for path in sorted(paths, key=lambda path: (os.path.getmtime(path), path), reverse=True):
             if self._is_whole(path):
                 tag = os.path.join(self.save_dir, _LAST)
                 self.logger.warning(
-                    f"{tag} {_what_is_wrong(_text(tag))}; the newest whole checkpoint is {path}"
+                    f"{tag} {_what_is_wrong(_text(tag))}; the newest complete checkpoint is {path}"
                 )
                 return path
         return ""
@@ -91,7 +91,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return "model" in entries and ("trainer" in entries or "trainer" not in self.checkpointables)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As detectron2's.
+        """Load a checkpoint like detectron2.
 
         Raises:
             OSError, ValueError: the file cannot be read; the message names it.
@@ -104,13 +104,13 @@ class SafeCheckpointer(DetectionCheckpointer):
     def resume_or_load(
         self, path: str, *, resume: bool = True, with_losses: bool = True
     ) -> dict[str, Any]:
-        """As fvcore's; the checkpoint that is resumed must be of exactly this model.
+        """Like fvcore's; a checkpoint that is resumed must match this model exactly.
 
         Args:
-            with_losses: it must be of the same losses, too; False if only the model is needed.
+            with_losses: it must also match the losses; False if only the model is needed.
 
         Raises:
-            ValueError: it is of another model, or of other losses; the message lists keys.
+            ValueError: it is from another model, or from other losses; the message lists keys.
         """
         self._resumed_from = self.get_checkpoint_file() if resume else ""
         self._with_losses = with_losses
@@ -139,7 +139,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if any(wrong.values()):
             listing = "; ".join(f"{len(v)} {k}: {v[:5]}" for k, v in wrong.items() if v)
             raise ValueError(
-                f"--resume: the checkpoint {self._resumed_from} is of another model "
+                f"--resume: the checkpoint {self._resumed_from} is from another model "
                 f"({listing}). Use another OUTPUT_DIR, or start without --resume"
             )
 

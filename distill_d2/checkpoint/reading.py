@@ -44,7 +44,7 @@ def _numpy_core(module: str, name: str) -> Any:
 class ArrayUnpickler(pickle.Unpickler):
     """Unpickles dicts, lists, strings, numbers and numpy arrays; refuses everything else.
 
-    detectron2's model zoo files (.pkl) need no more; any other global in a pickle is code.
+    detectron2's model zoo files (.pkl) need nothing else; any other global in a pickle is code.
     """
 
     _ALLOWED = {
@@ -67,8 +67,7 @@ class ArrayUnpickler(pickle.Unpickler):
         if (module, name) in self._ALLOWED:
             return self._ALLOWED[module, name]
         raise pickle.UnpicklingError(
-            f"it wants to use {module}.{name}; only numpy arrays, numbers, strings, lists and dicts "
-            "are read"
+            f"it uses {module}.{name}; only numpy arrays, numbers, strings, lists and dicts are read"
         )
 
 
@@ -77,7 +76,7 @@ def read_checkpoint(path: str, *, stubs: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         path: path or URL.
-        stubs: classes, such as "argparse.Namespace", of objects in the file that nobody needs; an
+        stubs: classes, such as "argparse.Namespace", of objects in the file that are not needed; an
             ``UnpickledStub`` takes the place of each object. torch 2.3 refuses such files.
 
     Raises:
@@ -119,7 +118,7 @@ def read_pycls(filename: str) -> dict[str, Any]:
 
 
 class UnpickledStub:
-    """Takes the place of an object of a checkpoint; holds nothing of it."""
+    """Takes the place of an object in a checkpoint, without its data."""
 
     def __init__(self, *args: Any):
         pass
@@ -130,7 +129,7 @@ class UnpickledStub:
 
 def stub_globals(names: Sequence[str]) -> contextlib.AbstractContextManager[None]:
     """Inside, torch reads objects of these classes as stubs."""
-    # torch recognizes a class by its module and name, so that another class can stand in for it.
+    # torch recognizes a class by its module and name, so that the stub can take its place.
     parts = [name.rpartition(".") for name in names]
     stubs: list[Any] = [
         type(name, (UnpickledStub,), {"__module__": module}) for module, _, name in parts
@@ -170,4 +169,4 @@ def _reason(error: Exception) -> str:
     if not text.startswith("Weights only load failed"):
         return text.splitlines()[0]
     name = re.search(r"GLOBAL (\S+)", text)
-    return f"it wants to use {name.group(1)}" if name else "it is no file of torch.save"
+    return f"it uses {name.group(1)}" if name else "torch.save did not write it"

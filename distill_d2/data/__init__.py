@@ -1,4 +1,4 @@
-"""Datasets: those a config names, the generated shapes, and reading them in an order that resumes."""
+"""Datasets that a config names, the generated shapes, and loaders whose order a resumed run continues."""
 
 from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_mapper
 from .builtin_voc import register_builtin_voc

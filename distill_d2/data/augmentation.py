@@ -135,7 +135,7 @@ class RandomCropByIoU(T.Augmentation):
         height, width = image.shape[:2]
         if not len(boxes) or min(height, width) < _SMALLEST:
             return NoOpTransform()
-        # The patch of a picture of coordinates says where it lies.
+        # Cropping an image of pixel coordinates shows where the patch is.
         columns = tv_tensors.Image(torch.arange(width).expand(1, height, width))
         rows = tv_tensors.Image(torch.arange(height)[:, None].expand(1, height, width))
         columns, rows, _ = self.crop(columns, rows, _boxes(boxes, (height, width)))
@@ -187,7 +187,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict[str, Any]], Any
     if cfg.INPUT.MAPPER:
         _check_registered(DATASET_MAPPER_REGISTRY, "INPUT.MAPPER", cfg.INPUT.MAPPER, "''")
         return DATASET_MAPPER_REGISTRY.get(cfg.INPUT.MAPPER)(cfg, is_train)
-    cfg = _heed_flip_keys(cfg)
+    cfg = _merge_flip_keys(cfg)
     kind, size = cfg.INPUT.AUGMENTATIONS, list(cfg.INPUT.FIXED_SIZE)
     if kind != "default":
         _check_registered(AUGMENTATION_REGISTRY, "INPUT.AUGMENTATIONS", kind, "'default'")
@@ -214,8 +214,8 @@ def _check_registered(registry: Registry, key: str, name: str, default: str) -> 
         raise ValueError(f"{key} is '{name}'; expected {' or '.join([default, *known])}")
 
 
-def _heed_flip_keys(cfg: CfgNode) -> CfgNode:
-    """A config that says in RANDOM_FLIP alone whether images are flipped."""
+def _merge_flip_keys(cfg: CfgNode) -> CfgNode:
+    """A config in which RANDOM_FLIP alone decides whether images are flipped."""
     if cfg.INPUT.IS_ROTATE:
         raise ValueError("INPUT.IS_ROTATE is True; images are not rotated here, set it to False")
     if cfg.INPUT.HFLIP_TRAIN:

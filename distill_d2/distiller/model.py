@@ -31,7 +31,7 @@ _PREFIX = "distiller."
 
 @META_ARCH_REGISTRY.register()
 class Distiller(nn.Module):
-    """Wraps a detectron2 model, the student, and distils a teacher into it.
+    """Wraps a detectron2 model, the student, and distills a teacher into it.
 
     In training, ``forward`` returns the student's own losses and one term per distillation loss.
     In evaluation it is the student. ``state_dict()`` is the plain student's; parameters of the
@@ -41,7 +41,7 @@ class Distiller(nn.Module):
     Attributes:
         student: the model being trained. It has forward hooks during a training step only, so that it
             can be pickled, copied and scripted.
-        teacher: a Teacher; not a submodule, yet moved along by ``.to()``.
+        teacher: a Teacher; not a submodule, but ``.to()`` moves it too.
         losses: the distillation losses by registered name.
         features_only: whether a training step runs the student only as far as the losses read it.
         phases: what is trained when; a trainer reads it.
@@ -94,8 +94,8 @@ class Distiller(nn.Module):
 
         Raises:
             KeyError, TypeError, ValueError: a loss asks for what a detector cannot give; a number
-                of iterations is negative; there is nothing to pretrain, or to train; a pattern matches
-                no name.
+                of iterations is negative; no loss can be pretrained, or no parameter is left to
+                train; a pattern matches no name.
         """
         super().__init__()
         if input_format not in ("BGR", "RGB"):
@@ -277,7 +277,7 @@ class Distiller(nn.Module):
         sums = [p.sum() for p in self.parameters() if p.requires_grad]
         return torch.stack(sums).sum() * 0.0
 
-    # What is checked, chosen and logged when it is built.
+    # Checks, choices and log messages of the constructor.
 
     def _check_fixed_size(self) -> None:
         side = self.student_view.fixed_size
@@ -298,7 +298,7 @@ class Distiller(nn.Module):
         if not any(p.requires_grad for p in self.student.parameters()):
             raise ValueError(
                 f"MODEL.DISTILLER.FREEZE is {list(freeze_names)}, TASK_LOSS_WEIGHT {self.task_loss_weight} "
-                f"and TYPES {list(self.losses)}: nothing of the student is left to train"
+                f"and TYPES {list(self.losses)}: no parameter of the student is left to train"
             )
 
     def _log_start(self) -> None:
@@ -309,7 +309,7 @@ class Distiller(nn.Module):
         if table:
             logger.info(table)
 
-    # The teacher moves along, and is never visible otherwise (law 2).
+    # The teacher moves with the student, and is not visible otherwise (law 2).
 
     def _apply(self, function, *args, **kwargs):
         super()._apply(function, *args, **kwargs)

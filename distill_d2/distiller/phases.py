@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingPhases:
-    """The phases of MODEL.DISTILLER: PRETRAIN_TEACHER_ITERS, FIX_BACKBONE_BEFORE, FIX_HEAD_BEFORE.
+    """The training phases of MODEL.DISTILLER: PRETRAIN_TEACHER_ITERS, FIX_BACKBONE_BEFORE, FIX_HEAD_BEFORE.
 
     Attributes:
         pretrain_iters: steps before iteration 0, which train losses alone.
@@ -71,7 +71,7 @@ class TrainingPhases:
         settings = {key: value for key, value in self._settings().items() if value}
         if settings:
             raise RuntimeError(
-                f"{settings}: this trainer cannot do that. Train with distill_d2.engine.DistillTrainer "
+                f"{settings}: this trainer does not support it. Train with distill_d2.engine.DistillTrainer "
                 "(train_distill.py), or set them to 0"
             )
         own = [name for name, loss in self._trained_losses().items() if loss.solver is not None]

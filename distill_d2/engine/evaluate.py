@@ -25,7 +25,7 @@ def evaluate(
     """Evaluate the student of MODEL.WEIGHTS, or with ``resume`` of OUTPUT_DIR's last checkpoint.
 
     Args:
-        with_teacher: heed MODEL.DISTILLER.EVAL_TEACHER; otherwise no teacher is built.
+        with_teacher: follow MODEL.DISTILLER.EVAL_TEACHER; otherwise no teacher is built.
 
     Returns:
         the student's results; those of the teacher, if it was evaluated, under "teacher".

@@ -87,7 +87,7 @@ class ProgressBar(HookBase):
         )
 
     def after_step(self) -> None:
-        assert self._bar is not None  # of before_train
+        assert self._bar is not None  # before_train made it
         history = get_event_storage().histories().get("total_loss")
         if history is not None:
             self._bar.set_postfix(loss=f"{history.latest():.3g}", refresh=False)

@@ -64,7 +64,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     elif "distiller" not in cfg and not _is_distiller(cfg.model):
         raise ValueError(
             f"{args.config_file} has neither 'distiller' (a dict of MODEL.DISTILLER's keys) nor a "
-            "model L(Distiller)(...), so there is nothing to distil"
+            "model L(Distiller)(...), so there is nothing to distill"
         )
     register_shapes()
     register_builtin_voc()

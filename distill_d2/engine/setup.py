@@ -97,7 +97,7 @@ def _with_distiller(cfg: CfgNode) -> CfgNode:
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
         cfg.MODEL.DISTILLER.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
         cfg.MODEL.META_ARCHITECTURE = "Distiller"
-    student_config(cfg)  # raises if it does not say of what
+    student_config(cfg)  # raises if STUDENT_META_ARCH is empty
     build_losses(cfg.MODEL.DISTILLER)  # raises for unknown names and values
     return cfg
 

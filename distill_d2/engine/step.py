@@ -55,7 +55,7 @@ class LossReport:
         Args:
             losses: scalars on one device.
             stop: whether this process was asked to stop.
-            extra: further scalars on that device, which are no losses.
+            extra: further scalars on that device, which are not losses.
             images: names of the step's images, for the message about a loss that is not finite.
 
         Raises:

@@ -139,7 +139,7 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
-        """DefaultTrainer's, with the evaluators that modules of the model bring along."""
+        """DefaultTrainer's, with the evaluators that modules of the model provide."""
         if evaluators is None:
             evaluators = [
                 with_model_evaluators(cls.build_evaluator(cfg, name), model)
@@ -212,7 +212,7 @@ class DistillTrainer(DefaultTrainer):
         set_random_state(state)
 
     def train(self) -> dict[str, Any] | None:
-        """Run to the last iteration; on SIGINT or SIGTERM save, say how to go on, and return.
+        """Run to the last iteration; on SIGINT or SIGTERM save, log how to resume, and return.
 
         Returns:
             the last evaluation's results; None if it was stopped.
@@ -224,7 +224,7 @@ class DistillTrainer(DefaultTrainer):
         if self._has_trained:
             raise RuntimeError(
                 "a DistillTrainer trains only once: its hooks end with the training. Build a new one, and "
-                "go on with resume_or_load(resume=True)"
+                "call resume_or_load(resume=True)"
             )
         self._has_trained = True
         with stop_request(self.stop):
@@ -235,7 +235,7 @@ class DistillTrainer(DefaultTrainer):
                 logger.warning(
                     f"Stopped by signal {self.stop.signal or 'of another process'} after iteration "
                     f"{self.iter}; saved in {self.settings.output_dir}. The same command with "
-                    "--resume goes on from there."
+                    "--resume continues from there."
                 )
                 return None
             finally:
@@ -333,8 +333,8 @@ class DistillTrainer(DefaultTrainer):
         return self._last_eval_results
 
     def _leave_evaluation(self) -> None:
-        """Evaluation may outlast a scheduler's patience. Several processes would have to leave it
-        together, which they cannot while each evaluates its own images; they end it."""
+        """A scheduler may not wait for the end of an evaluation. Several processes finish it, because they
+        cannot leave together while each evaluates its own images."""
         if not self.stop or comm.get_world_size() > 1:
             return
         if self.iter < self.max_iter:  # afterwards model_final is there

@@ -68,7 +68,7 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
             )
         absent = [name for name in self._class_names if name not in present]
         if absent:
-            logger.warning(f"{self._dataset_name} has no object of {absent}; AP leaves them out")
+            logger.warning(f"{self._dataset_name} has no object of {absent}; AP excludes them")
         return present
 
 

@@ -1,4 +1,4 @@
-"""What every distillation loss has: a name, a config node, a schedule, and a forward."""
+"""The base class of distillation losses: a name, a config node, a schedule, and a forward."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class ObjectMasks:
         without = [name for name in levels if name not in student.anchor_levels]
         if without:
             raise ValueError(
-                f"{key}: the mask needs the student's anchors, and there are none on the levels {without}; "
+                f"{key}: the mask needs the student's anchors, but it has none on the levels {without}; "
                 f"choose among {list(student.anchor_levels)}"
             )
 

@@ -25,7 +25,7 @@ class FeaturePairs(nn.Module):
 
     Where channels differ, a trainable convolution maps the student's to the teacher's number;
     where sizes differ (two networks may round an odd size differently), the student's map is
-    resized bilinearly. The teacher's maps are not changed, unless a loss wants a number of channels.
+    resized bilinearly. The teacher's maps are not changed, unless a loss sets a number of channels.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class FeaturePairs(nn.Module):
         if not self.in_features:
             self.in_features = _common_levels(student, teacher)
         if len(set(self.in_features)) < len(self.in_features):
-            raise ValueError(f"the levels {self.in_features} name one twice")
+            raise ValueError(f"the levels {self.in_features} contain one name twice")
         student_channels, teacher_channels = {}, {}  # (input, output) of a convolution, by level
         for name in self.in_features:
             of_student, of_teacher = student.require_level(name), teacher.require_level(name)
@@ -191,7 +191,7 @@ def _common_levels(student: DetectorView, teacher: DetectorView) -> list[str]:
     names = [name for name, stride in student.strides.items() if strides.get(name) == stride]
     if not names:
         raise ValueError(
-            f"student and teacher have no neck level of one name and stride: the student has "
+            f"student and teacher have no neck level with the same name and stride: the student has "
             f"{_strides(student)}, the teacher {_strides(teacher)}"
         )
     return names

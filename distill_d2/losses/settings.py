@@ -15,7 +15,7 @@ IN_FEATURES = "Neck levels (p3) or backbone stages (res4); empty: all neck level
 
 @dataclass(frozen=True)
 class Key:
-    """What is known of a setting.
+    """The comment, the node and the allowed values of a setting.
 
     Attributes:
         comment: one or two sentences for the reader of a config.
@@ -135,6 +135,6 @@ class LossSettings:
 
 
 def keys_of(settings: type[LossSettings]) -> dict[str, Key]:
-    """What is known of each setting that is a config key, by its name."""
+    """The Key of each setting that is a config key, by its name."""
     keys = {each.name: each.metadata.get("key", Key()) for each in fields(settings)}
     return {name: known for name, known in keys.items() if known is not None}

@@ -1,4 +1,4 @@
-"""Losses that are trained themselves, apart from the student: the decoder of ICD, for one."""
+"""Losses with parameters that are trained apart from the student, such as the decoder of ICD."""
 
 from __future__ import annotations
 

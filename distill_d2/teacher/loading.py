@@ -88,7 +88,7 @@ def untrained_teacher(distiller: CfgNode, device: str) -> tuple[nn.Module, str]:
 
 
 def load_teacher_weights(model: nn.Module, path: str, allow: Sequence[str] = ()) -> int:
-    """Load ``path`` into ``model`` and insist that every key fits; the number of keys loaded.
+    """Load ``path`` into ``model`` and check that every key fits; returns the number of keys loaded.
 
     Args:
         allow: regular expressions of keys that may be missing, unexpected or mis-shaped.

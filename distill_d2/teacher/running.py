@@ -25,7 +25,7 @@ _CHOICES = ("auto", *_DTYPES)
 class Teacher:
     """A frozen detector and its view.
 
-    It is no Module, so that it is in no parameters(), state_dict(), optimizer, DDP or EMA of the model
+    It is not a Module, so it is in no parameters(), state_dict(), optimizer, DDP or EMA of the model
     that holds it. A copy shares the frozen weights, until one of the two is moved.
 
     Attributes:

@@ -59,7 +59,7 @@ class GivenView(DetectorView):
 
     @property
     def predictions(self) -> Predictions:
-        """The given ones."""
+        """The given predictions."""
         assert self._predictions is not None, "the view was given no predictions"
         return self._predictions
 

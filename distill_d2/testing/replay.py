@@ -39,7 +39,7 @@ class Records:
         batch: the batch of the step.
         leaves: the student's recorded tensors; they take gradients.
         proposals: the student's proposals, which the teacher's box head scored.
-        box_head: what it answered.
+        box_head: its predictions for them.
         own_proposals: the teacher's own proposals and their classes.
         own_box_head: the teacher's predictions for them.
     """

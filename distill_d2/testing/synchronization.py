@@ -112,8 +112,8 @@ class _Elsewhere(torch.Tensor):
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Inside, sums over some rows are computed as on a GPU: of all rows, those of no interest masked. On a
-    CPU the rows are picked, which waits for their number."""
+    """Inside, sums over some rows are computed as on a GPU: over all rows, with the other rows masked. On a
+    CPU the rows are selected, which waits for their number."""
     masked_sum = rows.masked_sum
 
     def elsewhere(loss, mask, *values, **options):

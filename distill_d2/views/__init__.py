@@ -1,4 +1,4 @@
-"""Views: what a distillation loss may ask of a detector, whichever detector it is."""
+"""Views: what distillation losses read of a detector, in one form for all kinds of detectors."""
 
 from .base import DetectorView, build_view, register_view, view_type
 from .batch import Batch

@@ -41,10 +41,10 @@ def view_type(model: nn.Module) -> type[DetectorView]:
 
 
 class DetectorView:
-    """One detector as the losses see it; lazy, so that what nobody asks for is not computed.
+    """One detector as the losses see it; lazy, so that only what a loss asks for is computed.
 
     When the Distiller is built, a loss states what it will need with the ``require_*`` methods,
-    which fail at once for what this detector cannot give. In a step, it reads ``features``,
+    which raise an error for what this detector cannot give. In a step, it reads ``features``,
     ``bottom_up``, ``level``, ``tap`` and, where the detector has them, ``dense``, ``rpn``, ``anchors``,
     ``box_head``, ``own_proposals`` and ``score_boxes``. All tensors come in float32; the student's
     carry gradients.

@@ -34,7 +34,7 @@ def require_same_boxes(student: DetectorView, teacher: DetectorView, capability:
         if a.shape != b.shape or not torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-3):
             raise ValueError(
                 f"{loss} compares the {capability} predictions of student and teacher row by row, but "
-                f"their {what} differ: in a sample of them the student has {_listing(a)}, the teacher "
+                f"their {what} differ: in a sample the student has {_listing(a)}, the teacher "
                 f"{_listing(b)}. Use a teacher of the student's kind with the same "
                 "MODEL.ANCHOR_GENERATOR and BBOX_REG_WEIGHTS, or a loss on features (MODEL.DISTILLER.TYPES)"
             )

@@ -19,7 +19,7 @@ class FCOSView(RetinaNetView):
     box_losses = ("loss_fcos_loc",)
 
     def anchors(self) -> dict[str, torch.Tensor]:
-        """It has none: squares of 8 strides around its points, as ATSS has (arXiv 1912.02424)."""
+        """FCOS has no anchors: squares of 8 strides around its points, as ATSS has (arXiv 1912.02424)."""
         return {name: _enlarge(boxes, ANCHOR_STRIDES) for name, boxes in super().anchors().items()}
 
     def _match(self, boxes: torch.Tensor, valid: torch.Tensor, anchors: list[Boxes]) -> torch.Tensor:

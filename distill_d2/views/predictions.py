@@ -23,7 +23,7 @@ class Predictions:
 
     The rows are those of all levels, from fine to coarse; inside a level of P = H W positions with A
     anchors each, the order is (H, W, anchor). Proposals are one level, with A = 1. Parts are kept per
-    level, as views of the head's outputs, so that nothing is copied that nobody reads.
+    level, as views of the head's outputs, so that only what is read is copied.
 
     Attributes:
         logit_levels: per level (N, P, A, K) class logits; with ``background`` (N, P, A, K + 1).

@@ -59,7 +59,7 @@ def add_solov2_config(cfg: CN) -> None:
     loss.FOCAL_GAMMA = 2.0
     loss.FOCAL_WEIGHT = 1.0
     loss.DICE_WEIGHT = 3.0
-    # Deformable convolutions, which AdelaiDet has the keys of and never uses: True is refused.
+    # Keys of AdelaiDet for deformable convolutions, which are not supported: True is refused.
     node.USE_DCN_IN_INSTANCE = False
     node.TYPE_DCN = "DCN"
 

@@ -43,8 +43,8 @@ def step(optimizer, gradient=0.5):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_by_its_name_in_any_case(name):
-    for spelt in (name, name.lower(), name.upper()):
-        optimizer = built(OPTIMIZER=spelt)
+    for spelled in (name, name.lower(), name.upper()):
+        optimizer = built(OPTIMIZER=spelled)
         assert type(optimizer) is getattr(torch.optim, name)
     before = [p.clone() for group in optimizer.param_groups for p in group["params"]]
     step(optimizer)

@@ -52,7 +52,7 @@ def test_sigterm_to_a_running_job(job, processes, workers):
             os.killpg(process.pid, signal.SIGKILL)
     output = log.read_text()
     assert process.returncode == 128 + signal.SIGTERM, output[-5000:]
-    assert "--resume goes on from there" in output and "Traceback" not in output
+    assert "--resume continues from there" in output and "Traceback" not in output
     last = read(job.output, "last_checkpoint")
     assert checkpoint(job.output, last[: -len(".pth")])
 

@@ -112,7 +112,7 @@ def test_signal_saves_and_resumes_exactly(job, monkeypatch, number):
         with pytest.raises(SystemExit) as stopped:
             job.run()
     assert stopped.value.code == 128 + number
-    assert "The same command with --resume goes on from there" in (job.output / "log.txt").read_text()
+    assert "The same command with --resume continues from there" in (job.output / "log.txt").read_text()
     saved = (job.output / "last_checkpoint").read_text()
     assert saved in ("model_0000001.pth", "model_0000002.pth")
     job.run("--resume")

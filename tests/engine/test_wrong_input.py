@@ -61,7 +61,7 @@ def test_dataset_that_cannot_be_evaluated(job):
 def test_resume_from_another_model(job):
     job.run(distill=False)
     job.config.MODEL.RETINANET.NUM_CONVS = 2
-    with pytest.raises(ValueError, match="is of another model") as caught:
+    with pytest.raises(ValueError, match="is from another model") as caught:
         job.run("--resume", distill=False)
     assert "head.cls_subnet.2.weight" in str(caught.value)
 
@@ -84,11 +84,11 @@ def test_evaluation_with_weights_of_another_model(job):
         job.run("--eval-only", opts=["OUTPUT_DIR", job.folder / "empty"])
 
 
-def test_misspelt_key_on_the_command_line(job):
+def test_misspelled_key_on_the_command_line(job):
     job.fails(KeyError, "SOLVER.MAX_ITERS", "SOLVER.MAX_ITER", opts=["SOLVER.MAX_ITERS", 5])
 
 
-def test_misspelt_key_in_the_file(job):
+def test_misspelled_key_in_the_file(job):
     job.text = "MODEL: {DISTILLER: {TYPE: [PKD]}}\n"
     job.fails(KeyError, "MODEL.DISTILLER.TYPE", job.config_file)
 

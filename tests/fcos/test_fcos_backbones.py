@@ -333,11 +333,11 @@ def test_deformable_convolution_under_autocast(kind):
 @pytest.mark.parametrize(
     "name, key, value, message",
     [
-        (RESNET, "MOBILENET", True, "; FCOS' backbones here offer False"),
-        (BIFPN, "BACKBONE.ANTI_ALIAS", True, "; FCOS' backbones here offer False"),
-        (DLA, "RESNETS.DEFORM_INTERVAL", 3, "; FCOS' backbones here offer 1"),
-        (RESNET, "FCOS.TOP_LEVELS", 3, "; FCOS' backbones here offer 0 or 1 or 2"),
-        (DLA, "DLA.CONV_BODY", "DLA60", "; there is only 'DLA34'"),
+        (RESNET, "MOBILENET", True, "; the FCOS backbones here support False"),
+        (BIFPN, "BACKBONE.ANTI_ALIAS", True, "; the FCOS backbones here support False"),
+        (DLA, "RESNETS.DEFORM_INTERVAL", 3, "; the FCOS backbones here support 1"),
+        (RESNET, "FCOS.TOP_LEVELS", 3, "; the FCOS backbones here support 0 or 1 or 2"),
+        (DLA, "DLA.CONV_BODY", "DLA60", "; expected 'DLA34'"),
         (DLA, "DLA.OUT_FEATURES", ["level3"], "; expected some of ['stage2', "),
         (RESNET, "FPN.IN_FEATURES", ["res3", "p4"], ", but the bottom-up network returns ['res3', "),
         (RESNET, "FCOS.NORM", "LN", "; expected one of ['GN', 'NaiveGN', "),

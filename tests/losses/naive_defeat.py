@@ -101,7 +101,7 @@ def object_masks(
         else:
             function = {"gt": box_marks, "gaussian": gaussian_marks}[kind]
             marks = partial(function, size=size, stride=strides[name])
-        mine = [
+        chosen = [
             [
                 box
                 for box in boxes
@@ -109,7 +109,7 @@ def object_masks(
             ]
             for boxes in images
         ]
-        masks[name] = draw(mine, size, marks)
+        masks[name] = draw(chosen, size, marks)
     return masks
 
 
@@ -173,11 +173,11 @@ def region_losses(
 ) -> list[Tensor]:
     """Of objects and of the background, the mean over levels of half the mean distance."""
     totals = [0.0, 0.0]
-    for name, (ours, theirs) in pairs.items():
-        mask = masks[name][:, None].to(ours)
+    for name, (student, teacher) in pairs.items():
+        mask = masks[name][:, None].to(student)
         for index, region in enumerate((mask, 1 - mask)):
-            count = torch.clamp(2 * ours.shape[1] * region.sum(), min=1)
-            totals[index] += (region * distance(ours - theirs, form, inverted)).sum() / count
+            count = torch.clamp(2 * student.shape[1] * region.sum(), min=1)
+            totals[index] += (region * distance(student - teacher, form, inverted)).sum() / count
     return [total / len(pairs) for total in totals]
 
 
@@ -221,15 +221,15 @@ def class_losses(rows: RowSet, background: bool, s: Any) -> dict[str, Tensor]:
         "hcls_back": (rows.background, s.head_cls_back_w, s.head_cls_back_t),
     }
     if s.head_cls_rows != "decouple":
-        mine = rows.objects | rows.background
+        chosen = rows.objects | rows.background
         if s.head_cls_rows != "all":
-            mine = mine & (rows.teacher.argmax(dim=1) == rows.labels)
+            chosen = chosen & (rows.teacher.argmax(dim=1) == rows.labels)
         if s.head_cls_rows == "cfore":
-            mine = mine & rows.objects
-        parts = {"hcls": (mine, s.head_cls_w, s.head_cls_t)}
+            chosen = chosen & rows.objects
+        parts = {"hcls": (chosen, s.head_cls_w, s.head_cls_t)}
     return {
-        name: weight * divergence(rows.student[mine], rows.teacher[mine], temperature, background)
-        for name, (mine, weight, temperature) in parts.items()
+        name: weight * divergence(rows.student[chosen], rows.teacher[chosen], temperature, background)
+        for name, (chosen, weight, temperature) in parts.items()
         if weight > 0
     }
 
@@ -279,9 +279,9 @@ class Step(NamedTuple):
     def pairs(self, names: Sequence[str], relu: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
         found = {}
         for name in names:
-            theirs = self.teacher[name]
-            ours = adapted(self.student[name], self.adapters.get(name), relu, theirs.shape[-2:])
-            found[name] = ours, theirs
+            teacher = self.teacher[name]
+            student = adapted(self.student[name], self.adapters.get(name), relu, teacher.shape[-2:])
+            found[name] = student, teacher
         return found
 
     def level_masks(self, kind: str, s: Any) -> Maps:
@@ -346,7 +346,7 @@ def formula(loss: Any) -> tuple[Callable, list[Tensor]]:
         terms = {}
         if loss.neck is not None:
             pairs, strides = loss.neck(student, teacher), loss.neck.strides
-            sizes = {name: tuple(theirs.shape[-2:]) for name, (_, theirs) in pairs.items()}
+            sizes = {name: tuple(level.shape[-2:]) for name, (_, level) in pairs.items()}
             options = {"level_assign": s.level_assign, "finest_scale": s.finest_scale}
             masks = object_masks("gt", truth, sizes, strides, **options)
             found = region_losses(pairs, masks, s.loss_form, s.reference_bugs)
@@ -362,14 +362,16 @@ def formula(loss: Any) -> tuple[Callable, list[Tensor]]:
 
 def _rows(loss: Any, student: Any, teacher: Any, batch: Any) -> tuple[RowSet, bool]:
     if loss.capability == "dense":
-        ours, theirs = student.dense(), teacher.dense()
-        labels = ours.match(batch.truth.boxes, batch.truth.valid)
+        student_rows, teacher_rows = student.dense(), teacher.dense()
+        labels = student_rows.match(batch.truth.boxes, batch.truth.valid)
         objects, background = labels == 1, labels == 0
         labels = None
     else:
-        ours, theirs = student.box_head(), teacher.box_head(student.sampled_proposals())
-        labels = ours.classes
-        objects, background = labels < ours.num_classes, labels == ours.num_classes
-        objects, background = objects & ours.valid, background & ours.valid
-    parts = ours.logits, theirs.logits, objects, background, labels
-    return RowSet(*(part if part is None else part.flatten(0, 1) for part in parts)), ours.background
+        student_rows, teacher_rows = student.box_head(), teacher.box_head(student.sampled_proposals())
+        labels = student_rows.classes
+        objects, background = labels < student_rows.num_classes, labels == student_rows.num_classes
+        objects, background = objects & student_rows.valid, background & student_rows.valid
+    parts = student_rows.logits, teacher_rows.logits, objects, background, labels
+    return RowSet(
+        *(part if part is None else part.flatten(0, 1) for part in parts)
+    ), student_rows.background

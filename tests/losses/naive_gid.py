@@ -144,12 +144,14 @@ def select(
     teacher: Heads, student: Heads, rows: Rows, image: int, size: tuple[int, int], s: Any
 ) -> Instances:
     """The general instances of one image."""
-    (theirs, their_boxes), (ours, our_boxes) = (
+    (teacher_scores, teacher_boxes), (student_scores, student_boxes) = (
         _probabilities_and_boxes(heads, rows, image, s.gi_centerness) for heads in (teacher, student)
     )
-    lead = theirs.amax(dim=1) - ours.amax(dim=1)
-    scores = lead.abs() if s.gi_score == "max_first" else (theirs - ours).abs().amax(dim=1)
-    boxes = Boxes(torch.where((lead > 0)[:, None], their_boxes, our_boxes))
+    lead = teacher_scores.amax(dim=1) - student_scores.amax(dim=1)
+    scores = (
+        lead.abs() if s.gi_score == "max_first" else (teacher_scores - student_scores).abs().amax(dim=1)
+    )
+    boxes = Boxes(torch.where((lead > 0)[:, None], teacher_boxes, student_boxes))
     boxes.clip(size)
     found = Instances(boxes.tensor, scores, torch.arange(len(scores), device=lead.device), lead > 0)
     found = found.kept(scores.sort(descending=True, stable=True).indices[: s.gi_pre_nms_topk])
@@ -221,16 +223,18 @@ def relation_loss(
         images = torch.zeros_like(images)
     losses = [0 * student.sum()]
     for image in images.unique():
-        mine = images == image
-        if mine.sum() >= 3:
-            losses.append(_relation(teacher[mine], student[mine], beta))
+        in_image = images == image
+        if in_image.sum() >= 3:
+            losses.append(_relation(teacher[in_image], student[in_image], beta))
     return sum(losses) / max(1, len(losses) - 1)
 
 
 def _relation(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
     count = len(student)
-    ours, theirs = relative_distances(student), relative_distances(teacher)
-    return smooth_l1_loss(ours, theirs, beta, reduction="sum") / (count * count - count)
+    student_distances, teacher_distances = relative_distances(student), relative_distances(teacher)
+    return smooth_l1_loss(student_distances, teacher_distances, beta, reduction="sum") / (
+        count * count - count
+    )
 
 
 def relative_distances(pooled: Tensor) -> Tensor:
@@ -275,15 +279,15 @@ def response_loss(
 
     Modes are "BCE", "L1", "L2" and, for logits of a softmax with background, "CE".
     """
-    theirs, ours = teacher[mask], student[mask]
+    teacher_rows, student_rows = teacher[mask], student[mask]
     if mode == "BCE":
-        total = F.binary_cross_entropy_with_logits(ours, theirs.sigmoid(), reduction="sum")
+        total = F.binary_cross_entropy_with_logits(student_rows, teacher_rows.sigmoid(), reduction="sum")
     elif mode == "CE":
-        total = F.cross_entropy(ours, theirs.softmax(dim=1), reduction="sum")
+        total = F.cross_entropy(student_rows, teacher_rows.softmax(dim=1), reduction="sum")
     elif mode == "L2":
-        total = F.mse_loss(ours, theirs, reduction="sum")
+        total = F.mse_loss(student_rows, teacher_rows, reduction="sum")
     else:
-        total = smooth_l1_loss(ours, theirs, beta, reduction="sum")
+        total = smooth_l1_loss(student_rows, teacher_rows, beta, reduction="sum")
     return total / max(1, int(mask.sum()))
 
 
@@ -291,11 +295,11 @@ def compared_deltas(teacher: Heads, student: Heads, background: bool) -> tuple[T
     """(N, R, 4) of both, of the teacher's highest foreground class."""
     foreground = teacher.logits[..., :-1] if background else teacher.logits
     classes = foreground.argmax(dim=2)
-    theirs, ours = (
+    teacher_part, student_part = (
         torch.stack([of_class(*image) for image in zip(heads.deltas, classes)])
         for heads in (teacher, student)
     )
-    return theirs, ours
+    return teacher_part, student_part
 
 
 def box_loss(
@@ -373,7 +377,7 @@ def formula(loss: Any) -> tuple[Callable, list[Tensor]]:
             laid_out.append({name: level.contiguous() for name, level in maps.items()})
             laid_out.append([[level.contiguous() for level in part] for part in (logits, deltas)])
         maps, outputs = laid_out
-        ours = loss.pairs.of_student(student, [level.shape[-2:] for level in maps.values()])
+        adapted = loss.pairs.of_student(student, [level.shape[-2:] for level in maps.values()])
         model, classes = student.model, student.num_classes
         levels = [student.level(name, contiguous=False) for name in model.head_in_features]
         anchors = Boxes.cat(model.anchor_generator(levels)).tensor
@@ -382,7 +386,7 @@ def formula(loss: Any) -> tuple[Callable, list[Tensor]]:
         rows = Rows(anchors, [anchors.shape[1]] * len(anchors), False, decode, label)
         heads = (
             Heads(*_rows_of(outputs, classes), maps),
-            Heads(*_rows_of(student.tap("head"), classes), ours),
+            Heads(*_rows_of(student.tap("head"), classes), adapted),
         )
         truth = [item["instances"].gt_boxes.tensor.to(anchors.device) for item in batch.inputs]
         found = all_instances(*heads, rows, batch.image_sizes, truth, loss.settings)

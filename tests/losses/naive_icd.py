@@ -68,19 +68,19 @@ def draw_slots(rng: np.random.RandomState, k: int, class_prob, mean_std) -> Slot
 
 
 def fake_boxes(slots: Slots, mean_std: np.ndarray) -> Tensor:
-    """Boxes (k, 4) XYXY in [0, 1] of the drawn sizes and centres."""
+    """Boxes (k, 4) XYXY in [0, 1] of the drawn sizes and centers."""
     mean, std = mean_std[slots.classes, 0], mean_std[slots.classes, 1]
     size = np.clip(slots.normal, mean - 2 * std, mean + 2 * std)[:, 2:]
     size = np.clip(size, 2e-3, 0.7)
-    centre = np.clip(slots.xy, 0.03, 0.97)
-    boxes = np.concatenate([centre - size / 2, centre + size / 2], axis=1)
+    center = np.clip(slots.xy, 0.03, 0.97)
+    boxes = np.concatenate([center - size / 2, center + size / 2], axis=1)
     return torch.from_numpy(np.clip(boxes, 0, 1)).float()
 
 
 def jittered(boxes: Tensor, jitter: np.ndarray, sample_range: float) -> tuple[Tensor, Tensor]:
     """A point inside each box (k, 2) and its distances to the left, top, right and bottom (k, 4)."""
-    centre, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    points = centre + (2 * torch.from_numpy(jitter).float() - 1) * sample_range * size
+    center, size = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    points = center + (2 * torch.from_numpy(jitter).float() - 1) * sample_range * size
     return points, torch.cat([points - boxes[:, :2], boxes[:, 2:] - points], dim=1)
 
 
@@ -192,7 +192,7 @@ def sines(values: Tensor, channels: int) -> Tensor:
 
 @torch.no_grad()
 def position_embedding(mask: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """DETR's normalised sine embedding (N, C, H, W) of a padding mask (N, 1, H, W)."""
+    """DETR's normalized sine embedding (N, C, H, W) of a padding mask (N, 1, H, W)."""
     valid = (~mask[:, 0]).to(dtype)
     y, x = valid.cumsum(1), valid.cumsum(2)
     y = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi
@@ -352,7 +352,7 @@ class NaiveICD:
     # -- losses
 
     def _auxiliary(self, prediction: Tensor, queries: NaiveQueries) -> tuple[Tensor, Tensor]:
-        """Existence and localisation losses of predictions (K, N, 5)."""
+        """Existence and localization losses of predictions (K, N, 5)."""
         prediction = prediction.transpose(0, 1)
         is_real = queries.is_real.to(prediction.dtype)
         filled = (~queries.is_padding).to(prediction.dtype)
@@ -382,7 +382,7 @@ class NaiveICD:
         return (attention * chosen.to(logits.dtype)[:, None, :, None]).sum(2, keepdim=True)
 
     def _normed(self, values: Tensor, norms: Sequence[str]) -> Tensor:
-        """Values (S, N, h, d), normalised over d if the setting is one of `norms`."""
+        """Values (S, N, h, d), normalized over d if the setting is one of `norms`."""
         if self.ins["DISTILL_NORM"] not in norms:
             return values
         return F.layer_norm(values, values.shape[-1:], eps=1e-5)

@@ -25,14 +25,14 @@ def test_levels_count_the_same_whatever_their_size():
     assert terms["loss_feature_mimic"].item() == pytest.approx(1.0625 / 2)
 
 
-def test_channel_normalisation_literal():
+def test_channel_normalization_literal():
     # 2 (1 - r) with r = 0.8
     value = mimic(S, plane([1, 2], [4, 3]), normalize="channel")
     assert value.item() == pytest.approx(0.4, rel=1e-4)
 
 
 @pytest.mark.parametrize("normalize, expected", [("none", 4.0), ("channel", 0.0), ("level", 4.0)])
-def test_what_is_normalised_together(normalize, expected):
+def test_what_is_normalized_together(normalize, expected):
     low, high = plane([0, 0], [0, 0]), plane([2, 2], [2, 2])
     student, teacher = torch.cat([low, high], dim=1), torch.cat([high, low], dim=1)
     assert mimic(student, teacher, normalize=normalize).item() == pytest.approx(expected, rel=1e-4)
@@ -42,15 +42,15 @@ def test_what_is_normalised_together(normalize, expected):
 @pytest.mark.parametrize("normalize", ["none", "channel", "level"])
 def test_equals_the_plain_formula(form, normalize):
     student, teacher = torch.randn(2, 3, 5, 4) * 3 + 1, torch.randn(2, 3, 5, 4)
-    ours = student.clone().requires_grad_()
-    value = mimic(ours, teacher, loss_form=form, normalize=normalize)
+    leaf = student.clone().requires_grad_()
+    value = mimic(leaf, teacher, loss_form=form, normalize=normalize)
     value.backward()
 
     plain = student.double().requires_grad_()
     expected = _plain(plain, teacher.double(), form, normalize)
     expected.backward()
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(leaf.grad.double(), plain.grad, rtol=1e-5, atol=1e-7)
 
 
 def _plain(student, teacher, form, normalize):

@@ -94,11 +94,11 @@ def naive_terms(student, teacher, rows, temperature=1.0, mode="L1", beta=0.0):
         divergences.append(sum(b * (math.log(b) - math.log(a)) for a, b in zip(p, q)))
         if kind == CLASSES:
             continue
-        ours, theirs = (
+        student_rows, teacher_rows = (
             deltas.tolist() if len(deltas) == 4 else deltas[4 * kind : 4 * kind + 4].tolist()
             for deltas in (s_deltas, t_deltas)
         )
-        distances.append(sum(distance(a - b, mode, beta) for a, b in zip(ours, theirs)))
+        distances.append(sum(distance(a - b, mode, beta) for a, b in zip(student_rows, teacher_rows)))
     return {
         CLS: temperature**2 * sum(divergences) / len(divergences),
         REG: sum(distances) / max(1, len(distances)),
@@ -144,9 +144,9 @@ def test_deltas_that_classes_share(agnostic):
 def test_by_hand():
     """Teacher (3/4, 1/4) and student (1/2, 1/2) of an object, equal of the background."""
     student, teacher = (Head(0, [([[0.0, 0, 8, 8], [8, 8, 16, 16]], [0, 1])]) for _ in range(2))
-    ours = [[0.0, 0.0], [5.0, 1.0]], [[1.0, 2, -3, 4], [9, 9, 9, 9]]
-    theirs = [[math.log(3), 0.0], [5.0, 1.0]], [[0.0, 0, 0, 0], [-9, -9, -9, -9]]
-    for head, (logits, deltas) in ((student, ours), (teacher, theirs)):
+    of_student = [[0.0, 0.0], [5.0, 1.0]], [[1.0, 2, -3, 4], [9, 9, 9, 9]]
+    of_teacher = [[math.log(3), 0.0], [5.0, 1.0]], [[0.0, 0, 0, 0], [-9, -9, -9, -9]]
+    for head, (logits, deltas) in ((student, of_student), (teacher, of_teacher)):
         head.box_head = lambda *_, logits=logits, deltas=deltas: Predictions(
             logit_levels=[torch.tensor(logits, requires_grad=True)[None, :, None]],
             delta_levels=[torch.tensor(deltas, requires_grad=True)[None, :, None]],

@@ -284,8 +284,8 @@ def test_fcos_has_squares_of_8_strides():
     for (name, anchors), boxes in zip(student.anchors().items(), points):
         stride = student.strides[name]
         anchors = anchors.flatten(0, 2)
-        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-        assert torch.equal(centres, (boxes.tensor[:, :2] + boxes.tensor[:, 2:]) / 2)
+        centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+        assert torch.equal(centers, (boxes.tensor[:, :2] + boxes.tensor[:, 2:]) / 2)
         assert (anchors[:, 2:] - anchors[:, :2] == 8 * stride).all()
 
 

@@ -234,8 +234,8 @@ def test_gid(gid):
     close(torch.cat([image.boxes for image in found]), tensor["out_gi_boxes"], "boxes")
     close(torch.cat([image.scores for image in found]), tensor["out_gi_scores"], "scores")
     for part, name in (("rows", "index"), ("from_teacher", "from_teacher")):
-        ours = torch.cat([getattr(image, part) for image in found])
-        assert torch.equal(ours.long(), tensor[f"out_gi_{name}"].long())
+        actual = torch.cat([getattr(image, part) for image in found])
+        assert torch.equal(actual.long(), tensor[f"out_gi_{name}"].long())
     mask, _ = naive_gid.response_masks(found, rows, truth, s)
     assert torch.equal(mask.byte(), tensor["out_response_mask"])
     leaves = student.double()

@@ -24,11 +24,11 @@ def bound(student, teacher, in_features=(), strides=None, **options):
 
 
 def test_equal_levels_are_passed_on():
-    ours, theirs = maps(p3=8, p4=4), maps(p3=8, p4=4)
-    pairs, *views = bound(ours, theirs)
+    student, teacher = maps(p3=8, p4=4), maps(p3=8, p4=4)
+    pairs, *views = bound(student, teacher)
     result = pairs(*views)
     assert list(result) == ["p3", "p4"]
-    assert torch.equal(result["p4"][0], ours["p4"]) and torch.equal(result["p4"][1], theirs["p4"])
+    assert torch.equal(result["p4"][0], student["p4"]) and torch.equal(result["p4"][1], teacher["p4"])
     assert not list(pairs.parameters())
 
 
@@ -55,10 +55,10 @@ def test_adapters_only_where_channels_differ():
 def test_student_is_resized_where_sizes_differ():
     student, teacher = maps(p3=5), maps(p3=4)
     pairs, *views = bound(student, teacher)
-    ours, theirs = pairs(*views)["p3"]
+    adapted, target = pairs(*views)["p3"]
     expected = F.interpolate(student["p3"], (4, 4), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(ours, expected)
-    assert torch.equal(theirs, teacher["p3"])
+    torch.testing.assert_close(adapted, expected)
+    assert torch.equal(target, teacher["p3"])
 
 
 # The kind of convolution.
@@ -69,11 +69,11 @@ def test_a_larger_kernel_keeps_sizes():
     for kernel_size in (3, 5):
         pairs, *views = bound(student, maps(6, p3=7, p4=4), kernel_size=kernel_size)
         assert pairs.adapters["p3"].weight.shape == (6, 3, kernel_size, kernel_size)
-        for name, (ours, theirs) in pairs(*views).items():
-            assert ours.shape == theirs.shape == (2, 6, *student[name].shape[2:])
+        for name, (adapted, target) in pairs(*views).items():
+            assert adapted.shape == target.shape == (2, 6, *student[name].shape[2:])
             weight, bias = pairs.adapters[name].weight, pairs.adapters[name].bias
             expected = F.conv2d(student[name], weight, bias, padding=kernel_size // 2)
-            torch.testing.assert_close(ours, expected)
+            torch.testing.assert_close(adapted, expected)
 
 
 def test_a_shared_convolution_is_one_set_of_parameters_on_all_levels():
@@ -92,22 +92,22 @@ def test_a_shared_convolution_is_one_set_of_parameters_on_all_levels():
 @pytest.mark.parametrize("shared, keys", [(False, ["p3", "p4"]), (True, ["shared"])])
 def test_always_adapts_equal_channels(shared, keys):
     student = maps(4, p3=8, p4=4)
-    theirs = maps(4, p3=8, p4=4)
-    pairs, *views = bound(student, theirs, always=True, shared=shared)
+    teacher = maps(4, p3=8, p4=4)
+    pairs, *views = bound(student, teacher, always=True, shared=shared)
     assert list(pairs.adapters) == keys and not pairs.teacher_adapters
-    for name, (ours, other) in pairs(*views).items():
+    for name, (adapted, target) in pairs(*views).items():
         adapter = pairs.adapters["shared" if shared else name]
-        torch.testing.assert_close(ours, adapter(student[name]))
-        assert torch.equal(other, theirs[name])
+        torch.testing.assert_close(adapted, adapter(student[name]))
+        assert torch.equal(target, teacher[name])
 
 
 def test_a_shared_convolution_of_the_teachers_levels():
     student, teacher = maps(4, p3=8, p4=4), maps(6, p3=8, p4=4)
     pairs, *views = bound(student, teacher, channels=4, shared=True)
     assert list(pairs.state_dict()) == [f"teacher_adapters.shared.{kind}" for kind in ("weight", "bias")]
-    ours, theirs = pairs(*views)["p4"]
-    torch.testing.assert_close(theirs, pairs.teacher_adapters["shared"](teacher["p4"]))
-    assert torch.equal(ours, student["p4"])
+    adapted, target = pairs(*views)["p4"]
+    torch.testing.assert_close(target, pairs.teacher_adapters["shared"](teacher["p4"]))
+    assert torch.equal(adapted, student["p4"])
 
 
 @pytest.mark.parametrize("always", [False, True])

@@ -12,11 +12,11 @@ S, T = plane([1, 2], [3, 4]), plane([1, 2], [4, 3])  # r = 4 / 5
 def plain(student, teacher):
     """The formula as the paper's code has it, for autograd in float64."""
 
-    def standardise(x):
+    def standardize(x):
         mean, std = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
         return (x - mean) / (std + 1e-6)
 
-    return (standardise(student) - standardise(teacher)).pow(2).mean() / 2
+    return (standardize(student) - standardize(teacher)).pow(2).mean() / 2
 
 
 def value_and_gradient(function, student, teacher):

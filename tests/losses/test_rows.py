@@ -116,8 +116,8 @@ def test_few_rows_and_many_are_masked_alike(background, mask):
     for sparse in (True, False):
         found = class_mean(divergence(background, 2.0), student, teacher, MASKS[mask], sparse=sparse)
         results.append([found, *gradients(found, *student.logit_levels)])
-    for ours, theirs in zip(*results):
-        torch.testing.assert_close(ours, theirs)
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected)
     rows = torch.cat([gradient.flatten(1, 2) for gradient in results[0][1:]], dim=1)
     assert torch.equal(rows.any(dim=2), MASKS[mask])  # and no row beside the mask has a gradient
 

@@ -74,13 +74,13 @@ def test_changed_array_fails_with_its_error(tmp_path, capsys, name, change, text
     assert [line.split()[1] for line in output.splitlines() if line.endswith("| FAIL |")] == [name]
     assert all(text in output for text in texts), output
     assert check(tmp_path, {**wrong, name: wrong[name][None]}) == 1
-    assert f"FAIL: ours is {arrays()[name].shape}" in capsys.readouterr().out
+    assert f"FAIL: the result has shape {arrays()[name].shape}" in capsys.readouterr().out
 
 
 def test_files_that_are_no_fixtures(tmp_path, capsys):
     assert check(tmp_path, {"something": np.zeros(3)}) == 2
     error = capsys.readouterr().err
-    assert "no known kind" in error and error.endswith("It holds something\n")
+    assert "not a fixture of a known kind" in error and error.endswith("It holds something\n")
     assert "  doubling: in/*, doubled/*\n" in error and "  pkd: student/*, teacher/*" in error
     incomplete = arrays()
     del incomplete["doubled/p4"]
@@ -102,7 +102,7 @@ def test_unreadable_files(tmp_path, capsys):
         assert tool.main([str(path)]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"{path}: ") and len(error.splitlines()) == 1
-    assert f"{none}: there is no such file\n" == error
+    assert f"{none}: does not exist\n" == error
 
 
 def test_as_a_program(tmp_path):

@@ -58,7 +58,7 @@ def test_several_datasets(tmp_path, capsys):
         (None, "metrics.json' does not exist; expected the OUTPUT_DIR"),
         ('{"total_loss": 1.0}', "holds no evaluation"),
         ('{"segm/AP": 1.0}', "no metrics in common"),
-        ("{", "line 1, is no JSON"),
+        ("{", "line 1, is not JSON"),
     ],
 )
 def test_nothing_to_compare(tmp_path, text, message):

@@ -91,7 +91,7 @@ def test_backbone_alone(tmp_path, capsys):
 @pytest.mark.parametrize(
     "remove, add, message",
     [
-        ((), ("surprise",), "1 of INPUT's 72 keys are those of no known SSD: surprise"),
+        ((), ("surprise",), "1 of INPUT's 72 keys do not belong to a known SSD: surprise"),
         (("vgg.0.weight",), (), "1 missing: backbone.features.0.weight"),
     ],
 )

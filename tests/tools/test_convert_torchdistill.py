@@ -488,13 +488,13 @@ DIFFERENT = {
     "rpn.head.cls_logits.weight": (5, 256, 1, 1),
 }
 DIFFERENCES = [
-    f"not those of the detector of '{TEACHERS['faster']}'",
+    f"do not fit the detector of '{TEACHERS['faster']}'",
     "1 missing: backbone.fpn_lateral4.bias\n",
     "1 unexpected: backbone.bottom_up.res5.1.conv2.bias\n",
     "1 of another shape: proposal_generator.rpn_head.objectness_logits.weight "
     "(5, 256, 1, 1) instead of (3, 256, 1, 1)",
 ]
-TWICE = "rpn.head.conv.0.0.bias and rpn.head.conv.bias both are proposal_generator"
+TWICE = "rpn.head.conv.0.0.bias and rpn.head.conv.bias both become proposal_generator"
 ENCODER = "backbone.body.layer1.encoder.0.weight"
 
 
@@ -502,14 +502,18 @@ ENCODER = "backbone.body.layer1.encoder.0.weight"
     "remove, add, texts",
     [
         *(
-            ("", {name: 1}, ["1 of INPUT's", "keys are none of torchvision's", name])
+            ("", {name: 1}, ["1 of INPUT's", "keys do not belong to torchvision's", name])
             for name in NO_DETECTOR
         ),
         ("", {"rpn.head.conv.bias": 1}, [TWICE]),
         ("fpn.inner_blocks.2.0.bias", DIFFERENT, DIFFERENCES),
-        ("roi_heads", {}, ["no roi_heads.box_predictor.cls_score.weight: it is no Faster"]),
+        ("roi_heads", {}, ["no roi_heads.box_predictor.cls_score.weight: it is not a Faster"]),
         ("layer3.1", {}, ["has (2, 1, 2) blocks of 2 convolutions in layer2 to layer4; expected"]),
-        ("", {ENCODER: 1}, ["not GHND's of 2020: it lacks backbone.bottom_up.res2.encoder.2.weight"]),
+        (
+            "",
+            {ENCODER: 1},
+            ["not the one of GHND (2020): it lacks backbone.bottom_up.res2.encoder.2.weight"],
+        ),
         (
             "",
             {"roi_heads.box_predictor.bbox_pred.bias": 24},
@@ -545,16 +549,16 @@ def test_code_in_the_file_is_not_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = {"model": {"weight": torch.zeros(1)}, "args": argparse.Namespace(a=Evil())}
     message = refused(tmp_path, data, capsys)  # and writes nothing else into the folder
-    assert "input.pth': it wants to use posix.mkdir. It may be" in message
+    assert "input.pth': it uses posix.mkdir. It may be" in message
 
 
 @pytest.mark.parametrize(
     "data, text",
     [
         ([torch.zeros(1)], "holds a list, not the entries of a checkpoint"),
-        ({"model": [torch.zeros(1)]}, "entry 'model' is no state_dict"),
-        ({}, "no state_dict"),
-        ({"model": {"a": 1, 3: torch.zeros(1)}}, "are not tensors with names: a, 3"),
+        ({"model": [torch.zeros(1)]}, "entry 'model' is not a state_dict"),
+        ({}, "not a state_dict"),
+        ({"model": {"a": 1, 3: torch.zeros(1)}}, "are not named tensors: a, 3"),
     ],
 )
 def test_not_a_state_dict(tmp_path, capsys, data, text):

@@ -19,7 +19,7 @@ from visualize.gid import selection_row
 from visualize.picture import (
     GREEN,
     SKY,
-    VERMILLION,
+    VERMILION,
     WHITE,
     YELLOW,
     ColorScale,
@@ -129,7 +129,7 @@ def refused(config, *more, method="pkd", output):
     [
         (["MODEL.WEIGHTS", "missing.pth"], "checkpoint 'missing.pth' does not exist"),
         (["MODEL.DISTILLER.TEACHER_WEIGHTS", "missing.pth"], "weights 'missing.pth' do not exist"),
-        (["MODEL.SMALL_RESNET.STEM_WIDTH", "10"], "is no checkpoint of this student: "),
+        (["MODEL.SMALL_RESNET.STEM_WIDTH", "10"], "is not a checkpoint of this student: "),
         (["MODEL.NOTHING", "1"], "unknown config key 'MODEL.NOTHING'"),
         (["DATASETS.TEST", "('nothing',)"], "names 'nothing', which is not registered"),
         (["DATASETS.TEST", "()"], "no image has annotations"),
@@ -354,7 +354,7 @@ def test_instances_are_drawn_by_kind_with_their_scores():
     )
     kinds = {name: torch.arange(5)[None] == slot for slot, name in enumerate(["pos", "semi_pos", "neg"])}
     row = selection_row(selected, kinds, "all", make_picture())
-    colors = [SKY, YELLOW, VERMILLION, WHITE]
+    colors = [SKY, YELLOW, VERMILION, WHITE]
     scores = ["0.83", "0.71", "0.50", "0.25"]
     expected = [Mark(boxes[i], colors[i], scores[i], dashed=i == 1) for i in range(4)]
     assert row.panels[1].marks == expected

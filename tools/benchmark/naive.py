@@ -57,7 +57,7 @@ def naive_icd(loss: DistillLoss) -> tuple[Compute, list[torch.Tensor]]:
     weights = {n: w.to(device) for n, w in naive_icd_weights(oracle, settings).items()}
     naive = oracle.NaiveICD(weights, settings, settings, settings["REFERENCE_BUGS"])
     random = np.random.RandomState(0)
-    plain: dict[str, torch.Tensor] = {}  # the memory layout of a teacher that nobody prepared
+    plain: dict[str, torch.Tensor] = {}  # the memory layout of an unprepared teacher
 
     def compute(student, teacher, batch):
         teacher_maps = loss.pairs.of_teacher(teacher)
@@ -108,7 +108,7 @@ def naive_icd_weights(oracle: ModuleType, settings: dict[str, Any]) -> dict[str,
 
 
 def load_oracle(name: str) -> ModuleType:
-    """A module of the tests' naive versions, by its path: the tests are no package."""
+    """A module of the tests' naive versions, by its path: the tests are not a package."""
     path = ORACLES / f"{name}.py"
     if not path.is_file():
         sys.exit(f"benchmark: --against-naive needs {path}, which is in a checkout of the repository")

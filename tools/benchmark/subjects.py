@@ -158,7 +158,7 @@ class PartThatIsRead(nn.Module):
 
 
 def own_optimizer(loss: DistillLoss, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer | None:
-    """The optimizer that ``loss`` wants for its own parameters, on ``parameters`` and with learning
+    """The optimizer that ``loss`` asks for, for its own parameters, on ``parameters`` and with learning
     rate 0; None if the student's optimizer trains them."""
     if not has_own_solver(loss):
         return None

@@ -8,7 +8,7 @@ A kind of fixture is one file of this folder; nothing else needs an edit:
         loss = ...  # through the public classes of distill_d2
         fixture.compare("my_loss/loss", loss)
 
-A file is of every kind whose ``holds`` patterns all match some of its arrays, whatever its name; its
+A file is of every kind whose ``holds`` patterns all match some of its arrays; its name does not matter. The
 arrays give sizes, levels and seeds, so that other files of the same layout work too.
 """
 
@@ -26,7 +26,7 @@ import torch
 
 
 class FixtureError(Exception):
-    """A file is no fixture of its kind: it cannot be read, or lacks an array."""
+    """A file is not a fixture of its kind: it cannot be read, or lacks an array."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Fixture:
 
 @dataclass(frozen=True)
 class GoldenKind:
-    """A kind of fixture: how to recognise one, and how to check it."""
+    """A kind of fixture: how to recognize one, and how to check it."""
 
     name: str
     holds: Sequence[str]

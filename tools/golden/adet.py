@@ -62,12 +62,10 @@ def filled(cfg: CfgNode, shapes: Shapes) -> nn.Module:
     """
     model = build_model(cfg).eval()
     state = model.state_dict()
-    computed = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    different = sorted(set(computed.items()) ^ set(shapes.items()))
+    actual = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    different = sorted(set(actual.items()) ^ set(shapes.items()))
     if different:
-        raise FixtureError(
-            f"is of a model with other keys or shapes than the model here: {different[:6]}"
-        )
+        raise FixtureError(f"comes from a model with other keys or shapes: {different[:6]}")
     for key, tensor in state.items():
         if not key.endswith(_CONSTRUCTED):
             tensor.copy_(by_recipe(key, tuple(tensor.shape)))
@@ -129,7 +127,7 @@ def compare_training(
     losses = model(inputs)
     expected = fixture.names(f"{folder}/loss_*")
     if {name.rpartition("/")[2] for name in expected} != set(losses):
-        raise FixtureError(f"has the losses {expected}, the model here {sorted(losses)}")
+        raise FixtureError(f"has the losses {expected}; the model returns {sorted(losses)}")
     for name in expected:
         fixture.compare(name, losses[name.rpartition("/")[2]], RTOL, 1e-6)
     norms = fixture.names(f"{folder}/gradnorm/*")
@@ -159,14 +157,17 @@ def compare_instances(
 
 
 def _order(fixture: Fixture, folder: str, arrays: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Indices of the instances in the fixture's order, by level, class and location; 0, 1, ... if they differ."""
+    """The permutation that sorts ``arrays`` as the fixture by level, class and location.
+
+    The identity if the rows differ, so that the comparison itself reports them.
+    """
     names = ("fpn_levels", "pred_classes", "locations")
-    computed = [tuple(row) for row in _table([arrays[name].numpy() for name in names]).tolist()]
-    given = [tuple(row) for row in _table([fixture[f"{folder}/{name}"] for name in names]).tolist()]
-    if sorted(computed) != sorted(given) or len(set(computed)) < len(computed):
-        return torch.arange(len(computed))
-    places = {row: index for index, row in enumerate(computed)}
-    return torch.tensor([places[row] for row in given], dtype=torch.int64)
+    actual = [tuple(row) for row in _table([arrays[name].numpy() for name in names]).tolist()]
+    expected = [tuple(row) for row in _table([fixture[f"{folder}/{name}"] for name in names]).tolist()]
+    if sorted(actual) != sorted(expected) or len(set(actual)) < len(actual):
+        return torch.arange(len(actual))
+    places = {row: index for index, row in enumerate(actual)}
+    return torch.tensor([places[row] for row in expected], dtype=torch.int64)
 
 
 def _table(columns: Sequence[np.ndarray]) -> np.ndarray:

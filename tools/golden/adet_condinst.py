@@ -132,19 +132,19 @@ def _compare_detections(fixture: Fixture, folder: str, found: Instances) -> None
     fixture.compare(f"{folder}/im_inds", np.zeros(len(found)))  # of a batch of one
     masks, name = found.pred_masks, f"{folder}/pred_masks"
     fixture.compare(f"{name}_shape", np.array(masks.shape))
-    theirs = fixture[f"{name}_packed"]
-    ours = np.packbits(masks.flatten(1).numpy(), axis=1)
-    if ours.shape == theirs.shape:
-        different = np.unpackbits(ours ^ theirs, axis=1).sum(axis=1)
-        ours = np.where((different <= _MASK_PIXELS)[:, None], theirs, ours)
-    fixture.compare(f"{name}_packed", ours)
+    expected = fixture[f"{name}_packed"]
+    actual = np.packbits(masks.flatten(1).numpy(), axis=1)
+    if actual.shape == expected.shape:
+        different = np.unpackbits(actual ^ expected, axis=1).sum(axis=1)
+        actual = np.where((different <= _MASK_PIXELS)[:, None], expected, actual)
+    fixture.compare(f"{name}_packed", actual)
     fixture.compare(f"{name}_area", masks.flatten(1).sum(dim=1), atol=_MASK_PIXELS)
 
 
 # Training
 
 
-def _labelled(fixture: Fixture, bitmasks: bool = False) -> list[dict[str, Any]]:
+def _labeled(fixture: Fixture, bitmasks: bool = False) -> list[dict[str, Any]]:
     inputs = inputs_of(fixture)
     for name, item in zip(image_names(fixture), inputs):
         objects = objects_of(fixture, name)
@@ -158,7 +158,7 @@ def _labelled(fixture: Fixture, bitmasks: bool = False) -> list[dict[str, Any]]:
 
 
 def _compare_training(fixture: Fixture, name: str) -> None:
-    model, inputs = _model(fixture, name), _labelled(fixture, name == "bitmask")
+    model, inputs = _model(fixture, name), _labeled(fixture, name == "bitmask")
     seen, positives = [], model.positives
 
     def remembered(*arguments):
@@ -178,18 +178,18 @@ def _compare_training(fixture: Fixture, name: str) -> None:
     offsets = np.cumsum([0, *map(len, gt)])[:-1]
     classes = np.concatenate([each.gt_classes.numpy() for each in gt])
     indices = found.objects.numpy() + offsets[images]
-    ours = {
+    actual = {
         "gt_inds": indices,
         "locations": found.locations.numpy(),
         "fpn_levels": found.levels.numpy(),
         "labels": classes[indices],
     }
-    theirs = {part: fixture[f"{folder}/{part}"] for part in ours}
-    if len(theirs["gt_inds"]) == len(indices):  # ours in the fixture's order
+    expected = {part: fixture[f"{folder}/{part}"] for part in actual}
+    if len(expected["gt_inds"]) == len(indices):  # actual rows in the order of the fixture
         place = np.empty(len(indices), dtype=int)
-        place[_sorted(theirs)] = _sorted(ours)
-        ours = {part: values[place] for part, values in ours.items()}
-    for part, values in ours.items():
+        place[_sorted(expected)] = _sorted(actual)
+        actual = {part: values[place] for part, values in actual.items()}
+    for part, values in actual.items():
         fixture.compare(f"{folder}/{part}", values)
 
 
@@ -204,7 +204,7 @@ def _sorted(instances: dict[str, np.ndarray]) -> np.ndarray:
 def _compare_truth(fixture: Fixture) -> None:
     model = _model(fixture)
     size = [model.mask_head.in_stride * length for length in fixture["eval/img0/mask_feats"].shape[2:]]
-    for name, item in zip(image_names(fixture), _labelled(fixture)):
+    for name, item in zip(image_names(fixture), _labeled(fixture)):
         for strided in fixture.names(f"gt/img{name}/bitmasks_s*"):
             stride = int(strided.rpartition("_s")[2])
             truth = mask_truth(item["instances"], size, stride, 8, model.num_classes)
@@ -218,17 +218,17 @@ def _compare_targets(fixture: Fixture) -> None:
     model = _model(fixture)
     seen: dict[str, Any] = {}
     hook = model.proposal_generator.register_forward_hook(lambda *call: seen.update(extras=call[2][0]))
-    model.train()(_labelled(fixture))
+    model.train()(_labeled(fixture))
     hook.remove()
     targets, points = seen["extras"]["targets"], seen["extras"]["points"]
-    offsets = np.cumsum([0] + [len(item["instances"]) for item in _labelled(fixture)])[:-1]
+    offsets = np.cumsum([0] + [len(item["instances"]) for item in _labeled(fixture)])[:-1]
     indices = targets.objects + torch.from_numpy(offsets)[:, None]
     counts = points.levels.bincount().tolist()
     rows = (per_level(part, counts) for part in (targets.classes, indices, targets.positive))
     for index, (labels, objects, positive) in enumerate(zip(*rows)):
         fixture.compare(f"targets/labels{index}", labels)
-        theirs = fixture.tensor(f"targets/gt_inds{index}").long()  # of background they say nothing
-        fixture.compare(f"targets/gt_inds{index}", torch.where(positive, objects, theirs))
+        expected = fixture.tensor(f"targets/gt_inds{index}").long()  # arbitrary for background
+        fixture.compare(f"targets/gt_inds{index}", torch.where(positive, objects, expected))
 
 
 # Functions

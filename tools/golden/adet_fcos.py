@@ -62,7 +62,7 @@ def adet_fcos(fixture: Fixture) -> None:
     for name in _variants(fixture, "train/*/loss_fcos_cls", _TRAININGS):
         empty = image_names(fixture) if _EMPTY.get(name, ()) is None else _EMPTY.get(name, ())
         variant = _model(fixture, _TRAININGS[name])
-        compare_training(fixture, f"train/{name}", variant, _labelled(fixture, empty))
+        compare_training(fixture, f"train/{name}", variant, _labeled(fixture, empty))
     for name in _variants(fixture, "targets/*/labels0", _TRAININGS):
         _compare_targets(fixture, f"targets/{name}", _model(fixture, _TRAININGS[name]))
     _compare_functions(fixture)
@@ -83,7 +83,7 @@ def _model(fixture: Fixture, options: list[Any]) -> nn.Module:
     return filled(small_config(_CONFIG, shapes, keys), shapes)
 
 
-def _labelled(fixture: Fixture, empty: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+def _labeled(fixture: Fixture, empty: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     return [
         {**item, "instances": objects_of(fixture, name, name in empty)}
         for name, item in zip(image_names(fixture), inputs_of(fixture))
@@ -114,7 +114,7 @@ def _compare_targets(fixture: Fixture, folder: str, model: nn.Module) -> None:
     fcos = model.proposal_generator
     levels = [fixture.tensor(f"eval/head/ctr{index}") for index in range(len(fcos.in_features))]
     anchors = fcos.anchor_generator(levels)
-    gt = [item["instances"] for item in _labelled(fixture)]
+    gt = [item["instances"] for item in _labeled(fixture)]
     _, targets = fcos.targets(anchors, gt)
     offsets = np.cumsum([0, *map(len, gt)])[:-1]
     counts = [len(level) for level in anchors]
@@ -124,11 +124,11 @@ def _compare_targets(fixture: Fixture, folder: str, model: nn.Module) -> None:
         zip(*(per_level(part, counts) for part in rows))
     ):
         fixture.compare(f"{folder}/labels{index}", labels)
-        # Of background neither says anything.
-        for name, computed in ((f"{folder}/reg{index}", reg), (f"{folder}/gt_inds{index}", objects)):
-            given = fixture.tensor(name).to(computed)
-            mask = positive.view(-1, *[1] * (computed.dim() - 1))
-            fixture.compare(name, torch.where(mask, computed, given))
+        # Both are arbitrary for background.
+        for name, actual in ((f"{folder}/reg{index}", reg), (f"{folder}/gt_inds{index}", objects)):
+            expected = fixture.tensor(name).to(actual)
+            mask = positive.view(-1, *[1] * (actual.dim() - 1))
+            fixture.compare(name, torch.where(mask, actual, expected))
 
 
 def _compare_functions(fixture: Fixture) -> None:

@@ -1,7 +1,7 @@
 """Fixtures of SOLOv2 as AdelaiDet has it: a small network, and its functions alone.
 
 Sizes of the network follow from its tensors' shapes ("keys"), weights from their names by ``by_recipe``.
-Boxes that the fixture has of detections are zeros, and are not compared: here they are those of the masks.
+The boxes of the fixture's detections are zeros and are not compared.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def filled(fixture: Fixture, **keys: Any) -> SOLOv2:
     """The network, in evaluation, with weights of the recipe; ``keys`` are of MODEL.SOLOV2."""
     shapes = json.loads(str(fixture["keys"]))
     model = build_model(_config(fixture, shapes, keys)).eval()
-    computed = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    different = [name for name in {**computed, **shapes} if computed.get(name) != shapes.get(name)]
+    actual = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    different = [name for name in {**actual, **shapes} if actual.get(name) != shapes.get(name)]
     if different:
-        raise FixtureError(f"is of a network with other tensors than the model here: {different[:10]}")
+        raise FixtureError(f"comes from a network with other tensors: {different[:10]}")
     model.load_state_dict({name: by_recipe(name, shape) for name, shape in shapes.items()})
     return model
 
@@ -120,8 +120,8 @@ def _inputs(fixture: Fixture) -> list[dict[str, Any]]:
 def _compare_outputs(fixture: Fixture, model: SOLOv2, inputs: list[dict[str, Any]]) -> None:
     images = model.preprocess_image(inputs)
     logits, kernels, features = model.predict(model.backbone(images.tensor))
-    for level, (computed, weights) in enumerate(zip(logits, kernels)):
-        fixture.compare(f"eval/head/cate{level}", computed)
+    for level, (scores, weights) in enumerate(zip(logits, kernels)):
+        fixture.compare(f"eval/head/cate{level}", scores)
         fixture.compare(f"eval/head/kernel{level}", weights)
     fixture.compare("eval/mask_feat", features)
 
@@ -163,17 +163,17 @@ def _settings(variant: str) -> dict[str, Any]:
         return {"NMS_TYPE": "mask"}
     limits = re.fullmatch(r"nmspre(\d+)_max(\d+)", variant)
     if limits is None:
-        raise FixtureError(f"has detections 'eval/{variant}', which are of no known settings")
+        raise FixtureError(f"has detections 'eval/{variant}', whose settings are unknown")
     return dict(zip(("NMS_PRE", "MAX_PER_IMG"), map(int, limits.groups())))
 
 
 def _compare_masks(fixture: Fixture, name: str, masks: torch.Tensor, most: int) -> None:
-    """Packed masks (n, H, W), of each of which so many pixels may differ."""
-    computed, given = np.packbits(masks.flatten(1).numpy(), axis=1), fixture[name]
-    if computed.shape == given.shape:
-        different = np.unpackbits(computed ^ given, axis=1).sum(axis=1)
-        computed = np.where((different <= most)[:, None], given, computed)
-    fixture.compare(name, computed, **_EXACT)
+    """Compare packed masks (n, H, W); up to ``most`` pixels of each may differ."""
+    actual, expected = np.packbits(masks.flatten(1).numpy(), axis=1), fixture[name]
+    if actual.shape == expected.shape:
+        different = np.unpackbits(actual ^ expected, axis=1).sum(axis=1)
+        actual = np.where((different <= most)[:, None], expected, actual)
+    fixture.compare(name, actual, **_EXACT)
 
 
 def _unpacked(packed: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -190,8 +190,8 @@ def _compare_targets(fixture: Fixture, model: SOLOv2, inputs: list[dict[str, Any
     objects = [assigner.objects(item["instances"], padded, model.device) for item in inputs]
     targets = assigner(objects, padded, model.mask_stride)
     areas = [grid**2 for grid in grids]
-    for image, (computed, per_image) in enumerate(zip(objects, targets)):
-        cells, there = assigner.cells(computed, padded)
+    for image, (instances, per_image) in enumerate(zip(objects, targets)):
+        cells, there = assigner.cells(instances, padded)
         classes = per_image.classes.split(areas)
         for level, (grid, first) in enumerate(zip(grids, np.cumsum([0, *areas]))):
             index, _ = there[level].nonzero(as_tuple=True)
@@ -207,7 +207,7 @@ def _training_inputs(inputs: list[dict[str, Any]], variant: str) -> list[dict[st
     first = re.fullmatch(r"img(\d+)_first_gt_only", variant)
     empty = re.fullmatch(r"empty_img(\d+)", variant)
     if first is None and empty is None and variant not in ("default", "empty_all"):
-        raise FixtureError(f"has losses 'train/{variant}', which are of no known batch")
+        raise FixtureError(f"has losses 'train/{variant}', whose batch is unknown")
     kept = [0 if variant == "empty_all" else None] * len(inputs)  # None: all objects
     for found, count in ((first, 1), (empty, 0)):
         if found:
@@ -233,12 +233,12 @@ def _compare_losses(fixture: Fixture, variant: str, model: SOLOv2, inputs: list[
 def _compare_functions(fixture: Fixture) -> None:
     _compare_nms(fixture)
     fixture.compare("fn/point_nms/out", point_nms(fixture.tensor("fn/point_nms/in")))
-    masks, wanted = fixture.tensor("fn/dice/pred"), fixture.tensor("fn/dice/target")
-    fixture.compare("fn/dice/loss", dice_loss(masks, wanted))
+    masks, target = fixture.tensor("fn/dice/pred"), fixture.tensor("fn/dice/target")
+    fixture.compare("fn/dice/loss", dice_loss(masks, target))
     scene = fixture.tensor("fn/imrescale/in").permute(2, 0, 1).bool()
     quarter = fixture["fn/imrescale/out_quarter"]
-    computed = downscale(scene, 4, quarter.shape[:2])
-    fixture.compare("fn/imrescale/out_quarter", computed.permute(1, 2, 0), **_EXACT)
+    actual = downscale(scene, 4, quarter.shape[:2])
+    fixture.compare("fn/imrescale/out_quarter", actual.permute(1, 2, 0), **_EXACT)
 
 
 def _compare_nms(fixture: Fixture) -> None:

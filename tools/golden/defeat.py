@@ -105,8 +105,8 @@ def _compare_case(fixture: Fixture, case: str) -> None:
     fixture.compare(f"{case}_loss", sum(terms.values()))
     sum(terms.values()).backward()
     for name in fixture.names(f"{case}_losskd_*"):
-        ours = _TERMS[name[len(case) + 1 :]]
-        fixture.compare(name, sum(terms[term] for term in ours if term in terms))
+        parts = _TERMS[name[len(case) + 1 :]]
+        fixture.compare(name, sum(terms[term] for term in parts if term in terms))
     for name in masks:
         fixture.compare(name, found[name.rpartition("_")[2]], **_EXACT)
     for name in fixture.names(f"{case}_grad_*"):

@@ -1,8 +1,8 @@
-"""Fixtures of GHND: a bottleneck alone, the 8-bit quantiser, and one step of training on a ResNet-50.
+"""Fixtures of GHND: a bottleneck alone, the 8-bit quantizer, and one step of training on a ResNet-50.
 
 Names of tensors are torchvision's; weights that a fixture does not store follow from them by
 ``_by_recipe``. Of a large array there are every n-th number ("<name>@stride97"), sum, norm and shape
-("@sum", "@l2", "@shape"). The networks run in float64, as they did for the fixture: among so many ReLUs
+("@sum", "@l2", "@shape"). The networks run in float64, as they did for the fixture: among the many ReLUs
 some input, close to 0, often has the other sign in float32, and gradients differ by a hundredth.
 """
 
@@ -104,7 +104,7 @@ def _compare_stage(
     return sent
 
 
-# The quantiser of the reference, with its bugs.
+# The quantizer of the reference, with its bugs.
 
 
 def _compare_quantizer(fixture: Fixture, folder: str) -> None:

@@ -24,7 +24,7 @@ from distill_d2.views.predictions import decoder_of
 
 from . import Fixture, golden_kind
 
-# By the name of a term in the fixture: ours, and the argument of its weight.
+# By the name of a term in the fixture: the name of the loss term, and the argument of its weight.
 _TERMS = {
     "feature": ("loss_gid_feature", "feature_weight"),
     "relation": ("loss_gid_relation", "relation_weight"),
@@ -122,9 +122,9 @@ class _Run:
         parameters = {f"adapter_{name}": p for name, p in self._adapter().items()}
         tensors = {**self.inputs, **parameters}
         inputs = [name[len(prefix) + 2 :].replace("_narrow", "") for name in names]
-        wanted = [tensors[name] for name in inputs]
-        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-        for name, tensor, gradient in zip(names, wanted, gradients):
+        leaves = [tensors[name] for name in inputs]
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        for name, tensor, gradient in zip(names, leaves, gradients):
             actual = torch.zeros_like(tensor) if gradient is None else gradient
             self.fixture.compare(name, actual, **_GRADIENT)
 
@@ -160,9 +160,9 @@ def _batch(fixture: Fixture, images: np.ndarray) -> Batch:
     boxes, classes = fixture.tensor("gt_boxes"), fixture.tensor("gt_classes")
     inputs = []
     for image in images.tolist():
-        mine = torch.from_numpy(fixture["gt_image"] == image)
+        of_image = torch.from_numpy(fixture["gt_image"] == image)
         instances = Instances(tuple(sizes[image]))
-        instances.gt_boxes, instances.gt_classes = Boxes(boxes[mine]), classes[mine]
+        instances.gt_boxes, instances.gt_classes = Boxes(boxes[of_image]), classes[of_image]
         inputs.append({"image": torch.empty(3, *sizes[image]), "instances": instances})
     return Batch(inputs, tuple(fixture["padded_size"].tolist()), iteration=0, max_iter=1)
 
@@ -222,18 +222,18 @@ def _compare_selection(fixture: Fixture, prefix: str) -> None:
 
 def _compare_images(fixture: Fixture, prefix: str, images: np.ndarray, valid: torch.Tensor) -> None:
     """The image of each instance: its number in the scenario, or in the file."""
-    ours = valid.nonzero()[:, 0].numpy()
-    theirs = np.repeat(np.arange(len(images)), fixture[f"{prefix}gi_count"])
-    if np.array_equal(fixture[f"{prefix}gi_image"], images[theirs]):
-        ours = images[ours]
-    fixture.compare(f"{prefix}gi_image", ours, rtol=0, atol=0)
+    actual = valid.nonzero()[:, 0].numpy()
+    expected = np.repeat(np.arange(len(images)), fixture[f"{prefix}gi_count"])
+    if np.array_equal(fixture[f"{prefix}gi_image"], images[expected]):
+        actual = images[actual]
+    fixture.compare(f"{prefix}gi_image", actual, rtol=0, atol=0)
 
 
 def _compare_losses(fixture: Fixture, prefix: str) -> None:
     run = _Run(fixture, prefix)
     terms = run.forward()
-    for name, (ours, _) in _TERMS.items():
-        fixture.compare(f"{prefix}loss_weighted_{name}", terms[ours], **_tolerance(name))
+    for name, (own_name, _) in _TERMS.items():
+        fixture.compare(f"{prefix}loss_weighted_{name}", terms[own_name], **_tolerance(name))
         _compare_alone(fixture, prefix, name)
     run.compare_gradients(f"{prefix}grad_weighted_total", sum(terms.values()))
     exact = f"{prefix}loss_raw_relation_f64"

@@ -30,7 +30,7 @@ from distill_d2.views import Batch
 from . import Fixture, golden_kind
 
 _GRADIENT = {"rtol": 1e-4, "atol": 1e-6}
-# Our terms by their names in the fixture; layers are counted.
+# The loss's terms by their names in the fixture; layers are counted.
 _LAYER_TERMS = {"tea.{}.prop_conf": "loss_icd_conf_{}", "tea.{}.prop_reg": "loss_icd_reg_{}"}
 
 
@@ -136,8 +136,8 @@ def _record(loss: InstanceConditionalDistillation, fixture: Fixture) -> None:
 def _load(loss: InstanceConditionalDistillation, fixture: Fixture) -> None:
     """The fixture's weights; those of more layers than the loss has are left out."""
     weights = {name[2:]: fixture.tensor(name) for name in fixture.names("w/*")}
-    wanted = loss.state_dict()
-    loss.load_state_dict({k: v for k, v in from_reference(weights).items() if k in wanted})
+    own = loss.state_dict()
+    loss.load_state_dict({k: v for k, v in from_reference(weights).items() if k in own})
 
 
 def _compare_sampling(fixture: Fixture, run: _Run) -> None:
@@ -165,18 +165,18 @@ def _compare_geometry(fixture: Fixture, run: _Run) -> None:
         fixture.compare(f"geo/pad_mask/{name}", part[:, None].unflatten(-1, size))
         grid = torch.broadcast_tensors(rows[:, :, None], columns[:, None])
         dense.append(torch.cat(grid, dim=-1).flatten(1, 2))
-    # Nothing attends to padding; what we leave there is the embedding of the image's border.
+    # Nothing attends to padding; distill_d2 leaves there the embedding of the image's border.
     expected = fixture.tensor("geo/pos_emb")
-    ours = torch.cat(dense, dim=1).transpose(0, 1)
-    fixture.compare("geo/pos_emb", torch.where(padding.t()[..., None], expected, ours))
+    actual = torch.cat(dense, dim=1).transpose(0, 1)
+    fixture.compare("geo/pos_emb", torch.where(padding.t()[..., None], expected, actual))
 
 
 def _compare_outcome(fixture: Fixture, run: _Run, folder: str) -> None:
     """Terms, their sum, and the student's gradients."""
     losses = {"distill.0.matt.value": run.terms["loss_icd_value"], "total": run.total}
     for layer in range(len(run.loss.decoder)):
-        for theirs, ours in _LAYER_TERMS.items():
-            losses[theirs.format(layer)] = run.terms[ours.format(layer)]
+        for name_in_fixture, term in _LAYER_TERMS.items():
+            losses[name_in_fixture.format(layer)] = run.terms[term.format(layer)]
     if "loss_icd_temperature" in run.terms:
         losses["distill.0.temp.value"] = run.terms["loss_icd_temperature"]
     for name, value in losses.items():
@@ -190,13 +190,13 @@ def _compare_outcome(fixture: Fixture, run: _Run, folder: str) -> None:
 
 
 def _compare_parameters(fixture: Fixture, run: _Run, folder: str) -> None:
-    """The gradients of all parameters, those that we have in the shape of the reference's."""
+    """The gradients of all parameters, converted to the reference's shape."""
     prefix = f"{folder}grad/param/"
-    ours = dict(run.loss.named_parameters())
+    parameters = dict(run.loss.named_parameters())
     for name in fixture.names(f"{prefix}*"):
         converted = from_reference({name[len(prefix) :]: fixture.tensor(name)})
         ((path, part),) = converted.items()
-        actual = ours[path].grad
+        actual = parameters[path].grad
         if actual.shape != fixture[name].shape:  # values only; the other rows have no gradient
             actual = torch.cat([torch.zeros_like(part), torch.zeros_like(part), actual])
         fixture.compare(name, actual, **_GRADIENT)
@@ -212,7 +212,7 @@ def _compare_intermediates(fixture: Fixture, run: _Run, folder: str) -> None:
     for index, layer in enumerate(decoded):
         images = range(len(layer.features))
         logits = torch.stack([layer.logits(image, slice(None)) for image in images])
-        ours = loss.student[index].project(list(run.student.values()), geometry)
+        student_values = loss.student[index].project(list(run.student.values()), geometry)
         arrays.update(
             {
                 f"dec/{index}/attn_logits": logits,
@@ -222,7 +222,7 @@ def _compare_intermediates(fixture: Fixture, run: _Run, folder: str) -> None:
                 f"dec/{index}/pred": _slots_first(loss.auxiliary.predictor(layer.features)),
             }
         )
-        for side, values in (("tea", layer.values), ("stu", ours)):
+        for side, values in (("tea", layer.values), ("stu", student_values)):
             heads = _slots_first(values).unflatten(-1, (loss.settings.att_heads, -1))
             arrays[f"dec/{index}/{side}_value"] = heads
             arrays[f"dec/{index}/{side}_value_normed"] = layer_norm(heads)

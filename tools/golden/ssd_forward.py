@@ -1,8 +1,8 @@
 """Fixtures of SSD's three networks: what their levels and heads compute from one image.
 
 The weights follow from the tensors' names in public checkpoints by ``by_recipe``; names and order of
-classes are converted as those of a checkpoint are. Class logits have the background first, here last.
-Arrays are "<network>_..." with the networks of CONFIGS.
+classes are converted as those of a checkpoint are. The background is the first class of a fixture, and
+the last one of projects/SSD. Arrays are "<network>_..." with the networks of CONFIGS.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def ssd_forward(fixture: Fixture) -> None:
 
 
 def _image(fixture: Fixture) -> torch.Tensor:
-    """(3, H, W), RGB, of the squares of one colour that the fixture has."""
+    """(3, H, W), RGB, of the squares of one color that the fixture has."""
     (name,) = fixture.names("image_rgb_blocks_*")
     blocks = fixture.tensor(name)
     side = 300 // len(blocks)
@@ -117,12 +117,12 @@ def _compare_network(fixture: Fixture, network: str, model: SSD, image: torch.Te
     images = model.preprocess_image([{"image": image}]).tensor
     features = model.backbone(images)
     for index, level in enumerate(model.head_in_features):
-        _compare(fixture, f"{network}_source{index}_ch0to3_center", _centre(features[level]))
+        _compare(fixture, f"{network}_source{index}_ch0to3_center", _center(features[level]))
     for part, rows in zip(("conf", "loc"), _rows(model, features)):
         _compare(fixture, f"{network}_{part}", rows[0])
     if f"{network}_adp_center_ch0to3" in fixture.arrays:
         hint = features["s8"] if network == "vggkd" else _adapted(features["s8"])
-        _compare(fixture, f"{network}_adp_center_ch0to3", _centre(hint))
+        _compare(fixture, f"{network}_adp_center_ch0to3", _center(hint))
     if fixture.names(f"{network}_trainmode_*"):
         model.train()
         features = model.backbone(torch.cat([images, images.flip(3)]))
@@ -141,13 +141,13 @@ def _rows(model: SSD, features: Weights) -> list[torch.Tensor]:
 
 
 def _adapted(level: torch.Tensor) -> torch.Tensor:
-    """By the 1x1 convolution for hints that the authors' student has, and which is not part of the model here."""
+    """Apply the 1x1 convolution for hints, which only the student of the authors has."""
     shape = (512, level.shape[1], 1, 1)
     weight, bias = by_recipe("adaptation.weight", shape), by_recipe("adaptation.bias", shape[:1])
     return F.conv2d(level, weight, bias)
 
 
-def _centre(level: torch.Tensor) -> torch.Tensor:
+def _center(level: torch.Tensor) -> torch.Tensor:
     """(4, W): the first channels of the middle row."""
     return level[0, :4, level.shape[2] // 2]
 

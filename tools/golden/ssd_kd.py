@@ -1,8 +1,9 @@
 """Fixtures of SSD's prior boxes, matching, losses and inference, and of SSDKD, of the authors' code.
 
-Classes have the background first (0), here last; boxes are relative to the image. Arrays "..._q64" are
-whole numbers, to be divided by 64. Losses "<case>_loss" are of the settings of CASES; gradients
-"..._index" and "..._values" are of some rows, those of boxes of all that have one.
+In a fixture the background is class 0; the losses here expect it as the last class. Boxes are relative
+to the image. Arrays "..._q64" are whole numbers, to be divided by 64. Losses "<case>_loss" are of the
+settings of CASES; gradients "..._index" and "..._values" are of some rows, those of boxes of all that
+have one.
 """
 
 from __future__ import annotations
@@ -221,12 +222,12 @@ def _some(
 def _compare_soft(fixture: Fixture) -> None:
     for name in fixture.names("soft_T*_loss"):
         temperature = float(re.match(r"soft_T(.+)_loss", name).group(1))
-        student = fixture.tensor("soft_logits_student").requires_grad_()
-        pair = (student, fixture.tensor("soft_logits_teacher"))
-        scaled = [logits.roll(-1, dims=-1) / temperature for logits in pair]
-        total = soft_cross_entropy(*scaled, 1.0, _BACKGROUND_WEIGHT).sum()
+        leaf = fixture.tensor("soft_logits_student").requires_grad_()
+        pair = (leaf, fixture.tensor("soft_logits_teacher"))
+        student, teacher = (logits.roll(-1, dims=-1) / temperature for logits in pair)
+        total = soft_cross_entropy(student, teacher, 1.0, _BACKGROUND_WEIGHT).sum()
         fixture.compare(name, total)
-        fixture.compare(name.replace("_loss", "_grad"), *torch.autograd.grad(total, student))
+        fixture.compare(name.replace("_loss", "_grad"), *torch.autograd.grad(total, leaf))
 
 
 def _compare_bounds(fixture: Fixture) -> None:

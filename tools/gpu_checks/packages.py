@@ -1,4 +1,4 @@
-"""Which packages a machine lacks, and how to bring them there."""
+"""Which packages a machine lacks, and how to install them there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKAGES = {
     "yacs": "yacs",
     "yaml": "PyYAML",
 }
-# Those that have no wheels on the package index; they are of pure Python.
+# These have no wheels on the package index; they are pure Python.
 SOURCES = ("antlr4", "fvcore", "iopath")
 ADVICE = """\
 These packages are missing: {names}
@@ -49,7 +49,7 @@ def missing_packages() -> list[str]:
 
 
 def advice(missing: list[str]) -> str:
-    """What is missing, and the commands that bring it."""
+    """The missing packages, and the commands that install them."""
     commands = []
     sources = [PACKAGES[name] for name in missing if name in SOURCES]
     wheels = [PACKAGES[name] for name in missing if name in PACKAGES and name not in SOURCES]

@@ -19,7 +19,7 @@ PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
 
 @dataclass
 class Result:
-    """What came of one check.
+    """The result of one check.
 
     Attributes:
         group: checks of one group are counted in one row of the table.

@@ -8,12 +8,12 @@ from distill_d2.losses.gid import GID, GeneralInstances
 from distill_d2.views import Batch, DetectorView
 
 from . import LegendEntry, Mark, Picture, Row, method
-from .picture import SKY, VERMILLION, WHITE, YELLOW
+from .picture import SKY, VERMILION, WHITE, YELLOW
 
 _KINDS = {
     "pos": ("positive", SKY),
     "semi_pos": ("semi-positive", YELLOW),
-    "neg": ("negative", VERMILLION),
+    "neg": ("negative", VERMILION),
 }
 _NO_KIND = ("none of them", WHITE)
 

@@ -10,7 +10,7 @@ import torch
 from detectron2.structures import Instances
 
 #: Okabe and Ito's colors: apart for all kinds of color vision, and light enough for text on black.
-GREEN, SKY, YELLOW, VERMILLION, WHITE = "#009E73", "#56B4E9", "#F0E442", "#D55E00", "#FFFFFF"
+GREEN, SKY, YELLOW, VERMILION, WHITE = "#009E73", "#56B4E9", "#F0E442", "#D55E00", "#FFFFFF"
 
 
 @dataclass(frozen=True)

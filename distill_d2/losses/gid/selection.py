@@ -74,7 +74,7 @@ class GeneralInstanceSelection:
     def __call__(
         self, teacher: Predictions, student: Predictions, image_sizes: Sequence[tuple[int, int]]
     ) -> GeneralInstances:
-        """Select at most K instances of each image.
+        """Select at most K instances per image.
 
         Args:
             teacher, student: predictions for the same rows.

@@ -8,7 +8,7 @@ import torch
 
 from .sampling import SCALE_BINS, Queries
 
-_POSITION_DIM = 128  # per axis, whatever the hidden dimension
+_POSITION_DIM = 128  # per axis, for every hidden dimension
 _TEMPERATURE = 10000.0
 
 

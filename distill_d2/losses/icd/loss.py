@@ -131,7 +131,9 @@ class InstanceConditionalDistillation(TrainedLoss):
         if s.uniform_sample_class and s.uniform_sample_box:
             return prior
         if self._statistics is None:
-            logger.info("ICD has no statistics of the training data: fakes are drawn uniformly.")
+            logger.info(
+                "ICD: no statistics of the training data are known, so fakes are drawn uniformly."
+            )
             return prior
         measured = BoxPrior.of(self._statistics(), classes)
         return BoxPrior(
@@ -287,8 +289,8 @@ class InstanceConditionalDistillation(TrainedLoss):
 def _seed(iteration: int) -> int:
     """For this process's random numbers of an iteration.
 
-    torch's seed is SEED plus the rank: processes differ, a resumed run repeats, and nobody else's
-    random numbers change.
+    torch's seed is SEED plus the rank: processes differ, a resumed run repeats its numbers, and other
+    random numbers do not change.
     """
     entropy = [torch.initial_seed(), iteration % 2**32]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])

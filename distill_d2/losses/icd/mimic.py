@@ -140,7 +140,7 @@ class _NormalizedDistance(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("ICD's value loss can be differentiated once; compute it again")
         grad_weight, grad_bias, grad_maps = ctx.gradients
-        ctx.gradients = None  # scaled in place below, so of no further use
+        ctx.gradients = None  # scaled in place below, so not usable again
         for gradient in (grad_weight, grad_bias, *grad_maps):
             if gradient is not None:
                 gradient.mul_(grad)

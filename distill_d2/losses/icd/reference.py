@@ -11,7 +11,7 @@ State = dict[str, torch.Tensor]
 _OF_TEACHER = "teacher."
 _OF_STUDENT = "distillers.0."
 # Names in the reference, without their prefix, to names here. Its MLPs number their three linear layers,
-# torchvision's count what is between them too. With ATT_LAYERS 0 a layer has no number.
+# torchvision's also count the layers between them. With ATT_LAYERS 0 a layer has no number.
 _MLP = {"0": "0", "1": "3", "2": "6"}
 _ENCODER = re.compile(r"ins_encoder\.encoder\.layers\.(\d)\.(\w+)$")
 _PREDICTOR = re.compile(r"ins_encoder\.predictor\.layers\.(\d)\.(\w+)$")

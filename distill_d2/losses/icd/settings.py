@@ -14,7 +14,7 @@ _root = partial(key, node="")
 _ins = partial(key, node="INS")
 _mimic = partial(key, node="INS_ATT_MIMIC")
 
-_NOT_READ = "Not read; here so that the reference's yaml files load."
+_NOT_READ = "Not read; it exists so that the reference's yaml files load."
 _ONE_CLASS = "Name of the reference's only class."
 _OTHER_METHODS = "the only one; another method is a distillation loss of its own (MODEL.DISTILLER.TYPES)"
 

@@ -28,8 +28,8 @@ class Positives(NamedTuple):
     Attributes:
         objects, levels: (M,) int64 index of the image's object, and of the level.
         locations: (M, 2) x, y in pixels.
-        params: (M, P) of the mask head.
-        counts: how many are of each image.
+        params: (M, P) parameters of the mask head.
+        counts: the number of locations of each image.
     """
 
     objects: torch.Tensor
@@ -137,7 +137,7 @@ class CondInst(OneStageDetector):
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]):
-        """As GeneralizedRCNN's. Detections have "pred_masks" (M, H, W) bool.
+        """Like GeneralizedRCNN. Detections have "pred_masks" (M, H, W) bool.
 
         Raises:
             ValueError: no annotations in training.
@@ -234,8 +234,8 @@ class CondInst(OneStageDetector):
         objects, levels, locations, params, counts = positives
         logits = self.mask_head(mask_features, params, locations, levels, counts)
         per_image = zip(truths, objects.split(counts))
-        wanted = [truth.masks[index] for truth, index in per_image if truth is not None]
-        masks = torch.cat(wanted) if wanted else torch.empty_like(logits)  # none
+        target = [truth.masks[index] for truth, index in per_image if truth is not None]
+        masks = torch.cat(target) if target else torch.empty_like(logits)  # none
         losses = dice_losses(logits.float().sigmoid(), masks)
         return losses.sum() / max(len(losses), 1)
 

@@ -1,4 +1,4 @@
-"""CondInst's mask branch: what all masks of an image are made of, and a semantic segmentation beside."""
+"""CondInst's mask branch: the features that all masks of an image are made from, and a semantic segmentation."""
 
 from __future__ import annotations
 

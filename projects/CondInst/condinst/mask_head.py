@@ -71,7 +71,7 @@ class DynamicMaskHead(nn.Module):
             mask_features: (N, C, H, W).
             params: (M, num_params), image by image.
             locations: (M, 2) x, y in pixels; levels: (M,) int64.
-            counts: how many are of each image.
+            counts: the number of instances of each image.
 
         Returns:
             (M, 1, H in_stride / out_stride, W in_stride / out_stride).

@@ -1,4 +1,4 @@
-"""Which positive locations have a mask loss."""
+"""Select the positive locations that have a mask loss."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from distill_d2.upload import upload
 
 
 class MaskTruth(NamedTuple):
-    """What the masks of an image's G objects teach.
+    """Mask targets of an image's G objects.
 
     Attributes:
         masks: (G, H / stride, W / stride) float, at the resolution of predicted masks.
@@ -112,10 +112,10 @@ def semantic_loss(
     known = [index for index, truth in enumerate(truths) if truth is not None]
     if not known:
         return logits.float().sum() * 0.0
-    # No copy where all of them are known, as always but with mixed data.
+    # No copy if all masks are known, as always except with mixed data.
     logits = (logits if len(known) == len(logits) else torch.stack([logits[i] for i in known])).float()
     classes: list[torch.Tensor] = [truths[i].classes for i in known]
     kinds = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
-    wanted = (torch.stack(classes)[:, None] == kinds).to(logits.dtype)
-    loss = sigmoid_focal_loss_jit(logits, wanted, alpha, gamma, reduction="sum")
-    return loss / wanted.sum().clamp(min=1)
+    target = (torch.stack(classes)[:, None] == kinds).to(logits.dtype)
+    loss = sigmoid_focal_loss_jit(logits, target, alpha, gamma, reduction="sum")
+    return loss / target.sum().clamp(min=1)

@@ -30,7 +30,7 @@ def build_fcos_dla_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """As build_fcos_resnet_fpn_backbone, on MODEL.DLA."""
     check_adet_keys(cfg)
     if cfg.MODEL.DLA.CONV_BODY != "DLA34":
-        raise ValueError(f"MODEL.DLA.CONV_BODY is '{cfg.MODEL.DLA.CONV_BODY}'; there is only 'DLA34'")
+        raise ValueError(f"MODEL.DLA.CONV_BODY is '{cfg.MODEL.DLA.CONV_BODY}'; expected 'DLA34'")
     return _fpn(cfg, DLA34(cfg.MODEL.DLA.OUT_FEATURES, cfg.MODEL.DLA.NORM))
 
 
@@ -64,7 +64,7 @@ def check_adet_keys(cfg: CfgNode) -> None:
     for key, (value, choices) in offered.items():
         if value not in choices:
             listing = " or ".join(map(str, choices))
-            raise ValueError(f"MODEL.{key} is {value}; FCOS' backbones here offer {listing}")
+            raise ValueError(f"MODEL.{key} is {value}; the FCOS backbones here support {listing}")
 
 
 def top_block(levels: int, channels: int) -> nn.Module | None:

@@ -93,7 +93,7 @@ class Tree(nn.Module):
             self.project = _conv(in_channels, out_channels, 1, 1, norm)[:2]  # without ReLU
             if self.root is None:
                 # The checkpoints have it although only a tree of two blocks projects its input. Not
-                # trained, so that all that is trained gets a gradient.
+                # trained, so that every trained parameter gets a gradient.
                 self.project.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, earlier: Sequence[torch.Tensor] = ()) -> torch.Tensor:

@@ -130,7 +130,7 @@ class FCOSHead(nn.Module):
         return (logits, F.relu(distances), self.ctrness(box), *others)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # Checkpoints of 2019 call it so.
+        # The name in checkpoints of 2019.
         for leaf in ("weight", "bias"):
             old = f"{prefix}centerness.{leaf}"
             if old in state_dict:

@@ -76,11 +76,11 @@ class FCOSLoss(nn.Module):
         logits, ltrb, quality = logits.float(), ltrb.float(), quality.float()
         positive = targets.positive
         # Where there is no object, any boxes whose losses are finite.
-        ltrb, wanted = (torch.where(positive[:, None], x, 1.0) for x in (ltrb, targets.ltrb))
-        centerness = centerness_of(wanted) * positive
+        ltrb, target = (torch.where(positive[:, None], x, 1.0) for x in (ltrb, targets.ltrb))
+        centerness = centerness_of(target) * positive
         count, weights = rank_mean(positive.sum(), centerness.sum())
         count = count.clamp(min=1)
-        iou, giou = smoothed_ious(ltrb, wanted)
+        iou, giou = smoothed_ious(ltrb, target)
         box_losses = BOX_LOSSES[self.box_loss](iou, giou)
         losses = {"loss_fcos_cls": self._class_loss(logits, targets.classes, count)}
         if self.quality == "ctrness":
@@ -109,21 +109,21 @@ class FCOSLoss(nn.Module):
         return locations
 
 
-def smoothed_ious(ltrb: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def smoothed_ious(ltrb: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """IoU with 1 added to intersection and union, and GIoU from it.
 
-    The public implementation adds it to areas in squared strides, where it is much; kept, so that
-    training and released weights are its own.
+    The public implementation adds it to areas in squared strides, where it is a lot; kept, so that
+    training and released weights match it.
 
     Args:
-        ltrb, wanted: (N, 4, R) distances from one location to the sides of two boxes.
+        ltrb, target: (N, 4, R) distances from one location to the sides of two boxes.
 
     Returns:
         (N, R) each.
     """
-    common, enclosing = torch.minimum(ltrb, wanted), torch.maximum(ltrb, wanted)
+    common, enclosing = torch.minimum(ltrb, target), torch.maximum(ltrb, target)
     intersection, hull = _area(common), _area(enclosing)
-    union = _area(ltrb) + _area(wanted) - intersection
+    union = _area(ltrb) + _area(target) - intersection
     iou = (intersection + 1) / (union + 1)
     return iou, iou - (hull - union) / hull
 
@@ -150,8 +150,8 @@ def _area(ltrb: torch.Tensor) -> torch.Tensor:
     return (left + right) * (top + bottom)
 
 
-def _bce(logits: torch.Tensor, wanted: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
-    losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+def _bce(logits: torch.Tensor, target: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+    losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return (losses * positive).sum()
 
 

@@ -20,7 +20,7 @@ HEAD = "proposal_generator.fcos_head"
 
 @register_view(OneStageDetector)
 class OneStageDetectorView(FCOSView):
-    """Of any OneStageDetector the features, of FCOS the head too."""
+    """The features of any OneStageDetector, and the head of FCOS."""
 
     training_state = ("proposal_generator.loss.moving_positives",)
 

@@ -30,8 +30,8 @@ def quantize(tensor: torch.Tensor, *, reference_bugs: bool = False) -> Quantized
     """Affine 8-bit quantization (Matsubara and Levorato, ICPR 2020, after Jacob et al., CVPR 2018).
 
     Each image has a range of its own, from its smallest to its largest number and widened to 0, so
-    that every number returns within half a step of the scale, whatever the signs; a constant returns
-    but for float32's rounding.
+    that every number returns within half a step of the scale, for all signs; a constant returns
+    exactly, except for float32's rounding.
 
     Args:
         tensor: (N, ...), floating point.

@@ -22,7 +22,7 @@ class BottleneckStage(nn.Module):
     Detection in Challenged Networks", ICPR 2020. A device computes stem and encoder and sends the
     encoder's output, a server does the rest. All convolutions are 2x2 of stride 1; the encoder's pad by
     1 and enlarge the map by one each, the decoder's do not and shrink it again. Batch norms are
-    ordinary ones, whatever the rest of the network has.
+    ordinary ones, also where the rest of the network has frozen ones.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class BottleneckStage(nn.Module):
             reference_bugs: of ``quantizer.quantize``.
 
         Raises:
-            ValueError: a number of channels is below 1, there are too few or too many widths, or
-                quant_bits is another number.
+            ValueError: a number of channels is below 1, the number of widths is wrong, or quant_bits is
+                not 0, 8 or 16.
         """
         super().__init__()
         _check(channels, encoder_widths, decoder_widths, quant_bits)

@@ -31,7 +31,7 @@ def match_quality(logits: torch.Tensor, iou: torch.Tensor, alpha: float) -> torc
         logits: (G, R) of the objects' classes; iou: (G, R) of the objects and the predicted boxes.
     """
     quality = logits.sigmoid() ** (1 - alpha) * iou**alpha
-    # Not a number: neither box has an area, or the trainer will stop at a loss that is none either.
+    # NaN: neither box has an area, or a prediction is NaN, and then the loss stops the trainer.
     return quality.nan_to_num(nan=0.0)
 
 
@@ -102,8 +102,8 @@ def one_to_many(
     """The assignment of the auxiliary loss, as that of ATSS (arXiv 1912.02424).
 
     An object's candidates are the ``topk`` best locations of each level; it has those whose quality
-    reaches the mean plus the standard deviation over all of them. A location that several objects
-    want has the one of the highest quality.
+    reaches the mean plus the standard deviation over all of them. If several objects
+    claim a location, it gets the one with the highest quality.
 
     Args:
         quality: (G, R); allowed: (G, R) bool, which locations an object can have.

@@ -98,7 +98,7 @@ class POTO(DenseDetector):
             test_score_thresh, test_topk_candidates (per level): of inference.
 
         Raises:
-            ValueError: alpha is none; the message names the key.
+            ValueError: alpha is not between 0 and 1; the message names the key.
         """
         super().__init__(
             backbone, head, list(head_in_features), pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -207,19 +207,19 @@ class POTO(DenseDetector):
             {"loss_cls", "loss_box_reg"}, and "loss_cls_aux" with ``aux_topk``.
         """
         images, locations, _ = targets.pairs
-        wanted = torch.zeros_like(rows.filtered)
-        wanted[images, locations, targets.classes] = 1.0
+        target = torch.zeros_like(rows.filtered)
+        target[images, locations, targets.classes] = 1.0
         boxes = self._decode(rows.deltas[images, locations], rows.anchors[locations])
-        count = _at_least_one(wanted.new_full((), len(images)))
+        count = _at_least_one(target.new_full((), len(images)))
         losses = {
-            "loss_cls": self._focal_loss(rows.filtered, wanted) / count,
+            "loss_cls": self._focal_loss(rows.filtered, target) / count,
             "loss_box_reg": self.reg_weight * giou_distance(boxes, targets.boxes).sum() / count,
         }
         if targets.auxiliary is not None:
-            every = torch.arange(self.num_classes, device=wanted.device)
-            wanted = (targets.auxiliary[..., None] == every).to(wanted)
-            count = _at_least_one(wanted.sum())
-            losses["loss_cls_aux"] = self._focal_loss(rows.logits, wanted) / count
+            every = torch.arange(self.num_classes, device=target.device)
+            target = (targets.auxiliary[..., None] == every).to(target)
+            count = _at_least_one(target.sum())
+            losses["loss_cls_aux"] = self._focal_loss(rows.logits, target) / count
         return losses
 
     def forward_inference(
@@ -255,9 +255,9 @@ class POTO(DenseDetector):
     def _decode(self, deltas: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
         return self.box2box_transform.apply_deltas(deltas, anchors)
 
-    def _focal_loss(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def _focal_loss(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return sigmoid_focal_loss_jit(
-            logits, wanted, alpha=self.focal_alpha, gamma=self.focal_gamma, reduction="sum"
+            logits, target, alpha=self.focal_alpha, gamma=self.focal_gamma, reduction="sum"
         )
 
 

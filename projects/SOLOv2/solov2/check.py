@@ -39,7 +39,12 @@ def _check_choices(node: CN) -> None:
     choices = {"NORM": NORMS, "NMS_TYPE": NMS_TYPES, "NMS_KERNEL": KERNELS}
     for key, known in choices.items():
         _expect(node[key] in known, node, key, f"one of {list(known)}")
-    _expect(not node.USE_DCN_IN_INSTANCE, node, "USE_DCN_IN_INSTANCE", "False, there are none here")
+    _expect(
+        not node.USE_DCN_IN_INSTANCE,
+        node,
+        "USE_DCN_IN_INSTANCE",
+        "False; this SOLOv2 has no deformable convolutions",
+    )
     if not node.LOSS.FOCAL_USE_SIGMOID:
         _refuse("LOSS.FOCAL_USE_SIGMOID", False, "True: the classes' scores are sigmoids")
 

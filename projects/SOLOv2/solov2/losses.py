@@ -17,8 +17,8 @@ def class_loss(logits: torch.Tensor, classes: torch.Tensor, alpha: float, gamma:
         logits: (N, R, K); classes: (N, R) int64, K where a cell has no object.
     """
     num_classes = logits.shape[-1]
-    wanted = classes[..., None] == torch.arange(num_classes, device=classes.device)
-    focal = sigmoid_focal_loss_jit(logits, wanted.to(logits.dtype), alpha, gamma, reduction="sum")
+    target = classes[..., None] == torch.arange(num_classes, device=classes.device)
+    focal = sigmoid_focal_loss_jit(logits, target.to(logits.dtype), alpha, gamma, reduction="sum")
     return focal / ((classes < num_classes).sum() + 1)
 
 
@@ -48,15 +48,15 @@ def predict_masks(kernels: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
     return (kernels @ feature.flatten(1)).sigmoid().unflatten(1, feature.shape[1:])
 
 
-def dice_loss(masks: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def dice_loss(masks: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """1 - 2 sum(p t) / (sum(p^2) + sum(t^2)), of each mask.
 
     Args:
-        masks: (E, H, W), from 0 to 1; wanted: (E, H, W) bool.
+        masks: (E, H, W), from 0 to 1; target: (E, H, W) bool.
 
     Returns:
         (E,).
     """
-    p, t = masks.flatten(1), wanted.flatten(1).to(masks.dtype)
+    p, t = masks.flatten(1), target.flatten(1).to(masks.dtype)
     common = (p * t).sum(dim=1)
     return 1 - 2 * common / ((p.square().sum(dim=1) + 1e-3) + (t.sum(dim=1) + 1e-3))

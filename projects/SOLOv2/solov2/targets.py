@@ -188,7 +188,7 @@ def bit_masks(instances: Instances) -> torch.Tensor:
         return torch.zeros(0, *instances.image_size, dtype=torch.bool)
     if not instances.has("gt_masks"):
         raise ValueError(
-            "SOLOv2 learns from masks, and the images come without; set MODEL.MASK_ON True, and use a "
+            "SOLOv2 learns from masks, but the images have none; set MODEL.MASK_ON True, and use a "
             "dataset whose annotations have a segmentation"
         )
     masks = instances.gt_masks

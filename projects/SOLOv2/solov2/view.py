@@ -27,7 +27,7 @@ class SOLOv2View(DetectorView):
         return self.model.ins_in_features
 
     def anchors(self) -> dict[str, torch.Tensor]:
-        """It has none: squares of 8 strides around its positions, as ATSS has (arXiv 1912.02424)."""
+        """SOLOv2 has no anchors: squares of 8 strides around its positions, as ATSS has (arXiv 1912.02424)."""
         levels = {name: self.level(name, contiguous=False) for name in self.anchor_levels}
         return {
             name: _squares(level.shape[-2:], self.strides[name], level.device)

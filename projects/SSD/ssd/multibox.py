@@ -28,7 +28,7 @@ def match_priors(
     iou: torch.Tensor, valid: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Give each prior box the object that it overlaps most, and each object the prior box that overlaps it
-    most; where several objects want one, the last of them has it.
+    most; if several objects claim one, the last object gets it.
 
     Args:
         iou: (N, G, R) of objects and prior boxes; valid: (N, G) bool, which objects are there.
@@ -41,11 +41,11 @@ def match_priors(
     best, index = iou.max(dim=1)
     best_prior = iou.argmax(dim=2)
     order = torch.arange(iou.shape[1], device=iou.device).expand_as(best_prior)
-    wanted_by = torch.full_like(index, -1).scatter_reduce(
+    claimed_by = torch.full_like(index, -1).scatter_reduce(
         1, best_prior, torch.where(valid, order, -1), "amax"
     )
-    wanted = wanted_by >= 0
-    return torch.where(wanted, wanted_by, index), wanted | (best >= threshold)
+    claimed = claimed_by >= 0
+    return torch.where(claimed, claimed_by, index), claimed | (best >= threshold)
 
 
 def multibox_losses(

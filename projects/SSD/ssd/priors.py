@@ -32,7 +32,7 @@ class SSDPriors(nn.Module):
             strides, min_sizes, max_sizes, aspect_ratios: one per level; sizes in pixels.
 
         Raises:
-            ValueError: they are not equally many.
+            ValueError: the lists have different lengths.
         """
         super().__init__()
         counts = [len(strides), len(min_sizes), len(max_sizes), len(aspect_ratios)]

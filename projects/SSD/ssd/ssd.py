@@ -104,7 +104,7 @@ class SSD(DenseDetector):
         }
 
     def preprocess_image(self, batched_inputs: list[dict[str, torch.Tensor]]) -> ImageList:
-        """As DenseDetector's. Raises ValueError if an image has another size than MODEL.SSD.SIZE."""
+        """Like DenseDetector. Raises ValueError if an image has another size than MODEL.SSD.SIZE."""
         size = self.anchor_generator.size
         for item in batched_inputs:
             if tuple(item["image"].shape[-2:]) != (size, size):
@@ -125,8 +125,8 @@ class SSD(DenseDetector):
         anchors = self._anchors(features)
         targets = self.targets(features, gt_instances)
         encode = encoder_of(self.box2box_transform)
-        wanted = encode(targets.boxes, anchors.expand_as(targets.boxes))
-        return multibox_losses(logits, deltas, targets, wanted, self.negatives_per_positive)
+        target = encode(targets.boxes, anchors.expand_as(targets.boxes))
+        return multibox_losses(logits, deltas, targets, target, self.negatives_per_positive)
 
     @torch.no_grad()
     def targets(self, features: list[torch.Tensor], gt_instances: list[Instances]) -> Targets:

@@ -29,7 +29,7 @@ def config(width: int) -> CfgNode:
 
 
 def squares(count: int = 2, size: int = 64, objects: int = 2) -> list[dict]:
-    """Images of one size, 96x96 pixels, whatever ``size`` says: SSD takes no others."""
+    """Images of one size, 96x96 pixels, for every ``size``: SSD takes no others."""
     return tiny_batch(count, 64, objects, shapes=[(96, 96)])
 
 

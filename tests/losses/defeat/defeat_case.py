@@ -279,13 +279,13 @@ class Case:
         return self.settings.in_features or list(self.strides)
 
     def _naive_rows(self, leaves: dict[str, Tensor], source: str) -> naive.RowSet:
-        ours = torch.cat([leaves[f"{source}'s rows {image}"] for image in self.images])
-        theirs = torch.cat(self.logits["teacher"][source]).double()
+        student = torch.cat([leaves[f"{source}'s rows {image}"] for image in self.images])
+        teacher = torch.cat(self.logits["teacher"][source]).double()
         labels = torch.cat(self.labels_of(source))
         if self.dense:
-            return naive.RowSet(ours, theirs, labels == 1, labels == 0)
+            return naive.RowSet(student, teacher, labels == 1, labels == 0)
         background = labels == self.classes
-        return naive.RowSet(ours, theirs, ~background, background, labels)
+        return naive.RowSet(student, teacher, ~background, background, labels)
 
     def compare(self) -> dict[str, Tensor]:
         """All terms and gradients with the naive version's; the terms."""
@@ -296,10 +296,10 @@ class Case:
             assert term.dtype == torch.float32 and term.shape == (), name
             close(term, expected[name], name)
         for name, leaf in {**self.leaves(), **dict(self.loss.named_parameters())}.items():
-            ours, theirs = (
+            actual, reference = (
                 torch.zeros_like(leaf) if g is None else g for g in (leaf.grad, gradients[name])
             )
-            close(ours, theirs, name)
+            close(actual, reference, name)
         return terms
 
 

@@ -74,10 +74,10 @@ def labels_by_matcher(truth, boxes, matcher, background):
     return torch.where(labels == -1, -1, classes)
 
 
-def row_set(labels, ours, theirs, background=3):
+def row_set(labels, student, teacher, background=3):
     labels = torch.cat(labels)
     objects = (labels >= 0) & (labels < background)
-    return naive.RowSet(ours, theirs, objects, labels == background, labels)
+    return naive.RowSet(student, teacher, objects, labels == background, labels)
 
 
 def rows_of_levels(levels, count):
@@ -92,7 +92,7 @@ def rows_of_levels(levels, count):
 def dense_rows(student, teacher, batch):
     model, count = student.model, student.num_classes
     levels = [student.level(name) for name in model.head_in_features]
-    theirs = teacher.model.head([teacher.level(name) for name in model.head_in_features])[0]
+    teacher_logits = teacher.model.head([teacher.level(name) for name in model.head_in_features])[0]
     anchors = model.anchor_generator(levels)
     truth = [item["instances"] for item in batch.inputs]
     if type(model).__name__ == "FCOS":
@@ -101,8 +101,8 @@ def dense_rows(student, teacher, batch):
         matcher = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
         boxes = Boxes.cat(anchors)
         labels = [labels_by_matcher(per_image, boxes, matcher, count) for per_image in truth]
-    ours = rows_of_levels(student.tap("head", 0), count)
-    return row_set(labels, ours, rows_of_levels(theirs, count))
+    student_rows = rows_of_levels(student.tap("head", 0), count)
+    return row_set(labels, student_rows, rows_of_levels(teacher_logits, count))
 
 
 def box_head_rows(student, teacher, batch, proposals):
@@ -210,10 +210,12 @@ def test_head_kd_of_detectors(source):
         proposals = noted[0][0] if noted else sampled
         assert len(noted) == (source == "teacher")
         rows = box_head_rows(student, teacher, batch, proposals)
-        ours, theirs = (torch.cat(view.score_boxes(proposals)[1]) for view in (student, teacher))
+        student_logits, teacher_logits = (
+            torch.cat(view.score_boxes(proposals)[1]) for view in (student, teacher)
+        )
         gaps = [
             gap[4 * label : 4 * label + 4].abs().sum()
-            for gap, label in zip(ours - theirs, rows.labels.tolist())
+            for gap, label in zip(student_logits - teacher_logits, rows.labels.tolist())
             if label < 3
         ]
         expected = {
@@ -237,7 +239,7 @@ def test_neck_terms(family):
             name: (adapter(student.level(name)), teacher.level(name))
             for name, adapter in loss.neck.adapters.items()
         }
-        sizes = {name: tuple(theirs.shape[-2:]) for name, (_, theirs) in pairs.items()}
+        sizes = {name: tuple(level.shape[-2:]) for name, (_, level) in pairs.items()}
         masks = naive.object_masks("gt", truth, sizes, strides, finest_scale=13.0)
         assert sum(bool(mask.any()) for mask in masks.values()) > 1  # objects are on several levels
         objects, background = naive.region_losses(pairs, masks)
@@ -276,15 +278,15 @@ def test_heads_run_once_where_they_are_asked(family, loss, settings, teacher, st
     """Law 4."""
     model = distiller(loss(**settings), family)
     parts = {"head", RPN, BOX_HEAD, MASK_HEAD}
-    theirs, ours = (
+    teacher_calls, student_calls = (
         {name: count_calls(module) for name, module in each.named_modules() if name in parts}
         for each in (model.teacher.model, model.student)
     )
     backbones = count_calls(model.teacher.model.backbone)
     for steps in (1, 2):
         step(model, batch_for(family))
-        assert {name: len(calls) / steps for name, calls in theirs.items() if calls} == teacher
-        assert {name: len(calls) / steps for name, calls in ours.items() if calls} == student
+        assert {name: len(calls) / steps for name, calls in teacher_calls.items() if calls} == teacher
+        assert {name: len(calls) / steps for name, calls in student_calls.items() if calls} == student
         assert len(backbones) == steps
 
 
@@ -366,7 +368,7 @@ def test_necks_of_c4_and_fpn(loss):
     with pytest.raises(ValueError) as caught:
         with_c4("teacher", loss())
     message = str(caught.value)
-    assert "IN_FEATURES" in message and "no neck level of one name and stride" in message
+    assert "IN_FEATURES" in message and "no neck level with the same name and stride" in message
     assert "p2: 4, p3: 8, p4: 16" in message and "res4: 16" in message
 
 

@@ -34,11 +34,11 @@ def compare(loss, student, teacher):
 def naive(student, teacher, weights):
     """By number: the terms, and their gradients with respect to the student's maps."""
     terms, gradients = {}, {}
-    for (name, ours), theirs, weight in zip(student.items(), teacher.values(), weights):
-        gradients[name] = np.zeros(ours.shape)
+    for (name, student_level), teacher_level, weight in zip(student.items(), teacher.values(), weights):
+        gradients[name] = np.zeros(student_level.shape)
         terms[f"loss_ghnd_{name}"] = 0.0
-        for place in np.ndindex(*ours.shape):
-            difference = ours[place].item() - theirs[place].item()
+        for place in np.ndindex(*student_level.shape):
+            difference = student_level[place].item() - teacher_level[place].item()
             terms[f"loss_ghnd_{name}"] += weight * difference**2
             gradients[name][place] = 2 * weight * difference
     return terms, gradients
@@ -143,10 +143,12 @@ def test_terms_are_those_of_the_stages():
     terms = distiller(pictures())
     x = distiller.student.preprocess_image(pictures()).tensor
     with torch.no_grad():
-        ours, theirs = (m.backbone.bottom_up(x) for m in (distiller.student, distiller.teacher.model))
-    assert list(ours) == list(STAGES[:3])
-    for name, level in ours.items():
-        expected = (level - theirs[name]).double().pow(2).sum()
+        student, teacher = (
+            m.backbone.bottom_up(x) for m in (distiller.student, distiller.teacher.model)
+        )
+    assert list(student) == list(STAGES[:3])
+    for name, level in student.items():
+        expected = (level - teacher[name]).double().pow(2).sum()
         assert terms[f"loss_ghnd_{name}"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -163,7 +165,7 @@ def test_hnd_reaches_the_first_stage_alone():
 
 @pytest.mark.parametrize("bits", [0, 8, 16])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_bottleneck_does_not_synchronise(bits, training):
+def test_a_bottleneck_does_not_synchronize(bits, training):
     stage = BottleneckStage(6, 7, quant_bits=bits).train(training)
     x = torch.randn(2, 6, 5, 4)
     with no_synchronization():

@@ -279,8 +279,8 @@ class Case:
         for name, leaf in self.leaves().items():
             close(or_zero(leaf), or_zero(leaf, gradients[name]), name)
         for name, parameters in (self.adapters if expected and self._has_adapters() else {}).items():
-            for ours, theirs in zip(self.loss.pairs.adapters[name].parameters(), parameters):
-                close(ours.grad, or_zero(theirs), name)
+            for actual, reference in zip(self.loss.pairs.adapters[name].parameters(), parameters):
+                close(actual.grad, or_zero(reference), name)
         return terms
 
     def _has_adapters(self) -> bool:

@@ -1,4 +1,4 @@
-"""The packaged configs of GID: those of its authors, with each its own teacher, and ours."""
+"""The packaged configs of GID: those of its authors, each with its own teacher, and this project's."""
 
 from __future__ import annotations
 

@@ -113,14 +113,14 @@ class Seen:
         heads = teacher.model.roi_heads
         features = [teacher.level(name) for name in heads.box_in_features]
         with torch.no_grad():
-            theirs = heads.box_predictor(heads.box_head(heads.box_pooler(features, boxes)))
+            teacher_outputs = heads.box_predictor(heads.box_head(heads.box_pooler(features, boxes)))
         padded = lambda x: pad_sequence(x.split(counts), batch_first=True)  # noqa: E731
-        ours = student.tap(PREDICTOR)
+        student_outputs = student.tap(PREDICTOR)
         self.student, self.teacher = (
             self._model(view, *map(padded, outputs))
-            for view, outputs in ((student, ours), (teacher, theirs))
+            for view, outputs in ((student, student_outputs), (teacher, teacher_outputs))
         )
-        self.heads = {name: [found] for name, found in zip(("logits", "deltas"), ours)}
+        self.heads = {name: [found] for name, found in zip(("logits", "deltas"), student_outputs)}
         self.as_rows = dict.fromkeys(self.heads, lambda found: padded(found[0]))
         anchors = pad_sequence([per_image.tensor for per_image in boxes], batch_first=True)
         decode = functools.partial(naive.decode_deltas, weights=(10, 10, 5, 5))
@@ -148,8 +148,8 @@ def compare_with_naive(family, predictions, objects=2, **settings):
         for name, gradient in zip(seen.names, gradients(feature + relation, seen.maps.values())):
             close(gradient, or_zero(gradient, leaves.maps[name].grad), name)
         for name, term in (("logits", cls), ("deltas", reg)):
-            ours = seen.as_rows[name](gradients(term, seen.heads[name]))
-            close(ours, or_zero(ours, getattr(leaves, name).grad), name)
+            actual = seen.as_rows[name](gradients(term, seen.heads[name]))
+            close(actual, or_zero(actual, getattr(leaves, name).grad), name)
         found.append(terms)
         return terms
 

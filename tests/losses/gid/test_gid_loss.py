@@ -127,7 +127,7 @@ def test_ground_truth_in_place_of_a_selection(kind):
     case.compare()
 
 
-def test_unlabelled_images():
+def test_unlabeled_images():
     """Nothing but kinds of instances, "gt" and "gi_pos" needs annotations."""
     case, needing = Case(), Case(gi_mode="gt")
     batch = case.batch()

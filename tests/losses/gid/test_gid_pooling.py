@@ -45,15 +45,17 @@ def at_the_border(padded):
 
 def compare(maps, strides, boxes, resolution, ratio):
     pooler = ROIPooler(resolution, [1 / s for s in strides], ratio, "ROIAlignV2")
-    expected = pooler(maps, [Boxes(per_image) for per_image in boxes])
+    reference = pooler(maps, [Boxes(per_image) for per_image in boxes])
     found = pool(maps, strides, boxes, resolution, ratio)
     images, slots = boxes.shape[:2]
     assert found.shape == (images, slots, maps[0].shape[1], resolution, resolution)
-    close(found.flatten(0, 1), expected, "values")
-    weights = torch.randn(expected.shape)
-    gradients = (torch.autograd.grad((x * weights).sum(), maps) for x in (found.flatten(0, 1), expected))
-    for ours, theirs in zip(*gradients):
-        close(ours, theirs, "gradient")
+    close(found.flatten(0, 1), reference, "values")
+    weights = torch.randn(reference.shape)
+    gradients = (
+        torch.autograd.grad((x * weights).sum(), maps) for x in (found.flatten(0, 1), reference)
+    )
+    for actual, expected in zip(*gradients):
+        close(actual, expected, "gradient")
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -84,8 +86,8 @@ def test_memory_layout_does_not_matter():
     found, other = (pool(levels, strides, boxes, 4, 2) for levels in (maps, last))
     torch.testing.assert_close(other, found)
     gradients = (torch.autograd.grad(x.square().sum(), m) for x, m in ((found, maps), (other, last)))
-    for ours, theirs in zip(*gradients):
-        torch.testing.assert_close(ours, theirs)
+    for actual, expected in zip(*gradients):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_levels_without_a_gradient_do_without():

@@ -55,8 +55,10 @@ def naive_term_of(case, mask, part, mode, beta):
 def test_naive_terms(kind, part, mode, beta):
     case = Case(**KINDS[kind])
     for mask in (random_mask(case), random_mask(case, share=0.0)):
-        for ours, theirs in zip(*(f(case, mask, part, mode, beta) for f in (term_of, naive_term_of))):
-            close(ours, theirs)
+        for actual, expected in zip(
+            *(f(case, mask, part, mode, beta) for f in (term_of, naive_term_of))
+        ):
+            close(actual, expected)
 
 
 @pytest.mark.parametrize("part, mode, beta", ALL)
@@ -107,7 +109,7 @@ def test_naive_masks(kind, mask, reg_mask):
         found = case.loss.response_masks(student, case.instances(), case.batch())
         instances = case.naive_instances()
         expected = naive.response_masks(instances, case.rows, case.truth, GID.Settings(**case.settings))
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
         assert found[0].any() == (least < 1000)
     assert torch.equal(*found) and found[0].dtype == torch.bool
 

@@ -19,8 +19,11 @@ ODDS = {0.5: 0.0, 0.9: math.log(9), 0.2: -math.log(4), 0.6: math.log(1.5)}
 def select(teacher, student, boxes=(A,), student_boxes=None, **options):
     """Of one image, from probabilities (R, K) and boxes (R, 4)."""
     teacher, student = ([[ODDS[p] for p in row] for row in rows] for rows in (teacher, student))
-    theirs, ours = plain_predictions(teacher, boxes), plain_predictions(student, student_boxes or boxes)
-    return GeneralInstanceSelection(**options)(theirs, ours, [(100, 100)])
+    of_teacher, of_student = (
+        plain_predictions(teacher, boxes),
+        plain_predictions(student, student_boxes or boxes),
+    )
+    return GeneralInstanceSelection(**options)(of_teacher, of_student, [(100, 100)])
 
 
 def rows(instances):

@@ -19,7 +19,7 @@ from distill_d2.testing.maps import view_of
 from distill_d2.views import Batch
 
 SMALL = {"num_classes": 7, "hidden_dim": 16, "att_heads": 4, "bypass_distill": 0}
-# Our terms by their names in the naive version, without the layer.
+# Terms of the loss by their names in the naive version, without the layer.
 TERMS = {
     "prop_conf": "loss_icd_conf_{}",
     "prop_reg": "loss_icd_reg_{}",
@@ -85,10 +85,10 @@ class Case:
         self.iteration, self.max_iter = iteration, max_iter
         classes = s["num_classes"]
         self.instances = [random_instances(random, n, z, classes) for n, z in zip(instances, self.sizes)]
-        ours, theirs = (count or s["hidden_dim"] for count in channels)
+        student_channels, teacher_channels = (count or s["hidden_dim"] for count in channels)
         shape = (len(instances), padded, strides)
-        self.student = random_maps(seed + 1, ours, *shape)
-        self.teacher = random_maps(seed + 2, theirs, *shape)
+        self.student = random_maps(seed + 1, student_channels, *shape)
+        self.teacher = random_maps(seed + 2, teacher_channels, *shape)
         for level in self.student.values():
             level.requires_grad_()
         given = {**SMALL, "input_feats": [*self.student], **settings}
@@ -111,7 +111,7 @@ class Case:
         self._record()
 
     def _load(self) -> None:
-        """The naive version's weights, and of ours what it does not know: the adapters."""
+        """The naive version's weights, and the loss's adapters, which only the loss has."""
         state = self.loss.state_dict()
         converted = from_reference(self.weights)
         unknown = {name for name in state.keys() - converted.keys() if "adapters" not in name}
@@ -227,12 +227,12 @@ def compare_losses(terms, losses) -> None:
     seen = set()
     for name, expected in losses.items():
         parts = name.split(".")
-        ours = TERMS.get(name) or TERMS[parts[2]].format(parts[1])
-        if ours not in terms:  # the naive version names a value loss that is switched off
+        term = TERMS.get(name) or TERMS[parts[2]].format(parts[1])
+        if term not in terms:  # the naive version names a value loss that is switched off
             assert expected == 0
             continue
-        close(terms[ours], expected, name)
-        seen.add(ours)
+        close(terms[term], expected, name)
+        seen.add(term)
     assert seen == set(terms)
 
 

@@ -11,7 +11,7 @@ from icd_case import Case
 from distill_d2.losses.icd import InstanceConditionalDistillation
 
 DISTILLER, INS, MIMIC = "MODEL.DISTILLER.", "MODEL.DISTILLER.INS.", "MODEL.DISTILLER.INS_ATT_MIMIC."
-# The reference's, where ours are no other: ours take levels and classes from the detectors.
+# The reference's keys; this project takes levels and classes from the detectors instead.
 DEFAULTS = {
     "": {
         "TEACHER": "ModelTeacher_II",

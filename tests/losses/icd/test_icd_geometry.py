@@ -33,11 +33,11 @@ def naive(name, channels=16):
 @pytest.mark.parametrize("name", CASES)
 def test_padding(name):
     expected = torch.cat([mask.flatten(1) for mask, _ in naive(name)], dim=1)
-    ours = geometry(name).padding
-    if ours is None:
+    actual = geometry(name).padding
+    if actual is None:
         assert not expected.any()
     else:
-        assert torch.equal(ours, expected) and expected.any() and not expected.all(1).any()
+        assert torch.equal(actual, expected) and expected.any() and not expected.all(1).any()
 
 
 def test_no_mask_where_nothing_is_padded():
@@ -48,10 +48,10 @@ def test_no_mask_where_nothing_is_padded():
 @pytest.mark.parametrize("channels", [8, 28])
 @pytest.mark.parametrize("name", CASES)
 def test_rows_and_columns_are_the_embedding(name, channels):
-    ours, half = geometry(name, channels), channels // 2
-    heights, widths = zip(*ours.level_sizes)
-    rows, columns = ours.rows.split(heights, dim=1), ours.columns.split(widths, dim=1)
-    assert ours.rows.dtype == torch.float32
+    actual, half = geometry(name, channels), channels // 2
+    heights, widths = zip(*actual.level_sizes)
+    rows, columns = actual.rows.split(heights, dim=1), actual.columns.split(widths, dim=1)
+    assert actual.rows.dtype == torch.float32
     for (mask, expected), row, column in zip(naive(name, channels), rows, columns):
         outside = mask[:, None]
         ours_y = row.double().transpose(1, 2)[..., None].masked_fill(outside, 0)

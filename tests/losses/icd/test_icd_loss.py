@@ -79,7 +79,7 @@ def test_naive_settings(settings):
 
 
 def test_naive_reconstruction_of_values_with_positions():
-    """Without padding: the embedding there, which only this would ever see, is ours."""
+    """Compared without padding: the reference has another embedding there, and nothing else reads it."""
     sizes = ((64, 128), (64, 128))
     compare_with_naive(Case(sizes=sizes, value_reconst=1.0, att_layers=2, decoder_posemb_on_v=True))
 
@@ -148,7 +148,7 @@ def test_classes_outside_are_an_error(classes):
         case.forward()
 
 
-def test_unlabelled_image_is_an_error():
+def test_unlabeled_image_is_an_error():
     case = Case()
     batch = case.batch()
     del batch.inputs[1]["instances"]
@@ -190,8 +190,8 @@ def test_student_feels_the_loss_between_its_bounds(bounds, feels, channels):
     gradients = case.student_gradients().values()
     assert all((gradient is not None) == feels for gradient in gradients)
     assert all(learning(students_side(case.loss)))
-    for (name, ours), other in zip(case.loss.named_parameters(), always.loss.parameters()):
-        close(ours.grad, other.grad, name)
+    for (name, parameter), other in zip(case.loss.named_parameters(), always.loss.parameters()):
+        close(parameter.grad, other.grad, name)
 
 
 ARCHITECTURES = [{}, {"att_layers": 2, "value_reconst": 1.0}, {"att_layers": 0}]
@@ -353,5 +353,5 @@ def test_student_does_not_feel_bypassed_distillation(tmp_path):
     model.student.loss_normalizer = 100
     with EventStorage(0):
         sum(model.student(tiny_batch()).values()).backward()
-    for ours, alone in zip(distilled, (p.grad for p in model.student.parameters())):
-        torch.testing.assert_close(ours, alone)
+    for actual, expected in zip(distilled, (p.grad for p in model.student.parameters())):
+        torch.testing.assert_close(actual, expected)

@@ -70,10 +70,10 @@ def gradients(loss, leaves):
     return torch.autograd.grad(loss, leaves)
 
 
-def same_gradients(ours, theirs, leaves, **tolerance):
-    for mine, expected in zip(gradients(ours, leaves), gradients(theirs, leaves)):
-        assert mine.shape == expected.shape and expected.abs().max() > 0
-        torch.testing.assert_close(mine, expected, **tolerance)
+def same_gradients(actual, expected_result, leaves, **tolerance):
+    for found, expected in zip(gradients(actual, leaves), gradients(expected_result, leaves)):
+        assert found.shape == expected.shape and expected.abs().max() > 0
+        torch.testing.assert_close(found, expected, **tolerance)
 
 
 @pytest.mark.parametrize("with_offsets", [False, True], ids=["bias", "offsets"])
@@ -81,10 +81,10 @@ def same_gradients(ours, theirs, leaves, **tolerance):
 @pytest.mark.parametrize("form", LOSS_FORMS)
 def test_naive_distance(form, norm, with_offsets):
     inputs = Inputs()
-    ours = inputs.distance(with_offsets, form=form, norm=norm)
-    theirs = inputs.naive(form, norm, with_offsets)
-    torch.testing.assert_close(ours, theirs)
-    same_gradients(ours, theirs, inputs.leaves(with_offsets))
+    actual = inputs.distance(with_offsets, form=form, norm=norm)
+    expected = inputs.naive(form, norm, with_offsets)
+    torch.testing.assert_close(actual, expected)
+    same_gradients(actual, expected, inputs.leaves(with_offsets))
 
 
 def test_only_the_default_takes_the_fast_path(monkeypatch):
@@ -107,9 +107,9 @@ def test_fast_path_is_the_plain_path(monkeypatch, images, chunk, layout):
     """Levels have 12, 4 and 3 positions; chunks end inside them, at their ends, or not at all."""
     monkeypatch.setattr(mimic, "_CPU_CHUNK", chunk)
     inputs = Inputs(images, layout=layout)
-    ours, theirs = inputs.distance(), inputs.plain()
-    torch.testing.assert_close(ours, theirs)
-    same_gradients(ours, theirs, inputs.leaves())
+    actual, expected = inputs.distance(), inputs.plain()
+    torch.testing.assert_close(actual, expected)
+    same_gradients(actual, expected, inputs.leaves())
 
 
 def test_fast_path_with_one_channel_varying_little():
@@ -119,9 +119,9 @@ def test_fast_path_with_one_channel_varying_little():
         inputs.weight *= 1e-3
         inputs.bias.fill_(3.0)
         inputs.teacher.mul_(1e-3)
-    ours, theirs = inputs.distance(), inputs.plain()
-    torch.testing.assert_close(ours, theirs)
-    same_gradients(ours, theirs, inputs.leaves())
+    actual, expected = inputs.distance(), inputs.plain()
+    torch.testing.assert_close(actual, expected)
+    same_gradients(actual, expected, inputs.leaves())
 
 
 def test_values_without_variance_are_finite():

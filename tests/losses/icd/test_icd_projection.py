@@ -51,10 +51,10 @@ def test_values_and_gradients(layout, with_offsets):
     results = [f(maps, weight, bias, offsets if with_offsets else None) for f in (project_levels, plain)]
     torch.testing.assert_close(*results)
     upstream = random(2, S, 6, seed=5)
-    ours, theirs = (torch.autograd.grad(result, leaves, upstream) for result in results)
-    for mine, expected in zip(ours, theirs):
-        assert mine.shape == expected.shape
-        torch.testing.assert_close(mine, expected)
+    gradients, plain_gradients = (torch.autograd.grad(result, leaves, upstream) for result in results)
+    for actual, expected in zip(gradients, plain_gradients):
+        assert actual.shape == expected.shape
+        torch.testing.assert_close(actual, expected)
 
 
 def test_gradient_against_finite_differences():
@@ -73,7 +73,7 @@ def test_positions_are_projected_as_the_embedding_of_each_cell(projected):
     weight, bias = random(5, dim).float(), random(5).float()
     offsets = project_positions(projector, geometry, weight, bias)
     nothing = [torch.zeros(2, dim, *size) for size in SIZES]
-    ours = project_levels(nothing, weight, bias, offsets)
+    actual = project_levels(nothing, weight, bias, offsets)
 
     heights, widths = zip(*SIZES)
     parts = zip(geometry.rows.split(heights, dim=1), geometry.columns.split(widths, dim=1))
@@ -81,4 +81,4 @@ def test_positions_are_projected_as_the_embedding_of_each_cell(projected):
     embedding = torch.cat([torch.cat(grid, dim=-1).flatten(1, 2) for grid in grids], dim=1)
     if projector is not None:
         embedding = projector(embedding)
-    torch.testing.assert_close(ours, F.linear(embedding, weight, bias))
+    torch.testing.assert_close(actual, F.linear(embedding, weight, bias))

@@ -32,20 +32,20 @@ def test_every_parameter_is_there(layers, prefix, reconst):
 @pytest.mark.parametrize("layers", [0, 2])
 def test_values_go_where_they_belong(layers):
     state, last = weights(layers), max(layers, 1) - 1
-    ours = from_reference(prefixed(state))
+    converted = from_reference(prefixed(state))
     side, matt = ("matt.", "") if layers == 0 else (f"matt.{last}.matt.", f"matt.{last}.")
     for part in ("weight", "bias"):
         packed = state[f"distillers.0.attention_module.{side}in_proj_{part}"]
-        assert torch.equal(ours[f"student.{last}.values.{part}"], packed[32:])
+        assert torch.equal(converted[f"student.{last}.values.{part}"], packed[32:])
         expected = state[f"teacher.attention_module.{side}in_proj_{part}"]
-        assert torch.equal(ours[f"decoder.{last}.in_proj_{part}"], expected)
+        assert torch.equal(converted[f"decoder.{last}.in_proj_{part}"], expected)
         expected = state[f"teacher.attention_module.{matt}pos_projector.{part}"]
-        assert torch.equal(ours[f"decoder.{last}.pos_projector.{part}"], expected)
-        for theirs, number in ((0, 0), (1, 3), (2, 6)):
-            encoder = state[f"teacher.ins_encoder.encoder.layers.{theirs}.{part}"]
-            assert torch.equal(ours[f"queries.encoder.{number}.{part}"], encoder)
-            predictor = state[f"teacher.ins_encoder.predictor.layers.{theirs}.{part}"]
-            assert torch.equal(ours[f"auxiliary.predictor.{number}.{part}"], predictor)
+        assert torch.equal(converted[f"decoder.{last}.pos_projector.{part}"], expected)
+        for layer, number in ((0, 0), (1, 3), (2, 6)):
+            encoder = state[f"teacher.ins_encoder.encoder.layers.{layer}.{part}"]
+            assert torch.equal(converted[f"queries.encoder.{number}.{part}"], encoder)
+            predictor = state[f"teacher.ins_encoder.predictor.layers.{layer}.{part}"]
+            assert torch.equal(converted[f"auxiliary.predictor.{number}.{part}"], predictor)
 
 
 # What a run starts from

@@ -58,7 +58,7 @@ def test_all_real_instances_come_first():
             assert not values[index, k:].any()
 
 
-def test_points_stay_in_their_boxes_off_the_centre():
+def test_points_stay_in_their_boxes_off_the_center():
     slots = SlotSampler(PRIOR, rule="fixed", num_labels=500).sample([ground_truth(50)], generator())
     assert (slots.ltrb > 0).all()
     sides = slots.boxes[..., 2:] - slots.boxes[..., :2]
@@ -99,8 +99,8 @@ def test_sizes_of_fakes_are_bounded():
     sizes = slots.boxes[..., 2:] - slots.boxes[..., :2]
     assert sizes.max() == pytest.approx(0.7, abs=1e-6)
     assert sizes.min() == pytest.approx(2e-3, abs=1e-6)
-    centres = (slots.boxes[..., 2:] + slots.boxes[..., :2])[sizes < 0.03] / 2
-    assert centres.min() >= 0.03 - 1e-6 and centres.max() <= 0.97 + 1e-6
+    centers = (slots.boxes[..., 2:] + slots.boxes[..., :2])[sizes < 0.03] / 2
+    assert centers.min() >= 0.03 - 1e-6 and centers.max() <= 0.97 + 1e-6
 
 
 def test_fakes_change_with_the_iteration_and_the_seed_and_repeat():
@@ -183,6 +183,6 @@ def test_naive_slots_and_descriptors(counts, last_image):
     for with_scale in (True, False):
         settings = {"NUM_CLASSES": 4, "ADD_SCALE_INDICATOR": with_scale, "HIDDEN_DIM": 8}
         icd = NaiveICD({}, {**settings, "ATT_HEADS": 2, "ATT_LAYERS": 1}, {}, reference_bugs=last_image)
-        ours = describe(queries, 4, with_scale)
-        assert ours.dtype == torch.float32 and ours.shape[-1] == descriptor_dim(4, with_scale)
-        torch.testing.assert_close(ours, icd.descriptor(naive, sizes), atol=1e-5, rtol=0)
+        actual = describe(queries, 4, with_scale)
+        assert actual.dtype == torch.float32 and actual.shape[-1] == descriptor_dim(4, with_scale)
+        torch.testing.assert_close(actual, icd.descriptor(naive, sizes), atol=1e-5, rtol=0)

@@ -31,12 +31,14 @@ def squared(boxes, truth):
 
 def bound_per_box(student, teacher, truth, margin):
     """Of one row."""
-    ours = squared(student, truth)
-    return ours if ours + margin > squared(teacher, truth) else 0.0
+    student_error = squared(student, truth)
+    return student_error if student_error + margin > squared(teacher, truth) else 0.0
 
 
 def bound_per_batch(student, teacher, truth, margin):
     """Of lists of rows."""
     count = 4 * max(len(truth), 1)
-    ours, theirs = (sum(map(squared, boxes, truth)) / count for boxes in (student, teacher))
-    return ours if ours + margin > theirs else 0.0
+    student_error, teacher_error = (
+        sum(map(squared, boxes, truth)) / count for boxes in (student, teacher)
+    )
+    return student_error if student_error + margin > teacher_error else 0.0

@@ -25,8 +25,8 @@ OBJECTS = [
 
 def grid(stride: int = 8, side: int = 20) -> torch.Tensor:
     """(R, 4) anchors."""
-    centre = (torch.arange(SIZE // stride) + 0.5) * stride
-    y, x = torch.meshgrid(centre, centre, indexing="ij")
+    center = (torch.arange(SIZE // stride) + 0.5) * stride
+    y, x = torch.meshgrid(center, center, indexing="ij")
     middle = torch.stack([x, y], dim=-1).reshape(-1, 2)
     return torch.cat([middle - side / 2, middle + side / 2], dim=1)
 
@@ -110,7 +110,7 @@ def naive_terms(student: Head, teacher: Head, objects=OBJECTS, **settings) -> di
         **settings,
     }
     logits, others = student.logits.tolist(), teacher.logits.tolist()
-    deltas, theirs = student.deltas.tolist(), teacher.deltas.tolist()
+    deltas, teacher_deltas = student.deltas.tolist(), teacher.deltas.tolist()
     found = targets(student, objects)
     count = max(1, sum(map(len, found)))
     weights = [s["object_weight"]] * K + [s["background_weight"]]
@@ -123,15 +123,15 @@ def naive_terms(student: Head, teacher: Head, objects=OBJECTS, **settings) -> di
         selected = ssd.hard_negatives(losses, positive, s["negatives_per_positive"]) | set(rows)
         for r in selected:
             soft += naive.soft(logits[i][r], others[i][r], weights, s["temperature"])[0]
-        pairs += [(deltas[i][r], theirs[i][r], wanted) for r, (_, wanted) in rows.items()]
+        pairs += [(deltas[i][r], teacher_deltas[i][r], wanted) for r, (_, wanted) in rows.items()]
     if s["bounded"] == "box":
         bound = sum(naive.bound_per_box(*pair, s["margin"]) for pair in pairs)
     else:
         bound = naive.bound_per_batch(*(zip(*pairs) if pairs else ([], [], [])), s["margin"])
     distances = [
         a - b
-        for ours, them in zip(logits, others)
-        for row, other in zip(ours, them)
+        for student_rows, teacher_rows in zip(logits, others)
+        for row, other in zip(student_rows, teacher_rows)
         for a, b in zip(row, other)
     ]
     form = abs if s["hint_form"] == "L1" else (lambda d: d * d)

@@ -162,8 +162,8 @@ def test_rows_of_the_box_head():
     def spy(forward, student, teacher, batch):
         sampled, _ = student.taps.output("roi_heads")
         boxes = [image.proposal_boxes for image in sampled]
-        ours = student.own_output("roi_heads.box_predictor")
-        theirs = [torch.cat(parts) for parts in teacher.score_boxes(boxes)]
+        student_outputs = student.own_output("roi_heads.box_predictor")
+        teacher_outputs = [torch.cat(parts) for parts in teacher.score_boxes(boxes)]
         rows = sum(map(len, boxes))
         assert len({len(image) for image in boxes}) == 2
         truth = []
@@ -174,12 +174,12 @@ def test_rows_of_the_box_head():
                 truth.append((label, box, image.proposal_boxes.tensor[index].tolist()))
         soft = bound = hint = 0.0
         for row, (label, box, proposal) in enumerate(truth):
-            logits = ours[0][row].tolist(), theirs[0][row].tolist()
+            logits = student_outputs[0][row].tolist(), teacher_outputs[0][row].tolist()
             soft += naive.soft(*logits, [1.0, 1.0, 1.0, 1.5], 2.0)[0]
             hint += naive.squared(*logits)
             if box is not None:
                 part = slice(4 * label, 4 * label + 4)
-                pair = ours[1][row, part].tolist(), theirs[1][row, part].tolist()
+                pair = student_outputs[1][row, part].tolist(), teacher_outputs[1][row, part].tolist()
                 bound += naive.bound_per_box(*pair, ssd.encode(box, proposal), 0.0)
         of_rpn = (student.rpn().logits - teacher.rpn().logits).square().mean().item()
         expected["soft"] = 0.6 * soft / rows
@@ -201,19 +201,19 @@ def test_all_anchors_of_the_rpn():
     model, expected = distiller("faster", SSDKD(mu=0.4, lmda=2.0, margin=0.1), models=models), {}
 
     def spy(forward, student, teacher, batch):
-        ours, theirs = student.rpn(), teacher.rpn()
+        student_rpn, teacher_rpn = student.rpn(), teacher.rpn()
         anchors = rpn.anchor_generator([student.features[name] for name in rpn.in_features])
         labels, boxes = rpn.label_and_sample_anchors(anchors, batch.instances())
         soft = bound = 0.0
         for image, of_image in enumerate(labels):
             for row in (of_image >= 0).nonzero().flatten().tolist():
-                pair = ours.logits[image, row].item(), theirs.logits[image, row].item()
+                pair = student_rpn.logits[image, row].item(), teacher_rpn.logits[image, row].item()
                 soft += naive.soft_of_object(*pair, 1.0, 1.5)
                 if of_image[row] == 1:
                     wanted = rpn.box2box_transform.get_deltas(
-                        ours.anchors[row][None], boxes[image][row][None]
+                        student_rpn.anchors[row][None], boxes[image][row][None]
                     )
-                    rows = (ours.deltas[image, row], theirs.deltas[image, row], wanted[0])
+                    rows = (student_rpn.deltas[image, row], teacher_rpn.deltas[image, row], wanted[0])
                     bound += naive.bound_per_box(*(x.tolist() for x in rows), 0.1)
         assert (labels[0] == 1).sum() > 2
         expected["soft_rpn"] = 0.6 * soft / 3000 / len(labels)
