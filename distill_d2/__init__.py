@@ -10,7 +10,7 @@ from .losses import DISTILL_LOSS_REGISTRY, DistillLoss  # noqa: E402
 from .teacher import Teacher, build_teacher, load_teacher  # noqa: E402
 from .views import DetectorView, register_view  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "DISTILL_LOSS_REGISTRY",

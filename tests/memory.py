@@ -9,7 +9,7 @@ import threading
 import psutil
 import pytest
 
-_INTERVAL = 0.5  # seconds between two measurements
+_INTERVAL = 2.0  # seconds between two measurements
 _LOGGERS = ("detectron2", "fvcore", "distill_d2")  # those that a run's setup gives handlers
 
 

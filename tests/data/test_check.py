@@ -9,7 +9,7 @@ import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper
 
 from distill_d2.data import NamedReadErrors, check_datasets, register_custom_datasets
-from distill_d2.plugins import of_student
+from distill_d2.plugins import detectors, of_student
 from distill_d2.testing.tiny import CLASSES, distiller_config, tiny_config, use_dataset, write_dataset
 
 _numbers = itertools.count()
@@ -74,17 +74,18 @@ def test_missing_annotations(cfg, folder, tmp_path):
     assert_fails(cfg, *texts, error=FileNotFoundError)
 
 
-@pytest.mark.parametrize("family, key", [("retinanet", "RETINANET"), ("faster", "ROI_HEADS")])
+@pytest.mark.parametrize("name", [n for n, each in detectors().items() if each.num_classes_key])
 @pytest.mark.parametrize("distill", [False, True])
-def test_number_of_classes(cfg, family, key, distill):
-    other = tiny_config(family)
+def test_number_of_classes(cfg, name, distill):
+    detector = detectors()[name]
+    other = detector.load_family().config(8)
     other.DATASETS = cfg.DATASETS.clone()
     if distill:
         other = distiller_config(other, "teacher.yaml")
     check_datasets(other)
-    getattr(other.MODEL, key).NUM_CLASSES = 80
-    assert_fails(other, f"MODEL.{key}.NUM_CLASSES is 80", f"has {CLASSES} classes", "class0")
-    assert_fails(other, f"MODEL.{key}.NUM_CLASSES is 80", train=False)
+    other.merge_from_list([detector.num_classes_key, 80])
+    assert_fails(other, f"{detector.num_classes_key} is 80", f"has {CLASSES} classes", "class0")
+    assert_fails(other, f"{detector.num_classes_key} is 80", train=False)
     node = other.MODEL.DISTILLER if distill else other.MODEL
     setattr(node, "STUDENT_META_ARCH" if distill else "META_ARCHITECTURE", "NobodyKnowsIt")
     check_datasets(other)
