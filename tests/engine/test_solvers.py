@@ -373,7 +373,7 @@ def test_one_scaler_for_several_optimizers():
 # Several processes, with find_unused_parameters=False.
 
 
-def test_processes_resume_from_one_to_two_and_back(probe):
+def test_processes_resume_from_two_to_one_and_back(probe):
     """An own solver, an adapter that idles, pretraining, and a fixed backbone."""
     probe.node.TYPES = ["FeatureMimic", "ProbeLoss"]
     probe.node.FEATURE_MIMIC.IN_FEATURES, probe.node.FEATURE_MIMIC.START_ITER = ["res3"], 1
@@ -387,7 +387,7 @@ def test_processes_resume_from_one_to_two_and_back(probe):
     mimic = "FeatureMimic.pairs.adapters.res3.weight"
     assert torch.equal(first["distiller"][mimic], pretrained["distiller"][mimic])
     whole = checkpoint(folder)
-    for processes, last in ((2, "model_0000000"), (1, "model_0000002"), (2, "model_0000003")):
+    for processes, last in ((1, "model_0000000"), (2, "model_0000002")):
         rewind(folder, last)
         run_commands(probe.command("tests/engine/probe_run.py", "--num-procs", processes, "--resume"))
         resumed = checkpoint(folder)
