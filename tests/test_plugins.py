@@ -178,15 +178,16 @@ def test_file_in_two_processes(tmp_path, package, config):
     assert (tmp_path / "output" / "imports.txt").read_text() == f"{package}\n"
 
 
+@pytest.mark.parametrize("model", ["{}", "{WHEAT: {SCALE: 2.0}}", "{DISTILLER: {TYPES: [WheatLoss]}}"])
 @pytest.mark.parametrize("words", [["--resume"], ["--eval-only"], []])
-def test_a_later_command_without_the_import(tmp_path, words):
-    """By the note beside the config file, or that in OUTPUT_DIR, before anything is built."""
+def test_a_later_command_without_the_import(tmp_path, words, model):
+    """By the note beside the config file, or that in OUTPUT_DIR, before a name of the module is refused."""
     (tmp_path / "imports.txt").write_text("/somewhere/wheat_detector.py\nother.module\n")
     config = tmp_path / "config.yaml"
-    config.write_text("MODEL: {WHEAT: {SCALE: 2.0}}")
     if words:  # the original config, elsewhere
-        config = tmp_path / "elsewhere.yaml"
-        config.write_text(f"OUTPUT_DIR: {tmp_path}")
+        config = tmp_path / "elsewhere" / "config.yaml"
+        config.parent.mkdir()
+    config.write_text(f"OUTPUT_DIR: {tmp_path}\nMODEL: {model}")
     words = ["--num-gpus", "0", "--config-file", str(config), *words, "--import", "json"]
     with pytest.raises(ValueError) as caught:
         main(argument_parser().parse_args(words), distill=True)

@@ -43,14 +43,18 @@ def setup(args: Any, distill: bool) -> CfgNode:
             what was found and what was expected.
     """
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
-    cfg = load_config(args.config_file, args.opts)
+    try:
+        cfg = load_config(args.config_file, args.opts)
+    except KeyError:
+        check_note(_output_dir(args))  # a module that --import does not name may bring the key
+        raise
+    if args.resume or args.eval_only:
+        check_note(cfg.OUTPUT_DIR)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
     cfg = _with_distiller(cfg) if distill and not args.eval_only else student_config(cfg)
     check_length(cfg.SOLVER.MAX_ITER, "SOLVER.MAX_ITER")
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
     check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
-    if args.resume or args.eval_only:
-        check_note(cfg.OUTPUT_DIR)
     cfg.freeze()
     default_setup(cfg, args)
     if comm.is_main_process():
@@ -80,8 +84,9 @@ def load_config(config_file: str, opts: list[str] | None = None) -> CfgNode:
     if path:
         load_yaml(cfg, path)
     opts = list(opts or [])
-    if "EXTRA_CFG" in opts[::2]:
-        _merge_opts(cfg, ["EXTRA_CFG", opts[1 + 2 * opts[::2].index("EXTRA_CFG")]])
+    extra_cfg = _option(opts, "EXTRA_CFG")
+    if extra_cfg:
+        _merge_opts(cfg, ["EXTRA_CFG", extra_cfg])
     extra = [model_zoo.find_config(f, relative_to=os.path.dirname(path)) for f in cfg.EXTRA_CFG]
     for file in extra:
         load_yaml(cfg, file)
@@ -91,6 +96,17 @@ def load_config(config_file: str, opts: list[str] | None = None) -> CfgNode:
     register_builtin_voc()
     register_custom_datasets(cfg.DATASETS.CUSTOM)
     return cfg
+
+
+def _output_dir(args: Any) -> str:
+    """OUTPUT_DIR of a config that does not load: of the command line, the file, or the default."""
+    of_file = CfgNode.load_yaml_with_base(args.config_file) if args.config_file else {}
+    return _option(args.opts or [], "OUTPUT_DIR") or of_file.get("OUTPUT_DIR") or get_cfg().OUTPUT_DIR
+
+
+def _option(opts: Sequence[str], key: str) -> str:
+    """The value of a key among KEY VALUE pairs; "" without it."""
+    return dict(zip(opts[::2], opts[1::2])).get(key, "")
 
 
 def _with_distiller(cfg: CfgNode) -> CfgNode:
