@@ -140,7 +140,7 @@ class DistillLoss(nn.Module):
         """Add the keys of this loss, with their defaults, to the node MODEL.DISTILLER.
 
         Raises:
-            ValueError: the class has no NODE.
+            ValueError: the class has no NODE, or another loss has the same keys.
         """
         if not cls.NODE:
             raise ValueError(f"{cls.__name__} has no NODE, the name of its config node; set it")
@@ -148,6 +148,11 @@ class DistillLoss(nn.Module):
         for name in keys_of(cls.Settings):
             node, default = cls._node(name), getattr(defaults, name)
             keys = distiller.setdefault(node, CN()) if node else distiller
+            if name.upper() in keys:
+                raise ValueError(
+                    f"{cls.__name__} adds the key {cls.config_key(name)}, which exists already; give the class "
+                    "a NODE that no other loss has"
+                )
             keys[name.upper()] = list(default) if isinstance(default, tuple) else default
 
     @classmethod

@@ -131,9 +131,15 @@ def test_numbers_of_numpy():
     assert settings.weight == 0.5 and settings.side == 5
 
 
-def test_a_loss_needs_a_node():
+def test_a_loss_needs_a_node_of_its_own():
     with pytest.raises(ValueError, match="DistillLoss has no NODE, the name of its config node"):
         DistillLoss.add_config(CfgNode())
+    distiller = CfgNode()
+    Scaled.add_config(distiller)
+    with pytest.raises(
+        ValueError, match="Scaled adds the key MODEL.DISTILLER.SCALED.WEIGHT, which exists"
+    ):
+        Scaled.add_config(distiller)
 
 
 def test_unknown_setting():
