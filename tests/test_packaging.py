@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -102,3 +103,15 @@ def test_metadata(wheel):
     assert "Requires-Dist: setuptools<81\n" in metadata
     # It is on no package index: pip would fail or fetch somebody else's package of that name.
     assert "Requires-Dist: detectron2" not in metadata
+
+
+def test_links_between_pages():
+    pages = ["*.md", "docs/*.md", "configs/**/*.md", "projects/**/*.md", "datasets/*.md", "tests/*.md"]
+    broken = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for pattern in pages
+        for page in ROOT.glob(pattern)
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+        if not (page.parent / link).exists()
+    ]
+    assert broken == []

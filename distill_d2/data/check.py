@@ -123,10 +123,10 @@ class NamedReadErrors:
 
 def _need_annotations(cfg: CfgNode) -> bool:
     """Whether training needs annotations: for task losses, or because images without are filtered out."""
-    distils_alone = (
+    distills_alone = (
         cfg.MODEL.META_ARCHITECTURE == "Distiller" and not cfg.MODEL.DISTILLER.TASK_LOSS_WEIGHT
     )
-    return not distils_alone or cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    return not distills_alone or cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
 
 
 def _check_registered(name: str, key: str) -> None:

@@ -1,4 +1,4 @@
-"""tools/compatibility.py, and the table in README.md. tests/laws takes a step of every cell."""
+"""tools/compatibility.py, and the table in docs/losses.md. tests/laws takes a step of every cell."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_table_of_the_page():
         for loss in compatibility.losses()
         for name, family in families().items()
     }
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
     assert compatibility.with_table(page, compatibility.table(refusals)) == page
     for (loss, name), reason in refusals.items():
         detector = type(families()[name].build(8)).__name__
@@ -37,9 +37,9 @@ def test_pages():
 
 def test_program(monkeypatch, tmp_path, capsys):
     start, end = compatibility.MARKERS
-    page = tmp_path / "README.md"
+    page = tmp_path / "losses.md"
     page.write_text(f"a\n{start}{end}b\n")
-    monkeypatch.setattr(compatibility, "README", page)
+    monkeypatch.setattr(compatibility, "PAGE", page)
     refusals = {(loss, "X"): "why not" if loss == "HeadKD" else "" for loss in compatibility.losses()}
     monkeypatch.setattr(compatibility, "all_refusals", lambda: refusals)
     compatibility.main([])
