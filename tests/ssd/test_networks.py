@@ -89,3 +89,14 @@ def test_l2_norm_where_all_channels_are_zero():
     assert norm.weight.grad.isfinite().all()
     x = x.detach().relu()
     torch.testing.assert_close(norm(x.half()), norm(x), rtol=1e-3, atol=1e-3)
+
+
+def test_layers_that_shapes_do_not_show():
+    """The dilated fc6 of the VGG, and the block of MobileNetV2 whose expansion is a level."""
+    fc6 = SSDVGG16(width=0.125).features[31]
+    assert (fc6.kernel_size, fc6.padding, fc6.dilation) == ((3, 3), (6, 6), (6, 6))
+    model, outputs = ssd("C").eval(), []
+    model.backbone.features[14].conv[0].register_forward_hook(lambda *parts: outputs.append(parts[2]))
+    with torch.no_grad():
+        levels = model.backbone(torch.zeros(1, 3, 300, 300))
+    assert torch.equal(levels["s16"], outputs[0])
