@@ -21,6 +21,7 @@ from distill_d2.testing import distiller_config, save_teacher, tiny_config, writ
 ROOT = Path(__file__).resolve().parents[1]
 
 PACKAGE = """
+import sys  # stderr takes a line at once, so that processes do not tear each other's
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
@@ -38,7 +39,7 @@ from distill_d2.views import RetinaNetView
 class Wheat(RetinaNet):
     @classmethod
     def from_config(cls, cfg):
-        print("scale of the wheat:", cfg.MODEL.WHEAT.SCALE)
+        sys.stderr.write(f"scale of the wheat: {cfg.MODEL.WHEAT.SCALE}\\n")
         return super().from_config(cfg)
 
 
@@ -69,7 +70,7 @@ class WheatMapper(DatasetMapper):
 
 @AUGMENTATION_REGISTRY.register()
 def wheat_flips(cfg):
-    print("augmentations of the wheat")
+    sys.stderr.write("augmentations of the wheat\\n")
     return [T.RandomFlip(1.0, horizontal=False, vertical=True)]
 
 
