@@ -135,7 +135,12 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
-        return build_evaluator(dataset_name, cfg.OUTPUT_DIR)
+        return build_evaluator(
+            dataset_name,
+            cfg.OUTPUT_DIR,
+            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            keypoint_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
