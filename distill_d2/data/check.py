@@ -17,6 +17,7 @@ from detectron2.data.detection_utils import check_image_size, read_image
 from .. import plugins
 from .builtin_voc import builtin_voc_places
 from .custom import datasets_root
+from .keypoints import check_keypoints
 from .records import check_records
 
 _DECODERS = 4  # threads
@@ -58,6 +59,8 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
             tested=name in names["TEST"],
             need_files=not cfg.INPUT.MAPPER,
         )
+    if train:
+        check_keypoints(cfg)
 
 
 def check_dataset(

@@ -19,7 +19,13 @@ from detectron2.utils.logger import setup_logger
 
 from .. import model_zoo
 from ..config import add_distill_config, dump, load_yaml, student_config
-from ..data import check_datasets, register_builtin_voc, register_custom_datasets, register_shapes
+from ..data import (
+    adopt_coco_datasets,
+    check_datasets,
+    register_builtin_voc,
+    register_custom_datasets,
+    register_shapes,
+)
 from ..evaluation import evaluator_kind
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
@@ -95,6 +101,7 @@ def load_config(config_file: str, opts: list[str] | None = None) -> CfgNode:
     register_shapes()
     register_builtin_voc()
     register_custom_datasets(cfg.DATASETS.CUSTOM)
+    adopt_coco_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     return cfg
 
 
