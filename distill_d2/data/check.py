@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import check_image_size, read_image
 
 from .. import plugins
+from ..mistakes import UnreadableRecord
 from .builtin_voc import builtin_voc_places
 from .custom import datasets_root
 
@@ -111,11 +112,11 @@ class NamedReadErrors:
         self.mapper = mapper
 
     def __call__(self, record: dict[str, Any]) -> Any:
-        """Call the mapper; its errors become a RuntimeError, with the original as the cause."""
+        """Call the mapper; its errors become an UnreadableRecord, with the original as the cause."""
         try:
             return self.mapper(record)
         except Exception as error:
-            raise RuntimeError(
+            raise UnreadableRecord(
                 f"the image '{record.get('file_name')}' or its annotations cannot be used: "
                 f"{type(error).__name__}: {error}"
             ) from error

@@ -183,8 +183,8 @@ class DistillTrainer(DefaultTrainer):
         """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS at iteration 0.
 
         Raises:
-            ValueError: the last checkpoint is of another model, or of other solvers of losses.
-            RuntimeError: only some of the machines see the last checkpoint.
+            ValueError: the last checkpoint is of another model, or of other solvers of losses; only some
+                of the machines see it.
         """
         resume = resume and self._all_have_checkpoint()
         self.checkpointer.resume_or_load(self.settings.weights, resume=resume)
@@ -319,7 +319,7 @@ class DistillTrainer(DefaultTrainer):
     def _all_have_checkpoint(self) -> bool:
         seen = comm.all_gather(self.checkpointer.has_checkpoint())
         if any(seen) and not all(seen):
-            raise RuntimeError(
+            raise ValueError(
                 f"--resume: only {sum(seen)} of {len(seen)} processes see a checkpoint in "
                 f"{self.settings.output_dir}; OUTPUT_DIR must be shared by all machines"
             )
