@@ -18,12 +18,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import check_image_size, read_image
 
 from .. import plugins
+from ..mistakes import UnreadableRecord
 from ..quiet import quiet
 from .augmentation import build_mapper
 from .builtin_voc import builtin_voc_places
 from .classes import classes_of, moved_class, renamed_classes
 from .custom import datasets_root
 from .mapper_trial import MapperNeeds, try_mapper
+from .records import check_records
 from .sample import has_objects
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class DataPlan:
         check_images: the number of images of each dataset to decode, at most: DATASETS.CHECK_IMAGES.
         classes: config key and value of the model's number of classes; None: not known.
         need_annotations: whether training needs at least one.
+        need_files: whether each record must name a file; a user's mapper may do without.
         skip_empty: whether images without objects are left out of training.
         mapper: builds the mapper of training; None: not known.
         needs: what the model needs of its output.
@@ -55,6 +58,7 @@ class DataPlan:
     check_images: int = 0
     classes: tuple[str, int] | None = None
     need_annotations: bool = True
+    need_files: bool = True
     skip_empty: bool = True
     mapper: Callable[[], Callable[[dict[str, Any]], Any]] | None = None
     needs: MapperNeeds = MapperNeeds()
@@ -94,6 +98,7 @@ def check_datasets(
         check_images=cfg.DATASETS.CHECK_IMAGES,
         classes=_classes_key(cfg),
         need_annotations=_need_annotations(cfg),
+        need_files=not cfg.INPUT.MAPPER,
         skip_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         mapper=lambda: build_mapper(cfg, is_train=True),
         needs=_needs(cfg),
@@ -121,7 +126,13 @@ def check_plan(plan: DataPlan) -> None:
     for name in dict.fromkeys((*plan.train, *plan.test)):
         trained_on = name in plan.train
         records = check_dataset(
-            name, plan.classes, plan.check_images, trained_on and plan.need_annotations, like
+            name,
+            plan.classes,
+            plan.check_images,
+            need_annotations=trained_on and plan.need_annotations,
+            tested=name in plan.test,
+            need_files=plan.need_files,
+            like=like,
         )
         like = like or (name if classes_of([name]) else "")
         if trained_on and plan.mapper and plan.check_images:
@@ -135,6 +146,8 @@ def check_dataset(
     classes: tuple[str, int] | None = None,
     check_images: int = 0,
     need_annotations: bool = True,
+    tested: bool = False,
+    need_files: bool = True,
     like: str = "",
 ) -> list[dict[str, Any]]:
     """Check that a dataset is registered, has annotations and images, and fits the model.
@@ -146,6 +159,8 @@ def check_dataset(
         classes: config key and value of the model's number of classes; None: not known.
         check_images: the number of images to decode, at most; the sample is always the same.
         need_annotations: whether at least one image must have an annotation.
+        tested: whether an evaluator reads it; see ``check_records``.
+        need_files: whether each record must name a file; a user's mapper may do without.
         like: the name of a loaded dataset that has the same classes in the same order; "": none.
 
     Returns:
@@ -169,9 +184,9 @@ def check_dataset(
     if like:
         _check_same_classes(name, like)
     _check_classes(name, classes)
-    _check_category_ids(name, dicts)
-    local = [record for record in dicts if "://" not in record["file_name"]]
-    _check_files_exist(name, [record["file_name"] for record in local])
+    check_records(name, dicts, classes and classes[1], tested, need_files)
+    local = [record for record in dicts if "file_name" in record and _is_local(record)]
+    _check_files_exist(name, [os.fspath(record["file_name"]) for record in local])
     sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
     with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
         list(pool.map(check_image, sample))
@@ -184,9 +199,9 @@ def check_image(record: dict[str, Any]) -> None:
     Raises:
         ValueError: the image cannot be read, or its size differs from the annotation's.
     """
-    path = record["file_name"]
+    path = os.fspath(record["file_name"])
     try:
-        check_image_size(dict(record), read_image(path, format="BGR"))
+        check_image_size({**record, "file_name": path}, read_image(path, format="BGR"))
     except Exception as error:  # Pillow's decoders raise many types
         raise ValueError(f"the image '{path}' cannot be used: {error}") from error
 
@@ -198,11 +213,11 @@ class NamedReadErrors:
         self.mapper = mapper
 
     def __call__(self, record: dict[str, Any]) -> Any:
-        """Call the mapper; its errors become a RuntimeError, with the original as the cause."""
+        """Call the mapper; its errors become an UnreadableRecord, with the original as the cause."""
         try:
             return self.mapper(record)
         except Exception as error:
-            raise RuntimeError(
+            raise UnreadableRecord(
                 f"the image '{record.get('file_name')}' or its annotations cannot be used: "
                 f"{type(error).__name__}: {error}"
             ) from error
@@ -231,7 +246,7 @@ def _needs(cfg: CfgNode) -> MapperNeeds:
 
 
 def _try_mapper(name: str, records: list[dict[str, Any]], plan: DataPlan) -> None:
-    trained_on = [record for record in records if "://" not in record["file_name"]]
+    trained_on = [record for record in records if _is_local(record)]
     if plan.skip_empty:
         trained_on = [record for record in trained_on if has_objects(record)]
     needs = dataclasses.replace(plan.needs, num_classes=len(classes_of([name]) or ()))
@@ -325,25 +340,13 @@ def _listing(names: Sequence[str]) -> str:
     return f"{len(names)} ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
 
 
-def _check_category_ids(name: str, records: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError if an annotation is of no class: detectron2 counts them from 0."""
-    things = classes_of([name])
-    if things is None:
-        return
-    known = set(range(len(things)))
-    for record in records:
-        for item in record.get("annotations") or ():
-            if item.get("category_id") not in known:
-                raise ValueError(
-                    f"dataset '{name}': an annotation of '{record.get('file_name')}' has category_id "
-                    f"{item.get('category_id')!r}; expected an integer from 0 to {len(things) - 1}, for the "
-                    f"classes {_listing(things)}"
-                )
-
-
 def _classes_key(cfg: CfgNode) -> tuple[str, int] | None:
     keys = [d.num_classes_key for d in plugins.of_student(cfg) if d.num_classes_key]
     return (keys[0], functools.reduce(getattr, keys[0].split("."), cfg)) if keys else None
+
+
+def _is_local(record: dict[str, Any]) -> bool:
+    return "://" not in os.fspath(record.get("file_name", ""))
 
 
 def _check_files_exist(name: str, files: Sequence[str]) -> None:
