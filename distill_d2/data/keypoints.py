@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 _SIDES = (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT"))
@@ -57,31 +56,37 @@ def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def check_keypoints(cfg: CfgNode) -> None:
-    """Check that the datasets of DATASETS.TRAIN name the keypoints that a model with MODEL.KEYPOINT_ON learns.
+def check_keypoints(dataset: str, count: int) -> None:
+    """Check that a training dataset names the keypoints that a model with MODEL.KEYPOINT_ON learns.
+
+    Args:
+        dataset: its name.
+        count: the model's number of keypoints.
 
     Raises:
         ValueError: names or pairs are missing, or the number is not the model's.
     """
-    if not cfg.MODEL.KEYPOINT_ON:
-        return
-    for dataset in cfg.DATASETS.TRAIN:
-        metadata = MetadataCatalog.get(dataset)
-        names = metadata.get("keypoint_names")
-        if not names:
-            raise ValueError(
-                f"MODEL.KEYPOINT_ON is True, but dataset '{dataset}' does not name its keypoints; add KEYPOINTS: "
-                "[nose, ...] to its entry in DATASETS.CUSTOM, or keypoint_names to its metadata"
-            )
-        expected = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-        if len(names) != expected:
-            raise ValueError(
-                f"dataset '{dataset}' has {len(names)} keypoints ({', '.join(names[:5])}, ...), but "
-                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {expected}; set it to {len(names)}"
-            )
-        if metadata.get("keypoint_flip_map") is None:
-            raise ValueError(
-                f"dataset '{dataset}' does not say which keypoints a horizontal flip (INPUT.RANDOM_FLIP "
-                f"'{cfg.INPUT.RANDOM_FLIP}') exchanges; add FLIPS: [[left_eye, right_eye], ...] to its entry in "
-                "DATASETS.CUSTOM ([] if it exchanges none), or keypoint_flip_map to its metadata"
-            )
+    metadata = MetadataCatalog.get(dataset)
+    names = metadata.get("keypoint_names")
+    if not names:
+        raise ValueError(
+            f"MODEL.KEYPOINT_ON is True, but dataset '{dataset}' does not name its keypoints; add KEYPOINTS: "
+            "[nose, ...] to its entry in DATASETS.CUSTOM, or keypoint_names to its metadata"
+        )
+    if len(names) != count:
+        raise ValueError(
+            f"dataset '{dataset}' has {len(names)} keypoints ({', '.join(names[:5])}, ...), but "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {count}; set it to {len(names)}"
+        )
+    flips = metadata.get("keypoint_flip_map")
+    if flips is None:
+        raise ValueError(
+            f"dataset '{dataset}' does not say which keypoints a horizontal flip (INPUT.RANDOM_FLIP) exchanges; "
+            "add FLIPS: [[left_eye, right_eye], ...] to its entry in DATASETS.CUSTOM ([] for none), or "
+            "keypoint_flip_map to its metadata"
+        )
+    unknown = sorted({key for pair in dict(flips).items() for key in pair} - set(names))
+    if unknown:
+        raise ValueError(
+            f"dataset '{dataset}': keypoint_flip_map names {unknown}; its keypoints are {list(names)}"
+        )
