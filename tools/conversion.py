@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 
 from distill_d2.checkpoint import read_checkpoint
 from distill_d2.config import student_config
-from distill_d2.engine.setup import load_config
+from distill_d2.engine import load_config
 
 Weights = dict[str, torch.Tensor]
 

@@ -44,7 +44,7 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2.checkpoint import read_checkpoint
 from distill_d2.config import student_config
-from distill_d2.engine.setup import load_config
+from distill_d2.engine import load_config
 
 AUTHOR = "converted from torchvision's names by distill_d2"
 # Used by what checkpoints of torchdistill hold beside the weights. best_value is a number of numpy.
