@@ -60,7 +60,9 @@ def add_distill_config(cfg: CN) -> None:
 
     # Datasets to register, a list of {NAME, FORMAT: voc or coco, ...}; see datasets/README.md.
     cfg.DATASETS.CUSTOM = []
-    # How many images are decoded before training to find unreadable ones (0: none).
+    # Before training, annotations, images, classes, mapper and evaluators are tried: "all"; "none" skips this.
+    cfg.DATASETS.CHECK = "all"
+    # How many images of each dataset are decoded then to find unreadable ones (0: none, nor is the mapper tried).
     cfg.DATASETS.CHECK_IMAGES = 500
 
     cfg.MODEL.DISTILLER = distiller = CN()

@@ -16,21 +16,24 @@ from detectron2.utils.logger import setup_logger
 from .. import model_zoo
 from ..config import dump, student_config
 from ..data import check_datasets
-from ..evaluation import evaluator_kind
+from ..evaluation import try_evaluator
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
-from ..plugins import of_student
+from ..plugins import ground_truth, of_student
 from .config_loading import load_config, output_dir
+from .random_state import random_state, set_random_state
+from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def setup(args: Any, distill: bool) -> CfgNode:
+def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrainer) -> CfgNode:
     """Load, complete and check the config; start logging to OUTPUT_DIR. Call it in every process.
 
     Args:
         args: of ``argument_parser``.
         distill: wrap the config's model in the Distiller; False (or --eval-only): the student alone.
+        trainer: its ``build_evaluator`` is tried on the test datasets.
 
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: see ``load_config``.
@@ -39,9 +42,8 @@ def setup(args: Any, distill: bool) -> CfgNode:
     try:
         cfg = load_config(args.config_file, args.opts, need_teacher=distill and not args.eval_only)
     except KeyError:
-        check_note(
-            output_dir(args.config_file, args.opts or [])
-        )  # a module that --import does not name may bring the key
+        # A module that --import does not name may bring the key.
+        check_note(output_dir(args.config_file, args.opts or []))
         raise
     if args.resume or args.eval_only:
         check_note(cfg.OUTPUT_DIR)
@@ -59,10 +61,33 @@ def setup(args: Any, distill: bool) -> CfgNode:
     for detector in of_student(cfg):
         detector.check(cfg)
     if comm.is_main_process():
-        check_datasets(cfg, train=not args.eval_only)
-        for name in cfg.DATASETS.TEST:
-            evaluator_kind(name)  # raises if there is no evaluator for it
+        _check_data(cfg, trainer, train=not args.eval_only)
     comm.synchronize()
+    return cfg
+
+
+def _check_data(cfg: CfgNode, trainer: type[DistillTrainer], train: bool) -> None:
+    """Check the datasets, the mapper and the evaluators; what is random afterwards does not change."""
+
+    def try_evaluation(name: str, records: list[dict[str, Any]]) -> None:
+        truth = ground_truth(cfg)
+        try_evaluator(
+            name,
+            records,
+            lambda folder: trainer.build_evaluator(_with_output(cfg, folder), name),
+            masks="masks" in truth,
+            keypoints="keypoints" in truth,
+        )
+
+    state = random_state()
+    check_datasets(cfg, train, try_evaluation)
+    set_random_state(state)
+
+
+def _with_output(cfg: CfgNode, folder: str) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = folder
     return cfg
 
 
