@@ -28,6 +28,7 @@ from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
 from .records import check_records
 from .sample import has_objects
+from .voc import check_evaluated_ids
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +192,8 @@ def check_dataset(
         _check_same_classes(name, like)
     _check_classes(name, classes)
     check_records(name, dicts, classes and classes[1], tested, need_files)
+    if tested and MetadataCatalog.get(name).get("evaluator_type") == "pascal_voc":
+        check_evaluated_ids(name, [record["image_id"] for record in dicts])
     local = [record for record in dicts if "file_name" in record and _is_local(record)]
     _check_files_exist(name, [os.fspath(record["file_name"]) for record in local])
     sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
