@@ -12,6 +12,7 @@ from detectron2.config import CfgNode as CN
 from . import plugins
 from .imports import check_note
 from .losses import DISTILL_LOSS_REGISTRY, key_comments
+from .rules import type_message
 
 
 def add_distill_config(cfg: CN) -> None:
@@ -199,6 +200,8 @@ def load_yaml(cfg: CN, path: str) -> None:
         raise ValueError(f"config file '{path}' is not valid yaml: {error}") from error
     except KeyError as error:
         raise KeyError(f"config file '{path}': {_first_line(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"config file '{path}': {type_message(error)}") from error
     except AssertionError as error:  # yacs and detectron2 assert what a file may hold
         raise ValueError(f"config file '{path}': {_first_line(error)}") from error
 

@@ -24,6 +24,8 @@ from ..evaluation import evaluator_kind
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
 from ..plugins import of_student
+from ..rules import type_message
+from .key_rules import check_keys
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,9 @@ def setup(args: Any, distill: bool) -> CfgNode:
         check_note(cfg.OUTPUT_DIR)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
     cfg = _with_distiller(cfg) if distill and not args.eval_only else student_config(cfg)
-    check_length(cfg.SOLVER.MAX_ITER, "SOLVER.MAX_ITER")
+    check_keys(cfg, train=not args.eval_only)
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
     check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     cfg.freeze()
@@ -114,7 +118,6 @@ def _with_distiller(cfg: CfgNode) -> CfgNode:
         cfg.MODEL.DISTILLER.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
         cfg.MODEL.META_ARCHITECTURE = "Distiller"
     student_config(cfg)  # raises if STUDENT_META_ARCH is empty
-    build_losses(cfg.MODEL.DISTILLER)  # raises for unknown names and values
     return cfg
 
 
@@ -127,11 +130,18 @@ def _merge_opts(cfg: CfgNode, opts: list[str]) -> None:
         close = difflib.get_close_matches(unknown[0], known, n=3)
         raise KeyError(f"unknown config key '{unknown[0]}'; the closest are {close}")
     for key, value in zip(opts[::2], opts[1::2]):
-        node = functools.reduce(getattr, key.split("."), cfg)
-        if isinstance(node, CfgNode):
-            node.merge_from_other_cfg(_read_node(key, value))
-        else:
-            cfg.merge_from_list([key, value])
+        try:
+            _merge(cfg, key, value)
+        except ValueError as error:
+            raise ValueError(type_message(error)) from error
+
+
+def _merge(cfg: CfgNode, key: str, value: str) -> None:
+    node = functools.reduce(getattr, key.split("."), cfg)
+    if isinstance(node, CfgNode):
+        node.merge_from_other_cfg(_read_node(key, value))
+    else:
+        cfg.merge_from_list([key, value])
 
 
 def _read_node(key: str, text: str) -> CfgNode:
@@ -198,9 +208,15 @@ def choose_device(device: str, num_gpus: int) -> str:
     """The device to train on: a config's "cuda" means the CPU with --num-gpus 0.
 
     Raises:
-        ValueError: no GPU is available.
+        ValueError: torch knows no such device, or no GPU is available.
     """
-    if torch.device(device).type != "cuda" or torch.cuda.is_available():
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"MODEL.DEVICE is {device!r}; expected 'cuda', 'cpu' or another of torch"
+        ) from error
+    if kind != "cuda" or torch.cuda.is_available():
         return device
     if num_gpus == 0:
         return "cpu"
@@ -222,12 +238,6 @@ def note_imports(folder: str, names: Sequence[str]) -> None:
         logger.info(f"Imported {line}")
     if comm.is_main_process():
         write_note(folder, names)
-
-
-def check_length(max_iter: int, key: str) -> None:
-    """Raises ValueError if there is nothing to train."""
-    if max_iter < 1:
-        raise ValueError(f"{key} is {max_iter}; expected at least 1")
 
 
 def check_output_dir(path: str, key: str) -> None:
