@@ -4,7 +4,7 @@ A table maps the full name of a key to a rule (``kinds``). ``model`` has the tab
 engine that of a run, a plugin's ``Detector.rules`` those of its own keys; ``LossSettings`` has the losses' keys.
 """
 
-from .check import RuleError, check_rules, type_message
+from .check import RuleError, check_rules
 from .context import Context
 from .kinds import (
     Anything,
@@ -44,5 +44,4 @@ __all__ = [
     "model_rules",
     "norm",
     "rule_of",
-    "type_message",
 ]

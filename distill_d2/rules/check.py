@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -67,36 +66,3 @@ def shown(value: Any) -> str:
     """A value for a message, not too long."""
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
-
-
-_MISMATCH = re.compile(
-    r"Type mismatch \(<class '(.+?)'> vs\. <class '(.+?)'>\) with values \((.*) vs\. (.*)\) for config key: (.+)",
-    re.DOTALL,
-)
-_NAMES = {"str": "a text", "int": "an integer", "float": "a number", "bool": "True or False"}
-
-
-def type_message(error: ValueError) -> str:
-    """The message of an error of yacs about a value of another type, in the form of a rule's; other errors keep
-    theirs."""
-    found = _MISMATCH.match(str(error))
-    if not found:
-        return str(error)
-    wanted, got, default, value, key = found.groups()
-    if wanted in ("list", "tuple"):
-        brackets = "[...]" if wanted == "list" else "(..., ) or [...]"
-        words = f"a list, {brackets}"
-    elif "CfgNode" in wanted:
-        words = "a node of keys, {name: value, ...}"
-    else:
-        words = _NAMES.get(wanted, wanted)
-    value, got = ("a node", "a node") if "CfgNode" in got else (shown_text(value, got), got)
-    hint = ", with a decimal point" if (wanted, got) == ("float", "int") else ""
-    example = "" if "CfgNode" in wanted or len(default) > 60 else f", as its default {default}"
-    return f"{key} is {value} ({got}); expected {words}{hint}{example}"
-
-
-def shown_text(text: str, kind: str) -> str:
-    """yacs's text of a value, with quotes around a string, not too long."""
-    text = text if len(text) <= 200 else text[:200] + "..."
-    return f"'{text}'" if kind == "str" else text
