@@ -135,7 +135,7 @@ class LossSettings:
             raise SettingError(name, getattr(self, name), expected)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def keys_of(settings: type[LossSettings]) -> dict[str, Key]:
     """The Key of each setting that is a config key, by its name."""
     keys = {each.name: each.metadata.get("key", Key()) for each in fields(settings)}
