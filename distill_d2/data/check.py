@@ -24,6 +24,7 @@ from .augmentation import build_mapper
 from .builtin_voc import builtin_voc_places
 from .classes import classes_of, moved_class, renamed_classes
 from .custom import datasets_root
+from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
 from .records import check_records
 from .sample import has_objects
@@ -46,6 +47,7 @@ class DataPlan:
         classes: config key and value of the model's number of classes; None: not known.
         need_annotations: whether training needs at least one.
         need_files: whether each record must name a file; a user's mapper may do without.
+        keypoints: the number that the model learns.
         skip_empty: whether images without objects are left out of training.
         mapper: builds the mapper of training; None: not known.
         needs: what the model needs of its output.
@@ -59,6 +61,7 @@ class DataPlan:
     classes: tuple[str, int] | None = None
     need_annotations: bool = True
     need_files: bool = True
+    keypoints: int = 0
     skip_empty: bool = True
     mapper: Callable[[], Callable[[dict[str, Any]], Any]] | None = None
     needs: MapperNeeds = MapperNeeds()
@@ -99,6 +102,7 @@ def check_datasets(
         classes=_classes_key(cfg),
         need_annotations=_need_annotations(cfg),
         need_files=not cfg.INPUT.MAPPER,
+        keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
         skip_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         mapper=lambda: build_mapper(cfg, is_train=True),
         needs=_needs(cfg),
@@ -135,6 +139,8 @@ def check_plan(plan: DataPlan) -> None:
             like=like,
         )
         like = like or (name if classes_of([name]) else "")
+        if trained_on and plan.keypoints:
+            check_keypoints(name, plan.keypoints)
         if trained_on and plan.mapper and plan.check_images:
             _try_mapper(name, records, plan)
         if name in plan.test and plan.try_evaluation:
