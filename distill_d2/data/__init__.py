@@ -3,6 +3,7 @@
 from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_mapper
 from .builtin_voc import register_builtin_voc
 from .check import NamedReadErrors, check_dataset, check_datasets
+from .coco import adopt_coco_datasets
 from .custom import datasets_root, register_custom_datasets
 from .loader import ShieldedLoader, build_train_loader, end_workers
 from .sampler import ResumableTrainingSampler
@@ -16,6 +17,7 @@ __all__ = [
     "NamedReadErrors",
     "ResumableTrainingSampler",
     "ShieldedLoader",
+    "adopt_coco_datasets",
     "box_statistics",
     "build_mapper",
     "build_train_loader",

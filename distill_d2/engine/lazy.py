@@ -27,13 +27,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .. import model_zoo
+from ..config_values import config_keys
 from ..data import register_builtin_voc, register_shapes
 from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
+from .config_loading import file_in
+from .key_rules import check_lazy_keys
 from .optimizer import trained_with_student
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
-from .setup import check_length, check_output_dir, choose_device, config_keys, file_in, note_imports
+from .setup import check_output_dir, choose_device, note_imports
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,6 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     _check_overrides(cfg, args.opts or [])
     cfg = LazyConfig.apply_overrides(cfg, list(args.opts or []))
     _locate_teacher(cfg, os.path.dirname(args.config_file))
-    check_length(cfg.train.max_iter, "train.max_iter")
     check_output_dir(cfg.train.output_dir, "train.output_dir")
     if args.resume or args.eval_only:
         check_note(cfg.train.output_dir)
@@ -66,6 +68,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
             f"{args.config_file} has neither 'distiller' (a dict of MODEL.DISTILLER's keys) nor a "
             "model L(Distiller)(...), so there is nothing to distill"
         )
+    check_lazy_keys(cfg)
     register_shapes()
     register_builtin_voc()
     default_setup(cfg, args)
