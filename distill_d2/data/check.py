@@ -31,7 +31,6 @@ from .sample import has_objects
 
 logger = logging.getLogger(__name__)
 
-_CHECKS = ("all", "none")
 _DECODERS = 4  # threads
 _SEED = 0
 
@@ -93,9 +92,6 @@ def check_datasets(
         raise ValueError(
             f"DATASETS.CHECK_IMAGES is {cfg.DATASETS.CHECK_IMAGES}; expected 0 (decode none) or more"
         )
-    if cfg.DATASETS.CHECK not in _CHECKS:
-        raise ValueError(f"DATASETS.CHECK is {cfg.DATASETS.CHECK!r}; expected 'all' or 'none'")
-    _check_proposals(cfg, train)
     plan = DataPlan(
         train=tuple(cfg.DATASETS.TRAIN) if train else (),
         test=tuple(cfg.DATASETS.TEST),
@@ -273,22 +269,6 @@ def _try_mapper(name: str, records: list[dict[str, Any]], plan: DataPlan) -> Non
                 f"the mapper of training cannot be built: {type(error).__name__}: {error} (INPUT.MAPPER)"
             ) from error
         try_mapper(name, trained_on, mapper, needs, plan.check_images)
-
-
-def _check_proposals(cfg: CfgNode, train: bool) -> None:
-    generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    if generator == "PrecomputedProposals" and not cfg.MODEL.LOAD_PROPOSALS:
-        raise ValueError(
-            f"MODEL.PROPOSAL_GENERATOR.NAME is '{generator}', but MODEL.LOAD_PROPOSALS is False; set it to "
-            "True, and DATASETS.PROPOSAL_FILES_TRAIN and _TEST to a file for each dataset"
-        )
-    for part in ("TRAIN", "TEST") if train else ("TEST",):
-        names, files = cfg.DATASETS[part], cfg.DATASETS[f"PROPOSAL_FILES_{part}"]
-        if cfg.MODEL.LOAD_PROPOSALS and len(names) != len(files):
-            raise ValueError(
-                f"MODEL.LOAD_PROPOSALS is True, and DATASETS.PROPOSAL_FILES_{part} has {len(files)} files for "
-                f"the {len(names)} datasets of DATASETS.{part}; give one for each, in the same order"
-            )
 
 
 def _check_registered(name: str, key: str) -> None:

@@ -33,10 +33,11 @@ from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
 from .config_loading import file_in
+from .key_rules import check_lazy_keys
 from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
-from .setup import check_length, check_output_dir, choose_device, note_imports
+from .setup import check_output_dir, choose_device, note_imports
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,6 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     _check_overrides(cfg, args.opts or [])
     cfg = LazyConfig.apply_overrides(cfg, list(args.opts or []))
     _locate_teacher(cfg, os.path.dirname(args.config_file))
-    check_length(cfg.train.max_iter, "train.max_iter")
     check_output_dir(cfg.train.output_dir, "train.output_dir")
     if args.resume or args.eval_only:
         check_note(cfg.train.output_dir)
@@ -69,6 +69,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
             f"{args.config_file} has neither 'distiller' (a dict of MODEL.DISTILLER's keys) nor a "
             "model L(Distiller)(...), so there is nothing to distill"
         )
+    check_lazy_keys(cfg)
     register_shapes()
     register_builtin_voc()
     default_setup(cfg, args)

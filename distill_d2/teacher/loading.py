@@ -21,6 +21,7 @@ from ..checkpoint import SafeCheckpointer
 from ..config import add_distill_config, load_yaml, student_config
 from ..data.classes import classes_in, classes_of, classes_of_config
 from ..freeze import compile_patterns
+from ..rules import check_model
 from .running import Teacher
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ class _Plan:
         if isinstance(self.config, CfgNode):
             config = student_config(self.config)
             config.MODEL.DEVICE = device
+            check_model(config, f"the teacher's config '{self.config_file}'")
             return build_model(config)
         return instantiate(self.config.model).to(device)
 
