@@ -11,9 +11,9 @@ from pool import Pool
 
 import distill_d2  # noqa: F401  first: it silences detectron2's known warnings
 
-# detectron2's scripted losses change their last bits once TorchScript has profiled them: two runs in
-# one test process would differ where two processes do not.
-torch._C._jit_set_profiling_executor(False)
+# TorchScript functions change their last bits once they were optimized: steps outside of a trainer, which
+# sees to that itself, would differ from the ones before.
+torch._C._set_graph_executor_optimize(False)
 
 SHARED = ROOT.parent / "shared"
 

@@ -79,7 +79,7 @@ class Pool:
 
 def _serve(rank: int, size: int, address: str, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)
-    torch._C._jit_set_profiling_executor(False)  # as in the tests' process
+    torch._C._set_graph_executor_optimize(False)  # as in the tests' process
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
     comm.create_local_process_group(size)
     while True:

@@ -15,8 +15,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import check_image_size, read_image
 
 from .. import plugins
+from ..mistakes import UnreadableRecord
 from .builtin_voc import builtin_voc_places
 from .custom import datasets_root
+from .records import check_records
 
 _DECODERS = 4  # threads
 _SEED = 0
@@ -49,7 +51,14 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
     classes = _classes_key(cfg)
     for name in dict.fromkeys(name for datasets in names.values() for name in datasets):
         trained_on = name in names.get("TRAIN", ())
-        check_dataset(name, classes, cfg.DATASETS.CHECK_IMAGES, trained_on and _need_annotations(cfg))
+        check_dataset(
+            name,
+            classes,
+            cfg.DATASETS.CHECK_IMAGES,
+            need_annotations=trained_on and _need_annotations(cfg),
+            tested=name in names["TEST"],
+            need_files=not cfg.INPUT.MAPPER,
+        )
 
 
 def check_dataset(
@@ -57,6 +66,8 @@ def check_dataset(
     classes: tuple[str, int] | None = None,
     check_images: int = 0,
     need_annotations: bool = True,
+    tested: bool = False,
+    need_files: bool = True,
 ) -> None:
     """Check that a dataset is registered, has annotations and images, and fits the model.
 
@@ -67,6 +78,8 @@ def check_dataset(
         classes: config key and value of the model's number of classes; None: not known.
         check_images: the number of images to decode, at most; the sample is always the same.
         need_annotations: whether at least one image must have an annotation.
+        tested: whether an evaluator reads it; see ``check_records``.
+        need_files: whether each record must name a file; a user's mapper may do without.
 
     Raises:
         ValueError: unknown name, no images, no annotations, another number of classes, an image
@@ -84,8 +97,10 @@ def check_dataset(
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
     _check_classes(name, classes)
-    local = [record for record in dicts if "://" not in record["file_name"]]
-    _check_files_exist(name, [record["file_name"] for record in local])
+    check_records(name, dicts, classes and classes[1], tested, need_files)
+    named = [record for record in dicts if "file_name" in record]
+    local = [record for record in named if "://" not in os.fspath(record["file_name"])]
+    _check_files_exist(name, [os.fspath(record["file_name"]) for record in local])
     sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
     with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
         list(pool.map(check_image, sample))
@@ -97,9 +112,9 @@ def check_image(record: dict[str, Any]) -> None:
     Raises:
         ValueError: the image cannot be read, or its size differs from the annotation's.
     """
-    path = record["file_name"]
+    path = os.fspath(record["file_name"])
     try:
-        check_image_size(dict(record), read_image(path, format="BGR"))
+        check_image_size({**record, "file_name": path}, read_image(path, format="BGR"))
     except Exception as error:  # Pillow's decoders raise many types
         raise ValueError(f"the image '{path}' cannot be used: {error}") from error
 
@@ -111,11 +126,11 @@ class NamedReadErrors:
         self.mapper = mapper
 
     def __call__(self, record: dict[str, Any]) -> Any:
-        """Call the mapper; its errors become a RuntimeError, with the original as the cause."""
+        """Call the mapper; its errors become an UnreadableRecord, with the original as the cause."""
         try:
             return self.mapper(record)
         except Exception as error:
-            raise RuntimeError(
+            raise UnreadableRecord(
                 f"the image '{record.get('file_name')}' or its annotations cannot be used: "
                 f"{type(error).__name__}: {error}"
             ) from error

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from typing import Callable
 
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_processes
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..imports import add_import_argument
+from ..mistakes import Message, add_debug_argument, end, ending_on_mistakes
 from .interrupt import forwarding_signals
 
 
@@ -27,6 +29,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="number of processes per machine with --num-gpus 0 (CPU, over gloo)",
     )
     add_import_argument(parser)
+    add_debug_argument(parser)
     # detectron2's address, fixed per user, is for several machines; one machine takes a free port,
     # so that two runs do not collide.
     parser.set_defaults(dist_url=None, default_dist_url=parser.get_default("dist_url"))
@@ -37,16 +40,22 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     """Run ``main(args)`` in every process of this machine, through ``detectron2.engine.launch``.
 
     Raises:
-        ValueError: --num-procs with GPUs, or a count that is not positive.
-        SystemExit: 128 + signal number, after SIGINT or SIGTERM.
+        SystemExit: 2 after a user's mistake, whose message was printed (see ``is_mistake``), wrong arguments
+            among them; 128 + signal number, after SIGINT or SIGTERM.
     """
-    processes = _processes(args)
-    if args.dist_url is None:
-        args.dist_url = "auto" if args.num_machines == 1 else args.default_dist_url
-    if processes * args.num_machines == 1:
-        main(args)
-        return
-    with forwarding_signals() as request:
+    with ending_on_mistakes(debug=args.debug):
+        processes = _processes(args)
+        if args.dist_url is None:
+            args.dist_url = "auto" if args.num_machines == 1 else args.default_dist_url
+        if processes * args.num_machines == 1:
+            main(args)
+        else:
+            _launch_several(main, args, processes)
+
+
+def _launch_several(main: Callable, args: argparse.Namespace, processes: int) -> None:
+    with forwarding_signals() as request, tempfile.TemporaryDirectory() as folder:
+        message = Message(folder)
         try:
             launch_processes(
                 _run_with_others,
@@ -54,17 +63,22 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(main, args),
+                args=(main, args, message),
             )
-        except ProcessExitedException:
-            if not request:  # otherwise they were stopped before training, or while evaluating
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            text = message.read()
+            if text:
+                end(text)
+            stopped = request and isinstance(error, ProcessExitedException)
+            if not stopped:  # before training, or while evaluating
                 raise
     if request:
         sys.exit(request.exit_code)
 
 
-def _run_with_others(main: Callable, args: argparse.Namespace) -> None:
-    main(args)
+def _run_with_others(main: Callable, args: argparse.Namespace, message: Message) -> None:
+    with ending_on_mistakes(debug=args.debug, message=message):
+        main(args)
     # gloo aborts a process that ends while another one still talks to it.
     comm.synchronize()
     torch.distributed.destroy_process_group()

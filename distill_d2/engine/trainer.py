@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from typing import Any
@@ -135,7 +136,12 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
-        return build_evaluator(dataset_name, cfg.OUTPUT_DIR)
+        return build_evaluator(
+            dataset_name,
+            cfg.OUTPUT_DIR,
+            detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+            keypoint_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
@@ -183,8 +189,8 @@ class DistillTrainer(DefaultTrainer):
         """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS at iteration 0.
 
         Raises:
-            ValueError: the last checkpoint is of another model, or of other solvers of losses.
-            RuntimeError: only some of the machines see the last checkpoint.
+            ValueError: the last checkpoint is of another model, or of other solvers of losses; only some
+                of the machines see it.
         """
         resume = resume and self._all_have_checkpoint()
         self.checkpointer.resume_or_load(self.settings.weights, resume=resume)
@@ -227,7 +233,7 @@ class DistillTrainer(DefaultTrainer):
                 "call resume_or_load(resume=True)"
             )
         self._has_trained = True
-        with stop_request(self.stop):
+        with stop_request(self.stop), exact_torchscript(self.settings.device):
             try:
                 TrainerBase.train(self, self.start_iter, self.max_iter)
                 return self._verified_results()
@@ -319,7 +325,7 @@ class DistillTrainer(DefaultTrainer):
     def _all_have_checkpoint(self) -> bool:
         seen = comm.all_gather(self.checkpointer.has_checkpoint())
         if any(seen) and not all(seen):
-            raise RuntimeError(
+            raise ValueError(
                 f"--resume: only {sum(seen)} of {len(seen)} processes see a checkpoint in "
                 f"{self.settings.output_dir}; OUTPUT_DIR must be shared by all machines"
             )
@@ -340,6 +346,18 @@ class DistillTrainer(DefaultTrainer):
         if self.iter < self.max_iter:  # afterwards model_final is there
             self.save(f"model_{self.iter:07d}")
         raise Interrupted
+
+
+def exact_torchscript(device: str) -> contextlib.AbstractContextManager:
+    """TorchScript functions compute the same bits in their first calls and later, on a CPU.
+
+    TorchScript optimizes a function after its first calls, and then rounds otherwise: the process that
+    resumes a run would differ from the one that went on. A GPU repeats no bits anyway, and its fused
+    kernels save memory.
+    """
+    if torch.device(device).type != "cpu":
+        return contextlib.nullcontext()
+    return torch.jit.optimized_execution(False)
 
 
 def distributed(model: nn.Module, **options: Any) -> nn.Module:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
@@ -20,6 +22,8 @@ _COCO_LIKE = {
     "coco": COCOEvaluator,
     "lvis": LVISEvaluator,
 }
+#: Detections of an image that the official evaluations count.
+_LIMITS = {"coco": 100, "lvis": 300}
 _OTHERS = {
     "cityscapes_instance": CityscapesInstanceEvaluator,
     "pascal_voc": VOCEvaluator,
@@ -41,9 +45,21 @@ def evaluator_kind(dataset_name: str) -> str:
     )
 
 
-def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
+def build_evaluator(
+    dataset_name: str,
+    output_dir: str,
+    *,
+    detections_per_image: int = 100,
+    keypoint_sigmas: Sequence[float] = (),
+) -> DatasetEvaluator:
     """The evaluator for a registered dataset; COCO's and LVIS's write their detections to
     output_dir/inference/<dataset>.
+
+    Args:
+        detections_per_image: the best ones of each image that count, in place of COCO's 100 and LVIS's 300
+            where it is more than these: TEST.DETECTIONS_PER_IMAGE.
+        keypoint_sigmas: of the object keypoint similarity, one per keypoint; empty: COCO's
+            (https://cocodataset.org/#keypoints-eval): TEST.KEYPOINT_OKS_SIGMAS.
 
     Raises:
         ValueError: the dataset's metadata has no known ``evaluator_type``.
@@ -55,7 +71,12 @@ def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
     if json_file and "://" not in json_file and not os.path.exists(json_file):
         DatasetCatalog.get(dataset_name)  # generated on first use, or the loader's error says why not
     folder = os.path.join(output_dir, "inference", dataset_name)
-    return _COCO_LIKE[kind](dataset_name, output_dir=folder)
+    options: dict[str, Any] = {"output_dir": folder}
+    if detections_per_image > _LIMITS[kind]:
+        options["max_dets_per_image"] = detections_per_image
+    if kind == "coco":
+        options["kpt_oks_sigmas"] = list(keypoint_sigmas)
+    return _COCO_LIKE[kind](dataset_name, **options)
 
 
 def with_model_evaluators(evaluator: DatasetEvaluator, model: nn.Module) -> DatasetEvaluator:

@@ -15,9 +15,9 @@ from distill_d2.data import register_custom_datasets, register_shapes, shapes
 from distill_d2.evaluation import build_evaluator, with_model_evaluators
 
 
-def evaluate(name, output_dir, shift=0.0):
+def evaluate(name, output_dir, shift=0.0, **options):
     """Results with the dataset's ground truth, shifted by some pixels, for detections."""
-    evaluator = build_evaluator(name, str(output_dir))
+    evaluator = build_evaluator(name, str(output_dir), **options)
     evaluator.reset()
     for record in DatasetCatalog.get(name):
         evaluator.process([record], [{"instances": _instances(record, shift)}])
@@ -35,6 +35,9 @@ def _instances(record, shift):
     if "segmentation" in items[0]:
         masks = [rle.decode(rle.merge(rle.frPyObjects(item["segmentation"], *size))) for item in items]
         result.pred_masks = torch.from_numpy(np.stack(masks)).bool()
+    if "keypoints" in items[0]:
+        points = torch.tensor([item["keypoints"] for item in items], dtype=torch.float32)
+        result.pred_keypoints = points.reshape(len(items), -1, 3) + torch.tensor([shift, shift, 0])
     return result
 
 
@@ -73,6 +76,40 @@ def test_shapes_ground_truth_is_100_and_is_generated_when_needed(monkeypatch, tm
 
 
 # build_evaluator
+
+
+def crowded(name, objects, **fields):
+    """Register one image with this many equal objects side by side."""
+    record = {"file_name": "0.png", "image_id": 0, "height": 64, "width": 32 * objects}
+    record["annotations"] = [
+        {
+            "bbox": [32 * i, 0, 30, 60],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": 0,
+            "iscrowd": 0,
+            **fields,
+        }
+        for i in range(objects)
+    ]
+    DatasetCatalog.register(name, lambda: [record])
+    MetadataCatalog.get(name).set(thing_classes=["thing"], evaluator_type="coco")
+
+
+def test_more_than_100_detections_of_an_image_count_on_request(tmp_path):
+    """COCO counts 100; TEST.DETECTIONS_PER_IMAGE may be more. Of 125 objects 100 are 80 %."""
+    crowded("evaluate_crowded", 125)
+    assert evaluate("evaluate_crowded", tmp_path)["bbox"]["AP50"] == pytest.approx(80, abs=1)
+    assert evaluate("evaluate_crowded", tmp_path, detections_per_image=20)["bbox"]["AP50"] > 79
+    assert evaluate("evaluate_crowded", tmp_path, detections_per_image=150)["bbox"]["AP50"] > 99
+
+
+def test_keypoint_sigmas_are_used(tmp_path):
+    """The similarity of a keypoint is exp(-d^2 / (2 area (2 sigma)^2)): at sqrt(18) pixels in a box of 30x60
+    it is 0.88 for a sigma of 0.1, and below 0.1 for 0.02."""
+    crowded("evaluate_keypoints", 2, keypoints=[10, 20, 2, 20, 40, 2], num_keypoints=2)
+    for sigma, ap in ((0.1, 100), (0.02, 0)):
+        results = evaluate("evaluate_keypoints", tmp_path, shift=3.0, keypoint_sigmas=[sigma, sigma])
+        assert results["keypoints"]["AP50"] == pytest.approx(ap)
 
 
 def test_coco_dataset_that_is_not_there_is_named(tmp_path):

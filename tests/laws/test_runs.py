@@ -1,5 +1,8 @@
 """Every law that takes whole runs: of each loss on its recipe's detector, and of each detector with PKD."""
 
+import contextlib
+import functools
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +58,8 @@ class Runs:
         if "whole" not in self.done:
             self.job.config.OUTPUT_DIR = str(self.output("whole"))
             trainer = self.job.trainer(opts=["SOLVER.CHECKPOINT_PERIOD", 1])
-            trainer.train()
+            with as_in_a_new_process():
+                trainer.train()
             self.done["whole"] = checkpoint(self.output("whole")), trainer
         return self.done["whole"]
 
@@ -67,8 +71,24 @@ class Runs:
         return self._run("whole", "--resume", opts=["SOLVER.CHECKPOINT_PERIOD", 1])
 
     def _run(self, name, *arguments, distill=True, opts=()):
-        self.job.run(*arguments, distill=distill, opts=[*opts, "OUTPUT_DIR", self.output(name)])
+        with as_in_a_new_process():
+            self.job.run(*arguments, distill=distill, opts=[*opts, "OUTPUT_DIR", self.output(name)])
         return checkpoint(self.output(name))
+
+
+@functools.cache
+def torchscript_functions():
+    values = [value for module in list(sys.modules.values()) for value in vars(module).values()]
+    return [value for value in values if type(value) is torch.jit.ScriptFunction]
+
+
+@contextlib.contextmanager
+def as_in_a_new_process():
+    """No TorchScript function is optimized yet, and each will be after its first call."""
+    for function in torchscript_functions():
+        function._debug_flush_compilation_cache()
+    with torch.jit.optimized_execution(True):
+        yield
 
 
 @pytest.fixture(scope="module", params=RUNS, ids=", ".join)

@@ -181,7 +181,7 @@ def test_wrong_arguments(capsys, arguments, message):
     ],
 )
 def test_what_cannot_be_measured_is_refused(make_config, settings, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
         build(make_config(["PKD", ICD]), {**TINY, **settings})
 
 
