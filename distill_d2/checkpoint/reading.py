@@ -105,6 +105,19 @@ def unpickle_arrays(data: bytes) -> Any:
     return ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 
+def read_arrays(path: str, kind: str) -> Any:
+    """What a pickle file of plain values and numpy arrays holds.
+
+    Args:
+        kind: what the file should be, for messages.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or holds something else; the message names it.
+    """
+    with errors_name_file(path, kind), open(path, "rb") as file:
+        return unpickle_arrays(file.read())
+
+
 def read_checkpoint(path: str, *, stubs: Sequence[str] = ()) -> dict[str, Any]:
     """All entries of a training's checkpoint (.pth), on the CPU.
 

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 PARTIAL = ".partial"  # the ending of files that are being written
@@ -43,8 +43,29 @@ def write_whole(path: str, write: Callable[[Any], Any]) -> None:
         raise OSError(_message(path, cause, write)) from error
 
 
+def append_whole(path: str, data: bytes) -> None:
+    """Append to a file, all or nothing; its folder is created where it is missing.
+
+    Raises:
+        OSError: the message names the file.
+    """
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            size, rest = os.fstat(file.fileno()).st_size, data
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), size)
+                raise
+    except OSError as error:
+        raise OSError(_message(path, error, lambda file: file.write(data))) from error
+
+
 @contextlib.contextmanager
-def told_when_full(folder: str):
+def told_when_full(folder: str) -> Iterator[None]:
     """Inside, an error of a full disk in any file below ``folder`` becomes a message with the free bytes.
 
     Raises:
