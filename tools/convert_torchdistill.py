@@ -43,7 +43,7 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2.checkpoint import read_checkpoint
 from distill_d2.config import student_config
-from distill_d2.engine.setup import load_config
+from distill_d2.engine import load_config
 from distill_d2.mistakes import ending_on_mistakes
 
 AUTHOR = "converted from torchvision's names by distill_d2"

@@ -44,7 +44,8 @@ import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2 import DISTILL_LOSS_REGISTRY, Distiller
 from distill_d2.checkpoint import SafeCheckpointer
 from distill_d2.data import NamedReadErrors, build_mapper, check_datasets
-from distill_d2.engine.setup import check_output_dir, choose_device, load_config
+from distill_d2.engine import load_config
+from distill_d2.engine.setup import check_output_dir, choose_device
 from distill_d2.imports import add_import_argument, import_modules
 from distill_d2.losses.settings import keys_of
 from distill_d2.mistakes import add_debug_argument, ending_on_mistakes

@@ -27,13 +27,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .. import model_zoo
+from ..config_values import config_keys
 from ..data import register_builtin_voc, register_shapes
 from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
+from .config_loading import file_in
 from .optimizer import trained_with_student
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
-from .setup import check_length, check_output_dir, choose_device, config_keys, file_in, note_imports
+from .setup import check_length, check_output_dir, choose_device, note_imports
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)

@@ -35,9 +35,12 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
     without objects in the split.
     """
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, img_ids: Sequence[str] | None = None) -> dict[str, Any]:
         """Compute {"bbox": {"AP", "AP50", "AP75", "AP50_11point", "AP50_area", "AP50-<class>", ...}} in
         percent on the main process, {} on others; nan for a class without objects.
+
+        Args:
+            img_ids: of the images that count; None: the whole split.
 
         Raises:
             ValueError: an annotation cannot be read, or no class has an object.
@@ -45,9 +48,11 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
         gathered = comm.gather(dict(self._predictions), dst=0)
         if not comm.is_main_process():
             return {}
-        ids = read_split(self._image_set_path)
+        ids = read_split(self._image_set_path) if img_ids is None else list(map(str, img_ids))
         images = {key: read_annotation(self._anno_file_template.format(key)) for key in ids}
-        present = self._classes_present(images)
+        present = self._classes_present(images, whole=img_ids is None)
+        if not present:
+            return {}
         precisions = np.full((len(self._class_names), len(_RULES), len(_THRESHOLDS)), np.nan)
         for index, name in enumerate(self._class_names):
             if name in present:
@@ -59,10 +64,10 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
                 precisions[index] = average_precisions(lines, objects)
         return OrderedDict(bbox=_summary(precisions, self._class_names, self._is_2007))
 
-    def _classes_present(self, images: dict[str, VocImage]) -> set[str]:
+    def _classes_present(self, images: dict[str, VocImage], whole: bool) -> set[str]:
         items = [item for image in images.values() for item in image.objects]
         present = {item.label for item in items if not item.difficult} & set(self._class_names)
-        if not present:
+        if not present and whole:
             raise ValueError(
                 f"'{self._image_set_path}' holds no object of {self._class_names} to evaluate with"
             )

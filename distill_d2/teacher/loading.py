@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def load_teacher(
         ValueError: its weights cannot be read, or do not fit the model (law 3).
     """
     plan = _plan(config, official)
-    path = _find_weights(weights or plan.weights, plan.config_file)
+    path = _find_weights(weights or plan.weights, plan)
     model = plan.build(device)
     loaded = load_teacher_weights(model, path, allow_missing)
     source = f"{plan.config_file}, {loaded} keys loaded from {path}"
@@ -137,6 +138,8 @@ class _Plan:
     config: Any
     weights: str
     input_format: str | None
+    # Of the config and the files that it inherits from.
+    folders: Sequence[str] = ()
 
     def build(self, device: str) -> nn.Module:
         if isinstance(self.config, CfgNode):
@@ -151,25 +154,47 @@ class _Plan:
 
 
 def _plan(name: str, official: bool) -> _Plan:
-    if official:
-        try:
-            config = detectron2_zoo.get_config(name, trained=True)
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"MODEL.DISTILLER.MODEL_DISTILLER_CONFIG '{name}': {error} With MODEL_LOAD_OFFICIAL "
-                "True it must be a config of detectron2's model zoo with published weights; for a "
-                "file of your own set MODEL.DISTILLER.MODEL_LOAD_OFFICIAL False"
-            ) from error
-        return _Plan(name, config, *_weights_and_format(config))
-    path = model_zoo.find_config(name)
+    if not name:
+        raise ValueError(
+            "MODEL.DISTILLER.MODEL_DISTILLER_CONFIG is empty; expected the config of the teacher"
+        )
+    path = _official_config(name) if official else model_zoo.find_config(name)
+    config: Any
     if path.endswith(".py"):
         config = LazyConfig.load(path)
         logger.info(f"Ran the code of {path}, a LazyConfig")
+        folders = [os.path.dirname(path)]
     else:
         config = get_cfg()
         add_distill_config(config)
-        load_yaml(config, path)
-    return _Plan(path, config, *_weights_and_format(config))
+        folders = load_yaml(config, path).folders
+    weights, input_format = _weights_and_format(config)
+    if official:
+        return _Plan(name, config, _official_weights(name), input_format)
+    return _Plan(path, config, weights, input_format, folders)
+
+
+def _official_config(name: str) -> str:
+    folder = (Path(detectron2_zoo.__file__).parent / "configs").resolve()
+    path = (folder / name).resolve()
+    if folder not in path.parents or not path.is_file():
+        raise _unofficial(name, f"{name} not available in Model Zoo!")
+    return str(path)
+
+
+def _official_weights(name: str) -> str:
+    try:
+        return detectron2_zoo.model_zoo.get_checkpoint_url(name)
+    except RuntimeError as error:
+        raise _unofficial(name, str(error)) from error
+
+
+def _unofficial(name: str, problem: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"MODEL.DISTILLER.MODEL_DISTILLER_CONFIG '{name}': {problem} With MODEL_LOAD_OFFICIAL True it must be a "
+        "config of detectron2's model zoo with published weights; for a file of your own set "
+        "MODEL.DISTILLER.MODEL_LOAD_OFFICIAL False"
+    )
 
 
 def _weights_and_format(config: Any) -> tuple[str, str | None]:
@@ -179,18 +204,18 @@ def _weights_and_format(config: Any) -> tuple[str, str | None]:
     return train.get("init_checkpoint", ""), None
 
 
-def _find_weights(weights: str, config_file: str) -> str:
+def _find_weights(weights: str, plan: _Plan) -> str:
     if not weights:
         raise ValueError(
-            f"the teacher '{config_file}' names no weights; set MODEL.WEIGHTS there (in a .py "
+            f"the teacher '{plan.config_file}' names no weights; set MODEL.WEIGHTS there (in a .py "
             "config train.init_checkpoint), or MODEL.DISTILLER.TEACHER_WEIGHTS"
         )
-    beside = os.path.join(os.path.dirname(config_file), weights)
-    if "://" in weights or os.path.isfile(weights):
+    if "://" in weights:
         return weights
-    if os.path.isfile(beside):
-        return beside
+    for folder in ("", *plan.folders):
+        if os.path.isfile(os.path.join(folder, weights)):
+            return os.path.join(folder, weights)
     raise FileNotFoundError(
-        f"the teacher's weights '{weights}' do not exist (looked in {os.getcwd()} and beside "
-        f"{config_file}); set MODEL.DISTILLER.TEACHER_WEIGHTS"
+        f"the teacher's weights '{weights}' do not exist (looked in {', '.join([os.getcwd(), *plan.folders])}); "
+        "set MODEL.DISTILLER.TEACHER_WEIGHTS"
     )

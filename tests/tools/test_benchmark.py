@@ -20,7 +20,7 @@ from detectron2.modeling import build_anchor_generator
 from detectron2.structures import BitMasks, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from distill_d2.engine.setup import load_config
+from distill_d2.engine import load_config
 from distill_d2.testing.tiny import distiller_config, save_teacher, tiny_config
 
 STEPS = ["student step", "teacher part, plain", "distilled step"]

@@ -24,8 +24,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from distill_d2.checkpoint import SafeCheckpointer, read_checkpoint
 from distill_d2.config import student_config
-from distill_d2.engine import argument_parser
-from distill_d2.engine.setup import load_config
+from distill_d2.engine import argument_parser, load_config
 
 CLASSES = {
     "faster": detection.FasterRCNN,

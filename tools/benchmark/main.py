@@ -42,7 +42,8 @@ import torch
 from detectron2.utils.events import EventStorage
 
 import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
-from distill_d2.engine.setup import choose_device, load_config
+from distill_d2.engine import load_config
+from distill_d2.engine.setup import choose_device
 from distill_d2.imports import add_import_argument, import_modules
 from distill_d2.mistakes import add_debug_argument, ending_on_mistakes
 
