@@ -68,7 +68,9 @@ def mend(folder: str, last: int) -> set[str]:
     if kept != lines:
         path = os.path.join(folder, METRICS)
         write_whole(path, lambda file: file.write(b"".join(kept)))
-        logger.info(f"{path}: dropped {len(lines) - len(kept)} lines that are torn or after iteration {last}")
+        logger.info(
+            f"{path}: dropped {len(lines) - len(kept)} lines that are torn or after iteration {last}"
+        )
     return names
 
 

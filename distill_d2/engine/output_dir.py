@@ -50,13 +50,15 @@ def claim(folder: str, key: str, args: Any, weights: Iterable[str] = ()) -> None
         OSError: nothing can be written there.
     """
     if args.resume and args.overwrite:
-        raise ValueError("--resume continues the run in a folder, --overwrite removes it; give one of them")
+        raise ValueError(
+            "--resume continues the run in a folder, --overwrite removes it; give one of them"
+        )
     if args.eval_only:
-        _check_writable(folder, key)
+        check_writable(folder, key)
         return
     if not args.resume:
         _check_used(folder, key, args.overwrite, weights)
-    _check_writable(folder, key)
+    check_writable(folder, key)
     if comm.is_main_process():
         _lock(folder, key)
         _remove_partial(folder)
@@ -80,10 +82,10 @@ def remove_run(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def kept(path: str) -> Iterator[None]:
-    """Inside, the main process may overwrite a file; afterwards it holds again what it held."""
+def kept(path: str, active: bool) -> Iterator[None]:
+    """Inside, the main process may overwrite a file; afterwards it holds again what it held, if ``active``."""
     content = None
-    if comm.is_main_process() and os.path.isfile(path):
+    if active and comm.is_main_process() and os.path.isfile(path):
         with open(path, "rb") as file:
             content = file.read()
     try:
@@ -114,7 +116,7 @@ def _check_used(folder: str, key: str, overwrite: bool, weights: Iterable[str]) 
         )
 
 
-def _check_writable(path: str, key: str) -> None:
+def check_writable(path: str, key: str) -> None:
     """Create the folder. Raises OSError if nothing can be written to it."""
     try:
         os.makedirs(path, exist_ok=True)

@@ -14,11 +14,11 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_writers, hooks
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import nn
 
 from ..checkpoint import SafeCheckpointer
@@ -40,9 +40,11 @@ from .hooks import (
     PreciseBN,
     ProgressBar,
     StopOnRequest,
+    Writers,
 )
 from .interrupt import Interrupted, StopRequest, stop_request
 from .loss_training import LossTraining
+from .metrics import Events, MetricsFile, mend, names_at, recent_scalars, restore_scalars
 from .optimizer import build_optimizer, optimizer_signature
 from .random_state import random_state, set_random_state
 from .settings import RunSettings
@@ -99,6 +101,8 @@ class DistillTrainer(DefaultTrainer):
         self.stop = StopRequest()
         self._has_trained = False
         self._random_states: list[dict[str, Any]] | None = None
+        self._scalars: dict[str, Any] = {}
+        self._evaluation_missing = False
         self.register_hooks(self.build_hooks())
 
     # Parts that LazyDistillTrainer builds in its own way.
@@ -154,7 +158,8 @@ class DistillTrainer(DefaultTrainer):
         return super().test(cfg, model, evaluators)
 
     def build_writers(self) -> list[EventWriter]:
-        return default_writers(self.settings.output_dir, self.max_iter)
+        folder = self.settings.output_dir
+        return [CommonMetricPrinter(self.max_iter), MetricsFile(folder), Events(folder)]
 
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
@@ -163,11 +168,13 @@ class DistillTrainer(DefaultTrainer):
         ret += [Checkpoints(self.settings.checkpoint_period), StopOnRequest()]
         ret.append(EvalHook(self.settings.eval_period, self._evaluate))
         if comm.is_main_process():
-            writers = self.build_writers() + self.loss_training.writers()
-            ret.append(hooks.PeriodicWriter(writers, period=self.settings.log_period))
+            ret.append(Writers(self._all_writers, self.settings.log_period))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())
         return ret
+
+    def _all_writers(self) -> list[EventWriter]:
+        return self.build_writers() + self.loss_training.writers()
 
     def _precise_bn(self) -> list[HookBase]:
         if not self.settings.precise_bn_iters:
@@ -186,21 +193,31 @@ class DistillTrainer(DefaultTrainer):
         return self.iter < self.loss_training.pretrain_iters
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS at iteration 0.
+        """Continue from OUTPUT_DIR's newest whole checkpoint, or start from MODEL.WEIGHTS at iteration 0.
 
         Raises:
             ValueError: the last checkpoint is of another model, or of other solvers of losses; only some
                 of the machines see it.
         """
-        resume = resume and self._all_have_checkpoint()
-        self.checkpointer.resume_or_load(self.settings.weights, resume=resume)
-        if not resume:
-            if isinstance(self.plain_model, Distiller):
-                self.plain_model.preload_student()
-            return
-        self.start_iter = self.iter + 1
-        if self.sampler is not None:
-            self.sampler.skip_batches(self.start_iter)
+        found = resume and self._all_have_checkpoint()
+        self.checkpointer.resume_or_load(self.settings.weights, resume=found)
+        if found:
+            self.start_iter = self.iter + 1
+            if self.sampler is not None:
+                self.sampler.skip_batches(self.start_iter)
+        elif isinstance(self.plain_model, Distiller):
+            self.plain_model.preload_student()
+        if resume:
+            self._continue_metrics()
+
+    def _continue_metrics(self) -> None:
+        """Drop what metrics.json holds after the checkpoint, and see whether it lacks an evaluation that
+        follows the checkpoint's iteration."""
+        last, missing = self.start_iter - 1, False
+        if comm.is_main_process():
+            logged = mend(self.settings.output_dir, last)
+            missing = not logged - names_at(self._scalars, last) - {"iteration"}
+        self._evaluation_missing = comm.all_gather(missing)[0]
 
     def evaluate_teacher(self) -> None:
         """Evaluate the teacher before a fresh run, if MODEL.DISTILLER.EVAL_TEACHER is True.
@@ -261,6 +278,22 @@ class DistillTrainer(DefaultTrainer):
         super().before_train()
         if self._random_states is not None:
             set_random_state(self._random_states[comm.get_rank()])
+        if 0 < self.start_iter < self.max_iter:
+            self._complete_last_step(self.start_iter - 1)
+
+    def _complete_last_step(self, last: int) -> None:
+        """Do what follows a checkpoint in its iteration, as far as the resumed run did not come to it."""
+        self.iter = self.storage.iter = last
+        restore_scalars(self.storage, self._scalars)
+        for hook in self._hooks:
+            if isinstance(hook, EvalHook) and hook.is_due(last) and self._evaluation_missing:
+                logger.info(
+                    f"The evaluation after iteration {last} is missing in metrics.json; it follows"
+                )
+                hook.evaluate()
+            elif isinstance(hook, Writers):
+                hook.complete(last)
+        self.iter = self.storage.iter = self.start_iter
 
     def note_stop_request(self) -> None:
         """Tell the step whether this process was asked to stop; the processes then agree."""
@@ -284,6 +317,8 @@ class DistillTrainer(DefaultTrainer):
         if self.sampler is not None:
             state["sampler_seed"] = self.sampler.seed
         state.update(training_state(self._student()))
+        if hasattr(self, "storage"):  # in a training
+            state["scalars"] = recent_scalars(self.storage)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -298,6 +333,7 @@ class DistillTrainer(DefaultTrainer):
         if self.sampler is not None and "sampler_seed" in state_dict:
             self.sampler.seed = state_dict["sampler_seed"]
         set_training_state(self._student(), state_dict)
+        self._scalars = state_dict.get("scalars", {})
 
     def _check_optimizer(self, state_dict: dict[str, Any]) -> None:
         signature = optimizer_signature(self._trainer.optimizer)
