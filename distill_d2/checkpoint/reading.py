@@ -57,7 +57,7 @@ def _scalar(dtype: np.dtype, data: bytes | str) -> Any:
     return np.frombuffer(raw, dtype, count=1)[0]
 
 
-def _frombuffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+def _frombuffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
     return np.frombuffer(buffer, dtype).reshape(shape, order=order)
 
 

@@ -3,7 +3,8 @@
 from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_mapper
 from .builtin_voc import register_builtin_voc
 from .check import NamedReadErrors, check_dataset, check_datasets
-from .custom import datasets_root, register_custom_datasets
+from .coco import adopt_coco_datasets
+from .custom import check_name, datasets_root, register_custom_datasets
 from .loader import ShieldedLoader, build_train_loader, end_workers
 from .sampler import ResumableTrainingSampler
 from .shapes import generate_shapes, register_shapes
@@ -16,11 +17,13 @@ __all__ = [
     "NamedReadErrors",
     "ResumableTrainingSampler",
     "ShieldedLoader",
+    "adopt_coco_datasets",
     "box_statistics",
     "build_mapper",
     "build_train_loader",
     "check_dataset",
     "check_datasets",
+    "check_name",
     "datasets_root",
     "end_workers",
     "generate_shapes",

@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import random
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from ..quiet import quiet
 from .augmentation import build_mapper
 from .builtin_voc import builtin_voc_places
 from .classes import classes_of, moved_class, renamed_classes
-from .custom import datasets_root
+from .custom import check_name, datasets_root
+from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
+from .proposals import read_proposals
 from .records import check_records
 from .sample import has_objects
 
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 _CHECKS = ("all", "none")
 _DECODERS = 4  # threads
 _SEED = 0
+_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class DataPlan:
         classes: config key and value of the model's number of classes; None: not known.
         need_annotations: whether training needs at least one.
         need_files: whether each record must name a file; a user's mapper may do without.
+        keypoints: the number that the model learns.
         skip_empty: whether images without objects are left out of training.
         mapper: builds the mapper of training; None: not known.
         needs: what the model needs of its output.
@@ -59,6 +64,7 @@ class DataPlan:
     classes: tuple[str, int] | None = None
     need_annotations: bool = True
     need_files: bool = True
+    keypoints: int = 0
     skip_empty: bool = True
     mapper: Callable[[], Callable[[dict[str, Any]], Any]] | None = None
     needs: MapperNeeds = MapperNeeds()
@@ -99,6 +105,7 @@ def check_datasets(
         classes=_classes_key(cfg),
         need_annotations=_need_annotations(cfg),
         need_files=not cfg.INPUT.MAPPER,
+        keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
         skip_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         mapper=lambda: build_mapper(cfg, is_train=True),
         needs=_needs(cfg),
@@ -135,6 +142,8 @@ def check_plan(plan: DataPlan) -> None:
             like=like,
         )
         like = like or (name if classes_of([name]) else "")
+        if trained_on and plan.keypoints:
+            check_keypoints(name, plan.keypoints)
         if trained_on and plan.mapper and plan.check_images:
             _try_mapper(name, records, plan)
         if name in plan.test and plan.try_evaluation:
@@ -186,6 +195,8 @@ def check_dataset(
     _check_classes(name, classes)
     check_records(name, dicts, classes and classes[1], tested, need_files)
     local = [record for record in dicts if "file_name" in record and _is_local(record)]
+    if len(local) < len(dicts):
+        _tell_addresses(name, dicts)
     _check_files_exist(name, [os.fspath(record["file_name"]) for record in local])
     sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
     with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
@@ -275,9 +286,12 @@ def _check_proposals(cfg: CfgNode, train: bool) -> None:
                 f"MODEL.LOAD_PROPOSALS is True, and DATASETS.PROPOSAL_FILES_{part} has {len(files)} files for "
                 f"the {len(names)} datasets of DATASETS.{part}; give one for each, in the same order"
             )
+        for path in files if cfg.MODEL.LOAD_PROPOSALS else ():
+            read_proposals(path)
 
 
 def _check_registered(name: str, key: str) -> None:
+    check_name(name, key)
     known = DatasetCatalog.list()
     if name in known:
         return
@@ -345,8 +359,17 @@ def _classes_key(cfg: CfgNode) -> tuple[str, int] | None:
     return (keys[0], functools.reduce(getattr, keys[0].split("."), cfg)) if keys else None
 
 
+def _tell_addresses(name: str, records: Sequence[dict[str, Any]]) -> None:
+    files = [os.fspath(record["file_name"]) for record in records if not _is_local(record)]
+    if files:
+        logger.warning(
+            f"dataset '{name}': {len(files)} file names are addresses, the first is '{files[0]}'; they are "
+            "not checked, and fetched when training comes to them"
+        )
+
+
 def _is_local(record: dict[str, Any]) -> bool:
-    return "://" not in os.fspath(record.get("file_name", ""))
+    return not _ADDRESS.match(os.fspath(record.get("file_name", "")))
 
 
 def _check_files_exist(name: str, files: Sequence[str]) -> None:
@@ -360,8 +383,9 @@ def _check_files_exist(name: str, files: Sequence[str]) -> None:
             missing.append(file)
     if missing:
         folder = os.path.dirname(missing[0])
+        address = " (an address below a folder is no file; download the images)" * ("://" in missing[0])
         raise FileNotFoundError(
             f"dataset '{name}': {len(missing)} of {len(files)} images do not exist, the first is "
-            f"'{missing[0]}'; its folder holds {sorted(listings[folder])[:3]}, {len(listings[folder])} "
+            f"'{missing[0]}'{address}; its folder holds {sorted(listings[folder])[:3]}, {len(listings[folder])} "
             "files in all"
         )

@@ -3,27 +3,28 @@ images without annotations."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from typing import Any, Callable
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
-from detectron2.structures import BoxMode
 
+from .coco import CocoSource, load_coco
 from .images import load_images
+from .split import Share
 from .voc import load_voc
-
-logger = logging.getLogger(__name__)
 
 _KEYS = {
     "voc": {"NAME", "FORMAT", "ROOT", "SPLIT", "CLASSES", "YEAR"},
-    "coco": {"NAME", "FORMAT", "JSON", "IMAGES", "CLASSES"},
+    "coco": {"NAME", "FORMAT", "JSON", "IMAGES", "CLASSES", "SPLIT", "BOXES", "KEYPOINTS", "FLIPS"},
     "images": {"NAME", "FORMAT", "IMAGES"},
 }
-_OPTIONAL = {"voc": {"YEAR"}, "coco": {"CLASSES"}, "images": set()}
-_TEXTS = ("NAME", "ROOT", "SPLIT", "JSON", "IMAGES")
+_OPTIONAL = {
+    "voc": {"YEAR"},
+    "coco": {"CLASSES", "SPLIT", "BOXES", "KEYPOINTS", "FLIPS"},
+    "images": set(),
+}
+_TEXTS = ("NAME", "ROOT", "JSON", "IMAGES")
 _YEARS = (2007, 2012)
 _MOST_LISTED = 20
 
@@ -31,6 +32,20 @@ _MOST_LISTED = 20
 def datasets_root() -> str:
     """$DETECTRON2_DATASETS, by default ./datasets."""
     return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+
+
+def check_name(name: str, key: str) -> None:
+    """Raises ValueError if the folder of results that a dataset's name gives could be outside OUTPUT_DIR.
+
+    Args:
+        key: the config key that names it, for the message.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if not name.isprintable() or not {"", ".", ".."}.isdisjoint(parts):
+        raise ValueError(
+            f"{key} names the dataset {name!r}; results go to a folder of that name, so that it may hold no '..', "
+            "'.', empty part or unprintable character"
+        )
 
 
 def register_custom_datasets(entries: Sequence[dict[str, Any]]) -> None:
@@ -93,17 +108,43 @@ def _check_values(entry: dict[str, Any]) -> None:
     for key in _TEXTS:
         if key in entry and not (isinstance(entry[key], str) and entry[key]):
             raise ValueError(f"DATASETS.CUSTOM: {key} is {entry[key]!r} in {entry}; expected a string")
-    classes = entry.get("CLASSES", ["any"])
-    is_list = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
-    if not is_list or not classes or len(set(classes)) < len(classes):
+    split, texts = entry.get("SPLIT"), entry["FORMAT"] == "voc"
+    if (
+        "SPLIT" in entry
+        and not isinstance(split, dict)
+        and not (texts and isinstance(split, str) and split)
+    ):
         raise ValueError(
-            f"DATASETS.CUSTOM: CLASSES of '{entry['NAME']}' is {classes!r}; expected a list of "
-            "different names, in quotes where yaml would read something else (yes, no, numbers)"
+            f"DATASETS.CUSTOM: SPLIT is {split!r} in {entry}; expected {'a string or ' * texts}"
+            "{FRACTION: [0.0, 0.8], SEED: 1}"
+        )
+    check_name(entry["NAME"], "DATASETS.CUSTOM")
+    for key in ("CLASSES", "KEYPOINTS"):
+        _check_names(entry, key)
+    if entry.get("BOXES", "corners") != "corners":
+        raise ValueError(
+            f"DATASETS.CUSTOM: BOXES of '{entry['NAME']}' is {entry['BOXES']!r}; expected corners (x0, y0, "
+            "x1, y1), or no such key (x, y, width, height)"
+        )
+    flips = entry.get("FLIPS", [])
+    if not isinstance(flips, list) or not all(isinstance(p, list) and len(p) == 2 for p in flips):
+        raise ValueError(
+            f"DATASETS.CUSTOM: FLIPS of '{entry['NAME']}' is {flips!r}; expected pairs of keypoints, [[a, b], ...]"
         )
     if entry.get("YEAR", 2007) not in _YEARS:
         raise ValueError(
             f"DATASETS.CUSTOM: YEAR of '{entry['NAME']}' is {entry['YEAR']!r}; expected 2007 (11-point "
             "AP) or 2012 (area AP)"
+        )
+
+
+def _check_names(entry: dict[str, Any], key: str) -> None:
+    names = entry.get(key, ["any"])
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not is_list or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"DATASETS.CUSTOM: {key} of '{entry['NAME']}' is {names!r}; expected a list of "
+            "different names, in quotes where yaml would read something else (yes, no, numbers)"
         )
 
 
@@ -148,10 +189,24 @@ def _register_voc(name: str, entry: dict[str, Any]) -> None:
 
 
 def _register_coco(name: str, entry: dict[str, Any]) -> None:
-    json_file = _require(entry["JSON"], name, os.path.isfile)
-    images, classes = _require(entry["IMAGES"], name), entry.get("CLASSES")
-    DatasetCatalog.register(name, lambda: load_coco(name, json_file, images, classes))
-    MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+    json_file, images = _require(entry["JSON"], name, os.path.isfile), _require(entry["IMAGES"], name)
+    split = entry.get("SPLIT")
+    share = None if split is None else Share.of_entry(name, split)
+    source = CocoSource(json_file, images, corners="BOXES" in entry, share=share)
+    others = [entry.get(key) for key in ("CLASSES", "KEYPOINTS", "FLIPS")]
+
+    def load() -> list[dict[str, Any]]:
+        dicts = load_coco(name, source, *others)
+        if not any(record["annotations"] for record in dicts):
+            raise ValueError(
+                f"dataset '{name}' has no annotations: '{json_file}' holds {len(dicts)} images and no boxes"
+            )
+        return dicts
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(
+        json_file=json_file, image_root=images, coco_source=source, evaluator_type="coco"
+    )
 
 
 def _register_images(name: str, entry: dict[str, Any]) -> None:
@@ -160,44 +215,3 @@ def _register_images(name: str, entry: dict[str, Any]) -> None:
 
 
 _REGISTER = {"voc": _register_voc, "coco": _register_coco, "images": _register_images}
-
-
-def load_coco(
-    name: str, json_file: str, images: str, classes: Sequence[str] | None = None
-) -> list[dict[str, Any]]:
-    """detectron2's dicts of a COCO json; sets the dataset's ``thing_classes`` as a side effect.
-
-    Boxes without area are dropped here; COCO's evaluation still counts them as missed.
-
-    Raises:
-        ValueError: it cannot be read, holds no annotation, or other classes than ``classes``.
-    """
-    try:
-        dicts = load_coco_json(json_file, images, name)
-        without_area = sum(_drop_without_area(record) for record in dicts)
-    except (KeyError, TypeError, AssertionError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(
-            f"cannot read '{json_file}' of dataset '{name}' as COCO annotations (with images, "
-            f"categories and annotations): {type(error).__name__}: {error}"
-        ) from error
-    found = list(MetadataCatalog.get(name).thing_classes)
-    if classes is not None and list(classes) != found:
-        raise ValueError(
-            f"dataset '{name}': CLASSES is {list(classes)}, but the categories of '{json_file}', in "
-            f"the order of their ids, are {found}"
-        )
-    if not any(record["annotations"] for record in dicts):
-        raise ValueError(
-            f"dataset '{name}' has no annotations: '{json_file}' holds {len(dicts)} images and no boxes"
-        )
-    if without_area:
-        logger.warning(f"Dataset '{name}': dropped {without_area} boxes without area")
-    return dicts
-
-
-def _drop_without_area(record: dict[str, Any]) -> int:
-    """Drop the boxes (XYWH) that have no area from a record; returns how many."""
-    before = record["annotations"]
-    assert all(item["bbox_mode"] == BoxMode.XYWH_ABS for item in before)
-    record["annotations"] = [item for item in before if min(item["bbox"][2:]) > 0]
-    return len(before) - len(record["annotations"])

@@ -34,7 +34,7 @@ def load_images(name: str, folder: str) -> list[dict[str, Any]]:
         raise ValueError(f"dataset '{name}': '{folder}' holds no images ({', '.join(_ENDINGS)})")
     paths.sort()
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        sizes = list(pool.map(_size, paths))
+        sizes = list(pool.map(image_size, paths))
     return [
         {
             "file_name": path,
@@ -47,8 +47,12 @@ def load_images(name: str, folder: str) -> list[dict[str, Any]]:
     ]
 
 
-def _size(path: str) -> tuple[int, int]:
-    """Height and width as detectron2 reads the image."""
+def image_size(path: str) -> tuple[int, int]:
+    """Height and width as detectron2 reads the image.
+
+    Raises:
+        ValueError: it does not exist, or is not an image.
+    """
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(_ORIENTATION) in _TURNED

@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 import numpy as np
-from detectron2.config import CfgNode
 from detectron2.data import build as detectron2_build
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
@@ -38,8 +37,8 @@ def load_proposals(dataset_dicts: list[dict[str, Any]], proposal_file: str) -> l
     missing = [r["image_id"] for r in dataset_dicts if str(r["image_id"]) not in places]
     if missing:
         raise ValueError(
-            f"the {_KIND} '{proposal_file}' lacks {len(missing)} of the dataset's {len(dataset_dicts)} images, the "
-            f"first has the id {missing[0]!r}; its ids begin with {list(places)[:3]}. Give one file for each "
+            f"the {_KIND} '{proposal_file}' lacks {len(missing)} of the dataset's {len(dataset_dicts)} images, "
+            f"the first has the id {missing[0]!r}; its ids begin with {list(places)[:3]}. Give one file for each "
             "dataset, in the order of the datasets"
         )
     for record in dataset_dicts:
@@ -64,7 +63,7 @@ def read_proposals(path: str) -> dict[str, Any]:
     content = read_arrays(local, _KIND)
     if not isinstance(content, dict):
         raise ValueError(f"the {_KIND} '{path}' holds a {type(content).__name__}, not a dict of {_KEYS}")
-    proposals = {_OF_DETECTRON_1.get(key, key): value for key, value in content.items()}
+    proposals = {_OF_DETECTRON_1.get(str(key), str(key)): value for key, value in content.items()}
     lacking = [key for key in _KEYS if key not in proposals]
     if lacking:
         raise ValueError(f"the {_KIND} '{path}' lacks {lacking}; it has {sorted(map(str, content))}")
@@ -77,35 +76,21 @@ def read_proposals(path: str) -> dict[str, Any]:
     return proposals
 
 
-def check_proposal_files(cfg: CfgNode, train: bool) -> None:
-    """Read the files of proposals that a run needs. Raises OSError, ValueError: see ``read_proposals``, or
-    their number is not that of the datasets."""
-    if not cfg.MODEL.LOAD_PROPOSALS:
-        return
-    for key in ("TRAIN", "TEST") if train else ("TEST",):
-        datasets, files = (cfg.DATASETS[name] for name in (key, f"PROPOSAL_FILES_{key}"))
-        if len(datasets) != len(files):
-            raise ValueError(
-                f"DATASETS.PROPOSAL_FILES_{key} names {len(files)} files and DATASETS.{key} {len(datasets)} datasets; "
-                "with MODEL.LOAD_PROPOSALS expected one file for each dataset"
-            )
-        for path in files:
-            read_proposals(path)
-
-
 def _check_lengths(proposals: dict[str, Any], path: str) -> None:
     lists = {key: proposals[key] for key in _KEYS}
-    lengths = {key: len(v) if isinstance(v, (list, tuple, np.ndarray)) else v for key, v in lists.items()}
+    lengths = {
+        key: len(v) if isinstance(v, (list, tuple, np.ndarray)) else v for key, v in lists.items()
+    }
     if len(set(map(str, lengths.values()))) > 1 or not isinstance(lengths["ids"], int):
         raise ValueError(
             f"the {_KIND} '{path}': expected lists of one length, an entry for each image; found {lengths}"
         )
     for name, boxes, logits in zip(*lists.values()):
         shapes = [getattr(value, "shape", type(value).__name__) for value in (boxes, logits)]
-        if shapes != [(len(logits), 4), (len(logits),)] if isinstance(logits, np.ndarray) else True:
+        if shapes != [(np.size(logits), 4), (np.size(logits),)]:
             raise ValueError(
-                f"the {_KIND} '{path}': image {name!r} has boxes and objectness_logits of {shapes}; expected arrays "
-                "of (N, 4) and (N,)"
+                f"the {_KIND} '{path}': image {name!r} has boxes and objectness_logits of {shapes}; expected "
+                "arrays of (N, 4) and (N,)"
             )
 
 

@@ -33,10 +33,11 @@ from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
 from .config_loading import file_in
+from .key_rules import check_lazy_keys
 from .optimizer import trained_with_student
 from .output_dir import claim, kept
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
-from .setup import check_length, choose_device, note_imports
+from .setup import choose_device, note_imports
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,6 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     _check_overrides(cfg, args.opts or [])
     cfg = LazyConfig.apply_overrides(cfg, list(args.opts or []))
     _locate_teacher(cfg, os.path.dirname(args.config_file))
-    check_length(cfg.train.max_iter, "train.max_iter")
-    weights = [cfg.train.get("init_checkpoint", ""), *_weights_of_losses(cfg)]
-    claim(cfg.train.output_dir, "train.output_dir", args, weights)
     if args.resume or args.eval_only:
         check_note(cfg.train.output_dir)
     cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
@@ -70,6 +68,9 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
             f"{args.config_file} has neither 'distiller' (a dict of MODEL.DISTILLER's keys) nor a "
             "model L(Distiller)(...), so there is nothing to distill"
         )
+    check_lazy_keys(cfg)
+    weights = [cfg.train.get("init_checkpoint", ""), *_weights_of_losses(cfg)]
+    claim(cfg.train.output_dir, "train.output_dir", args, weights)
     register_shapes()
     register_builtin_voc()
     with kept(os.path.join(cfg.train.output_dir, "config.yaml"), args.eval_only):

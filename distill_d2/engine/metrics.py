@@ -57,7 +57,8 @@ def mend(folder: str, last: int) -> set[str]:
     Returns:
         the names of what is logged at the iteration ``last``.
     """
-    lines, names, kept = _lines(folder), set(), []
+    names: set[str] = set()
+    lines, kept = _lines(folder), []
     for line in lines:
         entry = _entry(line)
         if entry is None or entry["iteration"] > last:

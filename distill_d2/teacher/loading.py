@@ -19,6 +19,7 @@ from .. import model_zoo
 from ..checkpoint import SafeCheckpointer
 from ..config import add_distill_config, load_yaml, student_config
 from ..freeze import compile_patterns
+from ..rules import check_model
 from .running import Teacher
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,7 @@ class _Plan:
         if isinstance(self.config, CfgNode):
             config = student_config(self.config)
             config.MODEL.DEVICE = device
+            check_model(config, f"the teacher's config '{self.config_file}'")
             return build_model(config)
         return instantiate(self.config.model).to(device)
 

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 _KEY = "MODEL.DISTILLER.TEACHER_AUTOCAST"
 _DTYPES = {"": None, "float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_CHOICES = ("auto", *_DTYPES)
+#: Values of TEACHER_AUTOCAST.
+AUTOCAST_CHOICES = ("auto", *_DTYPES)
 
 
 class Teacher:
@@ -61,8 +62,8 @@ class Teacher:
         """
         if input_format not in ("BGR", "RGB"):
             raise ValueError(f"teacher input format '{input_format}'; expected 'BGR' or 'RGB'")
-        if autocast not in _CHOICES:
-            raise ValueError(f"{_KEY} is '{autocast}'; expected one of {list(_CHOICES)}")
+        if autocast not in AUTOCAST_CHOICES:
+            raise ValueError(f"{_KEY} is '{autocast}'; expected one of {list(AUTOCAST_CHOICES)}")
         # Any, because Module's annotations know none of a detector's attributes.
         self.model: Any = model.eval().requires_grad_(False)
         self.input_format = input_format
