@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .integrity import Refused, check_weights, check_whole
+from .integrity import Refused, check_weights, check_whole, is_zip
 from .reading import errors_name_file, read_torch
 
 LAST = "last_checkpoint"
@@ -109,7 +108,7 @@ def _iteration(path: str, with_trainer: bool) -> int:
 
 
 def _entries(path: str) -> dict[str, Any]:
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return read_torch(path)
     entries = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return entries if isinstance(entries, dict) else {}

@@ -24,6 +24,7 @@ _BEGINNINGS = (
     (b"\x89hdf", f"it is an HDF5 file (Keras); load its model and {_ADVICE}"),
     (b"\x1f\x8b", "it is a gzip archive; unpack it"),
 )
+_ZIP = b"PK\x03\x04"
 _TORCHSCRIPT, _NUMPY = "constants.pkl", ".npy"
 
 
@@ -40,7 +41,7 @@ def check_whole(path: str) -> None:
         zipfile.BadZipFile, OSError, ...: the file is damaged.
         Refused: its records are packed to far less than their size.
     """
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return
     with zipfile.ZipFile(path) as archive:
         records = [record for record in archive.infolist() if record.file_size]
@@ -53,6 +54,12 @@ def check_whole(path: str) -> None:
             with archive.open(record) as file:
                 while file.read(_CHUNK):
                     pass
+
+
+def is_zip(path: str) -> bool:
+    """Whether a file begins as a zip archive, as those of torch.save do since torch 1.6."""
+    with open(path, "rb") as file:
+        return file.read(len(_ZIP)) == _ZIP
 
 
 def check_sizes(entries: Any, path: str) -> None:
@@ -101,7 +108,7 @@ def what_it_is(path: str) -> str:
         return f"it is a safetensors file; load it with safetensors.torch.load_file and {_ADVICE}"
     if not any(head):
         return "it begins with zeros only, as after a crash of the machine"
-    if zipfile.is_zipfile(path):
+    if is_zip(path):
         return _kind_of_zip(path)
     return ""
 

@@ -18,7 +18,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 from .addresses import local_file
-from .integrity import Refused, check_sizes, check_whole, what_it_is
+from .integrity import Refused, check_sizes, check_whole, is_zip, what_it_is
 
 # Whatever unpickling a truncated, damaged or hostile file may raise (besides OSError without a file name).
 _READ_ERRORS = (
@@ -154,7 +154,7 @@ def read_pickle(filename: str) -> dict[str, Any]:
     Raises:
         Refused, pickle.UnpicklingError, ...: it cannot be read; see ``errors_name_file``.
     """
-    if zipfile.is_zipfile(filename):
+    if is_zip(filename):
         raise Refused("torch.save wrote it; rename it to .pth")
     with PathManager.open(filename, "rb") as file:
         return _detectron_format(unpickle_arrays(file.read()))
@@ -227,7 +227,7 @@ def _reason(error: Exception) -> str:
     text = lines[0] if lines else type(error).__name__
     if isinstance(error, Refused):
         return text
-    if "central directory" in text:
+    if "central directory" in text or text == "File is not a zip file":
         return "it is cut off: its end is missing. Copy it again"
     record = re.match(r"Bad CRC-32 for file '[^/]*/?(.*)'", text)
     if record:
