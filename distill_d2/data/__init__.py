@@ -5,7 +5,7 @@ from .builtin_voc import register_builtin_voc
 from .check import NamedReadErrors, check_dataset, check_datasets
 from .custom import datasets_root, register_custom_datasets
 from .loader import ShieldedLoader, build_train_loader, end_workers
-from .sampler import ResumableTrainingSampler
+from .sampler import ResumableTrainingSampler, seeded
 from .shapes import generate_shapes, register_shapes
 from .statistics import BoxStatistics, box_statistics
 
@@ -27,4 +27,5 @@ __all__ = [
     "register_builtin_voc",
     "register_custom_datasets",
     "register_shapes",
+    "seeded",
 ]
