@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import re
 import textwrap
+from typing import Any
 
-import yaml
 from detectron2.config import CfgNode as CN
+from detectron2.config import downgrade_config, upgrade_config
+from detectron2.config.compat import guess_version
 
 from . import plugins
+from .config_files import ConfigFiles, read_config
+from .config_values import set_values
 from .imports import check_note
 from .losses import DISTILL_LOSS_REGISTRY, key_comments
+
+EXTRA_KEY = "EXTRA_CFG"
 
 
 def add_distill_config(cfg: CN) -> None:
@@ -54,7 +60,9 @@ def add_distill_config(cfg: CN) -> None:
 
     # Datasets to register, a list of {NAME, FORMAT: voc or coco, ...}; see datasets/README.md.
     cfg.DATASETS.CUSTOM = []
-    # How many images are decoded before training to find unreadable ones (0: none).
+    # Before training, annotations, images, classes, mapper and evaluators are tried: "all"; "none" skips this.
+    cfg.DATASETS.CHECK = "all"
+    # How many images of each dataset are decoded then to find unreadable ones (0: none, nor is the mapper tried).
     cfg.DATASETS.CHECK_IMAGES = 500
 
     cfg.MODEL.DISTILLER = distiller = CN()
@@ -175,32 +183,34 @@ def dump(cfg: CN) -> str:
     return "\n".join(lines) + "\n"
 
 
-def load_yaml(cfg: CN, path: str) -> None:
-    """Merge a yaml file, and its _BASE_, into ``cfg``; plain values only.
+def load_yaml(cfg: CN, path: str) -> ConfigFiles:
+    """Merge a yaml file, and its _BASE_, into ``cfg``. No code runs: see ``distill_d2.safe_yaml``.
+
+    Returns:
+        the files that were read.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file; it is not yaml, or holds a python tag; its
-            run was started with an --import that is missing here.
+        FileNotFoundError, OSError, ValueError: a file does not exist; it is not yaml, or holds a tag that is
+            not read; a value has the wrong type; its run was started with an --import that is missing here.
         KeyError: a key that does not exist.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"config file '{path}' does not exist")
     check_note(os.path.dirname(path) or ".")
-    try:
-        cfg.merge_from_file(path, allow_unsafe=False)
-    except yaml.constructor.ConstructorError as error:
-        mark = error.problem_mark
-        place = f" at line {mark.line + 1} of {mark.name}" if mark else ""
+    content = read_config(path)
+    values = content.values
+    if isinstance(values.get(EXTRA_KEY), str):
+        values[EXTRA_KEY] = [values[EXTRA_KEY]]
+    version = values["VERSION"] if "VERSION" in values else _guessed_version(values, path)
+    if type(version) is not int or not 1 <= version <= cfg.VERSION:
         raise ValueError(
-            f"config file '{path}' (or its _BASE_) holds a yaml tag: {error.problem}{place}. Tags can run "
-            "code and are not read; write the literal value"
-        ) from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"config file '{path}' is not valid yaml: {error}") from error
-    except KeyError as error:
-        raise KeyError(f"config file '{path}': {_first_line(error)}") from error
-    except AssertionError as error:  # yacs and detectron2 assert what a file may hold
-        raise ValueError(f"config file '{path}': {_first_line(error)}") from error
+            f"{content.naming('VERSION')}: VERSION is {version!r}; expected 1 or {cfg.VERSION}"
+        )
+    old = cfg if version == cfg.VERSION else downgrade_config(cfg, version)
+    set_values(old, values, lambda key: f"{content.naming(key)}: ")
+    if old is not cfg:
+        new = upgrade_config(old)
+        cfg.clear()
+        cfg.update(new)
+    return content
 
 
 def student_config(cfg: CN) -> CN:
@@ -221,5 +231,7 @@ def student_config(cfg: CN) -> CN:
     return cfg
 
 
-def _first_line(error: Exception) -> str:
-    return str(error.args[0]).splitlines()[0] if error.args else type(error).__name__
+def _guessed_version(values: dict[str, Any], path: str) -> int:
+    return guess_version(
+        {name: value for name, value in values.items() if isinstance(value, dict)}, path
+    )

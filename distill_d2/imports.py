@@ -61,6 +61,11 @@ def imported() -> list[str]:
     return [f"{name} ({sys.modules[name].__file__}; {source})" for name, source in _IMPORTED.items()]
 
 
+def imported_modules() -> list[str]:
+    """Names of the imported modules."""
+    return list(_IMPORTED)
+
+
 def write_note(folder: str, names: Sequence[str]) -> None:
     """Note beside a run's config, in ``folder``, what --import named; an earlier run's note is removed."""
     note = os.path.join(folder, NOTE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2 import model_zoo as detectron2_zoo
@@ -32,30 +33,42 @@ def get_config_file(name: str) -> str:
     return path
 
 
-def find_config(path_or_name: str, relative_to: str | None = None) -> str:
+def find_config(
+    path_or_name: str, relative_to: str | Sequence[str] | None = None, *, current_folder: bool = True
+) -> str:
     """The absolute path of a config file: a path, or the name of a packaged config.
 
     Args:
         path_or_name: an absolute path, a path from the current folder or from ``relative_to``, or a
             name for ``get_config_file``; the first of these that exists.
-        relative_to: the folder of the config that names this one, if any.
+        relative_to: the folder, or folders, of the config that names this one, if any.
+        current_folder: False: paths from the current folder are not meant.
 
     Raises:
         FileNotFoundError: none exists; the message lists the folders tried and names that are close.
     """
     path = os.path.expanduser(path_or_name)
-    folders = [os.getcwd()]
-    if relative_to:
-        folders.append(os.path.abspath(relative_to))
-    for folder in folders:
-        # An absolute path stays as it is.
-        candidate = os.path.normpath(os.path.join(folder, path))
+    folders = [os.getcwd()] if current_folder else []
+    named = [relative_to] if isinstance(relative_to, str) else relative_to or []
+    folders += [os.path.abspath(folder) for folder in named]
+    # An absolute path stays as it is.
+    candidates = [os.path.normpath(os.path.join(folder, path)) for folder in folders or [os.getcwd()]]
+    for candidate in candidates:
         if os.path.isfile(candidate):
             return candidate
     packaged = _find_packaged(path_or_name)
     if packaged is not None:
         return packaged
-    tried = ["the path itself"] if os.path.isabs(path) else [*folders, *map(str, _folders())]
+    for candidate in candidates:
+        if os.path.isdir(candidate):
+            raise FileNotFoundError(
+                f"config '{path_or_name}' is a folder ({candidate}); expected a file"
+            )
+    tried = (
+        ["the path itself"]
+        if os.path.isabs(path)
+        else list(dict.fromkeys([*folders, *map(str, _folders())]))
+    )
     raise FileNotFoundError(
         f"config '{path_or_name}' does not exist; tried: {', '.join(tried)}.{_close_names(path_or_name)}"
     )

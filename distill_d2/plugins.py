@@ -51,8 +51,8 @@ import importlib
 import logging
 import pkgutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Callable
 
 from detectron2.config import CfgNode
@@ -65,6 +65,7 @@ from . import projects
 from .imports import import_entry_points
 
 if TYPE_CHECKING:
+    from .rules import Rule
     from .testing import Family
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,15 @@ logger = logging.getLogger(__name__)
 
 def _nothing(cfg: CfgNode) -> None:
     pass
+
+
+def _boxes_alone(cfg: CfgNode) -> set[str]:
+    return set()
+
+
+def _of_rcnn(cfg: CfgNode) -> set[str]:
+    keys = {"masks": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    return {name for name, is_on in keys.items() if is_on}
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,11 @@ class Detector:
         add_config: adds its config keys to a config, in place.
         num_classes_key: the key that holds its number of classes, such as "MODEL.FCOS.NUM_CLASSES"; "": the
             datasets' classes are not compared with it.
+        rules: what its keys may hold, by their full names, such as {"MODEL.FCOS.NUM_CLASSES": Integer(at_least=1)}
+            (see ``distill_d2.rules``); checked where a config names one of its ``names``.
         check: raises ValueError before training if a config of this architecture cannot work.
+        ground_truth: what this architecture is trained on, besides boxes and classes, with a config: "masks",
+            "keypoints".
         modules: modules that register it, imported when one of its names is looked up; none: they are imported.
         registers: other names that these modules register: backbones, proposal generators.
         family: a small instance for tests, "module:attribute" of a ``distill_d2.testing.Family``; "": none.
@@ -94,7 +108,9 @@ class Detector:
     architecture: str = ""
     add_config: Callable[[CfgNode], None] = _nothing
     num_classes_key: str = ""
+    rules: Mapping[str, Rule] = field(default_factory=dict)
     check: Callable[[CfgNode], None] = _nothing
+    ground_truth: Callable[[CfgNode], set[str]] = _boxes_alone
     modules: Sequence[str] = ()
     registers: Sequence[str] = ()
     family: str = ""
@@ -153,10 +169,33 @@ def detectors() -> dict[str, Detector]:
 
 def of_student(cfg: CfgNode) -> list[Detector]:
     """The detectors with the architecture of a config's student."""
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture == "Distiller":
-        architecture = cfg.MODEL.DISTILLER.STUDENT_META_ARCH
-    return [detector for detector in detectors().values() if detector.architecture == architecture]
+    return _of_architecture(_student_architecture(cfg))
+
+
+def ground_truth(cfg: CfgNode) -> set[str]:
+    """What the student of a config is trained on, besides boxes and classes: see ``Detector``. An architecture
+    without a description is taken for the nearest of its base classes that has one."""
+    name = _student_architecture(cfg)
+    found = _of_architecture(name)
+    if not found and name in META_ARCH_REGISTRY:
+        found = of_base_class(META_ARCH_REGISTRY.get(name))
+    return set().union(*(detector.ground_truth(cfg) for detector in found))
+
+
+def of_base_class(architecture: type) -> list[Detector]:
+    """The detectors of an architecture, or of the nearest of its base classes that has any."""
+    bases = getattr(architecture, "__mro__", ())  # a registered function has none
+    return next(filter(None, (_of_architecture(base.__name__) for base in bases)), [])
+
+
+def _student_architecture(cfg: CfgNode) -> str:
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        return cfg.MODEL.DISTILLER.STUDENT_META_ARCH
+    return cfg.MODEL.META_ARCHITECTURE
+
+
+def _of_architecture(name: str) -> list[Detector]:
+    return [detector for detector in detectors().values() if detector.architecture == name]
 
 
 def _find() -> None:
@@ -208,12 +247,14 @@ for _detector in (
         "Faster R-CNN",
         "GeneralizedRCNN",
         num_classes_key="MODEL.ROI_HEADS.NUM_CLASSES",
+        ground_truth=_of_rcnn,
         family="distill_d2.testing.family:FASTER_RCNN",
     ),
     Detector(
         "Mask R-CNN",
         "GeneralizedRCNN",
         num_classes_key="MODEL.ROI_HEADS.NUM_CLASSES",
+        ground_truth=_of_rcnn,
         family="distill_d2.testing.family:MASK_RCNN",
     ),
     Detector("FCOS (detectron2)", family="distill_d2.testing.family:FCOS_OF_DETECTRON2"),

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from detectron2 import model_zoo as detectron2_zoo
 
+from distill_d2.config_values import config_keys
 from distill_d2.engine import load_config
-from distill_d2.engine.setup import config_keys
 
 FOLDER = "Distillation-GHND"
 ZOO = {

@@ -10,7 +10,7 @@ from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
 from torch import nn
 
-from distill_d2.engine.setup import load_config
+from distill_d2.engine import load_config
 from distill_d2.teacher import (
     Teacher,
     build_teacher,

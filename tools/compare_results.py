@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ Metrics = dict[str, float]  # of one dataset and task, by name: "AP50-dog", "AP"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program; exits with a message if there is nothing to compare."""
+    """Run the program; exits with status 2 and a message if there is nothing to compare."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = [last_evaluation(Path(run)) for run in runs]
         tables = {task: rows_of([result.get(task, {}) for result in results]) for task in results[0]}
     except (OSError, ValueError) as error:
-        sys.exit(f"compare_results: {error}")
+        parser.exit(2, f"compare_results: {error}\n")
     tables = {task: rows for task, rows in tables.items() if rows}
     if not tables:
-        sys.exit(f"compare_results: {runs} have no metrics in common")
+        parser.exit(2, f"compare_results: {runs} have no metrics in common\n")
     header = ["", *names_of(runs), *(f"{name} - first" for name in names_of(runs)[1:])]
     for task, rows in tables.items():
         print(f"{task}\n" + tabulate(rows, headers=header, tablefmt="pipe", floatfmt=".2f") + "\n")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Callable
 
 import torch
@@ -15,7 +13,8 @@ from detectron2.modeling import build_model
 
 from distill_d2.checkpoint import read_checkpoint
 from distill_d2.config import student_config
-from distill_d2.engine.setup import load_config
+from distill_d2.engine import load_config
+from distill_d2.mistakes import add_debug_argument, ending_on_mistakes
 
 Weights = dict[str, torch.Tensor]
 
@@ -24,7 +23,7 @@ MOST_NAMES = 20  # in one line of a message
 NUMPY_SCALARS = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 
 
-class ConversionError(Exception):
+class ConversionError(ValueError):
     """The input cannot be converted; the message says what was found and expected."""
 
 
@@ -35,6 +34,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("input", metavar="INPUT", help="path or URL of the weights")
     parser.add_argument("output", metavar="OUTPUT.pth", help="an older file of that name is replaced")
+    add_debug_argument(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of the detector")
     return parser
 
@@ -58,16 +58,6 @@ def parse_arguments(
     return args
 
 
-@contextlib.contextmanager
-def exiting_on_errors(program: str) -> Iterator[None]:
-    """Inside, anything wrong with INPUT or the config ends the program with one message."""
-    try:
-        yield
-    except (ConversionError, OSError, ValueError, KeyError, AssertionError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        sys.exit(f"{program}: nothing was written: {message}")
-
-
 def convert_detector(
     program: str,
     args: argparse.Namespace,
@@ -85,7 +75,7 @@ def convert_detector(
     Returns:
         the written weights, and the dropped names.
     """
-    with exiting_on_errors(program):
+    with ending_on_mistakes(f"{program}: nothing was written: ", debug=args.debug):
         cfg = student_config(load_config(args.config_file, args.opts))
         weights, dropped = convert(state_dict_of(read_checkpoint(args.input, stubs=NUMPY_SCALARS)), cfg)
         check_agreement(weights, cfg, args.config_file, partial=args.backbone)

@@ -31,7 +31,6 @@ from conversion import (
     ConversionError,
     Weights,
     check_agreement,
-    exiting_on_errors,
     listing,
     make_parser,
     parse_arguments,
@@ -44,7 +43,8 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2.checkpoint import read_checkpoint
 from distill_d2.config import student_config
-from distill_d2.engine.setup import load_config
+from distill_d2.engine import load_config
+from distill_d2.mistakes import ending_on_mistakes
 
 AUTHOR = "converted from torchvision's names by distill_d2"
 # Used by what checkpoints of torchdistill hold beside the weights. best_value is a number of numpy.
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(parser, arguments)
     if args.frozen_bn_eps < 0:
         parser.error(f"--frozen-bn-eps is {args.frozen_bn_eps}; expected 0 or more")
-    with exiting_on_errors("convert_torchdistill"):
+    with ending_on_mistakes("convert_torchdistill: nothing was written: ", debug=args.debug):
         entries = read_checkpoint(args.input, stubs=UNREAD)
         given = dict(zip(args.opts[::2], args.opts[1::2]))
         own_classes = given.get("MODEL.ROI_HEADS.NUM_CLASSES") == str(COCO_ROWS - 1)

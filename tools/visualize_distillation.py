@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,32 +44,29 @@ import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
 from distill_d2 import DISTILL_LOSS_REGISTRY, Distiller
 from distill_d2.checkpoint import SafeCheckpointer
 from distill_d2.data import NamedReadErrors, build_mapper, check_datasets
-from distill_d2.engine.setup import check_output_dir, choose_device, load_config
+from distill_d2.engine import load_config
+from distill_d2.engine.setup import check_output_dir, choose_device
 from distill_d2.imports import add_import_argument, import_modules
 from distill_d2.losses.settings import keys_of
+from distill_d2.mistakes import add_debug_argument, ending_on_mistakes
 
 logger = logging.getLogger("distill_d2.visualize")
 
 # A loss is drawn independently of its schedule.
 ALWAYS_ON = {"weight": 1.0, "start_iter": 0, "stop_iter": -1, "warmup_iters": 0}
 
-_WRONG_INPUT = (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
-
 
 def main(arguments: list[str] | None = None) -> list[str]:
     """Run the program; returns the files that it wrote.
 
     Raises:
-        SystemExit: with one message, where something given is wrong.
+        SystemExit: with status 2, where something given is wrong; one message was printed.
     """
     args = parse_arguments(arguments)
     setup_logger(name="distill_d2")
-    try:
+    with ending_on_mistakes("visualize_distillation: ", debug=args.debug):
         job = prepare(args)
-    except _WRONG_INPUT as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        sys.exit(f"visualize_distillation: {message}")
-    return [draw_file(job, item, name, args.output) for name, item in job.items.items()]
+        return [draw_file(job, item, name, args.output) for name, item in job.items.items()]
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -79,6 +75,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config-file", required=True, help="path or packaged name (yaml)")
     add_import_argument(parser)
+    add_debug_argument(parser)
     parser.add_argument("--method", required=True, choices=sorted(load_methods()))
     parser.add_argument("--output", required=True, help="folder for the pictures")
     parser.add_argument("--images", type=int, default=4, help="how many, spread over DATASETS.TEST")
@@ -111,8 +108,7 @@ def prepare(args: argparse.Namespace) -> Job:
     """Read and build everything.
 
     Raises:
-        AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError: an argument, the
-            config or a file is wrong.
+        ImportError, KeyError, OSError, TypeError, ValueError: an argument, the config or a file is wrong.
     """
     method = load_methods()[args.method]
     import_modules(args.imports)
@@ -161,8 +157,7 @@ def load_items(cfg: CfgNode, count: int) -> dict[str, dict[str, Any]]:
     """``count`` annotated images, spread evenly over DATASETS.TEST, by names that differ.
 
     Raises:
-        ValueError: there are no annotations.
-        RuntimeError: an image, or its annotations, cannot be read.
+        ValueError: there are no annotations; an image, or its annotations, cannot be read.
     """
     names = list(cfg.DATASETS.TEST)
     records = [r for name in names for r in DatasetCatalog.get(name) if r.get("annotations")]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
+import logging
 import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Callable
 
 from detectron2.config import CfgNode
@@ -15,26 +18,73 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import check_image_size, read_image
 
 from .. import plugins
+from ..mistakes import UnreadableRecord
+from ..quiet import quiet
+from .augmentation import build_mapper
 from .builtin_voc import builtin_voc_places
+from .classes import check_same_classes, classes_of
 from .custom import datasets_root
+from .keypoints import check_keypoints
+from .mapper_trial import MapperNeeds, try_mapper
 from .records import check_records
+from .sample import has_objects
+from .voc import check_evaluated_ids
+
+logger = logging.getLogger(__name__)
 
 _DECODERS = 4  # threads
 _SEED = 0
 
 
-def check_datasets(cfg: CfgNode, train: bool = True) -> None:
-    """Check all datasets of a run: see ``check_dataset``. Call it once, in one process, after all
-    datasets are registered.
+@dataclass(frozen=True)
+class DataPlan:
+    """What a run reads, and what is known of how it reads it.
 
-    It takes seconds, and for COCO as long as reading its json once more (about 20 s for train2017).
+    Attributes:
+        train, test: names of datasets.
+        keys: the config keys of both.
+        check: whether their content is checked: DATASETS.CHECK.
+        check_images: the number of images of each dataset to decode, at most: DATASETS.CHECK_IMAGES.
+        classes: config key and value of the model's number of classes; None: not known.
+        need_annotations: whether training needs at least one.
+        need_files: whether each record must name a file; a user's mapper may do without.
+        keypoints: the number that the model learns.
+        skip_empty: whether images without objects are left out of training.
+        mapper: builds the mapper of training; None: not known.
+        needs: what the model needs of its output.
+        try_evaluation: of a test dataset's name and dicts.
+    """
+
+    train: Sequence[str] = ()
+    test: Sequence[str] = ()
+    keys: tuple[str, str] = ("DATASETS.TRAIN", "DATASETS.TEST")
+    check: bool = True
+    check_images: int = 0
+    classes: tuple[str, int] | None = None
+    need_annotations: bool = True
+    need_files: bool = True
+    keypoints: int = 0
+    skip_empty: bool = True
+    mapper: Callable[[], Callable[[dict[str, Any]], Any]] | None = None
+    needs: MapperNeeds = MapperNeeds()
+    try_evaluation: Callable[[str, list[dict[str, Any]]], None] | None = None
+
+
+def check_datasets(
+    cfg: CfgNode,
+    train: bool = True,
+    try_evaluation: Callable[[str, list[dict[str, Any]]], None] | None = None,
+) -> None:
+    """Check all datasets of a run: see ``check_plan``. Call it once, in one process, after all datasets are
+    registered.
 
     Args:
         cfg: a complete config.
         train: also those of DATASETS.TRAIN.
+        try_evaluation: tries the evaluator of a test dataset, given by name and dicts.
 
     Raises:
-        ValueError: a dataset does not fit the config or the model; see ``check_dataset``.
+        ValueError: a dataset does not fit the config or the model; see ``check_plan``.
         OSError: annotations or images do not exist or cannot be read.
     """
     if train and not cfg.DATASETS.TRAIN:
@@ -43,21 +93,57 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
         raise ValueError(
             f"DATASETS.CHECK_IMAGES is {cfg.DATASETS.CHECK_IMAGES}; expected 0 (decode none) or more"
         )
-    names = {key: getattr(cfg.DATASETS, key) for key in (("TRAIN", "TEST") if train else ("TEST",))}
-    for key, datasets in names.items():
-        for name in datasets:
-            _check_registered(name, f"DATASETS.{key}")
-    classes = _classes_key(cfg)
-    for name in dict.fromkeys(name for datasets in names.values() for name in datasets):
-        trained_on = name in names.get("TRAIN", ())
-        check_dataset(
+    plan = DataPlan(
+        train=tuple(cfg.DATASETS.TRAIN) if train else (),
+        test=tuple(cfg.DATASETS.TEST),
+        check=cfg.DATASETS.CHECK == "all",
+        check_images=cfg.DATASETS.CHECK_IMAGES,
+        classes=_classes_key(cfg),
+        need_annotations=_need_annotations(cfg),
+        need_files=not cfg.INPUT.MAPPER,
+        keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
+        skip_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        mapper=lambda: build_mapper(cfg, is_train=True),
+        needs=_needs(cfg),
+        try_evaluation=try_evaluation,
+    )
+    check_plan(plan)
+
+
+def check_plan(plan: DataPlan) -> None:
+    """Check each dataset with ``check_dataset``, that all have the same classes in the same order, that the mapper
+    of training gives what the model needs, and that the evaluator of each test dataset works.
+
+    It takes seconds, and for COCO as long as reading its json once more (about 20 s for train2017).
+
+    Raises:
+        ValueError: a dataset is not registered or does not fit the model, or another one.
+        OSError: annotations or images do not exist or cannot be read.
+    """
+    for key, names in zip(plan.keys, (plan.train, plan.test)):
+        for name in names:
+            _check_registered(name, key)
+    if not plan.check:
+        return
+    like = ""
+    for name in dict.fromkeys((*plan.train, *plan.test)):
+        trained_on = name in plan.train
+        records = check_dataset(
             name,
-            classes,
-            cfg.DATASETS.CHECK_IMAGES,
-            need_annotations=trained_on and _need_annotations(cfg),
-            tested=name in names["TEST"],
-            need_files=not cfg.INPUT.MAPPER,
+            plan.classes,
+            plan.check_images,
+            need_annotations=trained_on and plan.need_annotations,
+            tested=name in plan.test,
+            need_files=plan.need_files,
+            like=like,
         )
+        like = like or (name if classes_of([name]) else "")
+        if trained_on and plan.keypoints:
+            check_keypoints(name, plan.keypoints)
+        if trained_on and plan.mapper and plan.check_images:
+            _try_mapper(name, records, plan)
+        if name in plan.test and plan.try_evaluation:
+            plan.try_evaluation(name, records)
 
 
 def check_dataset(
@@ -67,7 +153,8 @@ def check_dataset(
     need_annotations: bool = True,
     tested: bool = False,
     need_files: bool = True,
-) -> None:
+    like: str = "",
+) -> list[dict[str, Any]]:
     """Check that a dataset is registered, has annotations and images, and fits the model.
 
     Folders are listed to see whether all image files exist: one call per folder, not per file.
@@ -79,10 +166,14 @@ def check_dataset(
         need_annotations: whether at least one image must have an annotation.
         tested: whether an evaluator reads it; see ``check_records``.
         need_files: whether each record must name a file; a user's mapper may do without.
+        like: the name of a loaded dataset that has the same classes in the same order; "": none.
+
+    Returns:
+        its detectron2 dicts.
 
     Raises:
-        ValueError: unknown name, no images, no annotations, another number of classes, an image
-            that is unreadable or not as large as its annotation says.
+        ValueError: unknown name, no images, no annotations, other classes, a category_id that is not a
+            class, an image that is unreadable or not as large as its annotation says.
         OSError: annotations or images do not exist or cannot be read.
     """
     _check_registered(name, "the list of datasets")
@@ -95,14 +186,24 @@ def check_dataset(
             "only for losses on features: with train_distill.py, MODEL.DISTILLER.TASK_LOSS_WEIGHT 0 and "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
+    if like:
+        advice = (
+            "Give all datasets the same categories (of COCO: in the order of their ids), those without objects "
+            "included"
+        )
+        check_same_classes(
+            f"dataset '{like}'", classes_of([like]), f"dataset '{name}'", classes_of([name]), advice
+        )
     _check_classes(name, classes)
     check_records(name, dicts, classes and classes[1], tested, need_files)
-    named = [record for record in dicts if "file_name" in record]
-    local = [record for record in named if "://" not in os.fspath(record["file_name"])]
+    if tested and MetadataCatalog.get(name).get("evaluator_type") == "pascal_voc":
+        check_evaluated_ids(name, [record["image_id"] for record in dicts])
+    local = [record for record in dicts if "file_name" in record and _is_local(record)]
     _check_files_exist(name, [os.fspath(record["file_name"]) for record in local])
     sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
     with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
         list(pool.map(check_image, sample))
+    return dicts
 
 
 def check_image(record: dict[str, Any]) -> None:
@@ -125,11 +226,11 @@ class NamedReadErrors:
         self.mapper = mapper
 
     def __call__(self, record: dict[str, Any]) -> Any:
-        """Call the mapper; its errors become a RuntimeError, with the original as the cause."""
+        """Call the mapper; its errors become an UnreadableRecord, with the original as the cause."""
         try:
             return self.mapper(record)
         except Exception as error:
-            raise RuntimeError(
+            raise UnreadableRecord(
                 f"the image '{record.get('file_name')}' or its annotations cannot be used: "
                 f"{type(error).__name__}: {error}"
             ) from error
@@ -141,6 +242,36 @@ def _need_annotations(cfg: CfgNode) -> bool:
         cfg.MODEL.META_ARCHITECTURE == "Distiller" and not cfg.MODEL.DISTILLER.TASK_LOSS_WEIGHT
     )
     return not distills_alone or cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+
+
+def _needs(cfg: CfgNode) -> MapperNeeds:
+    instances = _need_annotations(cfg)
+    truth = plugins.ground_truth(cfg) if instances else set()
+    return MapperNeeds(
+        instances=instances,
+        masks="masks" in truth,
+        keypoints="keypoints" in truth,
+        num_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS,
+        channels=len(cfg.MODEL.PIXEL_MEAN),
+        masks_read=cfg.MODEL.MASK_ON,
+        mask_format=cfg.INPUT.MASK_FORMAT,
+    )
+
+
+def _try_mapper(name: str, records: list[dict[str, Any]], plan: DataPlan) -> None:
+    trained_on = [record for record in records if _is_local(record)]
+    if plan.skip_empty:
+        trained_on = [record for record in trained_on if has_objects(record)]
+    needs = dataclasses.replace(plan.needs, num_classes=len(classes_of([name]) or ()))
+    assert plan.mapper is not None
+    with quiet():
+        try:
+            mapper = plan.mapper()
+        except Exception as error:  # a user's mapper may raise anything
+            raise ValueError(
+                f"the mapper of training cannot be built: {type(error).__name__}: {error} (INPUT.MAPPER)"
+            ) from error
+        try_mapper(name, trained_on, mapper, needs, plan.check_images)
 
 
 def _check_registered(name: str, key: str) -> None:
@@ -170,7 +301,7 @@ def _load(name: str) -> list[dict[str, Any]]:
 
 
 def _check_classes(name: str, classes: tuple[str, int] | None) -> None:
-    things = MetadataCatalog.get(name).get("thing_classes")
+    things = classes_of([name])
     if classes is None or things is None or len(things) == classes[1]:
         return
     shown = ", ".join(things[:10]) + (", ..." if len(things) > 10 else "")
@@ -183,6 +314,10 @@ def _check_classes(name: str, classes: tuple[str, int] | None) -> None:
 def _classes_key(cfg: CfgNode) -> tuple[str, int] | None:
     keys = [d.num_classes_key for d in plugins.of_student(cfg) if d.num_classes_key]
     return (keys[0], functools.reduce(getattr, keys[0].split("."), cfg)) if keys else None
+
+
+def _is_local(record: dict[str, Any]) -> bool:
+    return "://" not in os.fspath(record.get("file_name", ""))
 
 
 def _check_files_exist(name: str, files: Sequence[str]) -> None:

@@ -1,10 +1,11 @@
 """Training and evaluation: from a command line to a checkpoint of a better student."""
 
+from .config_loading import load_config
 from .launch import argument_parser, launch
 from .main import evaluate, main
 from .optimizer import build_optimizer
 from .settings import RunSettings
-from .setup import load_config, setup
+from .setup import setup
 from .trainer import DistillTrainer
 
 __all__ = [

@@ -33,8 +33,10 @@ from ..data import (
     end_workers,
     seeded,
 )
+from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
+from . import classes
 from .evaluate import evaluate_teacher
 from .hooks import (
     Checkpoints,
@@ -89,6 +91,7 @@ class DistillTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self._samplers = {"train": _find_sampler(data_loader)}
+        self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
             data_loader,
@@ -182,6 +185,16 @@ class DistillTrainer(DefaultTrainer):
         self._samplers["precise_bn"] = _find_sampler(loader)
         return [PreciseBN(self.settings.eval_period, self.model, loader, iterations)]
 
+    @property
+    def _checked_datasets(self) -> tuple[str, ...]:
+        """The training datasets whose classes are compared with others."""
+        return self.settings.train_datasets if self.settings.check_data else ()
+
+    def _check_classes(self) -> None:
+        classes.check_number(self._student(), self._checked_datasets)
+        if isinstance(self.plain_model, Distiller):
+            classes.check_teacher(self.plain_model, self._checked_datasets)
+
     # Training.
 
     @property
@@ -193,15 +206,19 @@ class DistillTrainer(DefaultTrainer):
         """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS at iteration 0.
 
         Raises:
-            ValueError: the last checkpoint is of another model, or of other solvers of losses.
-            RuntimeError: only some of the machines see the last checkpoint.
+            ValueError: the last checkpoint is of another model, or of other solvers of losses; only some
+                of the machines see it.
         """
         resume = resume and self._all_have_checkpoint()
-        self.checkpointer.resume_or_load(self.settings.weights, resume=resume)
+        loaded = self.checkpointer.resume_or_load(self.settings.weights, resume=resume)
         if not resume:
             if isinstance(self.plain_model, Distiller):
+                classes.check_preload(self.plain_model, self._checked_datasets)
                 self.plain_model.preload_student()
             return
+        advice = "Resume with the checkpoint's datasets, or start a new run without --resume"
+        folder = self.settings.output_dir
+        classes.check_checkpoint(f"in {folder}", classes_in(loaded), self._checked_datasets, advice)
         self._restore_process_state()
         self.start_iter = self.iter + 1
         sampler = self._samplers["train"]
@@ -285,7 +302,8 @@ class DistillTrainer(DefaultTrainer):
         """Write a checkpoint; all processes call it, the main one writes."""
         self._trainer.report.flush()
         self._process_states = self._process_state.gather()
-        self.checkpointer.save(name)
+        things = classes_of(self.settings.train_datasets)
+        self.checkpointer.save(name, **({"metadata": {"thing_classes": things}} if things else {}))
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -351,7 +369,7 @@ class DistillTrainer(DefaultTrainer):
     def _all_have_checkpoint(self) -> bool:
         seen = comm.all_gather(self.checkpointer.has_checkpoint())
         if any(seen) and not all(seen):
-            raise RuntimeError(
+            raise ValueError(
                 f"--resume: only {sum(seen)} of {len(seen)} processes see a checkpoint in "
                 f"{self.settings.output_dir}; OUTPUT_DIR must be shared by all machines"
             )

@@ -6,18 +6,22 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
+from omegaconf import OmegaConf
 from torch import nn
 
 from .. import model_zoo
 from ..checkpoint import SafeCheckpointer
 from ..config import add_distill_config, load_yaml, student_config
+from ..data.classes import classes_in, classes_of, classes_of_config
 from ..freeze import compile_patterns
+from ..rules import check_model
 from .running import Teacher
 
 logger = logging.getLogger(__name__)
@@ -63,16 +67,18 @@ def load_teacher(
         weights: path or URL that replaces those of the config.
         allow_missing: regular expressions of checkpoint keys that need not fit.
         device: where to build it.
-        options: prepare, autocast, compile of Teacher.
+        options: prepare, autocast, compile, classes of Teacher. Its classes are by default those of its
+            checkpoint or of its config's training dataset, where they are known.
 
     Raises:
         FileNotFoundError: its config or weights do not exist.
         ValueError: its weights cannot be read, or do not fit the model (law 3).
     """
     plan = _plan(config, official)
-    path = _find_weights(weights or plan.weights, plan.config_file)
+    path = _find_weights(weights or plan.weights, plan)
     model = plan.build(device)
-    loaded = load_teacher_weights(model, path, allow_missing)
+    loaded, extra = _load_whole(model, path, allow_missing)
+    options.setdefault("classes", classes_in(extra) or plan.classes())
     source = f"{plan.config_file}, {loaded} keys loaded from {path}"
     teacher = Teacher(model, input_format=plan.format_of(model), source=source, **options)
     teacher.check_device(torch.device(device))
@@ -96,8 +102,13 @@ def load_teacher_weights(model: nn.Module, path: str, allow: Sequence[str] = ())
     Raises:
         ValueError: some key does not fit; the message lists them. A pattern is not valid.
     """
+    return _load_whole(model, path, allow)[0]
+
+
+def _load_whole(model: nn.Module, path: str, allow: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """``load_teacher_weights``, and the checkpoint's entries besides the model."""
     checkpointer = SafeCheckpointer(model)
-    checkpointer.load(path)
+    extra = checkpointer.load(path)
     keys = checkpointer.incompatible
     problems = {
         "missing in the file": keys.missing_keys,
@@ -121,7 +132,7 @@ def load_teacher_weights(model: nn.Module, path: str, allow: Sequence[str] = ())
             "(MODEL.DISTILLER.TEACHER_WEIGHTS), or excuse keys with regular expressions in "
             "MODEL.DISTILLER.TEACHER_ALLOW_MISSING"
         )
-    return len(model.state_dict()) - len(set(keys.missing_keys))
+    return len(model.state_dict()) - len(set(keys.missing_keys)), extra
 
 
 def _listing(kind: str, names: list[str], most: int = 10) -> str:
@@ -137,13 +148,23 @@ class _Plan:
     config: Any
     weights: str
     input_format: str | None
+    # Of the config and the files that it inherits from.
+    folders: Sequence[str] = ()
 
     def build(self, device: str) -> nn.Module:
         if isinstance(self.config, CfgNode):
             config = student_config(self.config)
             config.MODEL.DEVICE = device
+            check_model(config, f"the teacher's config '{self.config_file}'")
             return build_model(config)
         return instantiate(self.config.model).to(device)
+
+    def classes(self) -> list[str] | None:
+        """The classes of its training dataset, where that is known."""
+        if isinstance(self.config, CfgNode):
+            return classes_of_config(self.config)
+        names = OmegaConf.select(self.config, "dataloader.train.dataset.names") or ()
+        return classes_of([names] if isinstance(names, str) else list(names))
 
     def format_of(self, model: nn.Module) -> str:
         """Channel order of the input of ``model``, built from this plan."""
@@ -151,25 +172,47 @@ class _Plan:
 
 
 def _plan(name: str, official: bool) -> _Plan:
-    if official:
-        try:
-            config = detectron2_zoo.get_config(name, trained=True)
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"MODEL.DISTILLER.MODEL_DISTILLER_CONFIG '{name}': {error} With MODEL_LOAD_OFFICIAL "
-                "True it must be a config of detectron2's model zoo with published weights; for a "
-                "file of your own set MODEL.DISTILLER.MODEL_LOAD_OFFICIAL False"
-            ) from error
-        return _Plan(name, config, *_weights_and_format(config))
-    path = model_zoo.find_config(name)
+    if not name:
+        raise ValueError(
+            "MODEL.DISTILLER.MODEL_DISTILLER_CONFIG is empty; expected the config of the teacher"
+        )
+    path = _official_config(name) if official else model_zoo.find_config(name)
+    config: Any
     if path.endswith(".py"):
         config = LazyConfig.load(path)
         logger.info(f"Ran the code of {path}, a LazyConfig")
+        folders = [os.path.dirname(path)]
     else:
         config = get_cfg()
         add_distill_config(config)
-        load_yaml(config, path)
-    return _Plan(path, config, *_weights_and_format(config))
+        folders = load_yaml(config, path).folders
+    weights, input_format = _weights_and_format(config)
+    if official:
+        return _Plan(name, config, _official_weights(name), input_format)
+    return _Plan(path, config, weights, input_format, folders)
+
+
+def _official_config(name: str) -> str:
+    folder = (Path(detectron2_zoo.__file__).parent / "configs").resolve()
+    path = (folder / name).resolve()
+    if folder not in path.parents or not path.is_file():
+        raise _unofficial(name, f"{name} not available in Model Zoo!")
+    return str(path)
+
+
+def _official_weights(name: str) -> str:
+    try:
+        return detectron2_zoo.model_zoo.get_checkpoint_url(name)
+    except RuntimeError as error:
+        raise _unofficial(name, str(error)) from error
+
+
+def _unofficial(name: str, problem: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"MODEL.DISTILLER.MODEL_DISTILLER_CONFIG '{name}': {problem} With MODEL_LOAD_OFFICIAL True it must be a "
+        "config of detectron2's model zoo with published weights; for a file of your own set "
+        "MODEL.DISTILLER.MODEL_LOAD_OFFICIAL False"
+    )
 
 
 def _weights_and_format(config: Any) -> tuple[str, str | None]:
@@ -179,18 +222,18 @@ def _weights_and_format(config: Any) -> tuple[str, str | None]:
     return train.get("init_checkpoint", ""), None
 
 
-def _find_weights(weights: str, config_file: str) -> str:
+def _find_weights(weights: str, plan: _Plan) -> str:
     if not weights:
         raise ValueError(
-            f"the teacher '{config_file}' names no weights; set MODEL.WEIGHTS there (in a .py "
+            f"the teacher '{plan.config_file}' names no weights; set MODEL.WEIGHTS there (in a .py "
             "config train.init_checkpoint), or MODEL.DISTILLER.TEACHER_WEIGHTS"
         )
-    beside = os.path.join(os.path.dirname(config_file), weights)
-    if "://" in weights or os.path.isfile(weights):
+    if "://" in weights:
         return weights
-    if os.path.isfile(beside):
-        return beside
+    for folder in ("", *plan.folders):
+        if os.path.isfile(os.path.join(folder, weights)):
+            return os.path.join(folder, weights)
     raise FileNotFoundError(
-        f"the teacher's weights '{weights}' do not exist (looked in {os.getcwd()} and beside "
-        f"{config_file}); set MODEL.DISTILLER.TEACHER_WEIGHTS"
+        f"the teacher's weights '{weights}' do not exist (looked in {', '.join([os.getcwd(), *plan.folders])}); "
+        "set MODEL.DISTILLER.TEACHER_WEIGHTS"
     )

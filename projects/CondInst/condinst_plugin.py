@@ -42,6 +42,7 @@ register_detector(
         "CondInst",
         add_config=add_condinst_config,
         num_classes_key="MODEL.FCOS.NUM_CLASSES",
+        ground_truth=lambda cfg: {"masks"},
         modules=("distill_d2.projects.condinst",),
         family="distill_d2.projects.condinst.tiny:FAMILY",
     )

@@ -70,6 +70,7 @@ register_detector(
         "SOLOv2",
         add_config=add_solov2_config,
         num_classes_key="MODEL.SOLOV2.NUM_CLASSES",
+        ground_truth=lambda cfg: {"masks"},
         modules=("distill_d2.projects.solov2",),
         family="distill_d2.projects.solov2.tiny:FAMILY",
     )

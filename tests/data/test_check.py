@@ -191,7 +191,7 @@ def test_mapper_errors_name_the_image(cfg, folder):
     mapper = NamedReadErrors(DatasetMapper(cfg, True))
     good, bad = (DatasetCatalog.get(name_of(cfg))[index] for index in (2, 3))
     assert mapper(good)["image"].shape[0] == 3
-    with pytest.raises(RuntimeError, match="images/3.png.*UnidentifiedImageError"):
+    with pytest.raises(ValueError, match="images/3.png.*UnidentifiedImageError"):
         mapper(bad)
 
 
@@ -199,6 +199,6 @@ def test_error_crosses_processes():
     def fail(record):
         raise json.JSONDecodeError("two arguments", "more", 0)  # a type that workers cannot rebuild
 
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ValueError) as caught:
         NamedReadErrors(fail)({"file_name": "a.png"})
     assert "a.png" in str(pickle.loads(pickle.dumps(caught.value)))

@@ -142,7 +142,7 @@ def test_any_node_on_the_command_line():
         load_config("", ["MODEL.DISTILLER.PKD", "{WEIGT: 2.5}"])
 
 
-NO_NODES = ["0.9", "[0.8, 0.9]", "betas", "", "{betas: [0.8", "{betas: !!python/tuple []}"]
+NO_NODES = ["0.9", "[0.8, 0.9]", "betas", "", "{betas: [0.8", "{betas: !!python/name:os.system x}"]
 
 
 @pytest.mark.parametrize("text", NO_NODES)

@@ -121,7 +121,8 @@ def test_writes_a_picture_per_image(config, method, images, tmp_path, capsys):
 def refused(config, *more, method="pkd", output):
     with pytest.raises(SystemExit) as stopped:
         run(config, method, output, *more)
-    return str(stopped.value.code)
+    assert stopped.value.code == 2
+    return str(stopped.value)
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,10 @@ import torch
 from detectron2.utils.events import EventStorage
 
 import distill_d2  # noqa: F401  first: it silences known warnings of detectron2
-from distill_d2.engine.setup import choose_device, load_config
+from distill_d2.engine import load_config
+from distill_d2.engine.setup import choose_device
 from distill_d2.imports import add_import_argument, import_modules
+from distill_d2.mistakes import add_debug_argument, ending_on_mistakes
 
 from .meter import Meter, Sample
 from .report import facts, print_report, summarize
@@ -52,9 +54,14 @@ from .subjects import build_subjects
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run the program; returns what --json writes."""
+    """Run the program; returns what --json writes.
+
+    Raises:
+        SystemExit: with status 2, where something given is wrong; one message was printed.
+    """
     args = parse_arguments(arguments)
-    report = measure(args)
+    with ending_on_mistakes("benchmark: ", debug=args.debug):
+        report = measure(args)
     print_report(report)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
@@ -62,13 +69,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Build what ``args`` of ``parse_arguments`` say, and run all rounds; see ``summarize``."""
+    """Build what ``args`` of ``parse_arguments`` say, and run all rounds; see ``summarize``.
+
+    Raises:
+        ImportError, KeyError, OSError, TypeError, ValueError: an argument, the config or a file is wrong.
+    """
     logging.getLogger("distill_d2").setLevel(logging.ERROR)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     if args.config_file.endswith(".py"):
-        sys.exit(f"benchmark: --config-file {args.config_file}: only yaml configs can be measured")
+        raise ValueError(f"--config-file {args.config_file}: only yaml configs can be measured")
     import_modules(args.imports)
     cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = args.device or choose_device(cfg.MODEL.DEVICE, num_gpus=0)
@@ -91,6 +102,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config-file", required=True, help="path or packaged name (yaml)")
     add_import_argument(parser)
+    add_debug_argument(parser)
     parser.add_argument("--size", default="512", help="of the images in pixels: 512, or HEIGHTxWIDTH")
     parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--objects", type=int, default=8, help="objects per image")

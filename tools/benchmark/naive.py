@@ -111,7 +111,9 @@ def load_oracle(name: str) -> ModuleType:
     """A module of the tests' naive versions, by its path: the tests are not a package."""
     path = ORACLES / f"{name}.py"
     if not path.is_file():
-        sys.exit(f"benchmark: --against-naive needs {path}, which is in a checkout of the repository")
+        raise FileNotFoundError(
+            f"--against-naive needs {path}, which is in a checkout of the repository"
+        )
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

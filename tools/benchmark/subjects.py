@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -101,10 +100,10 @@ def load_weights(model: nn.Module, node: CfgNode) -> None:
     try:
         load_teacher_weights(model, node.TEACHER_WEIGHTS, node.TEACHER_ALLOW_MISSING)
     except FileNotFoundError as error:
-        sys.exit(
-            f"benchmark: the teacher's {error}; to measure with random weights, give "
-            'MODEL.DISTILLER.TEACHER_WEIGHTS ""'
-        )
+        raise FileNotFoundError(
+            f"the teacher's {error}; to measure with random weights, give MODEL.DISTILLER.TEACHER_WEIGHTS "
+            '""'
+        ) from error
 
 
 def damp_residual_blocks(model: nn.Module) -> nn.Module:
@@ -179,8 +178,8 @@ def iteration_with_all(losses: dict[str, DistillLoss]) -> int:
         off = [name for name, loss in losses.items() if not teaches(loss, iteration)]
         if not off:
             return iteration
-    sys.exit(
-        f"benchmark: {off} would cost nothing, or not reach the student: WEIGHT or WEIGHT_VALUE is 0, or "
+    raise ValueError(
+        f"{off} would cost nothing, or not reach the student: WEIGHT or WEIGHT_VALUE is 0, or "
         f"STOP_ITER or BYPASS_DISTILL_AFTER is no later than iteration {iteration}, or DISTILL_ON is 0"
     )
 

@@ -1,0 +1,191 @@
+"""Set the values of a config: of yaml files, and of the command line's KEY VALUE pairs."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable
+
+from detectron2.config import CfgNode, get_cfg
+
+from .safe_yaml import read_yaml
+
+MOST_CHARACTERS = 50_000
+_NODE = "{name: value, ...}"
+_EXPECTED = {
+    str: 'text ("" for none)',
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    list: "a list, such as [a, b]",
+    tuple: "a list, such as [a, b]",
+}
+
+
+def set_values(
+    cfg: CfgNode, values: Mapping[str, Any], source: Callable[[str], str] = lambda key: ""
+) -> None:
+    """Set keys of a config, in place, to values that yaml has for them.
+
+    As in yacs, a text that is a Python literal stands for its value, and lists and tuples become the type
+    that the key has. Unlike there, a key of text keeps a text that looks like a number, and an integer is a
+    value of a key that holds a float.
+
+    Args:
+        source: the start of messages about a key, given its dotted name.
+
+    Raises:
+        KeyError: a key does not exist.
+        ValueError: a value of another type.
+    """
+    _set(cfg, values, _Place(cfg, "", source))
+
+
+def set_options(cfg: CfgNode, pairs: Sequence[str]) -> None:
+    """Set keys of a config, in place, to the values of the command line's KEY VALUE pairs: Python literals, yaml,
+    or text where a key holds text.
+
+    Raises:
+        KeyError: a key does not exist.
+        ValueError: a key without a value; a value that is too long, broken, or of another type.
+    """
+    if len(pairs) % 2:
+        raise ValueError(f"the command line's KEY VALUE pairs are incomplete: {shortened(pairs, 300)}")
+    known = set(config_keys(cfg))
+    for key in pairs[::2]:
+        if key not in known:
+            raise _unknown_key(cfg, key, "")
+    for key, text in zip(pairs[::2], pairs[1::2]):
+        *parents, name = key.split(".")
+        node = functools.reduce(getattr, parents, cfg)
+        _set(
+            node,
+            {name: _value_of(text, node[name], key)},
+            _Place(cfg, key[: -len(name)], lambda key: ""),
+        )
+
+
+def config_keys(node: CfgNode, prefix: str = "") -> list[str]:
+    """The dotted names of all keys of a node, each after ``prefix``."""
+    keys = []
+    for name, value in node.items():
+        keys.append(prefix + name)
+        if isinstance(value, CfgNode):
+            keys += config_keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """A value as text for a message."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+class _Place:
+    """Where values are set: below ``prefix`` in a whole config, from a file or the command line."""
+
+    def __init__(self, cfg: CfgNode, prefix: str, source: Callable[[str], str]):
+        self.cfg, self.prefix, self.source = cfg, prefix, source
+
+    def below(self, name: str) -> _Place:
+        return _Place(self.cfg, f"{self.prefix}{name}.", self.source)
+
+
+def _set(node: CfgNode, values: Mapping[Any, Any], place: _Place) -> None:
+    for name, value in values.items():
+        key = f"{place.prefix}{name}"
+        source = place.source(key)
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{source}the key '{key}' is {type(name).__name__} in yaml; expected the name of a key"
+            )
+        if name not in node and not node.is_new_allowed():
+            raise _unknown_key(place.cfg, key, source)
+        current = node.get(name)
+        if not isinstance(value, Mapping):
+            node[name] = _fitted(value, current, key, source)
+        elif isinstance(current, CfgNode):
+            _set(current, value, place.below(name))
+        elif name not in node:
+            node[name] = CfgNode(copy.deepcopy(dict(value)))
+        else:
+            raise _mismatch(value, current, key, source)
+
+
+def _fitted(value: Any, current: Any, key: str, source: str) -> Any:
+    """A value in the type that the key has."""
+    if isinstance(current, CfgNode):
+        raise _mismatch(value, current, key, source)
+    if isinstance(value, str):
+        literal = _literal(value, f"{source}{key}")
+        value = value if isinstance(current, str) and not isinstance(literal, str) else literal
+    if type(value) is type(current) or current is None:
+        return copy.deepcopy(value)
+    if isinstance(value, (list, tuple)) and isinstance(current, (list, tuple)):
+        return type(current)(copy.deepcopy(value))
+    if type(value) is int and isinstance(current, float):
+        return float(value)
+    if value is None and _is_none_by_default(key):
+        return None
+    raise _mismatch(value, current, key, source)
+
+
+def _value_of(text: str, current: Any, key: str) -> Any:
+    """The value that a text on the command line stands for."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(
+            f"{key} has a value of {len(text)} characters; expected at most {MOST_CHARACTERS}"
+        )
+    value = _literal(text, key)
+    if isinstance(current, str):
+        return None if value is None else text
+    try:
+        value = read_yaml(text, "yaml") if value == text and current is not None else value
+    except ValueError as error:
+        raise ValueError(f"{_wrong(repr(text), current, key)}: {error}") from error
+    if isinstance(current, CfgNode) and not isinstance(value, Mapping):
+        raise _mismatch(text, current, key, "")
+    return value
+
+
+def _literal(text: str, what: str) -> Any:
+    """The value of a Python literal; other texts stay."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError, TypeError):
+        return text
+    except (MemoryError, RecursionError) as error:
+        raise ValueError(
+            f"{what} is '{shortened(text)}', a Python literal that is nested too deeply"
+        ) from error
+
+
+def _is_none_by_default(key: str) -> bool:
+    try:
+        return functools.reduce(getattr, key.split("."), get_cfg()) is None
+    except AttributeError:  # no key of detectron2
+        return False
+
+
+def _mismatch(value: Any, current: Any, key: str, source: str) -> ValueError:
+    found = "empty (None)" if value is None else f"'{value}'" if isinstance(value, str) else repr(value)
+    return ValueError(source + _wrong(found, current, key))
+
+
+def _wrong(found: str, current: Any, key: str) -> str:
+    expected = (
+        _NODE if isinstance(current, CfgNode) else _EXPECTED.get(type(current), type(current).__name__)
+    )
+    return f"{key} is {shortened(found)}; expected {expected}"
+
+
+def _unknown_key(cfg: CfgNode, key: str, source: str) -> KeyError:
+    names = config_keys(cfg)
+    if key in names:  # a dotted name in a yaml file
+        node, _, name = key.rpartition(".")
+        return KeyError(f"{source}unknown config key '{key}'; in yaml write {node}: {{{name}: ...}}")
+    close = difflib.get_close_matches(key, names, n=3)
+    return KeyError(f"{source}unknown config key '{shortened(key)}'; the closest are {close}")

@@ -1,0 +1,105 @@
+"""A config of yaml files and the command line's KEY VALUE pairs, with its teacher's file and its datasets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from detectron2.config import CfgNode, get_cfg
+
+from .. import model_zoo
+from ..config import EXTRA_KEY, add_distill_config, load_yaml
+from ..config_files import MOST_FILES, check_chain, read_config
+from ..config_values import set_options
+from ..data import adopt_coco_datasets, register_builtin_voc, register_custom_datasets, register_shapes
+
+
+def load_config(
+    config_file: str, opts: Sequence[str] | None = None, *, need_teacher: bool = False
+) -> CfgNode:
+    """The config of a file (a path, or the name of a packaged config) and KEY VALUE pairs; its
+    datasets are registered.
+
+    The order of precedence, the last wins: defaults, the file with its _BASE_, the files of EXTRA_CFG,
+    the pairs. EXTRA_CFG is empty then.
+
+    Args:
+        need_teacher: a teacher's file that does not exist is an error here, not when the teacher is built.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError, KeyError: the message names the key or file, what was found and
+            what was expected.
+    """
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    opts = list(opts or [])
+    folders = _load_files(cfg, config_file, opts)
+    set_options(cfg, [word for i, word in enumerate(opts) if opts[i - i % 2] != EXTRA_KEY])
+    cfg.EXTRA_CFG = []
+    _locate_teacher(cfg, folders, need_teacher)
+    register_shapes()
+    register_builtin_voc()
+    register_custom_datasets(cfg.DATASETS.CUSTOM)
+    adopt_coco_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    return cfg
+
+
+def output_dir(config_file: str, opts: Sequence[str]) -> str:
+    """OUTPUT_DIR of a config that does not load: of the command line, the file, or the default."""
+    values = read_config(config_file).values if config_file else {}
+    return option(opts, "OUTPUT_DIR") or values.get("OUTPUT_DIR") or get_cfg().OUTPUT_DIR
+
+
+def option(opts: Sequence[str], key: str) -> str:
+    """The value of a key among KEY VALUE pairs; "" without it."""
+    return dict(zip(opts[::2], opts[1::2])).get(key, "")
+
+
+def file_in(folders: Iterable[str], name: str) -> str:
+    """The absolute path of the file ``name`` in the first folder that has it; otherwise the name."""
+    paths = (os.path.abspath(os.path.join(folder, name)) for folder in folders)
+    return next((path for path in paths if os.path.isfile(path)), name)
+
+
+def _load_files(cfg: CfgNode, config_file: str, opts: list[str]) -> list[str]:
+    """Merge a file, and those of EXTRA_CFG; the folders of all files."""
+    folders: list[str] = []
+    chain: list[str] = []
+    if config_file:
+        chain = [model_zoo.find_config(config_file)]
+        folders = load_yaml(cfg, chain[0]).folders
+    extra = option(opts, EXTRA_KEY)
+    if extra:
+        set_options(cfg, [EXTRA_KEY, extra if extra.lstrip()[:1] in ("[", "(") else repr([extra])])
+    _load_extra(cfg, folders, chain, [])
+    return folders
+
+
+def _load_extra(cfg: CfgNode, folders: list[str], chain: list[str], loaded: list[str]) -> None:
+    """Merge the files of EXTRA_CFG, and those that they name there in turn; their folders are appended."""
+    for name in cfg.EXTRA_CFG:
+        if not isinstance(name, str):
+            raise ValueError(f"{EXTRA_KEY} has the entry {name!r}; expected a file")
+        path = model_zoo.find_config(name, relative_to=folders)
+        check_chain(path, chain, EXTRA_KEY)
+        loaded.append(path)
+        if len(loaded) > MOST_FILES:
+            raise ValueError(f"{EXTRA_KEY} names more than {MOST_FILES} files")
+        cfg.EXTRA_CFG = []
+        folders += [folder for folder in load_yaml(cfg, path).folders if folder not in folders]
+        _load_extra(cfg, folders, [*chain, path], loaded)
+
+
+def _locate_teacher(cfg: CfgNode, folders: list[str], needed: bool) -> None:
+    """Make the teacher's file absolute: later code does not know the folders of the configs."""
+    node = cfg.MODEL.DISTILLER
+    if node.MODEL_LOAD_OFFICIAL or not node.MODEL_DISTILLER_CONFIG:
+        return
+    beside = file_in(folders, node.MODEL_DISTILLER_CONFIG)
+    try:
+        node.MODEL_DISTILLER_CONFIG = model_zoo.find_config(beside, relative_to=folders)
+    except FileNotFoundError as error:
+        if needed:
+            raise FileNotFoundError(
+                f"MODEL.DISTILLER.MODEL_DISTILLER_CONFIG (the teacher): {error}"
+            ) from error
