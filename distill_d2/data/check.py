@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import check_image_size, read_image
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
 
 from .. import plugins
 from ..mistakes import UnreadableRecord
 from ..quiet import quiet
-from .augmentation import build_mapper
+from .augmentation import BoxAwareMapper, build_mapper
 from .builtin_voc import builtin_voc_places
 from .classes import check_same_classes, classes_of
 from .custom import datasets_root
+from .images import is_turned, refuse_deep_image, remarks_on_image
 from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
 from .records import check_records
@@ -201,22 +202,45 @@ def check_dataset(
     local = [record for record in dicts if "file_name" in record and _is_local(record)]
     _check_files_exist(name, [os.fspath(record["file_name"]) for record in local])
     sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
-    with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
-        list(pool.map(check_image, sample))
+    _check_images(name, sample, deep=not need_files)
     return dicts
 
 
-def check_image(record: dict[str, Any]) -> None:
-    """Decode the image of a dataset dict as detectron2 does.
+def check_image(record: dict[str, Any], deep: bool = False) -> list[str]:
+    """Decode the image of a dataset dict as detectron2 does, and return remarks on it.
+
+    Args:
+        deep: whether it may have more than 8 bits per channel.
 
     Raises:
         ValueError: the image cannot be read, or its size differs from the annotation's.
     """
     path = os.fspath(record["file_name"])
     try:
-        check_image_size({**record, "file_name": path}, read_image(path, format="BGR"))
+        image = read_image(path, format="BGR")
+        if not deep:
+            refuse_deep_image(path)
+        check_image_size({**record, "file_name": path}, image)
+        return remarks_on_image(path)
+    except SizeMismatchError as error:
+        turned = image.shape[:2] == (record.get("width"), record.get("height")) and is_turned(path)
+        hint = " The image has an EXIF orientation, which detectron2 applies." if turned else ""
+        raise ValueError(f"the image '{path}' cannot be used: {error}{hint}") from error
     except Exception as error:  # Pillow's decoders raise many types
         raise ValueError(f"the image '{path}' cannot be used: {error}") from error
+
+
+def _check_images(name: str, sample: Sequence[dict[str, Any]], deep: bool) -> None:
+    with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
+        found = list(pool.map(functools.partial(check_image, deep=deep), sample))
+    remarks: dict[str, list[str]] = {}
+    for record, texts in zip(sample, found):
+        for text in texts:
+            remarks.setdefault(text, []).append(os.fspath(record["file_name"]))
+    for text, files in remarks.items():
+        logger.warning(
+            f"Dataset '{name}': {len(files)} of {len(sample)} images {text}, the first is '{files[0]}'"
+        )
 
 
 class NamedReadErrors:
@@ -224,10 +248,13 @@ class NamedReadErrors:
 
     def __init__(self, mapper: Callable[[dict[str, Any]], Any]):
         self.mapper = mapper
+        self.reads_as_detectron2 = type(mapper) in (DatasetMapper, BoxAwareMapper)
 
     def __call__(self, record: dict[str, Any]) -> Any:
         """Call the mapper; its errors become an UnreadableRecord, with the original as the cause."""
         try:
+            if self.reads_as_detectron2:
+                refuse_deep_image(record["file_name"])
             return self.mapper(record)
         except Exception as error:
             raise UnreadableRecord(
