@@ -495,7 +495,7 @@ def _mend_numbers(found: CocoContent) -> None:
     _mend_crowds(found)
     lacking = [item for item in items if not _is_area(item.get("area"))]
     for item in lacking:
-        item["area"] = _area(item)
+        item["area"] = area(item)
     if lacking:
         found.changes.append(f"{len(lacking)} areas were missing, those of the masks or boxes are used")
     lacking = [item for item in items if item.get("keypoints") and "num_keypoints" not in item]
@@ -520,7 +520,8 @@ def _is_area(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
-def _area(item: dict[str, Any]) -> float:
+def area(item: dict[str, Any]) -> float:
+    """Of an annotation in COCO's form: of its mask (polygons or RLE), or else of its box."""
     mask = item.get("segmentation")
     if isinstance(mask, dict):
         rle = mask_util.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask
