@@ -23,6 +23,7 @@ from .images import image_size
 from .keypoints import set_keypoint_metadata
 from .split import Share
 
+_LARGEST_ID = 2**63 - 1  # of detectron2's evaluation in C++
 _COPIED = ("iscrowd", "bbox", "keypoints", "category_id")
 
 
@@ -485,12 +486,12 @@ def _mend_numbers(found: CocoContent) -> None:
             f"{_name(ignored[0])[:-1]}; set iscrowd 1 instead, or remove them"
         )
     ids = [item.get("id") for item in items]
-    if not all(type(i) is int and i > 0 for i in ids) or len(set(ids)) < len(ids):
+    if not all(type(i) is int and 0 < i <= _LARGEST_ID for i in ids) or len(set(ids)) < len(ids):
         for number, item in enumerate(items, 1):
             item["id"] = number
         found.changes.append(
-            "annotation ids were missing, repeated or below 1 (evaluation would take those for missed): "
-            f"{len(items)} were numbered from 1"
+            "annotation ids were missing, repeated, too large or below 1 (evaluation would take those for "
+            f"missed): {len(items)} were numbered from 1"
         )
     _mend_crowds(found)
     lacking = [item for item in items if not _is_area(item.get("area"))]

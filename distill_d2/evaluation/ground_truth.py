@@ -57,13 +57,18 @@ def _content(name: str) -> dict[str, Any]:
     """The records of a dataset as COCO's content, as detectron2's ``convert_to_coco_dict`` makes it one annotation
     at a time (7 s for 10,000 images)."""
     records = DatasetCatalog.get(name)
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None:
+        raise ValueError(
+            f"dataset '{name}' has evaluator_type 'coco', but its metadata has neither a json_file nor "
+            "thing_classes; set thing_classes to the names of its classes"
+        )
     annotations: list[dict[str, Any]] = []
     for record in records:
         for item in record.get("annotations", ()):
             if item["bbox_mode"] == BoxMode.XYWHA_ABS:
                 return convert_to_coco_dict(name)
             annotations.append(_annotation(item, record["image_id"], len(annotations) + 1))
-    metadata = MetadataCatalog.get(name)
     ids = {index: key for key, index in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
     for item in annotations:
         item["category_id"] = ids.get(item["category_id"], item["category_id"])

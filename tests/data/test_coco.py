@@ -121,6 +121,7 @@ def test_a_right_json_is_what_detectron2_reads(entry, tmp_path, caplog):
             "ids were missing",
             3,
         ),
+        ([changed("annotations", 2, id=2**70)], "ids were missing, repeated, too large", 3),
         ([changed("annotations", 2, id=1)], "ids were missing, repeated", 3),
         ([changed("annotations", 2, id=None)], "ids were missing", 3),
         ([changed("annotations", 2, id="3")], "ids were missing", 3),
