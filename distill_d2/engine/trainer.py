@@ -32,8 +32,10 @@ from ..data import (
 )
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
+from .acting import check_acting
 from .evaluate import evaluate_teacher
 from .hooks import (
+    BoundedHistories,
     Checkpoints,
     EvalHook,
     LRScheduler,
@@ -80,6 +82,8 @@ class DistillTrainer(DefaultTrainer):
         self.settings = RunSettings.from_config(cfg)
         model = self.build_model(cfg)
         self.plain_model = model
+        if isinstance(model, Distiller):
+            check_acting(model.losses, model.phases, self.settings.max_iter)
         self.loss_training = LossTraining(model, self.settings)
         self.start_iter = 0
         self.max_iter = self.settings.max_iter + self.loss_training.pretrain_iters
@@ -167,7 +171,7 @@ class DistillTrainer(DefaultTrainer):
             ret.append(hooks.PeriodicWriter(writers, period=self.settings.log_period))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())
-        return ret
+        return [*ret, BoundedHistories()]
 
     def _precise_bn(self) -> list[HookBase]:
         if not self.settings.precise_bn_iters:
