@@ -22,16 +22,16 @@ from ..mistakes import UnreadableRecord
 from ..quiet import quiet
 from .augmentation import build_mapper
 from .builtin_voc import builtin_voc_places
-from .classes import classes_of, moved_class, renamed_classes
+from .classes import check_same_classes, classes_of
 from .custom import datasets_root
 from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
 from .records import check_records
 from .sample import has_objects
+from .voc import check_evaluated_ids
 
 logger = logging.getLogger(__name__)
 
-_CHECKS = ("all", "none")
 _DECODERS = 4  # threads
 _SEED = 0
 
@@ -42,6 +42,7 @@ class DataPlan:
 
     Attributes:
         train, test: names of datasets.
+        keys: the config keys of both.
         check: whether their content is checked: DATASETS.CHECK.
         check_images: the number of images of each dataset to decode, at most: DATASETS.CHECK_IMAGES.
         classes: config key and value of the model's number of classes; None: not known.
@@ -56,6 +57,7 @@ class DataPlan:
 
     train: Sequence[str] = ()
     test: Sequence[str] = ()
+    keys: tuple[str, str] = ("DATASETS.TRAIN", "DATASETS.TEST")
     check: bool = True
     check_images: int = 0
     classes: tuple[str, int] | None = None
@@ -91,9 +93,6 @@ def check_datasets(
         raise ValueError(
             f"DATASETS.CHECK_IMAGES is {cfg.DATASETS.CHECK_IMAGES}; expected 0 (decode none) or more"
         )
-    if cfg.DATASETS.CHECK not in _CHECKS:
-        raise ValueError(f"DATASETS.CHECK is {cfg.DATASETS.CHECK!r}; expected 'all' or 'none'")
-    _check_proposals(cfg, train)
     plan = DataPlan(
         train=tuple(cfg.DATASETS.TRAIN) if train else (),
         test=tuple(cfg.DATASETS.TEST),
@@ -121,7 +120,7 @@ def check_plan(plan: DataPlan) -> None:
         ValueError: a dataset is not registered or does not fit the model, or another one.
         OSError: annotations or images do not exist or cannot be read.
     """
-    for key, names in (("DATASETS.TRAIN", plan.train), ("DATASETS.TEST", plan.test)):
+    for key, names in zip(plan.keys, (plan.train, plan.test)):
         for name in names:
             _check_registered(name, key)
     if not plan.check:
@@ -188,9 +187,17 @@ def check_dataset(
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
     if like:
-        _check_same_classes(name, like)
+        advice = (
+            "Give all datasets the same categories (of COCO: in the order of their ids), those without objects "
+            "included"
+        )
+        check_same_classes(
+            f"dataset '{like}'", classes_of([like]), f"dataset '{name}'", classes_of([name]), advice
+        )
     _check_classes(name, classes)
     check_records(name, dicts, classes and classes[1], tested, need_files)
+    if tested and MetadataCatalog.get(name).get("evaluator_type") == "pascal_voc":
+        check_evaluated_ids(name, [record["image_id"] for record in dicts])
     local = [record for record in dicts if "file_name" in record and _is_local(record)]
     _check_files_exist(name, [os.fspath(record["file_name"]) for record in local])
     sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
@@ -267,22 +274,6 @@ def _try_mapper(name: str, records: list[dict[str, Any]], plan: DataPlan) -> Non
         try_mapper(name, trained_on, mapper, needs, plan.check_images)
 
 
-def _check_proposals(cfg: CfgNode, train: bool) -> None:
-    generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    if generator == "PrecomputedProposals" and not cfg.MODEL.LOAD_PROPOSALS:
-        raise ValueError(
-            f"MODEL.PROPOSAL_GENERATOR.NAME is '{generator}', but MODEL.LOAD_PROPOSALS is False; set it to "
-            "True, and DATASETS.PROPOSAL_FILES_TRAIN and _TEST to a file for each dataset"
-        )
-    for part in ("TRAIN", "TEST") if train else ("TEST",):
-        names, files = cfg.DATASETS[part], cfg.DATASETS[f"PROPOSAL_FILES_{part}"]
-        if cfg.MODEL.LOAD_PROPOSALS and len(names) != len(files):
-            raise ValueError(
-                f"MODEL.LOAD_PROPOSALS is True, and DATASETS.PROPOSAL_FILES_{part} has {len(files)} files for "
-                f"the {len(names)} datasets of DATASETS.{part}; give one for each, in the same order"
-            )
-
-
 def _check_registered(name: str, key: str) -> None:
     known = DatasetCatalog.list()
     if name in known:
@@ -318,32 +309,6 @@ def _check_classes(name: str, classes: tuple[str, int] | None) -> None:
         f"dataset '{name}' has {len(things)} classes ({shown}), but {classes[0]} is {classes[1]}; set "
         f"it to {len(things)}"
     )
-
-
-def _check_same_classes(name: str, like: str) -> None:
-    """Raises ValueError if a class has another number in ``like``, or one of its classes is missing."""
-    things, others = classes_of([name]), classes_of([like])
-    if things is None or others is None or things == others:
-        return
-    moved = moved_class(others, things)
-    missing = [label for label in others if label not in things]
-    if moved or len(things) != len(others):
-        lacks = f"; '{name}' lacks {missing[:10]}" if missing else ""
-        raise ValueError(
-            f"datasets '{like}' and '{name}' have different classes: {_listing(others)} and {_listing(things)}"
-            f"{': ' + moved if moved else ''}{lacks}. A class is known by its number, its place in the list (of "
-            "COCO's categories, in the order of their ids); give all datasets the same categories, those "
-            "without objects included"
-        )
-    if renamed_classes(others, things):
-        logger.warning(
-            f"Datasets '{like}' and '{name}' name the same classes differently: "
-            f"{', '.join(renamed_classes(others, things)[:10])}. Only their numbers count"
-        )
-
-
-def _listing(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
 
 
 def _classes_key(cfg: CfgNode) -> tuple[str, int] | None:

@@ -8,7 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+#: Endings of image files, lower case.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES += (".jpe", ".jfif", ".jp2", ".pgm", ".ppm")
 _READERS = 8  # threads
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values that exchange height and width
@@ -28,10 +30,10 @@ def load_images(name: str, folder: str) -> list[dict[str, Any]]:
         os.path.join(place, file)
         for place, _, files in os.walk(folder)
         for file in files
-        if file.lower().endswith(_ENDINGS)
+        if file.lower().endswith(IMAGE_SUFFIXES)
     ]
     if not paths:
-        raise ValueError(f"dataset '{name}': '{folder}' holds no images ({', '.join(_ENDINGS)})")
+        raise ValueError(f"dataset '{name}': '{folder}' holds no images ({', '.join(IMAGE_SUFFIXES)})")
     paths.sort()
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
         sizes = list(pool.map(image_size, paths))

@@ -34,6 +34,7 @@ from ..evaluation import with_model_evaluators
 from ..imports import check_note
 from .config_loading import file_in
 from .key_rules import check_lazy_keys
+from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
 from .setup import check_output_dir, choose_device, note_imports
@@ -76,6 +77,9 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
     logger.info(f"Ran the code of {args.config_file}, a LazyConfig")
     note_imports(cfg.train.output_dir, args.imports)
+    if comm.is_main_process():
+        check_lazy_data(cfg, _student(cfg), train=not args.eval_only)
+    comm.synchronize()
     return cfg
 
 
@@ -91,12 +95,12 @@ class LazyDistillTrainer(DistillTrainer):
     @classmethod
     def build_model(cls, cfg: DictConfig) -> nn.Module:
         model = instantiate(cfg.model).to(cfg.train.device)
-        datasets = _train_datasets(cfg)
+        settings = RunSettings.from_lazy(cfg)
+        datasets = settings.train_datasets
         if isinstance(model, Distiller):
             use_statistics(model.losses.values(), datasets)
         if "distiller" not in cfg:
             return model
-        settings = RunSettings.from_lazy(cfg)
         return Distiller(
             student=model,
             **node_arguments(settings.distiller, settings.device, datasets),
@@ -153,12 +157,6 @@ def _locate_teacher(cfg: DictConfig, folder: str) -> None:
     node = cfg.get("distiller")
     if node and "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
         node.MODEL_DISTILLER_CONFIG = file_in([folder], node.MODEL_DISTILLER_CONFIG)
-
-
-def _train_datasets(cfg: DictConfig) -> list[str]:
-    """Names of the training datasets, where the config has them in detectron2's usual place."""
-    names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
-    return [names] if isinstance(names, str) else list(names)
 
 
 def _is_distiller(model: DictConfig) -> bool:

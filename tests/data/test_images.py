@@ -47,7 +47,7 @@ def test_what_counts_as_an_image(tmp_path, monkeypatch):
     wanted = ["a.jpg", "b.JPEG", "d.bmp", "e.webp", "f.tif", "g.TIFF", "h.i.jpg"]
     for name in wanted:
         write(tmp_path / name)
-    for name in ("notes.txt", "annotations.json", "jpg", "a.jpg.part", "x.gif"):
+    for name in ("notes.txt", "annotations.json", "jpg", "a.jpg.part", "x.xml"):
         (tmp_path / name).write_text("no image")
     (tmp_path / "folder.png").mkdir()
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
@@ -113,6 +113,6 @@ def test_wrong_entries(tmp_path):
     assert_fails({"NAME": "a", "FORMAT": "images"}, "missing keys ['IMAGES']", keys)
     assert_fails(entry_of(tmp_path, IMAGES=3), "IMAGES is 3", "expected a string")
     assert_fails(entry_of(tmp_path, FORMAT="image"), "'image'", "'images'", "'coco'", "'voc'")
-    assert_fails("unlabeled", "expected {NAME: ..., FORMAT: voc, coco or images, ...}")
+    assert_fails("unlabeled", "expected {NAME: ..., FORMAT: voc or coco or yolo or images, ...}")
     texts = ["needs the folder", "/fotos", "['a.png']"]
     assert_fails(entry_of(tmp_path / "fotos"), *texts, error=FileNotFoundError)
