@@ -8,24 +8,27 @@ import functools
 import logging
 import os
 import random
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import check_image_size, read_image
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
 
 from .. import plugins
 from ..mistakes import UnreadableRecord
 from ..quiet import quiet
-from .augmentation import build_mapper
+from .augmentation import BoxAwareMapper, build_mapper
 from .builtin_voc import builtin_voc_places
 from .classes import check_same_classes, classes_of
-from .custom import datasets_root
+from .custom import check_name, datasets_root
+from .images import is_turned, refuse_deep_image, remarks_on_image
 from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
+from .proposals import read_proposals
 from .records import check_records
 from .sample import has_objects
 from .voc import check_evaluated_ids
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _DECODERS = 4  # threads
 _SEED = 0
+_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,9 @@ def check_datasets(
         raise ValueError(
             f"DATASETS.CHECK_IMAGES is {cfg.DATASETS.CHECK_IMAGES}; expected 0 (decode none) or more"
         )
+    for part in ("TRAIN", "TEST")[not train :] if cfg.MODEL.LOAD_PROPOSALS else ():
+        for path in cfg.DATASETS[f"PROPOSAL_FILES_{part}"]:
+            read_proposals(path)
     plan = DataPlan(
         train=tuple(cfg.DATASETS.TRAIN) if train else (),
         test=tuple(cfg.DATASETS.TEST),
@@ -199,24 +206,49 @@ def check_dataset(
     if tested and MetadataCatalog.get(name).get("evaluator_type") == "pascal_voc":
         check_evaluated_ids(name, [record["image_id"] for record in dicts])
     local = [record for record in dicts if "file_name" in record and _is_local(record)]
+    if len(local) < len(dicts):
+        _tell_addresses(name, dicts)
     _check_files_exist(name, [os.fspath(record["file_name"]) for record in local])
     sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
-    with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
-        list(pool.map(check_image, sample))
+    _check_images(name, sample, deep=not need_files)
     return dicts
 
 
-def check_image(record: dict[str, Any]) -> None:
-    """Decode the image of a dataset dict as detectron2 does.
+def check_image(record: dict[str, Any], deep: bool = False) -> list[str]:
+    """Decode the image of a dataset dict as detectron2 does, and return remarks on it.
+
+    Args:
+        deep: whether it may have more than 8 bits per channel.
 
     Raises:
         ValueError: the image cannot be read, or its size differs from the annotation's.
     """
     path = os.fspath(record["file_name"])
     try:
-        check_image_size({**record, "file_name": path}, read_image(path, format="BGR"))
+        image = read_image(path, format="BGR")
+        if not deep:
+            refuse_deep_image(path)
+        check_image_size({**record, "file_name": path}, image)
+        return remarks_on_image(path)
+    except SizeMismatchError as error:
+        turned = image.shape[:2] == (record.get("width"), record.get("height")) and is_turned(path)
+        hint = " The image has an EXIF orientation, which detectron2 applies." if turned else ""
+        raise ValueError(f"the image '{path}' cannot be used: {error}{hint}") from error
     except Exception as error:  # Pillow's decoders raise many types
         raise ValueError(f"the image '{path}' cannot be used: {error}") from error
+
+
+def _check_images(name: str, sample: Sequence[dict[str, Any]], deep: bool) -> None:
+    with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
+        found = list(pool.map(functools.partial(check_image, deep=deep), sample))
+    remarks: dict[str, list[str]] = {}
+    for record, texts in zip(sample, found):
+        for text in texts:
+            remarks.setdefault(text, []).append(os.fspath(record["file_name"]))
+    for text, files in remarks.items():
+        logger.warning(
+            f"Dataset '{name}': {len(files)} of {len(sample)} images {text}, the first is '{files[0]}'"
+        )
 
 
 class NamedReadErrors:
@@ -224,10 +256,13 @@ class NamedReadErrors:
 
     def __init__(self, mapper: Callable[[dict[str, Any]], Any]):
         self.mapper = mapper
+        self.reads_as_detectron2 = type(mapper) in (DatasetMapper, BoxAwareMapper)
 
     def __call__(self, record: dict[str, Any]) -> Any:
         """Call the mapper; its errors become an UnreadableRecord, with the original as the cause."""
         try:
+            if self.reads_as_detectron2:
+                refuse_deep_image(record["file_name"])
             return self.mapper(record)
         except Exception as error:
             raise UnreadableRecord(
@@ -275,6 +310,7 @@ def _try_mapper(name: str, records: list[dict[str, Any]], plan: DataPlan) -> Non
 
 
 def _check_registered(name: str, key: str) -> None:
+    check_name(name, key)
     known = DatasetCatalog.list()
     if name in known:
         return
@@ -316,8 +352,17 @@ def _classes_key(cfg: CfgNode) -> tuple[str, int] | None:
     return (keys[0], functools.reduce(getattr, keys[0].split("."), cfg)) if keys else None
 
 
+def _tell_addresses(name: str, records: Sequence[dict[str, Any]]) -> None:
+    files = [os.fspath(record["file_name"]) for record in records if not _is_local(record)]
+    if files:
+        logger.warning(
+            f"dataset '{name}': {len(files)} file names are addresses, the first is '{files[0]}'; they are "
+            "not checked, and fetched when training comes to them"
+        )
+
+
 def _is_local(record: dict[str, Any]) -> bool:
-    return "://" not in os.fspath(record.get("file_name", ""))
+    return not _ADDRESS.match(os.fspath(record.get("file_name", "")))
 
 
 def _check_files_exist(name: str, files: Sequence[str]) -> None:
@@ -331,8 +376,9 @@ def _check_files_exist(name: str, files: Sequence[str]) -> None:
             missing.append(file)
     if missing:
         folder = os.path.dirname(missing[0])
+        address = " (an address below a folder is no file; download the images)" * ("://" in missing[0])
         raise FileNotFoundError(
             f"dataset '{name}': {len(missing)} of {len(files)} images do not exist, the first is "
-            f"'{missing[0]}'; its folder holds {sorted(listings[folder])[:3]}, {len(listings[folder])} "
+            f"'{missing[0]}'{address}; its folder holds {sorted(listings[folder])[:3]}, {len(listings[folder])} "
             "files in all"
         )

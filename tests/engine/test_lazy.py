@@ -88,7 +88,8 @@ def test_options_of_several_processes(lazy_job, monkeypatch):
     plain = {"broadcast_buffers": False, "find_unused_parameters": False, "device_ids": None}
     changed = {"broadcast_buffers": True, "fp16_compression": True}
     lazy_job.run("train.max_iter=1")
-    lazy_job.run("train.max_iter=1", *(f"+train.ddp.{key}={value}" for key, value in changed.items()))
+    options = [f"+train.ddp.{key}={value}" for key, value in changed.items()]
+    lazy_job.run("--overwrite", "train.max_iter=1", *options)
     assert seen == [plain, {**plain, **changed}]
 
 
