@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import default_setup
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
@@ -28,7 +30,14 @@ from torch import nn
 
 from .. import model_zoo
 from ..config_values import config_keys
-from ..data import register_builtin_voc, register_shapes
+from ..data import (
+    ResumableTrainingSampler,
+    ShieldedLoader,
+    build_train_loader,
+    register_builtin_voc,
+    register_shapes,
+    seeded,
+)
 from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
@@ -36,8 +45,9 @@ from .config_loading import file_in
 from .key_rules import check_lazy_keys
 from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
+from .output_dir import claim, kept
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
-from .setup import check_output_dir, choose_device, note_imports
+from .setup import choose_device, note_imports
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -55,7 +65,6 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     _check_overrides(cfg, args.opts or [])
     cfg = LazyConfig.apply_overrides(cfg, list(args.opts or []))
     _locate_teacher(cfg, os.path.dirname(args.config_file))
-    check_output_dir(cfg.train.output_dir, "train.output_dir")
     if args.resume or args.eval_only:
         check_note(cfg.train.output_dir)
     cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
@@ -70,13 +79,16 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
             "model L(Distiller)(...), so there is nothing to distill"
         )
     check_lazy_keys(cfg)
+    weights = [cfg.train.get("init_checkpoint", ""), *_weights_of_losses(cfg)]
+    claim(cfg.train.output_dir, "train.output_dir", args, weights)
     register_shapes()
     register_builtin_voc()
-    default_setup(cfg, args)
+    with kept(os.path.join(cfg.train.output_dir, "config.yaml"), args.eval_only):
+        default_setup(cfg, args)
     rank = comm.get_rank()
     setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
     logger.info(f"Ran the code of {args.config_file}, a LazyConfig")
-    note_imports(cfg.train.output_dir, args.imports)
+    note_imports(cfg.train.output_dir, args.imports, write=not args.eval_only)
     if comm.is_main_process():
         check_lazy_data(cfg, _student(cfg), train=not args.eval_only)
     comm.synchronize()
@@ -84,12 +96,18 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
 
 
 _MISSING = object()
+_DETECTRON2_LOADER = [
+    build_detection_train_loader,
+    "detectron2.data.build_detection_train_loader",
+    "detectron2.data.build.build_detection_train_loader",
+]
 
 
 class LazyDistillTrainer(DistillTrainer):
     """DistillTrainer whose parts are instantiated from a LazyConfig.
 
-    The data loader is the config's own, so a resumed run has a new order of images.
+    Of detectron2's data loader, L(build_detection_train_loader)(...), a resumed run continues the order of images;
+    another one starts again.
     """
 
     @classmethod
@@ -121,7 +139,8 @@ class LazyDistillTrainer(DistillTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: DictConfig):
-        return instantiate(cfg.dataloader.train)
+        loader = _resumable_loader(cfg.dataloader.train)
+        return instantiate(cfg.dataloader.train) if loader is None else loader
 
     @classmethod
     def test(cls, cfg: DictConfig, model: nn.Module, evaluators=None) -> dict[str, Any]:
@@ -139,6 +158,34 @@ class LazyDistillTrainer(DistillTrainer):
         return cfg
 
 
+def _resumable_loader(node: DictConfig) -> ShieldedLoader | None:
+    """Our loader in place of detectron2's ``build_detection_train_loader``; None if the node is another one.
+
+    Raises:
+        ValueError: the processes cannot share the batch equally.
+    """
+    keys = {"dataset", "mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers"}
+    if node.get("_target_") not in _DETECTRON2_LOADER or not set(node) <= keys | {"_target_"}:
+        return None
+    parts = {key: instantiate(node[key]) for key in node if key not in ("_target_", "sampler")}
+    dataset, batch, processes = parts["dataset"], parts["total_batch_size"], comm.get_world_size()
+    if not isinstance(dataset, list):
+        return None
+    if batch < processes or batch % processes:
+        raise ValueError(
+            f"dataloader.train.total_batch_size is {batch}, which {processes} processes cannot share equally"
+        )
+    given = node.get("sampler")
+    sampler = ResumableTrainingSampler(
+        seeded(lambda: TrainingSampler(len(dataset)) if given is None else instantiate(given)),
+        batch_size=batch // processes,
+        wide=[image["width"] > image["height"] for image in dataset]
+        if parts.get("aspect_ratio_grouping", True)
+        else None,
+    )
+    return build_train_loader(dataset, parts["mapper"], sampler, parts.get("num_workers", 0))
+
+
 def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
     # A key of MODEL.DISTILLER that the file leaves at its default is known, too.
     known = config_keys(distiller_node({}), "distiller.") if "distiller" in cfg else []
@@ -150,6 +197,11 @@ def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
             continue
         if key[:1] not in ("+", "~") and OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
             raise KeyError(f"unknown config key '{key}'; +{key}=... adds a new one")
+
+
+def _weights_of_losses(cfg: DictConfig) -> list[str]:
+    node = cfg.get("distiller") or {}
+    return [node.get(key, "") for key in ("TEACHER_WEIGHTS", "PRELOAD_TEACHER")]
 
 
 def _locate_teacher(cfg: DictConfig, folder: str) -> None:

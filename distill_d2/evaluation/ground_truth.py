@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.structures import BoxMode
 
-from ..data.coco import area, coco_source, read_coco
+from ..data.coco import area, coco_source, is_right, read_coco
 
 
 def with_ground_truth(name: str, folder: str) -> str:
@@ -31,6 +31,8 @@ def with_ground_truth(name: str, folder: str) -> str:
     source = coco_source(name)
     if source is None:
         return _described(name, folder, _content(name))
+    if is_right(source):
+        return name
     found = read_coco(source)
     if not found.changes and not source.corners and source.share is None:
         return name
