@@ -3,7 +3,7 @@
 from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_mapper
 from .builtin_voc import register_builtin_voc
 from .check import NamedReadErrors, check_dataset, check_datasets
-from .custom import datasets_root, register_custom_datasets
+from .custom import datasets_root, register_custom_datasets, with_absolute_paths
 from .loader import ShieldedLoader, build_train_loader, end_workers
 from .sampler import ResumableTrainingSampler
 from .shapes import generate_shapes, register_shapes
@@ -27,4 +27,5 @@ __all__ = [
     "register_builtin_voc",
     "register_custom_datasets",
     "register_shapes",
+    "with_absolute_paths",
 ]

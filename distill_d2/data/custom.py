@@ -50,7 +50,7 @@ def register_custom_datasets(entries: Sequence[dict[str, Any]]) -> None:
     """
     for entry in entries:
         _check_entry(entry)
-        name, content = entry["NAME"], _with_paths(entry)
+        name, content = entry["NAME"], with_absolute_paths(entry)
         if name not in DatasetCatalog.list():
             _REGISTER[entry["FORMAT"]](name, content)
             MetadataCatalog.get(name).custom_entry = content
@@ -107,12 +107,12 @@ def _check_values(entry: dict[str, Any]) -> None:
         )
 
 
-def _with_paths(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with complete paths, so that equal entries mean equal files."""
+def with_absolute_paths(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of DATASETS.CUSTOM with complete paths, so that equal entries mean equal files."""
     entry = dict(entry)
     for key in ("ROOT", "JSON", "IMAGES"):
         if key in entry:
-            entry[key] = os.path.join(datasets_root(), os.path.expanduser(entry[key]))
+            entry[key] = os.path.abspath(os.path.join(datasets_root(), os.path.expanduser(entry[key])))
     return entry
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -15,7 +16,11 @@ from ..data import register_builtin_voc, register_custom_datasets, register_shap
 
 
 def load_config(
-    config_file: str, opts: Sequence[str] | None = None, *, need_teacher: bool = False
+    config_file: str,
+    opts: Sequence[str] | None = None,
+    *,
+    train: bool = True,
+    need_teacher: bool = False,
 ) -> CfgNode:
     """The config of a file (a path, or the name of a packaged config) and KEY VALUE pairs; its
     datasets are registered.
@@ -24,6 +29,7 @@ def load_config(
     the pairs. EXTRA_CFG is empty then.
 
     Args:
+        train: False: of DATASETS.CUSTOM, only datasets of DATASETS.TEST are registered; others need not exist.
         need_teacher: a teacher's file that does not exist is an error here, not when the teacher is built.
 
     Raises:
@@ -39,8 +45,14 @@ def load_config(
     _locate_teacher(cfg, folders, need_teacher)
     register_shapes()
     register_builtin_voc()
-    register_custom_datasets(cfg.DATASETS.CUSTOM)
+    register_custom_datasets(
+        [entry for entry in cfg.DATASETS.CUSTOM if train or _is_for_test(cfg, entry)]
+    )
     return cfg
+
+
+def _is_for_test(cfg: CfgNode, entry: Any) -> bool:
+    return not isinstance(entry, dict) or entry.get("NAME") in cfg.DATASETS.TEST
 
 
 def output_dir(config_file: str, opts: Sequence[str]) -> str:
