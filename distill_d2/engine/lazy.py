@@ -17,7 +17,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.engine import default_setup
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
@@ -32,13 +32,30 @@ from ..data import register_builtin_voc, register_shapes
 from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
-from .config_loading import file_in
+from ..lazy_config import apply_overrides, load_lazy_config
+from .config_loading import locate_teacher
 from .optimizer import trained_with_student
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
 from .setup import check_length, check_output_dir, choose_device, note_imports
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
+
+# What every run reads of detectron2's usual parts ...
+_REQUIRED = (
+    "model",
+    "dataloader",
+    "train.output_dir",
+    "train.init_checkpoint",
+    "train.device",
+    "train.max_iter",
+    "train.checkpointer.period",
+    "train.eval_period",
+    "train.log_period",
+    "train.amp.enabled",
+)
+# ... and what a training reads, too.
+_REQUIRED_TO_TRAIN = ("optimizer", "lr_multiplier", "dataloader.train")
 
 
 def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
@@ -49,10 +66,12 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     """
     args.config_file = model_zoo.find_config(args.config_file)
     check_note(os.path.dirname(args.config_file))
-    cfg = LazyConfig.load(args.config_file)
+    cfg = load_lazy_config(
+        args.config_file, _REQUIRED if args.eval_only else _REQUIRED + _REQUIRED_TO_TRAIN
+    )
     _check_overrides(cfg, args.opts or [])
-    cfg = LazyConfig.apply_overrides(cfg, list(args.opts or []))
-    _locate_teacher(cfg, os.path.dirname(args.config_file))
+    cfg = apply_overrides(cfg, args.opts or [])
+    _locate_teacher(cfg, os.path.dirname(args.config_file), needed=distill and not args.eval_only)
     check_length(cfg.train.max_iter, "train.max_iter")
     check_output_dir(cfg.train.output_dir, "train.output_dir")
     if args.resume or args.eval_only:
@@ -147,11 +166,11 @@ def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
             raise KeyError(f"unknown config key '{key}'; +{key}=... adds a new one")
 
 
-def _locate_teacher(cfg: DictConfig, folder: str) -> None:
-    """Make a teacher file beside the config absolute: later code does not know where the config is."""
+def _locate_teacher(cfg: DictConfig, folder: str, needed: bool) -> None:
+    """Make the teacher's file absolute: later code does not know where the config is."""
     node = cfg.get("distiller")
     if node and "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
-        node.MODEL_DISTILLER_CONFIG = file_in([folder], node.MODEL_DISTILLER_CONFIG)
+        node.MODEL_DISTILLER_CONFIG = locate_teacher(node.MODEL_DISTILLER_CONFIG, [folder], needed)
 
 
 def _train_datasets(cfg: DictConfig) -> list[str]:

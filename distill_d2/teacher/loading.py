@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from detectron2 import model_zoo as detectron2_zoo
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -19,6 +19,7 @@ from .. import model_zoo
 from ..checkpoint import SafeCheckpointer
 from ..config import add_distill_config, load_yaml, student_config
 from ..freeze import compile_patterns
+from ..lazy_config import load_lazy_config
 from .running import Teacher
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def _plan(name: str, official: bool) -> _Plan:
     path = _official_config(name) if official else model_zoo.find_config(name)
     config: Any
     if path.endswith(".py"):
-        config = LazyConfig.load(path)
+        config = load_lazy_config(path, ["model"])
         logger.info(f"Ran the code of {path}, a LazyConfig")
         folders = [os.path.dirname(path)]
     else:
