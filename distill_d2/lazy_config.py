@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config_values import MOST_CHARACTERS, shortened
 
-
 _MISSING = object()
 
 

@@ -51,8 +51,8 @@ import importlib
 import logging
 import pkgutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Callable
 
 from detectron2.config import CfgNode
@@ -65,6 +65,7 @@ from . import projects
 from .imports import import_entry_points
 
 if TYPE_CHECKING:
+    from .rules import Rule
     from .testing import Family
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ class Detector:
         add_config: adds its config keys to a config, in place.
         num_classes_key: the key that holds its number of classes, such as "MODEL.FCOS.NUM_CLASSES"; "": the
             datasets' classes are not compared with it.
+        rules: what its keys may hold, by their full names, such as {"MODEL.FCOS.NUM_CLASSES": Integer(at_least=1)}
+            (see ``distill_d2.rules``); checked where a config names one of its ``names``.
         check: raises ValueError before training if a config of this architecture cannot work.
         ground_truth: what this architecture is trained on, besides boxes and classes, with a config: "masks",
             "keypoints".
@@ -105,6 +108,7 @@ class Detector:
     architecture: str = ""
     add_config: Callable[[CfgNode], None] = _nothing
     num_classes_key: str = ""
+    rules: Mapping[str, Rule] = field(default_factory=dict)
     check: Callable[[CfgNode], None] = _nothing
     ground_truth: Callable[[CfgNode], set[str]] = _boxes_alone
     modules: Sequence[str] = ()

@@ -1,3 +1,4 @@
+import itertools
 import logging
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+from detectron2.config import CfgNode
 from detectron2.engine import defaults
 from pool import Pool
 
@@ -20,21 +22,38 @@ SHARED = ROOT.parent / "shared"
 pytest_plugins = ["memory"]
 
 
+_NUMBERS = itertools.count()
+
+
 @pytest.fixture(autouse=True)
-def _one_thread_one_seed(monkeypatch, tmp_path):
+def _one_thread_one_seed(monkeypatch, request, tmp_path_factory):
     """Equal results on every machine; generated data never lands in the checkout."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     # For caplog; a job's logging, or the benchmark's, turns these off.
     logging.getLogger("distill_d2").propagate = True
     logging.getLogger("distill_d2").setLevel(logging.DEBUG)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    # Most tests write no data: making a folder for each of them would take as long as they do.
+    folder = tmp_path_factory.getbasetemp() / f"unused{next(_NUMBERS)}"
+    if "tmp_path" in request.fixturenames:
+        folder = request.getfixturevalue("tmp_path")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(folder / "datasets"))
 
 
 @pytest.fixture(autouse=True)
-def _no_report_of_the_machine(monkeypatch):
-    """detectron2 writes one at each start, which takes longer than tiny trainings."""
+def _quick_start(monkeypatch):
+    """What detectron2 does at each start takes longer than tiny trainings: a report of the machine, a colored
+    config, and yaml of the whole config, read again, for each key that it looks up."""
     monkeypatch.setattr(defaults, "collect_env_info", lambda: "")
+    monkeypatch.setattr(defaults, "_highlight", lambda code, _filename: code)
+    monkeypatch.setattr(defaults, "_try_get_key", _first_of)
+
+
+def _first_of(cfg, *keys, default=None, slowly=defaults._try_get_key):
+    """The value of the first key that a config has."""
+    if not isinstance(cfg, CfgNode) or "${" in repr(cfg):  # OmegaConf's way to name another key
+        return slowly(cfg, *keys, default=default)
+    return next((cfg[key] for key in keys if key in cfg), default)
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_mapper
 from .builtin_voc import register_builtin_voc
-from .check import NamedReadErrors, check_dataset, check_datasets
+from .check import DataPlan, NamedReadErrors, check_dataset, check_datasets, check_plan
+from .coco import adopt_coco_datasets
 from .custom import datasets_root, register_custom_datasets, with_absolute_paths
 from .loader import ShieldedLoader, build_train_loader, end_workers
 from .sampler import ResumableTrainingSampler
@@ -13,14 +14,17 @@ __all__ = [
     "AUGMENTATION_REGISTRY",
     "DATASET_MAPPER_REGISTRY",
     "BoxStatistics",
+    "DataPlan",
     "NamedReadErrors",
     "ResumableTrainingSampler",
     "ShieldedLoader",
+    "adopt_coco_datasets",
     "box_statistics",
     "build_mapper",
     "build_train_loader",
     "check_dataset",
     "check_datasets",
+    "check_plan",
     "datasets_root",
     "end_workers",
     "generate_shapes",

@@ -1,29 +1,30 @@
-"""Datasets named in a config (DATASETS.CUSTOM), without code: VOC folders, COCO json files and folders of
-images without annotations."""
+"""Datasets named in a config (DATASETS.CUSTOM), without code: VOC's, COCO's and YOLO's annotations, and folders
+of images without annotations."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Callable
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
-from detectron2.structures import BoxMode
 
+from .coco import CocoSource, load_coco
 from .images import load_images
-from .voc import load_voc
+from .split import Share
+from .voc import VocFolder, load_voc
+from .yolo import YoloFolder, find_classes, labels_of, load_yolo
 
-logger = logging.getLogger(__name__)
-
+#: The keys of an entry besides NAME and FORMAT: those that it must have, and others that it may have.
 _KEYS = {
-    "voc": {"NAME", "FORMAT", "ROOT", "SPLIT", "CLASSES", "YEAR"},
-    "coco": {"NAME", "FORMAT", "JSON", "IMAGES", "CLASSES"},
-    "images": {"NAME", "FORMAT", "IMAGES"},
+    "voc": ({"CLASSES"}, {"ROOT", "ANNOTATIONS", "IMAGES", "SPLIT", "YEAR"}),
+    "coco": ({"JSON", "IMAGES"}, {"CLASSES", "SPLIT", "BOXES", "KEYPOINTS", "FLIPS"}),
+    "yolo": ({"IMAGES"}, {"LABELS", "CLASSES", "SPLIT"}),
+    "images": ({"IMAGES"}, set()),
 }
-_OPTIONAL = {"voc": {"YEAR"}, "coco": {"CLASSES"}, "images": set()}
-_TEXTS = ("NAME", "ROOT", "SPLIT", "JSON", "IMAGES")
+_PATHS = ("ROOT", "JSON", "IMAGES", "ANNOTATIONS", "LABELS")
+_VOC_PLACES = ({"ROOT", "SPLIT"}, {"ANNOTATIONS", "IMAGES"}, {"ANNOTATIONS", "IMAGES", "SPLIT"})
 _YEARS = (2007, 2012)
 _MOST_LISTED = 20
 
@@ -39,9 +40,7 @@ def register_custom_datasets(entries: Sequence[dict[str, Any]]) -> None:
     Paths and keys are checked here, annotations when they are loaded (``check_datasets``).
 
     Args:
-        entries: dicts {NAME, FORMAT: "voc", ROOT, SPLIT, CLASSES[, YEAR]}, with YEAR 2007 (11-point
-            AP, the default) or 2012 (area AP), {NAME, FORMAT: "coco", JSON, IMAGES[, CLASSES]}, or
-            {NAME, FORMAT: "images", IMAGES}. Relative paths are below $DETECTRON2_DATASETS.
+        entries: dicts, whose keys datasets/README.md describes. Relative paths are below $DETECTRON2_DATASETS.
 
     Raises:
         ValueError: an entry has missing or unknown keys, a value out of range, or a name that is
@@ -71,34 +70,52 @@ def _describe_taken(name: str) -> str:
 def _check_entry(entry: Any) -> None:
     if not isinstance(entry, dict):
         raise ValueError(
-            f"DATASETS.CUSTOM holds {entry!r}; expected {{NAME: ..., FORMAT: voc, coco or images, ...}}"
+            f"DATASETS.CUSTOM holds {entry!r}; expected {{NAME: ..., FORMAT: {' or '.join(_KEYS)}, ...}}"
         )
     kind = entry.get("FORMAT")
     if kind not in list(_KEYS):
         raise ValueError(
             f"DATASETS.CUSTOM: FORMAT is {kind!r} in {entry}; expected one of {sorted(_KEYS)}"
         )
-    unknown = set(entry) - _KEYS[kind]
-    missing = _KEYS[kind] - _OPTIONAL[kind] - set(entry)
+    needed, optional = _KEYS[kind][0] | {"NAME", "FORMAT"}, _KEYS[kind][1]
+    unknown, missing = set(entry) - needed - optional, needed - set(entry)
     if unknown or missing:
         raise ValueError(
             f"DATASETS.CUSTOM: unknown keys {sorted(map(str, unknown))}, missing keys "
-            f"{sorted(missing)} in {entry}; a {kind} dataset has {sorted(_KEYS[kind])}, of which "
-            f"{sorted(_OPTIONAL[kind]) or 'none'} may be left out"
+            f"{sorted(missing)} in {entry}; a {kind} dataset has {sorted(needed | optional)}, of which "
+            f"{sorted(optional) or 'none'} may be left out"
+        )
+    if kind == "voc" and set(entry) & {"ROOT", "SPLIT", "ANNOTATIONS", "IMAGES"} not in _VOC_PLACES:
+        raise ValueError(
+            f"DATASETS.CUSTOM: a voc dataset has ROOT and SPLIT, or ANNOTATIONS and IMAGES (SPLIT may be left out "
+            f"then); found {entry}"
         )
     _check_values(entry)
 
 
 def _check_values(entry: dict[str, Any]) -> None:
-    for key in _TEXTS:
+    for key in ("NAME", *_PATHS):
         if key in entry and not (isinstance(entry[key], str) and entry[key]):
             raise ValueError(f"DATASETS.CUSTOM: {key} is {entry[key]!r} in {entry}; expected a string")
-    classes = entry.get("CLASSES", ["any"])
-    is_list = isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
-    if not is_list or not classes or len(set(classes)) < len(classes):
+    split, texts = entry.get("SPLIT", {}), entry["FORMAT"] != "coco"
+    if not isinstance(split, dict) and not (texts and isinstance(split, str) and split):
         raise ValueError(
-            f"DATASETS.CUSTOM: CLASSES of '{entry['NAME']}' is {classes!r}; expected a list of "
-            "different names, in quotes where yaml would read something else (yes, no, numbers)"
+            f"DATASETS.CUSTOM: SPLIT is {split!r} in {entry}; expected {'a string or ' * texts}"
+            "{FRACTION: [0.0, 0.8], SEED: 1}"
+        )
+    if "SPLIT" in entry and isinstance(split, dict):
+        Share.of_entry(entry["NAME"], split)
+    for key in ("CLASSES", "KEYPOINTS"):
+        _check_names(entry, key)
+    if entry.get("BOXES", "corners") != "corners":
+        raise ValueError(
+            f"DATASETS.CUSTOM: BOXES of '{entry['NAME']}' is {entry['BOXES']!r}; expected corners (x0, y0, "
+            "x1, y1), or no such key (x, y, width, height)"
+        )
+    flips = entry.get("FLIPS", [])
+    if not isinstance(flips, list) or not all(isinstance(p, list) and len(p) == 2 for p in flips):
+        raise ValueError(
+            f"DATASETS.CUSTOM: FLIPS of '{entry['NAME']}' is {flips!r}; expected pairs of keypoints, [[a, b], ...]"
         )
     if entry.get("YEAR", 2007) not in _YEARS:
         raise ValueError(
@@ -107,13 +124,27 @@ def _check_values(entry: dict[str, Any]) -> None:
         )
 
 
+def _check_names(entry: dict[str, Any], key: str) -> None:
+    names = entry.get(key, ["any"])
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not is_list or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"DATASETS.CUSTOM: {key} of '{entry['NAME']}' is {names!r}; expected a list of "
+            "different names, in quotes where yaml would read something else (yes, no, numbers)"
+        )
+
+
 def with_absolute_paths(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry of DATASETS.CUSTOM with complete paths, so that equal entries mean equal files."""
     entry = dict(entry)
-    for key in ("ROOT", "JSON", "IMAGES"):
+    for key in _PATHS:
         if key in entry:
-            entry[key] = os.path.abspath(os.path.join(datasets_root(), os.path.expanduser(entry[key])))
+            entry[key] = _complete(entry[key])
     return entry
+
+
+def _complete(path: str) -> str:
+    return os.path.abspath(os.path.join(datasets_root(), os.path.expanduser(path)))
 
 
 def _require(path: str, name: str, is_there: Callable[[str], bool] = os.path.isdir) -> str:
@@ -133,25 +164,67 @@ def _require(path: str, name: str, is_there: Callable[[str], bool] = os.path.isd
 
 
 def _register_voc(name: str, entry: dict[str, Any]) -> None:
-    root, split, classes = entry["ROOT"], entry["SPLIT"], list(entry["CLASSES"])
-    _require(os.path.join(root, "ImageSets", "Main", f"{split}.txt"), name, os.path.isfile)
-    _require(os.path.join(root, "Annotations"), name)
-    _require(os.path.join(root, "JPEGImages"), name)
-    DatasetCatalog.register(name, lambda: load_voc(name, root, split, classes))
+    root, classes, split = entry.get("ROOT"), list(entry["CLASSES"]), entry.get("SPLIT")
+    if root is None:
+        folder = VocFolder(entry["ANNOTATIONS"], entry["IMAGES"], _split(name, split, ""))
+    else:
+        folder = VocFolder.of_root(root, "")
+        folder = replace(folder, split=_split(name, split, os.path.join(root, "ImageSets", "Main")))
+    _require(folder.annotations, name)
+    _require(folder.images, name)
+    DatasetCatalog.register(name, lambda: load_voc(name, folder, classes))
     MetadataCatalog.get(name).set(
         thing_classes=classes,
-        dirname=root,
+        dirname=root or os.path.dirname(folder.annotations),
         year=entry.get("YEAR", 2007),
-        split=split,
+        split=split if isinstance(split, str) else "all",
+        voc_folder=folder,
         evaluator_type="pascal_voc",
     )
 
 
+def _split(name: str, value: Any, lists: str) -> str | Share | None:
+    """The list file or share of images that SPLIT names: the path of a list, or its name in the folder
+    ``lists`` without .txt."""
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return Share.of_entry(name, value)
+    paths = [os.path.join(lists, f"{value}.txt")] if lists else []
+    if not lists or value.endswith(".txt"):
+        paths.append(_complete(value))
+    found = next(filter(os.path.isfile, paths), paths[0])
+    return _require(found, name, os.path.isfile)
+
+
+def _register_yolo(name: str, entry: dict[str, Any]) -> None:
+    images = _require(entry["IMAGES"], name)
+    labels = _require(entry["LABELS"], name) if "LABELS" in entry else labels_of(images)
+    folder = YoloFolder(images, labels, _split(name, entry.get("SPLIT"), ""))
+    classes = list(entry.get("CLASSES", ())) or find_classes(name, folder)
+    DatasetCatalog.register(name, lambda: load_yolo(name, folder, classes))
+    MetadataCatalog.get(name).set(thing_classes=classes, evaluator_type="coco")
+
+
 def _register_coco(name: str, entry: dict[str, Any]) -> None:
-    json_file = _require(entry["JSON"], name, os.path.isfile)
-    images, classes = _require(entry["IMAGES"], name), entry.get("CLASSES")
-    DatasetCatalog.register(name, lambda: load_coco(name, json_file, images, classes))
-    MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+    json_file, images = _require(entry["JSON"], name, os.path.isfile), _require(entry["IMAGES"], name)
+    split = entry.get("SPLIT")
+    share = None if split is None else Share.of_entry(name, split)
+    source = CocoSource(json_file, images, corners="BOXES" in entry, share=share)
+    others = [entry.get(key) for key in ("CLASSES", "KEYPOINTS", "FLIPS")]
+
+    def load() -> list[dict[str, Any]]:
+        dicts = load_coco(name, source, *others)
+        if not any(record["annotations"] for record in dicts):
+            raise ValueError(
+                f"dataset '{name}' has no annotations: '{json_file}' holds {len(dicts)} images and no boxes"
+            )
+        return dicts
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(
+        json_file=json_file, image_root=images, coco_source=source, evaluator_type="coco"
+    )
 
 
 def _register_images(name: str, entry: dict[str, Any]) -> None:
@@ -159,45 +232,9 @@ def _register_images(name: str, entry: dict[str, Any]) -> None:
     DatasetCatalog.register(name, lambda: load_images(name, folder))
 
 
-_REGISTER = {"voc": _register_voc, "coco": _register_coco, "images": _register_images}
-
-
-def load_coco(
-    name: str, json_file: str, images: str, classes: Sequence[str] | None = None
-) -> list[dict[str, Any]]:
-    """detectron2's dicts of a COCO json; sets the dataset's ``thing_classes`` as a side effect.
-
-    Boxes without area are dropped here; COCO's evaluation still counts them as missed.
-
-    Raises:
-        ValueError: it cannot be read, holds no annotation, or other classes than ``classes``.
-    """
-    try:
-        dicts = load_coco_json(json_file, images, name)
-        without_area = sum(_drop_without_area(record) for record in dicts)
-    except (KeyError, TypeError, AssertionError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(
-            f"cannot read '{json_file}' of dataset '{name}' as COCO annotations (with images, "
-            f"categories and annotations): {type(error).__name__}: {error}"
-        ) from error
-    found = list(MetadataCatalog.get(name).thing_classes)
-    if classes is not None and list(classes) != found:
-        raise ValueError(
-            f"dataset '{name}': CLASSES is {list(classes)}, but the categories of '{json_file}', in "
-            f"the order of their ids, are {found}"
-        )
-    if not any(record["annotations"] for record in dicts):
-        raise ValueError(
-            f"dataset '{name}' has no annotations: '{json_file}' holds {len(dicts)} images and no boxes"
-        )
-    if without_area:
-        logger.warning(f"Dataset '{name}': dropped {without_area} boxes without area")
-    return dicts
-
-
-def _drop_without_area(record: dict[str, Any]) -> int:
-    """Drop the boxes (XYWH) that have no area from a record; returns how many."""
-    before = record["annotations"]
-    assert all(item["bbox_mode"] == BoxMode.XYWH_ABS for item in before)
-    record["annotations"] = [item for item in before if min(item["bbox"][2:]) > 0]
-    return len(before) - len(record["annotations"])
+_REGISTER = {
+    "voc": _register_voc,
+    "coco": _register_coco,
+    "yolo": _register_yolo,
+    "images": _register_images,
+}

@@ -90,6 +90,12 @@ def _check_sizes(name: str, dicts: Sequence[dict[str, Any]]) -> None:
 def _check_ids(name: str, dicts: Sequence[dict[str, Any]]) -> None:
     """Ids are those of evaluation: a repeated one would give an image the boxes of another."""
     ids = [record["image_id"] for record in dicts]
+    strange = [value for value in ids if not isinstance(value, (int, str))]
+    if strange:
+        raise ValueError(
+            f"dataset '{name}': {len(strange)} image ids are no int or str, the first is {strange[0]!r}; convert "
+            "them, since evaluators write them to json files"
+        )
     if len(set(ids)) == len(ids):
         return
     twice, count = collections.Counter(ids).most_common(1)[0]

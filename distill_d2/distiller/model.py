@@ -17,6 +17,8 @@ from ..freeze import freeze, freeze_unreached
 from ..initialize_losses import initialize_losses
 from ..initialize_student import initialize_student
 from ..losses import DistillLoss
+from ..losses.settings import is_finite
+from ..rules import check_model
 from ..teacher import Teacher
 from ..views import Batch, build_view
 from .building import node_arguments, separate_randomness
@@ -104,6 +106,10 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"MODEL.DISTILLER.PRELOAD_TYPE is '{preload_type}'; expected 'all' or 'teacher_only'"
             )
+        if not is_finite(task_loss_weight) or task_loss_weight < 0:
+            raise ValueError(
+                f"MODEL.DISTILLER.TASK_LOSS_WEIGHT is {task_loss_weight!r}; expected a finite number, at least 0"
+            )
         if not isinstance(losses, Mapping):
             losses = {type(loss).__name__: loss for loss in losses}
         self.student = student
@@ -138,6 +144,7 @@ class Distiller(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         config = student_config(cfg)
+        check_model(config)
         student = META_ARCH_REGISTRY.get(config.MODEL.META_ARCHITECTURE)(config)
         return {
             "student": student,

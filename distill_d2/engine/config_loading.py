@@ -12,7 +12,7 @@ from .. import model_zoo
 from ..config import EXTRA_KEY, add_distill_config, load_yaml
 from ..config_files import MOST_FILES, check_chain, read_config
 from ..config_values import set_options
-from ..data import register_builtin_voc, register_custom_datasets, register_shapes
+from ..data import adopt_coco_datasets, register_builtin_voc, register_custom_datasets, register_shapes
 
 
 def load_config(
@@ -50,6 +50,7 @@ def load_config(
     register_custom_datasets(
         [entry for entry in cfg.DATASETS.CUSTOM if train or _is_for_test(cfg, entry)]
     )
+    adopt_coco_datasets([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST])
     return cfg
 
 

@@ -34,9 +34,11 @@ from ..evaluation import with_model_evaluators
 from ..imports import check_note
 from ..lazy_config import apply_overrides, load_lazy_config
 from .config_loading import locate_teacher
+from .key_rules import check_lazy_keys
+from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
-from .setup import check_length, check_output_dir, choose_device, note_imports
+from .setup import check_output_dir, choose_device, note_imports
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,6 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     _check_overrides(cfg, args.opts or [])
     cfg = apply_overrides(cfg, args.opts or [])
     _locate_teacher(cfg, os.path.dirname(args.config_file), needed=distill and not args.eval_only)
-    check_length(cfg.train.max_iter, "train.max_iter")
     check_output_dir(cfg.train.output_dir, "train.output_dir")
     if args.resume or args.eval_only:
         check_note(cfg.train.output_dir)
@@ -87,6 +88,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
             f"{args.config_file} has neither 'distiller' (a dict of MODEL.DISTILLER's keys) nor a "
             "model L(Distiller)(...), so there is nothing to distill"
         )
+    check_lazy_keys(cfg)
     register_shapes()
     register_builtin_voc()
     default_setup(cfg, args)
@@ -94,6 +96,9 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
     logger.info(f"Ran the code of {args.config_file}, a LazyConfig")
     note_imports(cfg.train.output_dir, args.imports)
+    if comm.is_main_process():
+        check_lazy_data(cfg, _student(cfg), train=not args.eval_only)
+    comm.synchronize()
     return cfg
 
 
@@ -109,12 +114,12 @@ class LazyDistillTrainer(DistillTrainer):
     @classmethod
     def build_model(cls, cfg: DictConfig) -> nn.Module:
         model = instantiate(cfg.model).to(cfg.train.device)
-        datasets = _train_datasets(cfg)
+        settings = RunSettings.from_lazy(cfg)
+        datasets = settings.train_datasets
         if isinstance(model, Distiller):
             use_statistics(model.losses.values(), datasets)
         if "distiller" not in cfg:
             return model
-        settings = RunSettings.from_lazy(cfg)
         return Distiller(
             student=model,
             **node_arguments(settings.distiller, settings.device, datasets),
@@ -171,12 +176,6 @@ def _locate_teacher(cfg: DictConfig, folder: str, needed: bool) -> None:
     node = cfg.get("distiller")
     if node and "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
         node.MODEL_DISTILLER_CONFIG = locate_teacher(node.MODEL_DISTILLER_CONFIG, [folder], needed)
-
-
-def _train_datasets(cfg: DictConfig) -> list[str]:
-    """Names of the training datasets, where the config has them in detectron2's usual place."""
-    names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
-    return [names] if isinstance(names, str) else list(names)
 
 
 def _is_distiller(model: DictConfig) -> bool:

@@ -65,20 +65,25 @@ def create_optimizer(solver: CfgNode, params: list[dict[str, Any]], key: str) ->
     return optimizer
 
 
-def _optimizer_type(name: str, key: str) -> type[torch.optim.Optimizer]:
-    """The class of torch.optim with this name, in any case. It must take a weight decay, which excludes
-    optimizers for sparse gradients and those that run the model themselves."""
-    kinds = {
-        kind.__name__.lower(): kind
+def optimizer_types() -> dict[str, type[torch.optim.Optimizer]]:
+    """The classes of torch.optim by name. They take a weight decay, which excludes optimizers for sparse
+    gradients and those that run the model themselves."""
+    return {
+        kind.__name__: kind
         for kind in vars(torch.optim).values()
         if inspect.isclass(kind)
         and issubclass(kind, torch.optim.Optimizer)
         and {"lr", "weight_decay"} <= set(inspect.signature(kind).parameters)
     }
-    if name.lower() not in kinds:
-        names = sorted(kind.__name__ for kind in kinds.values())
-        raise ValueError(f"{key}.OPTIMIZER is '{name}'; expected one of {names}")
-    return kinds[name.lower()]
+
+
+def _optimizer_type(name: str, key: str) -> type[torch.optim.Optimizer]:
+    """The class with this name, in any case."""
+    kinds = optimizer_types()
+    for known, kind in kinds.items():
+        if known.lower() == name.lower():
+            return kind
+    raise ValueError(f"{key}.OPTIMIZER is '{name}'; expected one of {sorted(kinds)}")
 
 
 def trained_with_student(model: nn.Module) -> nn.Module:
@@ -118,9 +123,9 @@ def _add_clipping(optimizer: torch.optim.Optimizer, node: CfgNode, key: str) -> 
     """
     if not node.ENABLED:
         return
-    if node.CLIP_TYPE not in _CLIPPERS:
-        raise ValueError(f"{key}.CLIP_TYPE is '{node.CLIP_TYPE}'; expected one of {list(_CLIPPERS)}")
-    clipper, limit, norm_type = _CLIPPERS[node.CLIP_TYPE], node.CLIP_VALUE, node.NORM_TYPE
+    if node.CLIP_TYPE not in CLIPPERS:
+        raise ValueError(f"{key}.CLIP_TYPE is '{node.CLIP_TYPE}'; expected one of {list(CLIPPERS)}")
+    clipper, limit, norm_type = CLIPPERS[node.CLIP_TYPE], node.CLIP_VALUE, node.NORM_TYPE
 
     def clip(optimizer: torch.optim.Optimizer, _args, _kwargs) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -140,7 +145,7 @@ def _clip_values(parameters: list[nn.Parameter], limit: float, _norm_type: float
     nn.utils.clip_grad_value_(parameters, limit)
 
 
-_CLIPPERS: dict[str, Callable] = {
+CLIPPERS: dict[str, Callable] = {
     "full_model": nn.utils.clip_grad_norm_,
     "norm": _clip_each,
     "value": _clip_values,

@@ -22,6 +22,7 @@ from ..losses import build_losses
 from ..plugins import ground_truth, of_student
 from .config_loading import load_config, output_dir
 from .config_writing import check_is_no_student_config, write_configs
+from .key_rules import check_keys
 from .random_state import random_state, set_random_state
 from .trainer import DistillTrainer
 
@@ -53,7 +54,9 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
         check_note(cfg.OUTPUT_DIR)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
     cfg = _with_distiller(cfg) if distill else student_config(cfg)
-    check_length(cfg.SOLVER.MAX_ITER, "SOLVER.MAX_ITER")
+    check_keys(cfg, train=not args.eval_only)
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
     check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     cfg.freeze()
@@ -100,7 +103,6 @@ def _with_distiller(cfg: CfgNode) -> CfgNode:
         cfg.MODEL.DISTILLER.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
         cfg.MODEL.META_ARCHITECTURE = "Distiller"
     student_config(cfg)  # raises if STUDENT_META_ARCH is empty
-    build_losses(cfg.MODEL.DISTILLER)  # raises for unknown names and values
     return cfg
 
 
@@ -108,9 +110,15 @@ def choose_device(device: str, num_gpus: int) -> str:
     """The device to train on: a config's "cuda" means the CPU with --num-gpus 0.
 
     Raises:
-        ValueError: no GPU is available.
+        ValueError: torch knows no such device, or no GPU is available.
     """
-    if torch.device(device).type != "cuda" or torch.cuda.is_available():
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"MODEL.DEVICE is {device!r}; expected 'cuda', 'cpu' or another of torch"
+        ) from error
+    if kind != "cuda" or torch.cuda.is_available():
         return device
     if num_gpus == 0:
         return "cpu"
@@ -126,12 +134,6 @@ def note_imports(folder: str, names: Sequence[str]) -> None:
         logger.info(f"Imported {line}")
     if comm.is_main_process():
         write_note(folder, names)
-
-
-def check_length(max_iter: int, key: str) -> None:
-    """Raises ValueError if there is nothing to train."""
-    if max_iter < 1:
-        raise ValueError(f"{key} is {max_iter}; expected at least 1")
 
 
 def check_output_dir(path: str, key: str) -> None:

@@ -30,8 +30,10 @@ from ..data import (
     build_train_loader,
     end_workers,
 )
+from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
+from . import classes
 from .evaluate import evaluate_teacher
 from .hooks import (
     Checkpoints,
@@ -86,6 +88,7 @@ class DistillTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self.sampler = _find_sampler(data_loader)
+        self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
             data_loader,
@@ -178,6 +181,16 @@ class DistillTrainer(DefaultTrainer):
         loader, iterations = self.build_train_loader(cfg), self.settings.precise_bn_iters
         return [PreciseBN(self.settings.eval_period, self.model, loader, iterations)]
 
+    @property
+    def _checked_datasets(self) -> tuple[str, ...]:
+        """The training datasets whose classes are compared with others."""
+        return self.settings.train_datasets if self.settings.check_data else ()
+
+    def _check_classes(self) -> None:
+        classes.check_number(self._student(), self._checked_datasets)
+        if isinstance(self.plain_model, Distiller):
+            classes.check_teacher(self.plain_model, self._checked_datasets)
+
     # Training.
 
     @property
@@ -193,11 +206,15 @@ class DistillTrainer(DefaultTrainer):
                 of the machines see it.
         """
         resume = resume and self._all_have_checkpoint()
-        self.checkpointer.resume_or_load(self.settings.weights, resume=resume)
+        loaded = self.checkpointer.resume_or_load(self.settings.weights, resume=resume)
         if not resume:
             if isinstance(self.plain_model, Distiller):
+                classes.check_preload(self.plain_model, self._checked_datasets)
                 self.plain_model.preload_student()
             return
+        advice = "Resume with the checkpoint's datasets, or start a new run without --resume"
+        folder = self.settings.output_dir
+        classes.check_checkpoint(f"in {folder}", classes_in(loaded), self._checked_datasets, advice)
         self.start_iter = self.iter + 1
         if self.sampler is not None:
             self.sampler.skip_batches(self.start_iter)
@@ -274,7 +291,8 @@ class DistillTrainer(DefaultTrainer):
         """Write a checkpoint; all processes call it, the main one writes."""
         self._trainer.report.flush()
         self._random_states = comm.all_gather(random_state())
-        self.checkpointer.save(name)
+        things = classes_of(self.settings.train_datasets)
+        self.checkpointer.save(name, **({"metadata": {"thing_classes": things}} if things else {}))
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     COCOEvaluator,
@@ -16,6 +16,7 @@ from detectron2.evaluation import (
 )
 from torch import nn
 
+from .ground_truth import load_annotations, with_ground_truth
 from .voc import VOCEvaluator
 
 _COCO_LIKE = {
@@ -67,15 +68,14 @@ def build_evaluator(
     kind = evaluator_kind(dataset_name)
     if kind in _OTHERS:
         return _OTHERS[kind](dataset_name)
-    json_file = MetadataCatalog.get(dataset_name).get("json_file")
-    if json_file and "://" not in json_file and not os.path.exists(json_file):
-        DatasetCatalog.get(dataset_name)  # generated on first use, or the loader's error says why not
+    load_annotations(dataset_name)
     folder = os.path.join(output_dir, "inference", dataset_name)
     options: dict[str, Any] = {"output_dir": folder}
     if detections_per_image > _LIMITS[kind]:
         options["max_dets_per_image"] = detections_per_image
     if kind == "coco":
         options["kpt_oks_sigmas"] = list(keypoint_sigmas)
+        dataset_name = with_ground_truth(dataset_name, folder)
     return _COCO_LIKE[kind](dataset_name, **options)
 
 

@@ -7,9 +7,10 @@ from .loading import (
     teacher_of,
     untrained_teacher,
 )
-from .running import Teacher
+from .running import AUTOCAST_CHOICES, Teacher
 
 __all__ = [
+    "AUTOCAST_CHOICES",
     "Teacher",
     "build_teacher",
     "load_teacher",

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 _KEY = "MODEL.DISTILLER.TEACHER_AUTOCAST"
 _DTYPES = {"": None, "float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_CHOICES = ("auto", *_DTYPES)
+#: Values of TEACHER_AUTOCAST.
+AUTOCAST_CHOICES = ("auto", *_DTYPES)
 
 
 class Teacher:
@@ -33,6 +34,7 @@ class Teacher:
             change its weights after the first step.
         view: what losses may ask of it in a step.
         input_format: channel order of its input, "BGR" or "RGB".
+        classes: the names of its classes, by number; None: not known.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Teacher:
         prepare: bool = True,
         autocast: str = "auto",
         compile: bool = False,
+        classes: Sequence[str] | None = None,
     ):
         """
         Args:
@@ -55,20 +58,23 @@ class Teacher:
             autocast: "auto", on a GPU the precision of the student's step, else float32; "float32" or "",
                 "float16", or "bfloat16".
             compile: torch.compile the backbone.
+            classes: the names of its classes, by number; not used if the detector has more or fewer.
 
         Raises:
             ValueError: unknown input_format or autocast.
         """
         if input_format not in ("BGR", "RGB"):
             raise ValueError(f"teacher input format '{input_format}'; expected 'BGR' or 'RGB'")
-        if autocast not in _CHOICES:
-            raise ValueError(f"{_KEY} is '{autocast}'; expected one of {list(_CHOICES)}")
+        if autocast not in AUTOCAST_CHOICES:
+            raise ValueError(f"{_KEY} is '{autocast}'; expected one of {list(AUTOCAST_CHOICES)}")
         # Any, because Module's annotations know none of a detector's attributes.
         self.model: Any = model.eval().requires_grad_(False)
         self.input_format = input_format
         self.source = source
         self.view = build_view(model, "teacher")
         self.view.context = self._context
+        fits = classes is not None and len(classes) == self.view.num_classes
+        self.classes = list(classes) if classes and fits else None
         self._prepare = prepare
         self._autocast = autocast
         self._dtype = _DTYPES.get(autocast)  # of this step; None: float32

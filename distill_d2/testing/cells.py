@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,50 @@ class FirstStep:
         return {name: loss for name, loss in self.losses.items() if name not in self.own}
 
 
+@dataclass(frozen=True)
+class Step:
+    """A Distiller's step.
+
+    Attributes:
+        model: the Distiller.
+        losses: of the step, by name.
+        gradients: of the parameters that are trained, by name, also after later steps of the model.
+    """
+
+    model: Distiller
+    losses: Terms
+    gradients: Mapping[str, torch.Tensor | None]
+
+
+class Detectors:
+    """The student and the teacher of all cells of one kind of detector."""
+
+    def __init__(self, family: Family, device: str):
+        self._batch, self._device = family.batch, device
+        torch.manual_seed(0)
+        self._student, self._teacher = family.build(8), family.build(16)
+
+    @staticmethod
+    @functools.cache
+    def of(family: Family, device: str) -> Detectors:
+        """The same at each call."""
+        return Detectors(family, device)
+
+    def student(self) -> nn.Module:
+        """A new student, in training mode; the same at each call."""
+        return copy.deepcopy(self._student).to(self._device).train()
+
+    def teacher(self) -> nn.Module:
+        """A new teacher; the same at each call."""
+        return copy.deepcopy(self._teacher)
+
+    @cached_property
+    def alone(self) -> tuple[nn.Module, Terms]:
+        """A student after a step without distillation, and its losses."""
+        student = self.student()
+        return student, step(student, self._batch())
+
+
 class Cell:
     """A loss and a kind of detector.
 
@@ -78,22 +123,20 @@ class Cell:
         self.device = device
         self._loss = loss
         self._equal = equal or loss
-        torch.manual_seed(0)
-        self._student, self._teacher = family.build(8), family.build(16)
+        self._detectors = Detectors.of(family, device)
         self.refusal = ""
         try:
-            self.distiller()
+            self._new = self.distiller()
         except (KeyError, TypeError, ValueError) as error:
             self.refusal = str(error.args[0])
 
     @classmethod
     def of_recipe(cls, recipe: Recipe, family: Family, device: str = "cpu") -> Cell:
         """The recipe's loss."""
-        equal = recipe.build(family, equal=True)
         return cls(
             family,
             recipe.build(family),
-            equal=equal,
+            equal=recipe.build(family, equal=True) if recipe.equal else None,
             not_zero=recipe.not_zero,
             host=recipe.host,
             device=device,
@@ -101,7 +144,7 @@ class Cell:
 
     def student(self) -> nn.Module:
         """A new student, in training mode; the same at each call."""
-        return copy.deepcopy(self._student).to(self.device).train()
+        return self._detectors.student()
 
     def distiller(self, **options: float) -> Distiller:
         """A new Distiller, in training mode; the same at each call.
@@ -109,7 +152,7 @@ class Cell:
         Args:
             options: of Distiller.
         """
-        teacher = Teacher(copy.deepcopy(self._teacher))
+        teacher = Teacher(self._detectors.teacher())
         return self._distiller(self.student(), teacher, self._loss, **options)
 
     def distiller_of_equals(self) -> Distiller:
@@ -129,21 +172,19 @@ class Cell:
         model = Distiller(student=student, teacher=teacher, losses=losses, max_iter=2, **options)
         return model.to(self.device).train()
 
-    @cached_property
+    @property
     def alone(self) -> tuple[nn.Module, Terms]:
-        """A student after a step without distillation, and its losses."""
-        student = self.student()
-        return student, step(student, self.family.batch())
+        """A student after a step without distillation, and its losses; one for all cells of a family."""
+        return self._detectors.alone
 
     @cached_property
     def first(self) -> FirstStep:
         """A step that several laws look at."""
-        model = self.distiller()
+        model, own = self._new, set(self.alone[1])
         teacher = model.teacher.model
         before = {name: value.clone() for name, value in teacher.state_dict().items()}
-        with counting(parts_of(teacher)) as calls, EventStorage(0):
-            losses = model(self.family.batch())
-        own = set(self.alone[1])
+        with counting(parts_of(teacher)) as calls:
+            losses = losses_of(model, self.family.batch())
         terms = [loss for name, loss in losses.items() if name not in own]
         if any(term.requires_grad for term in terms):
             sum(terms).backward(retain_graph=True)
@@ -153,15 +194,32 @@ class Cell:
         losses = {name: loss.detach() for name, loss in losses.items()}
         return FirstStep(model, losses, own, reached, calls, before)
 
+    @cached_property
+    def without_objects(self) -> Step:
+        """A new Distiller's step on images without objects, which several laws look at."""
+        model = self.distiller()
+        losses = step(model, self.family.batch(objects=0))
+        return Step(model, losses, gradients_of(model))
+
 
 def step(model: nn.Module, batch: list[dict]) -> Terms:
     """The losses of a training step; afterwards the parameters have their gradients."""
     model.zero_grad()
-    torch.manual_seed(1)
-    with EventStorage(0):
-        losses = model(batch)
+    losses = losses_of(model, batch)
     sum(losses.values()).backward()
     return {name: loss.detach() for name, loss in losses.items()}
+
+
+def losses_of(model: nn.Module, batch: list[dict]) -> Terms:
+    """The losses of a training step, without the backward pass."""
+    torch.manual_seed(1)
+    with EventStorage(0):
+        return model(batch)
+
+
+def gradients_of(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Those of the parameters that are trained, by name."""
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 def parts_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from distill_d2.plugins import detectors
 from .tiny import tiny_batch, tiny_config, tiny_detector
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """A kind of detector.
 

@@ -153,7 +153,7 @@ def test_name_of_another_entry(voc, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, texts",
     [
-        (dict(FORMAT="yolo"), ["FORMAT is 'yolo'", "['coco', 'images', 'voc']"]),
+        (dict(FORMAT="xml"), ["FORMAT is 'xml'", "['coco', 'images', 'voc', 'yolo']"]),
         (dict(FORMAT=None), ["FORMAT is None"]),
         (dict(CLASES=["cat"]), ["unknown keys ['CLASES']", "'CLASSES'"]),
         (dict(CLASSES="cat"), ["CLASSES", "'cat'", "expected a list"]),
@@ -161,7 +161,7 @@ def test_name_of_another_entry(voc, tmp_path, monkeypatch):
         (dict(CLASSES=["cat", "cat"]), ["CLASSES", "different names"]),
         (dict(CLASSES=["cat", False]), ["False", "in quotes"]),
         (dict(YEAR=2010), ["YEAR", "2010", "2007 (11-point AP) or 2012 (area AP)"]),
-        (dict(SPLIT=7), ["SPLIT is 7", "expected a string"]),
+        (dict(SPLIT=7), ["SPLIT is 7", "expected a string or"]),
         (dict(NAME="coco_2017_train"), ["coco_2017_train", "not from DATASETS.CUSTOM"]),
     ],
 )

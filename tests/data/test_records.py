@@ -63,6 +63,7 @@ def test_what_detectron2_reads_is_right(paths, changes, of_item, caplog):
         ({"file_name": None}, {}, ["1 of 3 records have no 'file_name'", "image_id 1", "INPUT.MAPPER"]),
         ({"file_name": 7}, {}, ["file_name is 7 in record 1"]),
         ({"image_id": None}, {}, ["no 'image_id'", "3.png", "evaluator"]),
+        ({"image_id": np.int64(1)}, {}, ["1 image ids are no int or str", "np.int64(1)"]),
         ({"image_id": 2}, {}, ["1 image ids are repeated; 2 images have the id 2", "3.png", "5.png"]),
         ({"height": None}, {}, ["no 'height'", "3.png"]),
         ({"annotations": None}, {}, ["1 of 3 records have no 'annotations'", "empty list"]),

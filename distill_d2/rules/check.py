@@ -1,0 +1,68 @@
+"""Check a config against tables of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from .context import Context
+from .kinds import Levels, Rule
+
+
+class RuleError(ValueError):
+    """Values of a config are not allowed; the message names each key, its value and what was expected."""
+
+
+def check_rules(
+    context: Context,
+    rules: Mapping[str, Rule],
+    relations: Callable[[Context], Iterable[str]] = lambda context: (),
+    source: str = "",
+) -> None:
+    """Check values of a config.
+
+    Args:
+        rules: by full names of keys; those that the config does not have are left out.
+        relations: problems between keys, whole messages, looked for where each value alone is right.
+        source: which config it is, for the message.
+
+    Raises:
+        RuleError: a value is not allowed.
+    """
+    of_levels = {key: rule for key, rule in rules.items() if isinstance(rule, Levels)}
+    others = {key: rule for key, rule in rules.items() if key not in of_levels}
+    # A backbone, whose levels are asked for, can be built only from right values.
+    steps: tuple[Callable[[], Iterable[str]], ...] = (
+        lambda: faults(context, others),
+        lambda: faults(context, of_levels),
+        lambda: relations(context),
+    )
+    for step in steps:
+        problems = list(step())
+        if problems:
+            raise RuleError(_message(problems, source))
+
+
+def _message(problems: list[str], source: str) -> str:
+    start = f"{source}: " if source else ""
+    if len(problems) == 1:
+        return start + problems[0]
+    return f"{start}{len(problems)} values cannot be used:\n" + "\n".join(problems)
+
+
+def faults(context: Context, rules: Mapping[str, Rule]) -> Iterator[str]:
+    """A message for each value that is not allowed."""
+    for key, rule in rules.items():
+        try:
+            value = context.value(key)
+        except KeyError:
+            continue
+        expected = rule.expected(value, context)
+        if expected:
+            yield f"{key} is {shown(value)}; expected {expected}"
+
+
+def shown(value: Any) -> str:
+    """A value for a message, not too long."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

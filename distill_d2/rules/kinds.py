@@ -1,0 +1,254 @@
+"""Kinds of rules: the type, range and choices of one key."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable
+
+import numpy as np
+from fvcore.common.registry import Registry
+
+if TYPE_CHECKING:
+    from .context import Context
+
+#: What detectron2's get_norm builds.
+NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
+
+
+class Rule:
+    """What a key may hold."""
+
+    def expected(self, value: Any, context: Context) -> str:
+        """In words, what a value that is not allowed should have been; "" if it is allowed."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Anything(Rule):
+    """Every value, of a key that another place checks."""
+
+    def expected(self, value: Any, context: Context) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class Flag(Rule):
+    def expected(self, value: Any, context: Context) -> str:
+        return "" if isinstance(value, (bool, np.bool_)) else "True or False"
+
+
+@dataclass(frozen=True)
+class Text(Rule):
+    """A string.
+
+    Attributes:
+        empty: "" is allowed.
+    """
+
+    empty: bool = True
+
+    def expected(self, value: Any, context: Context) -> str:
+        right = isinstance(value, str) and (self.empty or bool(value))
+        return "" if right else "a text" + ("" if self.empty else " that is not empty")
+
+
+@dataclass(frozen=True)
+class Number(Rule):
+    """A finite number within bounds.
+
+    Attributes:
+        at_least, above, at_most, below: the bounds.
+        also: further values that are allowed, such as None or -1.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    also: tuple[Any, ...] = ()
+
+    name = "a finite number"
+    types: tuple[type, ...] = (int, float, np.integer, np.floating)
+
+    def expected(self, value: Any, context: Context) -> str:
+        if any(value is each or (self._is_number(value) and value == each) for each in self.also):
+            return ""
+        return "" if self._is_number(value) and self._within(value) else self._words()
+
+    def _is_number(self, value: Any) -> bool:
+        return isinstance(value, self.types) and not isinstance(value, bool)
+
+    def _within(self, value: Any) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def _words(self) -> str:
+        names = ("at_least", "above", "at_most", "below")
+        bounds = [(name.replace("_", " "), getattr(self, name)) for name in names]
+        text = " and ".join(f"{name} {bound}" for name, bound in bounds if bound is not None)
+        also = "".join(f", or {each}" for each in self.also)
+        return self.name + (f", {text}" if text else "") + also
+
+
+@dataclass(frozen=True)
+class Integer(Number):
+    name = "an integer"
+    types = (int, np.integer)
+
+
+def fraction(**bounds: float) -> Number:
+    """A number from 0 to 1."""
+    return Number(**{"at_least": 0, "at_most": 1, **bounds})
+
+
+@dataclass(frozen=True)
+class Choice(Rule):
+    """One of some values.
+
+    Attributes:
+        choices: the values, a registry, or a function from a context to values.
+        also: further values.
+    """
+
+    choices: Iterable[Any] | Registry | Callable[[Context], Iterable[Any]]
+    also: tuple[Any, ...] = ()
+
+    def expected(self, value: Any, context: Context) -> str:
+        if isinstance(self.choices, Registry) and isinstance(value, str):
+            try:
+                self.choices.get(value)  # imports the module of a plugin that registers the name
+                return ""
+            except KeyError:
+                pass
+        known = self.known(context)
+        if any(type(value) is type(each) and value == each for each in known):
+            return ""
+        names = [each for each in known if isinstance(each, str)]
+        close = difflib.get_close_matches(value, names, n=3) if isinstance(value, str) else []
+        return f"one of {known}" + (f"; the closest are {close}" if close else "")
+
+    def known(self, context: Context) -> list[Any]:
+        """All values."""
+        if isinstance(self.choices, Registry):
+            return [*self.also, *sorted(name for name, _ in self.choices)]
+        choices = self.choices(context) if callable(self.choices) else self.choices
+        return [*self.also, *choices]
+
+
+def norm(*more: str) -> Choice:
+    """A normalization of detectron2's ``get_norm``, or one of ``more``."""
+    return Choice((*NORMS, *more))
+
+
+@dataclass(frozen=True)
+class Sequence(Rule):
+    """A list or tuple.
+
+    Attributes:
+        item: the rule of its items.
+        count: how many there are: numbers, or a function from a context to them.
+        least: how many there are at least.
+        rising: each is above the one before; "or equal".
+        unique: none is repeated.
+        alone: one item may stand without a list.
+    """
+
+    item: Rule = Anything()
+    count: Iterable[int] | Callable[[Context], Iterable[int]] = ()
+    least: int = 0
+    rising: bool = False
+    not_falling: bool = False
+    unique: bool = False
+    alone: bool = False
+
+    def expected(self, value: Any, context: Context) -> str:
+        if self.alone and not isinstance(value, (list, tuple)):
+            return self.item.expected(value, context)
+        counts = list(self.count(context) if callable(self.count) else self.count)
+        if self._allows(value, counts, context):
+            return ""
+        return self._words(value, counts, context)
+
+    def _allows(self, value: Any, counts: list[int], context: Context) -> bool:
+        if not isinstance(value, (list, tuple)) or len(value) < self.least:
+            return False
+        if counts and len(value) not in counts:
+            return False
+        if any(self.item.expected(each, context) for each in value):
+            return False
+        pairs = list(zip(value, value[1:]))
+        if self.rising and not all(a < b for a, b in pairs):
+            return False
+        if self.not_falling and not all(a <= b for a, b in pairs):
+            return False
+        return not self.unique or len(set(value)) == len(value)
+
+    def _words(self, value: Any, counts: list[int], context: Context) -> str:
+        number = " or ".join(map(str, counts)) or (f"{self.least} or more" if self.least else "")
+        text = f"a list of {number} values" if number else "a list"
+        wrong = value if isinstance(value, (list, tuple)) else (value,)
+        wanted = [words for each in wrong if (words := self.item.expected(each, context))]
+        text += f", each {wanted[0]}" if wanted else ""
+        text += ", each above the one before" if self.rising else ""
+        text += ", none below the one before" if self.not_falling else ""
+        return text + (", none repeated" if self.unique else "")
+
+
+@dataclass(frozen=True)
+class Levels(Rule):
+    """Names of outputs of the backbone.
+
+    Attributes:
+        least: how many there are at least.
+    """
+
+    least: int = 1
+
+    def expected(self, value: Any, context: Context) -> str:
+        plain = Sequence(Text(empty=False), least=self.least, unique=True).expected(value, context)
+        if plain:
+            return plain
+        known = context.levels
+        if known is None or set(value) <= set(known):
+            return ""
+        return f"some of {known}, the outputs of the backbone '{context.cfg.MODEL.BACKBONE.NAME}'"
+
+
+@dataclass(frozen=True)
+class Unused(Rule):
+    """A key that has no effect: only its default is allowed.
+
+    Attributes:
+        default: the value at which nothing is ignored.
+        reason: why, and what to do instead.
+    """
+
+    default: Any
+    reason: str
+
+    def expected(self, value: Any, context: Context) -> str:
+        return "" if value == self.default else f"{self.default!r}: {self.reason}"
+
+
+def rule_of(default: Any) -> Rule:
+    """The rule of a key about which no more is known than its default: the type, and that numbers are
+    finite."""
+    if isinstance(default, bool):
+        return Flag()
+    if isinstance(default, int):
+        return Integer()
+    if isinstance(default, float):
+        return Number()
+    if isinstance(default, str):
+        return Text()
+    if isinstance(default, (list, tuple)):
+        return Sequence()
+    return Anything()

@@ -1,0 +1,389 @@
+"""The table of detectron2's detectors: what MODEL and the keys that a model reads outside of it may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from detectron2.config import CfgNode
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+    GeneralizedRCNN,
+    PanopticFPN,
+    ProposalNetwork,
+    RetinaNet,
+    SemanticSegmentor,
+    StandardROIHeads,
+)
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import CascadeROIHeads
+from PIL import Image
+
+from .. import plugins
+from .check import check_rules
+from .context import Context, registered
+from .kinds import Choice, Flag, Integer, Levels, Number, Rule, Sequence, Text, fraction, norm, rule_of
+
+_BOX_LOSS = Choice(("smooth_l1", "giou", "diou", "ciou"))
+_POOLERS = Choice(("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated"))
+_NOT_NEGATIVE, _POSITIVE = Number(at_least=0), Number(above=0)
+_COUNT, _COUNT_OR_0 = Integer(at_least=1), Integer(at_least=0)
+_SIZES = Sequence(_POSITIVE, least=1)
+_STAGES = ("stem", "res2", "res3", "res4", "res5")
+_RESNETS = {
+    "build_resnet_backbone",
+    "build_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone",
+    "build_fcos_resnet_fpn_backbone",
+    "build_fcos_resnet_bifpn_backbone",
+}
+#: Forms of an image that detectron2 makes in addition to those of Pillow.
+_FORMATS = {"BGR": 3, "YUV-BT.601": 3}
+
+
+def _formats(context: Context) -> list[str]:
+    return [*_FORMATS, *(mode for mode in Image.MODES if ";" not in mode)]
+
+
+def _channels(context: Context) -> list[int]:
+    """Of INPUT.FORMAT."""
+    name = context.cfg.INPUT.FORMAT
+    if name in _FORMATS:
+        return [_FORMATS[name]]
+    return [len(Image.new(name, (1, 1)).getbands())] if name in _formats(context) else []
+
+
+def _labels(node: str) -> Callable[[Context], list[int]]:
+    """The number of labels: one more than thresholds."""
+    return lambda context: [len(context.value(f"{node}.IOU_THRESHOLDS")) + 1]
+
+
+def _matching(node: str) -> dict[str, Rule]:
+    """Of detectron2's Matcher."""
+    return {
+        f"{node}.IOU_THRESHOLDS": Sequence(Number(above=0, at_most=1), least=1, not_falling=True),
+        f"{node}.IOU_LABELS": Sequence(Choice((-1, 0, 1)), count=_labels(node)),
+    }
+
+
+def _box_sides(context: Context) -> list[int]:
+    """4, or 5 of a rotated box."""
+    return [5] if context.cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RRPN" else [4]
+
+
+def _rpn(context: Context) -> bool:
+    generator = context.cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    return context.has(GeneralizedRCNN, ProposalNetwork) and generator in ("RPN", "RRPN")
+
+
+def _anchors(context: Context) -> bool:
+    return context.has(RetinaNet) or _rpn(context)
+
+
+def _rcnn(context: Context) -> bool:
+    return context.has(GeneralizedRCNN)
+
+
+def _heads(*kinds: type) -> Callable[[Context], bool]:
+    """Whether the regions' heads are of one of these classes."""
+
+    def holds(context: Context) -> bool:
+        found = registered(ROI_HEADS_REGISTRY, context.cfg.MODEL.ROI_HEADS.NAME)
+        return _rcnn(context) and found is not None and issubclass(found, kinds)
+
+    return holds
+
+
+def _resnet(context: Context) -> bool:
+    bottleneck = context.cfg.MODEL.get("BOTTLENECK", {}).get("BACKBONE", "")
+    name = context.cfg.MODEL.BACKBONE.NAME
+    return (bottleneck if name == "build_bottleneck_backbone" else name) in _RESNETS
+
+
+def _has_masks(context: Context) -> bool:
+    return _rcnn(context) and context.cfg.MODEL.MASK_ON is True
+
+
+def _has_keypoints(context: Context) -> bool:
+    return _rcnn(context) and context.cfg.MODEL.KEYPOINT_ON is True
+
+
+def _has_segmentation(context: Context) -> bool:
+    return context.has(PanopticFPN, SemanticSegmentor)
+
+
+def _always(context: Context) -> bool:
+    return True
+
+
+def _roi_head(node: str, registry: object) -> dict[str, Rule]:
+    node = f"MODEL.{node}"
+    return {
+        f"{node}.NAME": Choice(registry),  # type: ignore[arg-type]
+        f"{node}.POOLER_TYPE": _POOLERS,
+        f"{node}.POOLER_RESOLUTION": _COUNT,
+        f"{node}.POOLER_SAMPLING_RATIO": _COUNT_OR_0,
+    }
+
+
+#: Rules, each group with the condition that its keys are read.
+TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
+    (
+        _always,
+        {
+            "MODEL.META_ARCHITECTURE": Choice(META_ARCH_REGISTRY),
+            "MODEL.BACKBONE.NAME": Choice(BACKBONE_REGISTRY),
+            "MODEL.BACKBONE.FREEZE_AT": Integer(at_least=-1),
+            "MODEL.PIXEL_MEAN": Sequence(Number(), count=_channels),
+            "MODEL.PIXEL_STD": Sequence(_POSITIVE, count=_channels),
+            "INPUT.FORMAT": Choice(_formats),
+            "MODEL.FPN.OUT_CHANNELS": _COUNT,
+            "MODEL.FPN.NORM": norm(),
+            "MODEL.FPN.FUSE_TYPE": Choice(("sum", "avg")),
+            "MODEL.FPN.IN_FEATURES": Sequence(Text(empty=False), unique=True),
+            "TEST.DETECTIONS_PER_IMAGE": _COUNT,
+        },
+    ),
+    (_rcnn, {"TEST.DETECTIONS_PER_IMAGE": Integer(at_least=1, also=(-1,))}),
+    (
+        _resnet,
+        {
+            "MODEL.RESNETS.DEPTH": Choice((18, 34, 50, 101, 152)),
+            "MODEL.RESNETS.OUT_FEATURES": Sequence(Choice(_STAGES), least=1, unique=True),
+            "MODEL.RESNETS.NUM_GROUPS": _COUNT,
+            "MODEL.RESNETS.NORM": norm(),
+            "MODEL.RESNETS.WIDTH_PER_GROUP": _COUNT,
+            "MODEL.RESNETS.RES5_DILATION": Choice((1, 2)),
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": _COUNT,
+            "MODEL.RESNETS.STEM_OUT_CHANNELS": _COUNT,
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE": Sequence(Flag(), count=(4,)),
+            "MODEL.RESNETS.DEFORM_NUM_GROUPS": _COUNT,
+        },
+    ),
+    (
+        _anchors,
+        {
+            "MODEL.ANCHOR_GENERATOR.NAME": Choice(ANCHOR_GENERATOR_REGISTRY),
+            "MODEL.ANCHOR_GENERATOR.SIZES": Sequence(_SIZES, least=1),
+            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": Sequence(_SIZES, least=1),
+            "MODEL.ANCHOR_GENERATOR.OFFSET": Number(at_least=0, below=1),
+        },
+    ),
+    (
+        _rcnn,
+        {
+            "MODEL.PROPOSAL_GENERATOR.NAME": Choice(
+                PROPOSAL_GENERATOR_REGISTRY, also=("PrecomputedProposals",)
+            ),
+            "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": _NOT_NEGATIVE,
+            "MODEL.ROI_HEADS.NAME": Choice(ROI_HEADS_REGISTRY),
+            "MODEL.ROI_HEADS.NUM_CLASSES": _COUNT,
+            "MODEL.ROI_HEADS.IN_FEATURES": Levels(),
+            **_matching("MODEL.ROI_HEADS"),
+            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": _COUNT,
+            "MODEL.ROI_HEADS.POSITIVE_FRACTION": fraction(),
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": fraction(),
+            "MODEL.ROI_HEADS.NMS_THRESH_TEST": fraction(),
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": _NOT_NEGATIVE,
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": Sequence(_POSITIVE, count=_box_sides),
+            "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": _NOT_NEGATIVE,
+            "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES": _COUNT,
+            "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER": _NOT_NEGATIVE,
+            "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLERS,
+            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": _COUNT,
+            "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": _COUNT_OR_0,
+        },
+    ),
+    (
+        _rpn,
+        {
+            "MODEL.RPN.HEAD_NAME": Choice(RPN_HEAD_REGISTRY),
+            "MODEL.RPN.IN_FEATURES": Levels(),
+            "MODEL.RPN.BOUNDARY_THRESH": Number(at_least=-1),
+            **_matching("MODEL.RPN"),
+            "MODEL.RPN.BATCH_SIZE_PER_IMAGE": _COUNT,
+            "MODEL.RPN.POSITIVE_FRACTION": fraction(),
+            "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
+            "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": _NOT_NEGATIVE,
+            "MODEL.RPN.BBOX_REG_WEIGHTS": Sequence(_POSITIVE, count=_box_sides),
+            "MODEL.RPN.SMOOTH_L1_BETA": _NOT_NEGATIVE,
+            "MODEL.RPN.LOSS_WEIGHT": _NOT_NEGATIVE,
+            "MODEL.RPN.PRE_NMS_TOPK_TRAIN": _COUNT,
+            "MODEL.RPN.PRE_NMS_TOPK_TEST": _COUNT,
+            "MODEL.RPN.POST_NMS_TOPK_TRAIN": _COUNT,
+            "MODEL.RPN.POST_NMS_TOPK_TEST": _COUNT,
+            "MODEL.RPN.NMS_THRESH": fraction(),
+            "MODEL.RPN.CONV_DIMS": Sequence(Integer(at_least=1, also=(-1,)), least=1),
+        },
+    ),
+    (
+        _heads(StandardROIHeads),
+        {
+            "MODEL.ROI_BOX_HEAD.NAME": Choice(ROI_BOX_HEAD_REGISTRY),
+            "MODEL.ROI_BOX_HEAD.NUM_FC": _COUNT_OR_0,
+            "MODEL.ROI_BOX_HEAD.FC_DIM": _COUNT,
+            "MODEL.ROI_BOX_HEAD.NUM_CONV": _COUNT_OR_0,
+            "MODEL.ROI_BOX_HEAD.CONV_DIM": _COUNT,
+            "MODEL.ROI_BOX_HEAD.NORM": norm(),
+        },
+    ),
+    (
+        _heads(CascadeROIHeads),
+        {
+            "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": Sequence(Number(above=0, at_most=1), least=1),
+            "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": Sequence(
+                Sequence(_POSITIVE, count=(4,)),
+                count=lambda context: [len(context.cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)],
+            ),
+        },
+    ),
+    (
+        _has_masks,
+        {
+            **_roi_head("ROI_MASK_HEAD", ROI_MASK_HEAD_REGISTRY),
+            "MODEL.ROI_MASK_HEAD.NUM_CONV": _COUNT_OR_0,
+            "MODEL.ROI_MASK_HEAD.CONV_DIM": _COUNT,
+            "MODEL.ROI_MASK_HEAD.NORM": norm(),
+        },
+    ),
+    (
+        _has_keypoints,
+        {
+            **_roi_head("ROI_KEYPOINT_HEAD", ROI_KEYPOINT_HEAD_REGISTRY),
+            "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": Sequence(_COUNT, least=1),
+            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": _COUNT,
+            "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": _COUNT_OR_0,
+            "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": _NOT_NEGATIVE,
+        },
+    ),
+    (
+        _has_segmentation,
+        {
+            "MODEL.SEM_SEG_HEAD.NAME": Choice(SEM_SEG_HEADS_REGISTRY),
+            "MODEL.SEM_SEG_HEAD.IN_FEATURES": Levels(),
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": _COUNT,
+            "MODEL.SEM_SEG_HEAD.CONVS_DIM": _COUNT,
+            "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": _COUNT,
+            "MODEL.SEM_SEG_HEAD.NORM": norm(),
+            "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": _NOT_NEGATIVE,
+            "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT": _NOT_NEGATIVE,
+            "MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH": fraction(),
+            "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": _NOT_NEGATIVE,
+            "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": fraction(),
+        },
+    ),
+    (
+        lambda context: context.has(RetinaNet),
+        {
+            "MODEL.RETINANET.NUM_CLASSES": _COUNT,
+            "MODEL.RETINANET.IN_FEATURES": Levels(),
+            "MODEL.RETINANET.NUM_CONVS": _COUNT,
+            **_matching("MODEL.RETINANET"),
+            "MODEL.RETINANET.PRIOR_PROB": Number(above=0, below=1),
+            "MODEL.RETINANET.SCORE_THRESH_TEST": fraction(),
+            "MODEL.RETINANET.TOPK_CANDIDATES_TEST": _COUNT,
+            "MODEL.RETINANET.NMS_THRESH_TEST": fraction(),
+            "MODEL.RETINANET.BBOX_REG_WEIGHTS": Sequence(_POSITIVE, count=(4,)),
+            "MODEL.RETINANET.FOCAL_LOSS_GAMMA": _NOT_NEGATIVE,
+            "MODEL.RETINANET.FOCAL_LOSS_ALPHA": Number(at_least=0, at_most=1, also=(-1,)),
+            "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": _NOT_NEGATIVE,
+            "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
+            "MODEL.RETINANET.NORM": norm(),
+        },
+    ),
+]
+
+
+def model_rules(context: Context) -> dict[str, Rule]:
+    """The rules of all keys that the config's model reads, those of its plugins included."""
+    rules: dict[str, Rule] = {}
+    for read, group in TABLE:
+        if read(context):
+            rules.update(group)
+    for detector in plugins.detectors().values():
+        if detector.names & context.names:
+            rules.update(detector.rules)
+    return rules
+
+
+def model_relations(context: Context) -> Iterator[str]:
+    """What is wrong between keys of MODEL, a message each."""
+    model = context.cfg.MODEL
+    if _anchors(context):
+        node = "RETINANET" if context.has(RetinaNet) else "RPN"
+        levels = len(model[node].IN_FEATURES)
+        for name in ("SIZES", "ASPECT_RATIOS"):
+            count = len(model.ANCHOR_GENERATOR[name])
+            if count not in (1, levels):
+                yield (
+                    f"MODEL.ANCHOR_GENERATOR.{name} has {count} lists; expected 1, or {levels} for "
+                    f"MODEL.{node}.IN_FEATURES {list(model[node].IN_FEATURES)}"
+                )
+    if _heads(StandardROIHeads)(context) and model.ROI_BOX_HEAD.NAME == "FastRCNNConvFCHead":
+        if not model.ROI_BOX_HEAD.NUM_FC + model.ROI_BOX_HEAD.NUM_CONV:
+            yield "MODEL.ROI_BOX_HEAD.NUM_FC and NUM_CONV are 0; expected at least one layer"
+    if _rcnn(context) and model.ROI_BOX_HEAD.USE_FED_LOSS and not model.ROI_BOX_HEAD.USE_SIGMOID_CE:
+        yield "MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True; expected USE_SIGMOID_CE True as well"
+    if _heads(CascadeROIHeads)(context):
+        yield from _cascade_relations(model)
+    if _resnet(context) and model.RESNETS.DEPTH in (18, 34):
+        yield from _small_resnet_relations(model.RESNETS)
+
+
+def _cascade_relations(model: CfgNode) -> Iterator[str]:
+    if not model.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+        yield "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG is False; expected True for CascadeROIHeads"
+    first, wanted = model.ROI_BOX_CASCADE_HEAD.IOUS[0], model.ROI_HEADS.IOU_THRESHOLDS[0]
+    if first != wanted:
+        yield (
+            f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS starts with {first}; expected {wanted}, the first of "
+            "MODEL.ROI_HEADS.IOU_THRESHOLDS"
+        )
+
+
+def _small_resnet_relations(node: CfgNode) -> Iterator[str]:
+    """What detectron2's ResNets of basic blocks require."""
+    wanted = {
+        "RES2_OUT_CHANNELS": 64,
+        "RES5_DILATION": 1,
+        "NUM_GROUPS": 1,
+        "DEFORM_ON_PER_STAGE": [False] * 4,
+    }
+    for name, value in wanted.items():
+        found = list(node[name]) if isinstance(value, list) else node[name]
+        if found != value:
+            yield (
+                f"MODEL.RESNETS.{name} is {found}; expected {value} for MODEL.RESNETS.DEPTH {node.DEPTH}"
+            )
+
+
+def check_model(cfg: CfgNode, source: str = "") -> None:
+    """Check the keys that a model reads, before it is built.
+
+    Args:
+        cfg: its config, without the Distiller.
+        source: which config it is, for the message; "": the run's.
+
+    Raises:
+        RuleError: a value is not allowed; the message names key, value and what was expected.
+    """
+    context = Context(cfg)
+    check_rules(context, model_rules(context), model_relations, source)
+
+
+def default_rules(node: CfgNode, prefix: str = "") -> dict[str, Rule]:
+    """The types of all keys of a node of default values."""
+    rules: dict[str, Rule] = {}
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            rules.update(default_rules(value, f"{prefix}{name}."))
+        else:
+            rules[prefix + name] = rule_of(value)
+    return rules
