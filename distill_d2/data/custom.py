@@ -140,6 +140,9 @@ def with_absolute_paths(entry: dict[str, Any]) -> dict[str, Any]:
     for key in _PATHS:
         if key in entry:
             entry[key] = _complete(entry[key])
+    split = entry.get("SPLIT")
+    if isinstance(split, str) and split.endswith(".txt") and os.path.isfile(_complete(split)):
+        entry["SPLIT"] = _complete(split)
     return entry
 
 
