@@ -13,6 +13,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .interrupt import Interrupted
+from .random_state import random_state, set_random_state
 
 
 class _AfterPretraining(HookBase):
@@ -31,7 +32,14 @@ class LRScheduler(_AfterPretraining, hooks.LRScheduler):
 
 
 class PreciseBN(_AfterPretraining, hooks.PreciseBN):
-    """detectron2's."""
+    """detectron2's, which measures on the same images each time and leaves the random state, as a resumed run
+    must."""
+
+    def update_stats(self) -> None:
+        state = random_state()
+        self._data_iter = None
+        super().update_stats()
+        set_random_state(state)
 
 
 class EvalHook(_AfterPretraining, hooks.EvalHook):

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
+from detectron2.data import build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import default_setup
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
@@ -28,7 +30,14 @@ from torch import nn
 
 from .. import model_zoo
 from ..config_values import config_keys
-from ..data import register_builtin_voc, register_shapes
+from ..data import (
+    ResumableTrainingSampler,
+    ShieldedLoader,
+    build_train_loader,
+    register_builtin_voc,
+    register_shapes,
+    seeded,
+)
 from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
@@ -103,12 +112,18 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
 
 
 _MISSING = object()
+_DETECTRON2_LOADER = [
+    build_detection_train_loader,
+    "detectron2.data.build_detection_train_loader",
+    "detectron2.data.build.build_detection_train_loader",
+]
 
 
 class LazyDistillTrainer(DistillTrainer):
     """DistillTrainer whose parts are instantiated from a LazyConfig.
 
-    The data loader is the config's own, so a resumed run has a new order of images.
+    Of detectron2's data loader, L(build_detection_train_loader)(...), a resumed run continues the order of images;
+    another one starts again.
     """
 
     @classmethod
@@ -140,7 +155,8 @@ class LazyDistillTrainer(DistillTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: DictConfig):
-        return instantiate(cfg.dataloader.train)
+        loader = _resumable_loader(cfg.dataloader.train)
+        return instantiate(cfg.dataloader.train) if loader is None else loader
 
     @classmethod
     def test(cls, cfg: DictConfig, model: nn.Module, evaluators=None) -> dict[str, Any]:
@@ -156,6 +172,34 @@ class LazyDistillTrainer(DistillTrainer):
     @staticmethod
     def auto_scale_workers(cfg: DictConfig, num_workers: int) -> DictConfig:
         return cfg
+
+
+def _resumable_loader(node: DictConfig) -> ShieldedLoader | None:
+    """Our loader in place of detectron2's ``build_detection_train_loader``; None if the node is another one.
+
+    Raises:
+        ValueError: the processes cannot share the batch equally.
+    """
+    keys = {"dataset", "mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers"}
+    if node.get("_target_") not in _DETECTRON2_LOADER or not set(node) <= keys | {"_target_"}:
+        return None
+    parts = {key: instantiate(node[key]) for key in node if key not in ("_target_", "sampler")}
+    dataset, batch, processes = parts["dataset"], parts["total_batch_size"], comm.get_world_size()
+    if not isinstance(dataset, list):
+        return None
+    if batch < processes or batch % processes:
+        raise ValueError(
+            f"dataloader.train.total_batch_size is {batch}, which {processes} processes cannot share equally"
+        )
+    given = node.get("sampler")
+    sampler = ResumableTrainingSampler(
+        seeded(lambda: TrainingSampler(len(dataset)) if given is None else instantiate(given)),
+        batch_size=batch // processes,
+        wide=[image["width"] > image["height"] for image in dataset]
+        if parts.get("aspect_ratio_grouping", True)
+        else None,
+    )
+    return build_train_loader(dataset, parts["mapper"], sampler, parts.get("num_workers", 0))
 
 
 def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:

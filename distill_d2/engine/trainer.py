@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -14,6 +15,7 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
+from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_writers, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import verify_results
@@ -29,6 +31,7 @@ from ..data import (
     build_mapper,
     build_train_loader,
     end_workers,
+    seeded,
 )
 from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
@@ -46,10 +49,10 @@ from .hooks import (
 from .interrupt import Interrupted, StopRequest, stop_request
 from .loss_training import LossTraining
 from .optimizer import build_optimizer, optimizer_signature
+from .process_state import ProcessState
 from .random_state import random_state, set_random_state
 from .settings import RunSettings
 from .step import TrainStep
-from .training_state import set_training_state, training_state
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +90,7 @@ class DistillTrainer(DefaultTrainer):
         self.max_iter = self.settings.max_iter + self.loss_training.pretrain_iters
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        self.sampler = _find_sampler(data_loader)
+        self._samplers = {"train": _find_sampler(data_loader)}
         self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
@@ -101,7 +104,9 @@ class DistillTrainer(DefaultTrainer):
         self.checkpointer = self._build_checkpointer(model)
         self.stop = StopRequest()
         self._has_trained = False
-        self._random_states: list[dict[str, Any]] | None = None
+        self._process_state = ProcessState(model, self._student())
+        self._process_states: list[dict[str, Any]] = []
+        self._random_state: dict[str, Any] | None = None
         self.register_hooks(self.build_hooks())
 
     # Parts that LazyDistillTrainer builds in its own way.
@@ -121,10 +126,8 @@ class DistillTrainer(DefaultTrainer):
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
         mapper = NamedReadErrors(build_mapper(cfg, is_train=True))
-        if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-            return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
         sampler = ResumableTrainingSampler(
-            len(dataset),
+            _sampler_of_seed(cfg, dataset),
             batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
             wide=[image["width"] > image["height"] for image in dataset]
             if cfg.DATALOADER.ASPECT_RATIO_GROUPING
@@ -179,6 +182,7 @@ class DistillTrainer(DefaultTrainer):
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         loader, iterations = self.build_train_loader(cfg), self.settings.precise_bn_iters
+        self._samplers["precise_bn"] = _find_sampler(loader)
         return [PreciseBN(self.settings.eval_period, self.model, loader, iterations)]
 
     @property
@@ -215,9 +219,16 @@ class DistillTrainer(DefaultTrainer):
         advice = "Resume with the checkpoint's datasets, or start a new run without --resume"
         folder = self.settings.output_dir
         classes.check_checkpoint(f"in {folder}", classes_in(loaded), self._checked_datasets, advice)
+        self._restore_process_state()
         self.start_iter = self.iter + 1
-        if self.sampler is not None:
-            self.sampler.skip_batches(self.start_iter)
+        sampler = self._samplers["train"]
+        if sampler is not None:
+            sampler.skip_batches(self.start_iter)
+        else:
+            logger.warning(
+                "--resume: the data loader is not one of distill_d2's, so the images come in a new order, unlike "
+                "in the uninterrupted run"
+            )
 
     def evaluate_teacher(self) -> None:
         """Evaluate the teacher before a fresh run, if MODEL.DISTILLER.EVAL_TEACHER is True.
@@ -276,8 +287,8 @@ class DistillTrainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
-        if self._random_states is not None:
-            set_random_state(self._random_states[comm.get_rank()])
+        if self._random_state is not None:
+            set_random_state(self._random_state)
 
     def note_stop_request(self) -> None:
         """Tell the step whether this process was asked to stop; the processes then agree."""
@@ -290,18 +301,19 @@ class DistillTrainer(DefaultTrainer):
     def save(self, name: str) -> None:
         """Write a checkpoint; all processes call it, the main one writes."""
         self._trainer.report.flush()
-        self._random_states = comm.all_gather(random_state())
+        self._process_states = self._process_state.gather()
         things = classes_of(self.settings.train_datasets)
         self.checkpointer.save(name, **({"metadata": {"thing_classes": things}} if things else {}))
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        state["random"] = self._random_states
+        state["processes"] = self._process_states
         state["optimizer_kind"] = optimizer_signature(self._trainer.optimizer)
         state.update(self.loss_training.state_dict())
-        if self.sampler is not None:
-            state["sampler_seed"] = self.sampler.seed
-        state.update(training_state(self._student()))
+        samplers = self._samplers.items()
+        state["sampler_seeds"] = {
+            name: sampler.seed for name, sampler in samplers if sampler is not None
+        }
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -310,12 +322,26 @@ class DistillTrainer(DefaultTrainer):
         self._check_optimizer(state_dict)
         super().load_state_dict(state_dict)
         self.loss_training.load_state_dict(state_dict)
-        states = state_dict.get("random")
-        if states is not None and len(states) == comm.get_world_size():
-            self._random_states = states
-        if self.sampler is not None and "sampler_seed" in state_dict:
-            self.sampler.seed = state_dict["sampler_seed"]
-        set_training_state(self._student(), state_dict)
+        self._process_states = state_dict.get("processes") or []
+        for name, seed in state_dict.get("sampler_seeds", {}).items():
+            sampler = self._samplers.get(name)
+            if sampler is not None:
+                sampler.seed = seed
+
+    def _restore_process_state(self) -> None:
+        """Last, because all processes have loaded what process 0 has."""
+        states = self._process_states
+        if len(states) == comm.get_world_size():
+            state = states[comm.get_rank()]
+            self._process_state.restore(state)
+            self._random_state = state["random"]
+            return
+        logger.warning(
+            f"--resume: the checkpoint has the random state of {len(states)} processes, this run has "
+            f"{comm.get_world_size()}: it goes on with new random numbers, unlike the uninterrupted run"
+        )
+        if states:
+            self._process_state.restore(states[0])
 
     def _check_optimizer(self, state_dict: dict[str, Any]) -> None:
         signature = optimizer_signature(self._trainer.optimizer)
@@ -388,6 +414,13 @@ def distributed(model: nn.Module, **options: Any) -> nn.Module:
     if not next(model.parameters()).is_cuda:
         options["device_ids"] = None
     return create_ddp_model(model, **options)
+
+
+def _sampler_of_seed(cfg: CfgNode, dataset: Sequence[dict[str, Any]]) -> Callable[[int], Iterable[int]]:
+    """detectron2's DATALOADER.SAMPLER_TRAIN, as a function of the seed."""
+    if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+        return lambda seed: TrainingSampler(len(dataset), seed=seed)
+    return seeded(lambda: build_detection_train_loader.from_config(cfg, dataset=dataset)["sampler"])
 
 
 def _find_sampler(loader: Any) -> ResumableTrainingSampler | None:
