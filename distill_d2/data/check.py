@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import random
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from ..quiet import quiet
 from .augmentation import BoxAwareMapper, build_mapper
 from .builtin_voc import builtin_voc_places
 from .classes import check_same_classes, classes_of
-from .custom import datasets_root
+from .custom import check_name, datasets_root
 from .images import is_turned, refuse_deep_image, remarks_on_image
 from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
+from .proposals import read_proposals
 from .records import check_records
 from .sample import has_objects
 from .voc import check_evaluated_ids
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _DECODERS = 4  # threads
 _SEED = 0
+_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ def check_datasets(
         raise ValueError(
             f"DATASETS.CHECK_IMAGES is {cfg.DATASETS.CHECK_IMAGES}; expected 0 (decode none) or more"
         )
+    for part in ("TRAIN", "TEST")[not train :] if cfg.MODEL.LOAD_PROPOSALS else ():
+        for path in cfg.DATASETS[f"PROPOSAL_FILES_{part}"]:
+            read_proposals(path)
     plan = DataPlan(
         train=tuple(cfg.DATASETS.TRAIN) if train else (),
         test=tuple(cfg.DATASETS.TEST),
@@ -200,6 +206,8 @@ def check_dataset(
     if tested and MetadataCatalog.get(name).get("evaluator_type") == "pascal_voc":
         check_evaluated_ids(name, [record["image_id"] for record in dicts])
     local = [record for record in dicts if "file_name" in record and _is_local(record)]
+    if len(local) < len(dicts):
+        _tell_addresses(name, dicts)
     _check_files_exist(name, [os.fspath(record["file_name"]) for record in local])
     sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
     _check_images(name, sample, deep=not need_files)
@@ -302,6 +310,7 @@ def _try_mapper(name: str, records: list[dict[str, Any]], plan: DataPlan) -> Non
 
 
 def _check_registered(name: str, key: str) -> None:
+    check_name(name, key)
     known = DatasetCatalog.list()
     if name in known:
         return
@@ -343,8 +352,17 @@ def _classes_key(cfg: CfgNode) -> tuple[str, int] | None:
     return (keys[0], functools.reduce(getattr, keys[0].split("."), cfg)) if keys else None
 
 
+def _tell_addresses(name: str, records: Sequence[dict[str, Any]]) -> None:
+    files = [os.fspath(record["file_name"]) for record in records if not _is_local(record)]
+    if files:
+        logger.warning(
+            f"dataset '{name}': {len(files)} file names are addresses, the first is '{files[0]}'; they are "
+            "not checked, and fetched when training comes to them"
+        )
+
+
 def _is_local(record: dict[str, Any]) -> bool:
-    return "://" not in os.fspath(record.get("file_name", ""))
+    return not _ADDRESS.match(os.fspath(record.get("file_name", "")))
 
 
 def _check_files_exist(name: str, files: Sequence[str]) -> None:
@@ -358,8 +376,9 @@ def _check_files_exist(name: str, files: Sequence[str]) -> None:
             missing.append(file)
     if missing:
         folder = os.path.dirname(missing[0])
+        address = " (an address below a folder is no file; download the images)" * ("://" in missing[0])
         raise FileNotFoundError(
             f"dataset '{name}': {len(missing)} of {len(files)} images do not exist, the first is "
-            f"'{missing[0]}'; its folder holds {sorted(listings[folder])[:3]}, {len(listings[folder])} "
+            f"'{missing[0]}'{address}; its folder holds {sorted(listings[folder])[:3]}, {len(listings[folder])} "
             "files in all"
         )

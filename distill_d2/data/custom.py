@@ -34,6 +34,20 @@ def datasets_root() -> str:
     return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
 
+def check_name(name: str, key: str) -> None:
+    """Raises ValueError if the folder of results that a dataset's name gives could be outside OUTPUT_DIR.
+
+    Args:
+        key: the config key that names it, for the message.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if not name.isprintable() or not {"", ".", ".."}.isdisjoint(parts):
+        raise ValueError(
+            f"{key} names the dataset {name!r}; results go to a folder of that name, so that it may hold no '..', "
+            "'.', empty part or unprintable character"
+        )
+
+
 def register_custom_datasets(entries: Sequence[dict[str, Any]]) -> None:
     """Register the datasets of DATASETS.CUSTOM; registering the same entry again changes nothing.
 
@@ -103,6 +117,7 @@ def _check_values(entry: dict[str, Any]) -> None:
             f"DATASETS.CUSTOM: SPLIT is {split!r} in {entry}; expected {'a string or ' * texts}"
             "{FRACTION: [0.0, 0.8], SEED: 1}"
         )
+    check_name(entry["NAME"], "DATASETS.CUSTOM")
     if "SPLIT" in entry and isinstance(split, dict):
         Share.of_entry(entry["NAME"], split)
     for key in ("CLASSES", "KEYPOINTS"):

@@ -31,6 +31,11 @@ def argument_parser() -> argparse.ArgumentParser:
         default=1,
         help="number of processes per machine with --num-gpus 0 (CPU, over gloo)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="remove an earlier run's checkpoints, metrics and results from OUTPUT_DIR",
+    )
     add_import_argument(parser)
     add_debug_argument(parser)
     # detectron2's address, fixed per user, is for several machines; one machine takes a free port,

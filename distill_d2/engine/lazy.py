@@ -46,8 +46,9 @@ from .config_loading import locate_teacher
 from .key_rules import check_lazy_keys
 from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
+from .output_dir import claim, kept
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
-from .setup import check_output_dir, choose_device, note_imports
+from .setup import choose_device, note_imports
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,6 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     _check_overrides(cfg, args.opts or [])
     cfg = apply_overrides(cfg, args.opts or [])
     _locate_teacher(cfg, os.path.dirname(args.config_file), needed=distill and not args.eval_only)
-    check_output_dir(cfg.train.output_dir, "train.output_dir")
     if args.resume or args.eval_only:
         check_note(cfg.train.output_dir)
     cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
@@ -98,13 +98,16 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
             "model L(Distiller)(...), so there is nothing to distill"
         )
     check_lazy_keys(cfg)
+    weights = [cfg.train.get("init_checkpoint", ""), *_weights_of_losses(cfg)]
+    claim(cfg.train.output_dir, "train.output_dir", args, weights)
     register_shapes()
     register_builtin_voc()
-    default_setup(cfg, args)
+    with kept(os.path.join(cfg.train.output_dir, "config.yaml"), args.eval_only):
+        default_setup(cfg, args)
     rank = comm.get_rank()
     setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
     logger.info(f"Ran the code of {args.config_file}, a LazyConfig")
-    note_imports(cfg.train.output_dir, args.imports)
+    note_imports(cfg.train.output_dir, args.imports, write=not args.eval_only)
     if comm.is_main_process():
         check_lazy_data(cfg, _student(cfg), train=not args.eval_only)
     comm.synchronize()
@@ -213,6 +216,11 @@ def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
             continue
         if key[:1] not in ("+", "~") and OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
             raise KeyError(f"unknown config key '{key}'; +{key}=... adds a new one")
+
+
+def _weights_of_losses(cfg: DictConfig) -> list[str]:
+    node = cfg.get("distiller") or {}
+    return [node.get(key, "") for key in ("TEACHER_WEIGHTS", "PRELOAD_TEACHER")]
 
 
 def _locate_teacher(cfg: DictConfig, folder: str, needed: bool) -> None:

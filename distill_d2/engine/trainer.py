@@ -16,11 +16,11 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_writers, hooks
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import nn
 
 from ..checkpoint import SafeCheckpointer
@@ -37,17 +37,21 @@ from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
 from . import classes
+from .acting import check_acting
 from .evaluate import evaluate_teacher
 from .hooks import (
+    BoundedHistories,
     Checkpoints,
     EvalHook,
     LRScheduler,
     PreciseBN,
     ProgressBar,
     StopOnRequest,
+    Writers,
 )
 from .interrupt import Interrupted, StopRequest, stop_request
 from .loss_training import LossTraining
+from .metrics import Events, MetricsFile, mend, names_at, recent_scalars, restore_scalars
 from .optimizer import build_optimizer, optimizer_signature
 from .process_state import ProcessState
 from .random_state import random_state, set_random_state
@@ -85,6 +89,8 @@ class DistillTrainer(DefaultTrainer):
         self.settings = RunSettings.from_config(cfg)
         model = self.build_model(cfg)
         self.plain_model = model
+        if isinstance(model, Distiller):
+            check_acting(model.losses, model.phases, self.settings.max_iter)
         self.loss_training = LossTraining(model, self.settings)
         self.start_iter = 0
         self.max_iter = self.settings.max_iter + self.loss_training.pretrain_iters
@@ -107,6 +113,8 @@ class DistillTrainer(DefaultTrainer):
         self._process_state = ProcessState(model, self._student())
         self._process_states: list[dict[str, Any]] = []
         self._random_state: dict[str, Any] | None = None
+        self._scalars: dict[str, Any] = {}
+        self._evaluation_missing = False
         self.register_hooks(self.build_hooks())
 
     # Parts that LazyDistillTrainer builds in its own way.
@@ -160,7 +168,8 @@ class DistillTrainer(DefaultTrainer):
         return super().test(cfg, model, evaluators)
 
     def build_writers(self) -> list[EventWriter]:
-        return default_writers(self.settings.output_dir, self.max_iter)
+        folder = self.settings.output_dir
+        return [CommonMetricPrinter(self.max_iter), MetricsFile(folder), Events(folder)]
 
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
@@ -169,11 +178,13 @@ class DistillTrainer(DefaultTrainer):
         ret += [Checkpoints(self.settings.checkpoint_period), StopOnRequest()]
         ret.append(EvalHook(self.settings.eval_period, self._evaluate))
         if comm.is_main_process():
-            writers = self.build_writers() + self.loss_training.writers()
-            ret.append(hooks.PeriodicWriter(writers, period=self.settings.log_period))
+            ret.append(Writers(self._all_writers, self.settings.log_period))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())
-        return ret
+        return [*ret, BoundedHistories()]
+
+    def _all_writers(self) -> list[EventWriter]:
+        return self.build_writers() + self.loss_training.writers()
 
     def _precise_bn(self) -> list[HookBase]:
         if not self.settings.precise_bn_iters:
@@ -203,19 +214,28 @@ class DistillTrainer(DefaultTrainer):
         return self.iter < self.loss_training.pretrain_iters
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS at iteration 0.
+        """Continue from OUTPUT_DIR's newest whole checkpoint, or start from MODEL.WEIGHTS at iteration 0.
 
         Raises:
             ValueError: the last checkpoint is of another model, or of other solvers of losses; only some
                 of the machines see it.
         """
-        resume = resume and self._all_have_checkpoint()
-        loaded = self.checkpointer.resume_or_load(self.settings.weights, resume=resume)
-        if not resume:
-            if isinstance(self.plain_model, Distiller):
-                classes.check_preload(self.plain_model, self._checked_datasets)
-                self.plain_model.preload_student()
-            return
+        found = resume and self._all_have_checkpoint()
+        loaded = self.checkpointer.resume_or_load(self.settings.weights, resume=found)
+        if found:
+            self._continue_from(loaded)
+        elif isinstance(self.plain_model, Distiller):
+            classes.check_preload(self.plain_model, self._checked_datasets)
+            self.plain_model.preload_student()
+        if resume:
+            self._continue_metrics()
+
+    def _continue_from(self, loaded: dict[str, Any]) -> None:
+        """Restore what depends on the checkpoint as a whole.
+
+        Args:
+            loaded: its further entries.
+        """
         advice = "Resume with the checkpoint's datasets, or start a new run without --resume"
         folder = self.settings.output_dir
         classes.check_checkpoint(f"in {folder}", classes_in(loaded), self._checked_datasets, advice)
@@ -229,6 +249,15 @@ class DistillTrainer(DefaultTrainer):
                 "--resume: the data loader is not one of distill_d2's, so the images come in a new order, unlike "
                 "in the uninterrupted run"
             )
+
+    def _continue_metrics(self) -> None:
+        """Drop what metrics.json holds after the checkpoint, and see whether it lacks an evaluation that
+        follows the checkpoint's iteration."""
+        last, missing = self.start_iter - 1, False
+        if comm.is_main_process():
+            logged = mend(self.settings.output_dir, last)
+            missing = not logged - names_at(self._scalars, last) - {"iteration"}
+        self._evaluation_missing = comm.all_gather(missing)[0]
 
     def evaluate_teacher(self) -> None:
         """Evaluate the teacher before a fresh run, if MODEL.DISTILLER.EVAL_TEACHER is True.
@@ -289,6 +318,22 @@ class DistillTrainer(DefaultTrainer):
         super().before_train()
         if self._random_state is not None:
             set_random_state(self._random_state)
+        if 0 < self.start_iter < self.max_iter:
+            self._complete_last_step(self.start_iter - 1)
+
+    def _complete_last_step(self, last: int) -> None:
+        """Do what follows a checkpoint in its iteration, as far as the resumed run did not come to it."""
+        self.iter = self.storage.iter = last
+        restore_scalars(self.storage, self._scalars)
+        for hook in self._hooks:
+            if isinstance(hook, EvalHook) and hook.is_due(last) and self._evaluation_missing:
+                logger.info(
+                    f"The evaluation after iteration {last} is missing in metrics.json; it follows"
+                )
+                hook.evaluate()
+            elif isinstance(hook, Writers):
+                hook.complete(last)
+        self.iter = self.storage.iter = self.start_iter
 
     def note_stop_request(self) -> None:
         """Tell the step whether this process was asked to stop; the processes then agree."""
@@ -314,6 +359,8 @@ class DistillTrainer(DefaultTrainer):
         state["sampler_seeds"] = {
             name: sampler.seed for name, sampler in samplers if sampler is not None
         }
+        if hasattr(self, "storage"):  # in a training
+            state["scalars"] = recent_scalars(self.storage)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -327,6 +374,7 @@ class DistillTrainer(DefaultTrainer):
             sampler = self._samplers.get(name)
             if sampler is not None:
                 sampler.seed = seed
+        self._scalars = state_dict.get("scalars", {})
 
     def _restore_process_state(self) -> None:
         """Last, because all processes have loaded what process 0 has."""
