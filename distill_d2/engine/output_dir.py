@@ -121,12 +121,8 @@ def check_writable(path: str, key: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
         probe = os.path.join(path, f".writable-{os.getpid()}")
-        try:
-            with open(probe, "wb") as file:
-                file.write(bytes(_PROBE_BYTES))
-        finally:
-            if os.path.exists(probe):
-                os.remove(probe)
+        write_whole(probe, lambda file: file.write(bytes(_PROBE_BYTES)))
+        os.remove(probe)
     except OSError as error:
         raise OSError(f"{key} '{path}' cannot be written to: {error}") from error
 
