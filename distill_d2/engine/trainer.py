@@ -37,8 +37,10 @@ from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
 from . import classes
+from .acting import check_acting
 from .evaluate import evaluate_teacher
 from .hooks import (
+    BoundedHistories,
     Checkpoints,
     EvalHook,
     LRScheduler,
@@ -87,6 +89,8 @@ class DistillTrainer(DefaultTrainer):
         self.settings = RunSettings.from_config(cfg)
         model = self.build_model(cfg)
         self.plain_model = model
+        if isinstance(model, Distiller):
+            check_acting(model.losses, model.phases, self.settings.max_iter)
         self.loss_training = LossTraining(model, self.settings)
         self.start_iter = 0
         self.max_iter = self.settings.max_iter + self.loss_training.pretrain_iters
@@ -177,7 +181,7 @@ class DistillTrainer(DefaultTrainer):
             ret.append(Writers(self._all_writers, self.settings.log_period))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())
-        return ret
+        return [*ret, BoundedHistories()]
 
     def _all_writers(self) -> list[EventWriter]:
         return self.build_writers() + self.loss_training.writers()

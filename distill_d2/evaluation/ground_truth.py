@@ -10,7 +10,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 
-from ..data.coco import coco_source, read_coco
+from ..data.coco import coco_source, is_right, read_coco
 
 
 def with_ground_truth(name: str, folder: str) -> str:
@@ -30,6 +30,8 @@ def with_ground_truth(name: str, folder: str) -> str:
     source = coco_source(name)
     if source is None:
         return _described(name, folder, convert_to_coco_dict(name))
+    if is_right(source):
+        return name
     found = read_coco(source)
     if not found.changes and not source.corners and source.share is None:
         return name

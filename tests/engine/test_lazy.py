@@ -36,7 +36,7 @@ solver = dict(BASE_LR=0.02, CLIP_GRADIENTS=dict(CLIP_VALUE=0.1))
 model = L(Distiller)(
     student=model,
     teacher=L(load_teacher)(config="{lazy_job.teacher}", official=False),
-    losses=[L(PKD)(weight=2.0), L(ICD)(input_feats=["p2", "p3"], hidden_dim=16, solver=solver)],
+    losses=[L(PKD)(weight=2.0), L(ICD)(input_feats=["p2", "p3"], hidden_dim=16, bypass_distill=0, solver=solver)],
 )
 """
     lazy_job.run()
