@@ -11,7 +11,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from runs import Job, assert_equal, checkpoint, metrics
 
-from distill_d2.engine import settings
+from distill_d2.engine import output_dir, settings
 from distill_d2.engine.metrics import MetricsFile, mend
 from distill_d2.engine.step import TrainStep
 
@@ -96,7 +96,8 @@ def test_overwrite_removes_the_run_and_nothing_else(used):
     assert (used.output / "notes.txt").read_text() == (used.output / "best.pth").read_text() == "mine"
 
 
-def test_two_runs_notice_each_other(used):
+def test_two_runs_notice_each_other(used, monkeypatch):
+    monkeypatch.setattr(output_dir, "_PATIENCE", 0.3)
     lock = str(used.output / ".lock")
     other = subprocess.Popen([sys.executable, "-c", HOLDS, lock], stdout=subprocess.PIPE, text=True)
     try:
