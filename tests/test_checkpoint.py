@@ -1,7 +1,12 @@
 """Checkpoints: read without running their code, written so that none is lost."""
 
+import io
+import json
 import os
 import pickle
+import re
+import resource
+import zipfile
 from urllib.error import URLError
 
 import numpy as np
@@ -9,6 +14,7 @@ import pytest
 import torch
 from detectron2.modeling.backbone.resnet import BasicStem
 from detectron2.utils.file_io import PathManager
+from runs import assert_equal
 from torch import nn
 
 from distill_d2.checkpoint import SafeCheckpointer, direct_address, read_checkpoint
@@ -168,7 +174,10 @@ def test_pkl_that_runs_code(tmp_path, protocol, place):
     inside = np.array([evil], dtype=object) if place == "in an array" else evil
     data = evil if place == "top" else {"model": {**arrays(), "x": inside}, "__author__": "us"}
     path = write(tmp_path / "evil.pkl", data, protocol)
-    with pytest.raises(ValueError, match=r"evil.pkl'.*it uses posix.system; only numpy arrays"):
+    with pytest.raises(
+        ValueError,
+        match=r"evil.pkl'.*it (uses posix.system; only numpy arrays|holds an array of object)",
+    ):
         load(linear(), path)
     assert not marker.exists()
     pickle.loads((tmp_path / "evil.pkl").read_bytes())
@@ -210,21 +219,149 @@ def test_truncated(tmp_path, kind):
     whole = path.read_bytes()
     for length in {*range(40), *range(0, len(whole), max(len(whole) // 40, 1)), len(whole) - 1}:
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=f"'{path}': .+It may be truncated"):
+        with pytest.raises(
+            ValueError, match=f"cannot read the checkpoint '{path}': it|'{path}': .+It may be truncated"
+        ):
             load(linear(), path)
 
 
-PAGE = b"<!DOCTYPE html><html>Not found</html>"
+def saved(data, **options):
+    file = io.BytesIO()
+    torch.save(data, file, **options)
+    return file.getvalue()
 
 
-@pytest.mark.parametrize("suffix", ["pkl", "pth"])
-@pytest.mark.parametrize("content", [PAGE, b"\x80\x02]q\x00.", b"\x00" * 64])
-def test_not_a_checkpoint(tmp_path, suffix, content):
-    (tmp_path / f"page.{suffix}").write_bytes(content)
-    with pytest.raises(ValueError, match="page"):
-        load(linear(), tmp_path / f"page.{suffix}")
-    with pytest.raises(FileNotFoundError, match=f"checkpoint '.*none.{suffix}' does not exist"):
-        load(linear(), tmp_path / f"none.{suffix}")
+def packed(content, **options):
+    """A zip archive; ``content`` by name."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", **options) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def scripted():
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(linear(), torch.zeros(1, 3)), file)
+    return file.getvalue()
+
+
+def unpacked(raw):
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+class Call:
+    """Pickled as a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+SAFETENSORS = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+HUGE = 10**13
+LEGACY = {"_use_new_zipfile_serialization": False}
+SAVED, SAVED_LEGACY = saved({"w": torch.zeros(30)}), saved({"w": torch.zeros(30)}, **LEGACY)
+CLAIM = b"\x8a\x06" + HUGE.to_bytes(6, "little")
+NOT_CHECKPOINTS = {
+    "empty.pth": (b"", "it is empty"),
+    "page.pth": (b"<!DOCTYPE html><html>Not found</html>", "web page"),
+    "page.pkl": (b"\n <html>", "web page"),
+    "entries.pth": (b'{"model": 1}', "JSON"),
+    "pointer.pth": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "zeros.pth": (bytes(5000), "zeros only"),
+    "a.safetensors": (len(SAFETENSORS).to_bytes(8, "little") + SAFETENSORS + bytes(4), "safetensors"),
+    "torchscript.pth": (scripted(), "TorchScript"),
+    "arrays.pth": (packed({"a.npy": b""}), "npz"),
+    "archive.pth": (packed({"a.txt": b""}), "zip archive"),
+    "whole_model.pth": (saved(nn.Linear(3, 2)), "whole model save the state_dict"),
+    "whole_model_legacy.pth": (saved(nn.Linear(3, 2), **LEGACY), "whole model save the state_dict"),
+    "optimizer.pth": (
+        saved({"optimizer": {"state": {}}, "iteration": 3}),
+        "no weights of a model.*optimizer",
+    ),
+    "nested.pth": (
+        saved({"state_dict": {"weight": torch.zeros(1)}}),
+        "no weights of a model.*state_dict",
+    ),
+    "nothing.pth": (saved({}), "no weights of a model"),
+    "number.pth": (saved({"model": 3}), "it holds a int, not weights"),
+    "tensor.pth": (saved(torch.zeros(3)), "it holds a Tensor, not the entries"),
+    "list.pkl": (b"\x80\x02]q\x00.", "it holds a list, not weights"),
+    "renamed.pkl": (saved({"weight": torch.zeros(1)}), "rename it to .pth"),
+    "text.pkl": (b"hello world\n", "truncated"),
+    # Made to exhaust the memory or the stack.
+    "strides.pth": (
+        saved({"weight": torch.zeros(1).expand(HUGE)}),
+        f"{HUGE} numbers, but the file has only",
+    ),
+    "storage.pth": (
+        packed({k: v.replace(b"K\x1et", CLAIM + b"t") for k, v in unpacked(SAVED).items()}),
+        "size",
+    ),
+    "storage_legacy.pth": (SAVED_LEGACY.replace(b"K\x1eN", CLAIM + b"N"), "more memory"),
+    "bomb.pth": (
+        packed(unpacked(saved({"w": torch.zeros(9**6)})), compression=zipfile.ZIP_DEFLATED),
+        "bytes unpack to",
+    ),
+    "array.pkl": (pickle.dumps({"w": Call(np.ndarray, (HUGE,))}), ""),
+    "objects.pkl": (pickle.dumps({"w": np.array([None])}), "array of object; only arrays of numbers"),
+    "memo.pkl": (b"\x80\x02}r\xff\xff\xff\xff.", "no weights"),
+    "bytes.pkl": (b"\x80\x05\x96" + HUGE.to_bytes(8, "little") + b"a.", "more memory"),
+    "deep.pkl": (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "it holds a list, not weights"),
+    "deep.pth": (
+        packed({"a/data.pkl": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."}),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_CHECKPOINTS)
+def test_not_a_checkpoint(tmp_path, name):
+    content, words = NOT_CHECKPOINTS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"cannot read the checkpoint '.*{name}': .*{words}") as caught:
+        load(linear(), tmp_path / name)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoint '.*none.pth' does not exist"):
+        load(linear(), tmp_path / "none.pth")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        load(linear(), tmp_path)
+
+
+def test_no_flipped_byte_is_loaded(tmp_path):
+    """Of a small checkpoint each third byte: the file is refused, or the byte does not matter."""
+    path, state = tmp_path / "model.pth", linear().state_dict()
+    raw = saved({"model": state})
+    harmless = 0
+    for place in range(0, len(raw), 3):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 0x10]) + raw[place + 1 :])
+        try:
+            entries = read_checkpoint(str(path))
+        except ValueError:
+            continue
+        harmless += 1
+        assert_equal(entries["model"], state)
+    assert harmless < len(raw) / 3  # padding, and copies of the directory's entries
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this torch always writes checksums")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.tensor(WEIGHT)}, tmp_path / "model.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    model = linear()
+    load(model, tmp_path / "model.pth")
+    assert model.weight.tolist() == WEIGHT
 
 
 # Writing.
@@ -244,40 +381,122 @@ def test_save_and_load(tmp_path):
     assert fresh.param_groups[0]["lr"] == 0.5
 
 
-WHOLE, OLDER = "model_0000003.pth", "model_0000001.pth"
+class Trainer(nn.Module):
+    """A trainer's state: an iteration."""
+
+    def __init__(self, iteration):
+        super().__init__()
+        self.iteration = iteration
+
+    def state_dict(self):
+        return {"iteration": self.iteration}
+
+    def load_state_dict(self, state):
+        self.iteration = state["iteration"]
+
+
+NEWEST, WHOLE, OLDER = "model_0000005.pth", "model_0000003.pth", "model_0000001.pth"
 
 
 @pytest.fixture
-def interrupted(tmp_path):
-    """A folder with a whole checkpoint, an older one and a truncated one, which is the newest."""
-    checkpointer = SafeCheckpointer(linear(), str(tmp_path), trainer=nn.Linear(1, 1))
-    for iteration, name in ((1, OLDER), (3, WHOLE), (5, "model_0000005.pth")):
-        checkpointer.save(name[: -len(".pth")], iteration=iteration)
-        os.utime(tmp_path / name, (iteration, iteration))
-    (tmp_path / "model_0000005.pth").write_bytes((tmp_path / WHOLE).read_bytes()[:500])
-    os.utime(tmp_path / "model_0000005.pth", (5, 5))
-    torch.save({"model": linear().state_dict()}, tmp_path / "model_of_others.pth")  # no training's
+def run(tmp_path):
+    """A folder with three checkpoints."""
+    for iteration in (1, 3, 5):
+        model = nn.Linear(300, 100)
+        SafeCheckpointer(model, str(tmp_path), trainer=Trainer(iteration)).save(f"model_{iteration:07d}")
     return tmp_path
 
 
-@pytest.mark.parametrize("tag", ["", "model_9999999.pth", None])
-def test_resume_without_a_usable_last_checkpoint(interrupted, tag):
-    """As after a crash: the newest complete checkpoint of a training is resumed."""
-    (interrupted / "last_checkpoint").unlink()
+def resumed(folder, trainer=None):
+    """The iteration from which --resume continues."""
+    trainer = trainer or Trainer(-1)
+    SafeCheckpointer(nn.Linear(300, 100), str(folder), trainer=trainer).resume_or_load("", resume=True)
+    return trainer.iteration
+
+
+def zeroed(raw):
+    middle = len(raw) // 2
+    return raw[:middle] + bytes(4096) + raw[middle + 4096 :]
+
+
+DAMAGES = {
+    "cut": (lambda raw: raw[:500], "its end is missing"),
+    "emptied": (lambda raw: b"", "it is empty"),
+    "all zeros": (lambda raw: bytes(len(raw)), "zeros only"),
+    "a page of zeros": (zeroed, "checksum"),
+    "the end in zeros": (lambda raw: raw[:-4096] + bytes(4096), "its end is missing"),
+    "a flipped bit": (lambda raw: raw[:70_000] + bytes([raw[70_000] ^ 1]) + raw[70_001:], "checksum"),
+    "another file": (lambda raw: b"<html>", "web page"),
+    "weights alone": (
+        lambda raw: saved({"model": linear().state_dict()}),
+        "without the state of a training",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_resume_takes_the_newest_whole_checkpoint(run, caplog, damage):
+    change, words = DAMAGES[damage]
+    for name, expected in ((NEWEST, 3), (WHOLE, 1), (OLDER, None)):
+        (run / name).write_bytes(change((run / name).read_bytes()))
+        if expected is None:
+            with pytest.raises(
+                ValueError, match=f"no checkpoint in .*{NEWEST}.*{words}.*another OUTPUT_DIR"
+            ):
+                resumed(run)
+        else:
+            assert resumed(run) == expected
+    assert re.search(
+        f"--resume: .*{WHOLE} .iteration 3. is the newest whole .*{NEWEST}': .*{words}", caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    "tag, words",
+    [
+        (None, "is missing"),
+        (b"", "is empty"),
+        (b"\x00\xff\x00", "does not hold the name of a file"),
+        (b"../elsewhere.pth", "does not hold the name of a file"),
+        (b"x" * 100_000, "does not hold the name of a file"),
+        (b"model_9999999.pth", "which does not exist"),
+    ],
+)
+def test_last_checkpoint_is_only_a_hint(run, caplog, tag, words):
+    (run / "last_checkpoint").unlink()
     if tag is not None:
-        (interrupted / "last_checkpoint").write_text(tag)
-    checkpointer = SafeCheckpointer(linear(), str(interrupted), trainer=nn.Linear(1, 1))
-    assert checkpointer.resume_or_load("", resume=True) == {"iteration": 3}
-    (interrupted / WHOLE).unlink()
-    (interrupted / OLDER).unlink()
-    checkpointer = SafeCheckpointer(linear(), str(interrupted), trainer=nn.Linear(1, 1))
-    if tag is None:
-        assert not checkpointer.has_checkpoint()
-    else:
+        (run / "last_checkpoint").write_bytes(tag)
+    assert resumed(run) == 5
+    assert re.search(f"--resume: .*{NEWEST} .*last_checkpoint .*{words}", caplog.text)
+
+
+def test_last_checkpoint_names_an_older_one(run):
+    """A user may go back with it; a kill between the two files leaves it behind."""
+    (run / "last_checkpoint").write_text(OLDER)
+    assert resumed(run) == 1
+    os.utime(run / "last_checkpoint", (1, 1))
+    assert resumed(run) == 5
+
+
+def test_nothing_to_resume(tmp_path):
+    assert resumed(tmp_path / "none") == -1
+    (tmp_path / "model_of_others.pth").write_bytes(saved({"model": linear().state_dict()}))
+    assert resumed(tmp_path) == -1
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(run):
+    trainer = SafeCheckpointer(nn.Linear(300, 100), str(run), trainer=Trainer(7))
+    before, old = sorted(os.listdir(run)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old[1]))
+    try:
         with pytest.raises(
-            ValueError, match="--resume: .*last_checkpoint .*another OUTPUT_DIR, or start"
+            OSError,
+            match=r"cannot write '.*model_7.pth': File too large; it needs 12\d{4} bytes, \d+ are free",
         ):
-            checkpointer.resume_or_load("", resume=True)
+            trainer.save("model_7")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert sorted(os.listdir(run)) == before and resumed(run) == 5
 
 
 @pytest.mark.parametrize("name", ["model_1", "model_2"])

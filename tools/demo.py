@@ -100,7 +100,7 @@ def start(name: str, args: argparse.Namespace) -> subprocess.Popen:
     script, _, options = RUNS[name]
     output = Path(args.output)
     command = [sys.executable, str(ROOT / script), "--num-gpus", str(args.num_gpus)]
-    command += ["--config-file", config_of(name, args.dataset), *options, *args.opts]
+    command += ["--overwrite", "--config-file", config_of(name, args.dataset), *options, *args.opts]
     command += ["SEED", str(args.seed), "OUTPUT_DIR", str(output / name)]
     if name in METHODS:
         command += ["MODEL.DISTILLER.TEACHER_WEIGHTS", str(output / "teacher" / "model_final.pth")]

@@ -45,7 +45,8 @@ from distill_d2 import DISTILL_LOSS_REGISTRY, Distiller
 from distill_d2.checkpoint import SafeCheckpointer
 from distill_d2.data import NamedReadErrors, build_mapper, check_datasets
 from distill_d2.engine import load_config
-from distill_d2.engine.setup import check_output_dir, choose_device
+from distill_d2.engine.output_dir import check_writable
+from distill_d2.engine.setup import choose_device
 from distill_d2.imports import add_import_argument, import_modules
 from distill_d2.losses.settings import keys_of
 from distill_d2.mistakes import add_debug_argument, ending_on_mistakes
@@ -113,7 +114,7 @@ def prepare(args: argparse.Namespace) -> Job:
     method = load_methods()[args.method]
     import_modules(args.imports)
     cfg = read_config(args.config_file, args.opts, method)
-    check_output_dir(args.output, "--output")
+    check_writable(args.output, "--output")
     check_datasets(cfg, train=False)
     items = load_items(cfg, args.images)
     distiller = build_distiller(cfg)

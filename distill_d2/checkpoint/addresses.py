@@ -33,6 +33,8 @@ def local_file(path: str) -> str:
     """
     path = direct_address(path).partition("?")[0]
     if "://" not in path:
+        if os.path.isdir(path):
+            raise FileNotFoundError(f"checkpoint '{path}' is a folder; give a file in it")
         if not os.path.isfile(path):
             raise FileNotFoundError(f"checkpoint '{path}' does not exist")
         return path

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import cached_property
-from glob import escape, glob
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from .addresses import direct_address, local_file
-from .reading import errors_name_file, read_checkpoint, read_pickle, read_pycls, read_torch
-
-_LAST = "last_checkpoint"
+from .choosing import LAST, choose
+from .integrity import check_weights
+from .reading import errors_name_file, read_pickle, read_pycls, read_torch
+from .writing import write_whole
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -27,9 +25,14 @@ class SafeCheckpointer(DetectionCheckpointer):
     incompatible: Any = None
     _resumed_from = ""
     _with_losses = True
+    _chosen: str | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``name``.pth; an interruption or a full disk leaves an older file intact."""
+        """Write ``name``.pth; an interruption or a full disk leaves older files intact.
+
+        Raises:
+            OSError: it cannot be written; the message names the file.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
@@ -37,58 +40,43 @@ class SafeCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        _write_whole(path, lambda file: torch.save(data, file))
+        write_whole(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(os.path.basename(path))
+        self._chosen = None
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Write the name of the newest checkpoint, from which --resume continues."""
+        """Write the name of the newest checkpoint, a hint for --resume."""
         content = last_filename_basename.encode()
-        _write_whole(os.path.join(self.save_dir, _LAST), lambda file: file.write(content))
+        write_whole(os.path.join(self.save_dir, LAST), lambda file: file.write(content))
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to resume from. Raises ValueError as ``get_checkpoint_file``."""
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """The checkpoint that the file last_checkpoint names; "" if there is none.
-
-        Where that file was lost in a crash, is empty, or names a missing file: the newest complete
-        training checkpoint.
+        """The newest whole checkpoint (see ``choose``); "" if the folder has none, torn or whole. One line in
+        the log says what is wrong with others.
 
         Raises:
-            ValueError: last_checkpoint names no file, and no other checkpoint is complete.
+            ValueError: there are checkpoints, but none is whole and holds what this checkpointer loads.
         """
-        tag = os.path.join(self.save_dir, _LAST)
-        name = _text(tag)
-        path = os.path.join(self.save_dir, name)
-        if name and os.path.isfile(path):
-            return path
-        if self._newest_whole or not os.path.exists(tag):
-            return self._newest_whole
-        raise ValueError(
-            f"--resume: {tag} {_what_is_wrong(name)}, and no checkpoint beside it is complete. Use another "
-            "OUTPUT_DIR, or start without --resume"
-        )
+        if self._chosen is None:
+            self._chosen = self._choose() if self.save_dir else ""
+        return self._chosen
 
-    @cached_property
-    def _newest_whole(self) -> str:
-        """The newest checkpoint that can be read. Reads every file, so only used without last_checkpoint."""
-        paths = glob(os.path.join(escape(self.save_dir), "model_*.pth")) if self.save_dir else []
-        for path in sorted(paths, key=lambda path: (os.path.getmtime(path), path), reverse=True):
-            if self._is_whole(path):
-                tag = os.path.join(self.save_dir, _LAST)
-                self.logger.warning(
-                    f"{tag} {_what_is_wrong(_text(tag))}; the newest complete checkpoint is {path}"
-                )
-                return path
-        return ""
-
-    def _is_whole(self, path: str) -> bool:
-        try:
-            entries = read_checkpoint(path)
-        except ValueError:
-            return False
-        return "model" in entries and ("trainer" in entries or "trainer" not in self.checkpointables)
+    def _choose(self) -> str:
+        choice = choose(self.save_dir, with_trainer="trainer" in self.checkpointables)
+        if choice.found and not choice.path:
+            raise ValueError(
+                f"--resume: no checkpoint in '{self.save_dir}' can be continued from: "
+                f"{'; '.join(choice.problems)}. Use another OUTPUT_DIR, or start anew with --overwrite"
+            )
+        if choice.problems:
+            self.logger.warning(
+                f"--resume: {choice.path} (iteration {choice.iteration}) is the newest whole checkpoint; "
+                f"{'; '.join(choice.problems)}"
+            )
+        return choice.path
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint like detectron2.
@@ -144,34 +132,15 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".pkl"):
-            return read_pickle(filename)
-        if filename.endswith(".pyth"):
-            return read_pycls(filename)
         with errors_name_file(filename):
-            return super()._load_file(filename)
+            if filename.endswith(".pkl"):
+                checkpoint = read_pickle(filename)
+            elif filename.endswith(".pyth"):
+                checkpoint = read_pycls(filename)
+            else:
+                checkpoint = super()._load_file(filename)
+            check_weights(checkpoint["model"])
+            return checkpoint
 
     def _torch_load(self, filename: str) -> dict[str, Any]:
         return read_torch(filename)
-
-
-def _write_whole(path: str, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a temporary file and rename it, so that ``path`` is never half written."""
-    partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _text(path: str) -> str:
-    """The content of a file; "" if there is none."""
-    if not os.path.isfile(path):
-        return ""
-    with open(path) as file:
-        return file.read().strip()
-
-
-def _what_is_wrong(name: str) -> str:
-    return f"names '{name}', which does not exist" if name else "is missing or empty"

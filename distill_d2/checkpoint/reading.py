@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import importlib
 import io
 import pickle
 import re
@@ -19,9 +18,11 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 from .addresses import local_file
+from .integrity import Refused, check_sizes, check_whole, is_zip, what_it_is
 
-# Whatever unpickling a truncated or damaged file may raise (besides OSError without a file name).
+# Whatever unpickling a truncated, damaged or hostile file may raise (besides OSError without a file name).
 _READ_ERRORS = (
+    MemoryError,
     pickle.UnpicklingError,
     struct.error,
     zipfile.BadZipFile,
@@ -35,30 +36,53 @@ _READ_ERRORS = (
 )
 
 
-def _numpy_core(module: str, name: str) -> Any:
-    """A function of numpy's core, whose package was renamed in numpy 2."""
-    package = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"
-    return getattr(importlib.import_module(f"{package}.{module}"), name)
+class _Array:
+    """Stands for numpy.ndarray, which as a function could allocate any size."""
 
 
-class ArrayUnpickler(pickle.Unpickler):
+def _reconstruct(*_: Any) -> np.ndarray:
+    """An empty array; numpy's own pickles fill it afterwards, where it compares shape and data."""
+    return np.empty(0, np.int8)
+
+
+def _dtype(*args: Any) -> np.dtype:
+    dtype = np.dtype(*args)
+    if dtype.kind not in _KINDS:
+        raise Refused(f"it holds an array of {dtype}; only arrays of numbers are read")
+    return dtype
+
+
+def _scalar(dtype: np.dtype, data: bytes | str) -> Any:
+    raw = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(raw, dtype, count=1)[0]
+
+
+def _frombuffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: Any) -> np.ndarray:
+    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
+
+
+_KINDS = "biufcSU"  # bool, numbers and texts, of numpy's types
+
+
+class ArrayUnpickler(pickle._Unpickler):
     """Unpickles dicts, lists, strings, numbers and numpy arrays; refuses everything else.
 
-    detectron2's model zoo files (.pkl) need nothing else; any other global in a pickle is code.
+    detectron2's model zoo files (.pkl) need nothing else; any other global in a pickle is code. This is
+    pickle's version in Python: that in C makes room for as many objects as a file claims to number.
     """
 
     _ALLOWED = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _dtype,
         ("_codecs", "encode"): codecs.encode,
         ("collections", "OrderedDict"): OrderedDict,
         **{
-            (f"{package}.{module}", name): _numpy_core(module, name)
+            (f"{package}.{module}", name): function
             for package in ("numpy.core", "numpy._core")  # of numpy 1 and 2
-            for module, name in (
-                ("multiarray", "_reconstruct"),
-                ("multiarray", "scalar"),
-                ("numeric", "_frombuffer"),  # of pickle's protocol 5
+            for module, name, function in (
+                ("multiarray", "_reconstruct", _reconstruct),
+                ("multiarray", "scalar", _scalar),
+                ("numeric", "_frombuffer", _frombuffer),  # of pickle's protocol 5
             )
         },
     }
@@ -66,9 +90,32 @@ class ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._ALLOWED:
             return self._ALLOWED[module, name]
-        raise pickle.UnpicklingError(
+        raise Refused(
             f"it uses {module}.{name}; only numpy arrays, numbers, strings, lists and dicts are read"
         )
+
+
+def unpickle_arrays(data: bytes) -> Any:
+    """What a pickle of dicts, lists, strings, numbers and numpy arrays holds.
+
+    Raises:
+        Refused, pickle.UnpicklingError, ...: it holds something else, or asks for more memory than its
+            own size justifies.
+    """
+    return ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
+
+
+def read_arrays(path: str, kind: str) -> Any:
+    """What a pickle file of plain values and numpy arrays holds.
+
+    Args:
+        kind: what the file should be, for messages.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or holds something else; the message names it.
+    """
+    with errors_name_file(path, kind), open(path, "rb") as file:
+        return unpickle_arrays(file.read())
 
 
 def read_checkpoint(path: str, *, stubs: Sequence[str] = ()) -> dict[str, Any]:
@@ -84,36 +131,43 @@ def read_checkpoint(path: str, *, stubs: Sequence[str] = ()) -> dict[str, Any]:
     """
     path = local_file(path)
     with errors_name_file(path), stub_globals(stubs):
-        entries = read_torch(path)
+        return read_torch(path)
+
+
+def read_torch(filename: str) -> dict[str, Any]:
+    """The entries that torch.save wrote, on the CPU; every record is compared with its checksum.
+
+    Raises:
+        Refused, RuntimeError, zipfile.BadZipFile, ...: they cannot be read; see ``errors_name_file``.
+    """
+    check_whole(filename)
+    entries = torch.load(filename, map_location="cpu", weights_only=True)
+    check_sizes(entries, filename)
     if not isinstance(entries, dict):
-        raise ValueError(f"'{path}' holds a {type(entries).__name__}, not the entries of a checkpoint")
+        raise Refused(f"it holds a {type(entries).__name__}, not the entries of a checkpoint")
     return entries
-
-
-def read_torch(filename: str) -> Any:
-    """What torch.save wrote, on the CPU."""
-    return torch.load(filename, map_location="cpu", weights_only=True)
 
 
 def read_pickle(filename: str) -> dict[str, Any]:
     """A model of detectron2's zoo, of Detectron 1, or ImageNet weights of Caffe2 (.pkl).
 
     Raises:
-        OSError, ValueError: see ``errors_name_file``.
+        Refused, pickle.UnpicklingError, ...: it cannot be read; see ``errors_name_file``.
     """
-    with errors_name_file(filename), PathManager.open(filename, "rb") as file:
-        return _detectron_format(ArrayUnpickler(io.BytesIO(file.read()), encoding="latin1").load())
+    if is_zip(filename):
+        raise Refused("torch.save wrote it; rename it to .pth")
+    with PathManager.open(filename, "rb") as file:
+        return _detectron_format(unpickle_arrays(file.read()))
 
 
 def read_pycls(filename: str) -> dict[str, Any]:
     """A model of pycls (.pyth).
 
     Raises:
-        OSError, ValueError: see ``errors_name_file``.
+        Refused, RuntimeError, ...: it cannot be read; see ``errors_name_file``.
     """
-    with errors_name_file(filename):
-        weights = read_torch(filename)["model_state"]
-        weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    weights = read_torch(filename).get("model_state", {})
+    weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
 
 
@@ -142,31 +196,50 @@ def stub_globals(names: Sequence[str]) -> contextlib.AbstractContextManager[None
 
 
 @contextlib.contextmanager
-def errors_name_file(filename: str) -> Iterator[None]:
-    """Turn errors of reading a file into a ValueError that names it; OSErrors that name it stay."""
+def errors_name_file(filename: str, kind: str = "checkpoint") -> Iterator[None]:
+    """Turn errors of reading a file into a ValueError that names it; OSErrors that name it stay.
+
+    Args:
+        kind: what the file should be, for the message.
+    """
     try:
         yield
     except (*_READ_ERRORS, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             raise
-        raise ValueError(
-            f"cannot read the checkpoint '{filename}': {_reason(error)}. It may be truncated "
-            "(download or copy it again), or hold objects other than tensors, which are not loaded"
-        ) from error
+        reason = what_it_is(filename) or _reason(error)
+        raise ValueError(f"cannot read the {kind} '{filename}': {reason}") from error
 
 
-def _detectron_format(data: dict[str, Any]) -> dict[str, Any]:
+def _detectron_format(data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise Refused(f"it holds a {type(data).__name__}, not weights by name")
     if "model" in data and "__author__" in data:
         return data
     blobs = data.get("blobs", data)
-    weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
+    weights = {name: blob for name, blob in blobs.items() if not str(name).endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
 def _reason(error: Exception) -> str:
     """One line; without torch's advice to load the file in a way that runs its code."""
-    text = str(error).strip() or type(error).__name__
-    if not text.startswith("Weights only load failed"):
-        return text.splitlines()[0]
-    name = re.search(r"GLOBAL (\S+)", text)
-    return f"it uses {name.group(1)}" if name else "torch.save did not write it"
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    if isinstance(error, Refused):
+        return text
+    if "central directory" in text or text == "File is not a zip file":
+        return "it is cut off: its end is missing. Copy it again"
+    record = re.match(r"Bad CRC-32 for file '[^/]*/?(.*)'", text)
+    if record:
+        return f"it is damaged: the checksum of its record '{record[1]}' is wrong. Copy it again"
+    if isinstance(error, MemoryError) or "alloc" in text:
+        return "it asks for more memory than there is; it is damaged, or was made to do harm"
+    name = re.search(r"GLOBAL (\S+)", str(error))
+    if name and isinstance(error, pickle.UnpicklingError):
+        return (
+            f"it uses {name[1]}; only tensors, numbers, strings, lists and dicts are read. Of a whole model save "
+            "the state_dict()"
+        )
+    if text.startswith("Weights only load failed"):
+        text = "torch.save did not write it"
+    return f"{text}. It may be truncated (download or copy it again)"

@@ -2,11 +2,11 @@
 
 from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_mapper
 from .builtin_voc import register_builtin_voc
-from .check import NamedReadErrors, check_dataset, check_datasets
+from .check import DataPlan, NamedReadErrors, check_dataset, check_datasets, check_plan
 from .coco import adopt_coco_datasets
-from .custom import datasets_root, register_custom_datasets
+from .custom import check_name, datasets_root, register_custom_datasets, with_absolute_paths
 from .loader import ShieldedLoader, build_train_loader, end_workers
-from .sampler import ResumableTrainingSampler
+from .sampler import ResumableTrainingSampler, seeded
 from .shapes import generate_shapes, register_shapes
 from .statistics import BoxStatistics, box_statistics
 
@@ -14,6 +14,7 @@ __all__ = [
     "AUGMENTATION_REGISTRY",
     "DATASET_MAPPER_REGISTRY",
     "BoxStatistics",
+    "DataPlan",
     "NamedReadErrors",
     "ResumableTrainingSampler",
     "ShieldedLoader",
@@ -23,10 +24,14 @@ __all__ = [
     "build_train_loader",
     "check_dataset",
     "check_datasets",
+    "check_name",
+    "check_plan",
     "datasets_root",
     "end_workers",
     "generate_shapes",
     "register_builtin_voc",
     "register_custom_datasets",
     "register_shapes",
+    "seeded",
+    "with_absolute_paths",
 ]

@@ -8,7 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin, register_pascal_voc
 
 from .custom import datasets_root
-from .voc import load_voc
+from .voc import VocFolder, load_voc
 
 _SPLITS = {2007: ("trainval", "train", "val", "test"), 2012: ("trainval", "train", "val")}
 _NAMES = {f"voc_{year}_{split}": year for year, splits in _SPLITS.items() for split in splits}
@@ -54,5 +54,5 @@ def _point_to(name: str, folder: str) -> None:
     split, classes = metadata.split, metadata.thing_classes
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)  # set values are constant
-    DatasetCatalog.register(name, lambda: load_voc(name, folder, split, classes))
+    DatasetCatalog.register(name, lambda: load_voc(name, VocFolder.of_root(folder, split), classes))
     MetadataCatalog.get(name).set(**{**metadata.as_dict(), "dirname": folder})

@@ -8,32 +8,36 @@ import functools
 import logging
 import os
 import random
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import check_image_size, read_image
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
 
 from .. import plugins
 from ..mistakes import UnreadableRecord
 from ..quiet import quiet
-from .augmentation import build_mapper
+from .augmentation import BoxAwareMapper, build_mapper
 from .builtin_voc import builtin_voc_places
-from .classes import classes_of, moved_class, renamed_classes
-from .custom import datasets_root
+from .classes import check_same_classes, classes_of
+from .custom import check_name, datasets_root
+from .images import is_turned, refuse_deep_image, remarks_on_image
 from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
+from .proposals import read_proposals
 from .records import check_records
 from .sample import has_objects
+from .voc import check_evaluated_ids
 
 logger = logging.getLogger(__name__)
 
-_CHECKS = ("all", "none")
 _DECODERS = 4  # threads
 _SEED = 0
+_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class DataPlan:
 
     Attributes:
         train, test: names of datasets.
+        keys: the config keys of both.
         check: whether their content is checked: DATASETS.CHECK.
         check_images: the number of images of each dataset to decode, at most: DATASETS.CHECK_IMAGES.
         classes: config key and value of the model's number of classes; None: not known.
@@ -56,6 +61,7 @@ class DataPlan:
 
     train: Sequence[str] = ()
     test: Sequence[str] = ()
+    keys: tuple[str, str] = ("DATASETS.TRAIN", "DATASETS.TEST")
     check: bool = True
     check_images: int = 0
     classes: tuple[str, int] | None = None
@@ -91,9 +97,9 @@ def check_datasets(
         raise ValueError(
             f"DATASETS.CHECK_IMAGES is {cfg.DATASETS.CHECK_IMAGES}; expected 0 (decode none) or more"
         )
-    if cfg.DATASETS.CHECK not in _CHECKS:
-        raise ValueError(f"DATASETS.CHECK is {cfg.DATASETS.CHECK!r}; expected 'all' or 'none'")
-    _check_proposals(cfg, train)
+    for part in ("TRAIN", "TEST")[not train :] if cfg.MODEL.LOAD_PROPOSALS else ():
+        for path in cfg.DATASETS[f"PROPOSAL_FILES_{part}"]:
+            read_proposals(path)
     plan = DataPlan(
         train=tuple(cfg.DATASETS.TRAIN) if train else (),
         test=tuple(cfg.DATASETS.TEST),
@@ -121,7 +127,7 @@ def check_plan(plan: DataPlan) -> None:
         ValueError: a dataset is not registered or does not fit the model, or another one.
         OSError: annotations or images do not exist or cannot be read.
     """
-    for key, names in (("DATASETS.TRAIN", plan.train), ("DATASETS.TEST", plan.test)):
+    for key, names in zip(plan.keys, (plan.train, plan.test)):
         for name in names:
             _check_registered(name, key)
     if not plan.check:
@@ -179,6 +185,10 @@ def check_dataset(
     """
     _check_registered(name, "the list of datasets")
     dicts = _load(name)
+    if not isinstance(dicts, Sequence) or not all(isinstance(record, dict) for record in dicts):
+        raise ValueError(
+            f"the function of dataset '{name}' returned {dicts!r:.80}; expected a list of dicts"
+        )
     if not dicts:
         raise ValueError(f"dataset '{name}' has no images")
     if need_annotations and not any(record.get("annotations") for record in dicts):
@@ -188,28 +198,61 @@ def check_dataset(
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
     if like:
-        _check_same_classes(name, like)
+        advice = (
+            "Give all datasets the same categories (of COCO: in the order of their ids), those without objects "
+            "included"
+        )
+        check_same_classes(
+            f"dataset '{like}'", classes_of([like]), f"dataset '{name}'", classes_of([name]), advice
+        )
     _check_classes(name, classes)
     check_records(name, dicts, classes and classes[1], tested, need_files)
+    if tested and MetadataCatalog.get(name).get("evaluator_type") == "pascal_voc":
+        check_evaluated_ids(name, [record["image_id"] for record in dicts])
     local = [record for record in dicts if "file_name" in record and _is_local(record)]
+    if len(local) < len(dicts):
+        _tell_addresses(name, dicts)
     _check_files_exist(name, [os.fspath(record["file_name"]) for record in local])
     sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
-    with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
-        list(pool.map(check_image, sample))
+    _check_images(name, sample, deep=not need_files)
     return dicts
 
 
-def check_image(record: dict[str, Any]) -> None:
-    """Decode the image of a dataset dict as detectron2 does.
+def check_image(record: dict[str, Any], deep: bool = False) -> list[str]:
+    """Decode the image of a dataset dict as detectron2 does, and return remarks on it.
+
+    Args:
+        deep: whether it may have more than 8 bits per channel.
 
     Raises:
         ValueError: the image cannot be read, or its size differs from the annotation's.
     """
     path = os.fspath(record["file_name"])
     try:
-        check_image_size({**record, "file_name": path}, read_image(path, format="BGR"))
+        image = read_image(path, format="BGR")
+        if not deep:
+            refuse_deep_image(path)
+        check_image_size({**record, "file_name": path}, image)
+        return remarks_on_image(path)
+    except SizeMismatchError as error:
+        turned = image.shape[:2] == (record.get("width"), record.get("height")) and is_turned(path)
+        hint = " The image has an EXIF orientation, which detectron2 applies." if turned else ""
+        raise ValueError(f"the image '{path}' cannot be used: {error}{hint}") from error
     except Exception as error:  # Pillow's decoders raise many types
         raise ValueError(f"the image '{path}' cannot be used: {error}") from error
+
+
+def _check_images(name: str, sample: Sequence[dict[str, Any]], deep: bool) -> None:
+    with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
+        found = list(pool.map(functools.partial(check_image, deep=deep), sample))
+    remarks: dict[str, list[str]] = {}
+    for record, texts in zip(sample, found):
+        for text in texts:
+            remarks.setdefault(text, []).append(os.fspath(record["file_name"]))
+    for text, files in remarks.items():
+        logger.warning(
+            f"Dataset '{name}': {len(files)} of {len(sample)} images {text}, the first is '{files[0]}'"
+        )
 
 
 class NamedReadErrors:
@@ -217,10 +260,13 @@ class NamedReadErrors:
 
     def __init__(self, mapper: Callable[[dict[str, Any]], Any]):
         self.mapper = mapper
+        self.reads_as_detectron2 = type(mapper) in (DatasetMapper, BoxAwareMapper)
 
     def __call__(self, record: dict[str, Any]) -> Any:
         """Call the mapper; its errors become an UnreadableRecord, with the original as the cause."""
         try:
+            if self.reads_as_detectron2:
+                refuse_deep_image(record["file_name"])
             return self.mapper(record)
         except Exception as error:
             raise UnreadableRecord(
@@ -267,23 +313,8 @@ def _try_mapper(name: str, records: list[dict[str, Any]], plan: DataPlan) -> Non
         try_mapper(name, trained_on, mapper, needs, plan.check_images)
 
 
-def _check_proposals(cfg: CfgNode, train: bool) -> None:
-    generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    if generator == "PrecomputedProposals" and not cfg.MODEL.LOAD_PROPOSALS:
-        raise ValueError(
-            f"MODEL.PROPOSAL_GENERATOR.NAME is '{generator}', but MODEL.LOAD_PROPOSALS is False; set it to "
-            "True, and DATASETS.PROPOSAL_FILES_TRAIN and _TEST to a file for each dataset"
-        )
-    for part in ("TRAIN", "TEST") if train else ("TEST",):
-        names, files = cfg.DATASETS[part], cfg.DATASETS[f"PROPOSAL_FILES_{part}"]
-        if cfg.MODEL.LOAD_PROPOSALS and len(names) != len(files):
-            raise ValueError(
-                f"MODEL.LOAD_PROPOSALS is True, and DATASETS.PROPOSAL_FILES_{part} has {len(files)} files for "
-                f"the {len(names)} datasets of DATASETS.{part}; give one for each, in the same order"
-            )
-
-
 def _check_registered(name: str, key: str) -> None:
+    check_name(name, key)
     known = DatasetCatalog.list()
     if name in known:
         return
@@ -320,39 +351,22 @@ def _check_classes(name: str, classes: tuple[str, int] | None) -> None:
     )
 
 
-def _check_same_classes(name: str, like: str) -> None:
-    """Raises ValueError if a class has another number in ``like``, or one of its classes is missing."""
-    things, others = classes_of([name]), classes_of([like])
-    if things is None or others is None or things == others:
-        return
-    moved = moved_class(others, things)
-    missing = [label for label in others if label not in things]
-    if moved or len(things) != len(others):
-        lacks = f"; '{name}' lacks {missing[:10]}" if missing else ""
-        raise ValueError(
-            f"datasets '{like}' and '{name}' have different classes: {_listing(others)} and {_listing(things)}"
-            f"{': ' + moved if moved else ''}{lacks}. A class is known by its number, its place in the list (of "
-            "COCO's categories, in the order of their ids); give all datasets the same categories, those "
-            "without objects included"
-        )
-    if renamed_classes(others, things):
-        logger.warning(
-            f"Datasets '{like}' and '{name}' name the same classes differently: "
-            f"{', '.join(renamed_classes(others, things)[:10])}. Only their numbers count"
-        )
-
-
-def _listing(names: Sequence[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
-
-
 def _classes_key(cfg: CfgNode) -> tuple[str, int] | None:
     keys = [d.num_classes_key for d in plugins.of_student(cfg) if d.num_classes_key]
     return (keys[0], functools.reduce(getattr, keys[0].split("."), cfg)) if keys else None
 
 
+def _tell_addresses(name: str, records: Sequence[dict[str, Any]]) -> None:
+    files = [os.fspath(record["file_name"]) for record in records if not _is_local(record)]
+    if files:
+        logger.warning(
+            f"dataset '{name}': {len(files)} file names are addresses, the first is '{files[0]}'; they are "
+            "not checked, and fetched when training comes to them"
+        )
+
+
 def _is_local(record: dict[str, Any]) -> bool:
-    return "://" not in os.fspath(record.get("file_name", ""))
+    return not _ADDRESS.match(os.fspath(record.get("file_name", "")))
 
 
 def _check_files_exist(name: str, files: Sequence[str]) -> None:
@@ -366,8 +380,9 @@ def _check_files_exist(name: str, files: Sequence[str]) -> None:
             missing.append(file)
     if missing:
         folder = os.path.dirname(missing[0])
+        address = " (an address below a folder is no file; download the images)" * ("://" in missing[0])
         raise FileNotFoundError(
             f"dataset '{name}': {len(missing)} of {len(files)} images do not exist, the first is "
-            f"'{missing[0]}'; its folder holds {sorted(listings[folder])[:3]}, {len(listings[folder])} "
+            f"'{missing[0]}'{address}; its folder holds {sorted(listings[folder])[:3]}, {len(listings[folder])} "
             "files in all"
         )

@@ -6,11 +6,15 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+#: Endings of image files, lower case.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES += (".jpe", ".jfif", ".jp2", ".pgm", ".ppm")
 _READERS = 8  # threads
 _ORIENTATION = 0x0112  # the EXIF tag
+_DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...
 _TURNED = (5, 6, 7, 8)  # its values that exchange height and width
 
 
@@ -28,10 +32,10 @@ def load_images(name: str, folder: str) -> list[dict[str, Any]]:
         os.path.join(place, file)
         for place, _, files in os.walk(folder)
         for file in files
-        if file.lower().endswith(_ENDINGS)
+        if file.lower().endswith(IMAGE_SUFFIXES)
     ]
     if not paths:
-        raise ValueError(f"dataset '{name}': '{folder}' holds no images ({', '.join(_ENDINGS)})")
+        raise ValueError(f"dataset '{name}': '{folder}' holds no images ({', '.join(IMAGE_SUFFIXES)})")
     paths.sort()
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
         sizes = list(pool.map(image_size, paths))
@@ -45,6 +49,46 @@ def load_images(name: str, folder: str) -> list[dict[str, Any]]:
         }
         for path, (height, width) in zip(paths, sizes)
     ]
+
+
+def refuse_deep_image(path: str | os.PathLike) -> None:
+    """Refuse images of more than 8 bits per channel that detectron2 would not scale: it takes all values above
+    255 for 255, and floating-point numbers up to 1 for black. Only the header of others is read.
+
+    Raises:
+        ValueError: this is one; the message says its values.
+        OSError: it cannot be read.
+    """
+    with PathManager.open(path, "rb") as file, Image.open(file) as image:
+        if image.mode not in _DEEP_MODES and not image.mode.startswith("I;"):
+            return
+        low, high = image.getextrema()
+        if low >= 0 and high <= 255 and (image.mode != "F" or high > 1 or high == 0):
+            return
+        raise ValueError(
+            f"it has more than 8 bits per channel (mode {image.mode}), with values from {low:g} to {high:g}, of "
+            "which detectron2 keeps the whole numbers from 0 to 255; scale it to 8 bits, all images of the "
+            "datasets alike, or choose a mapper of your own by INPUT.MAPPER"
+        )
+
+
+def remarks_on_image(path: str) -> list[str]:
+    """What detectron2 does not show of an image: further frames, transparency."""
+    found = []
+    with Image.open(path) as image:
+        # Cameras write photos with a second, small frame (MPO).
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            found.append("have several frames, of which the first is read")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                found.append("have transparent pixels, which are read in the color behind them")
+    return found
+
+
+def is_turned(path: str) -> bool:
+    """Whether a camera's note (EXIF) exchanges height and width. Raises OSError if the file cannot be read."""
+    with Image.open(path) as image:
+        return image.getexif().get(_ORIENTATION) in _TURNED
 
 
 def image_size(path: str) -> tuple[int, int]:

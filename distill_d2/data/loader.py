@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 import signal
 import weakref
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Callable
 
+import numpy as np
 import torch
-from detectron2.data import DatasetFromList, MapDataset
-from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
-from detectron2.data.common import ToIterableDataset
+from detectron2.data import DatasetFromList
+from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
-from torch.utils.data import DataLoader
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.serialize import PicklableWrapper
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .sampler import ResumableTrainingSampler
 
+_TRIES = 100  # images until a mapper that returns None for each is taken to be wrong
 _iterators: weakref.WeakSet = weakref.WeakSet()
 
 
@@ -25,10 +31,14 @@ class ShieldedLoader:
 
     Ctrl-C in a terminal and SIGTERM from a scheduler go to all processes of a job, but the training
     process still needs its workers to finish the current step. ``end_workers()`` ends them.
+
+    Attributes:
+        images: describes the images, for a comparison with those of another run; "": not known.
     """
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: DataLoader, images: str = ""):
         self.loader = loader
+        self.images = images
         self.dataset = loader.dataset
 
     def __len__(self) -> int:
@@ -54,33 +64,80 @@ def end_workers() -> None:
 
 
 def build_train_loader(
-    dataset: list[dict[str, Any]],
+    dataset: Sequence[dict[str, Any]],
     mapper: Callable[[dict[str, Any]], Any],
     sampler: ResumableTrainingSampler,
     num_workers: int,
 ) -> ShieldedLoader:
     """Like detectron2's ``build_detection_train_loader``: an endless loader of lists of dicts.
 
+    Where the training process loads, augmentations draw from its random generators, which a checkpoint has.
+    In workers each image has a seed of its own, made from the sampler's seed, the process's rank and the
+    image's place in the stream: then neither the number of workers nor what they have loaded ahead matters.
+
     Args:
         dataset: detectron2's dicts.
-        mapper: turns one of them into an input of the model.
+        mapper: turns one of them into an input of the model; None: another image is tried in its place.
         sampler: order and batch size.
         num_workers: number of loading processes; 0: the training process loads.
     """
-    mapped = MapDataset(DatasetFromList(dataset, copy=False), mapper)
     return ShieldedLoader(
         DataLoader(
-            ToIterableDataset(mapped, sampler, shard_chunk_size=sampler.batch_size),
+            _MappedStream(DatasetFromList(dataset, copy=False), mapper, sampler),
             batch_size=sampler.batch_size,
             drop_last=True,
             num_workers=num_workers,
             collate_fn=trivial_batch_collator,
             pin_memory=torch.cuda.is_available(),  # images go to a GPU while the step before still runs
-            worker_init_fn=worker_init_reset_seed,
-            # Workers draw their seeds from here, not from the generator that training uses.
+            # Not drawn from the generator that training uses.
             generator=torch.Generator().manual_seed(sampler.seed + comm.get_rank()),
-        )
+        ),
+        _describe(dataset),
     )
+
+
+def _describe(dataset: Sequence[dict[str, Any]]) -> str:
+    """The number of images, and a checksum of their files' names and numbers of annotations."""
+    names = (
+        f"{os.path.basename(str(image.get('file_name')))} {len(image.get('annotations') or ())}"
+        for image in dataset
+    )
+    return f"{len(dataset)} with checksum {zlib.crc32(chr(10).join(names).encode()):08x}"
+
+
+class _MappedStream(IterableDataset):
+    """The mapped images in the sampler's order; workers load whole batches in turn."""
+
+    def __init__(self, dataset: DatasetFromList, mapper: Callable, sampler: ResumableTrainingSampler):
+        self.dataset = dataset
+        self.mapper = PicklableWrapper(mapper)  # for workers that are not forked
+        self.sampler = sampler
+        self.rank = comm.get_rank()  # workers do not know it
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        first = self.sampler.skipped_batches * self.sampler.batch_size
+        for place, index in enumerate(self.sampler, first):
+            if worker is not None:
+                if (place - first) // self.sampler.batch_size % worker.num_workers != worker.id:
+                    continue
+                seed_all_rng(self._seed(place))
+            yield self._mapped(index)
+
+    def _seed(self, place: int) -> int:
+        entropy = [self.sampler.seed, self.rank, place]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def _mapped(self, index: int) -> Any:
+        for _ in range(_TRIES):
+            mapped = self.mapper(self.dataset[index])
+            if mapped is not None:
+                return mapped
+            index = random.randrange(len(self.dataset))
+        raise ValueError(
+            f"the dataset mapper returned None for {_TRIES} images in a row; expected an input of the model for "
+            "most of them (INPUT.MAPPER)"
+        )
 
 
 @contextlib.contextmanager

@@ -12,8 +12,10 @@ from torch import nn
 
 from ..checkpoint import SafeCheckpointer
 from ..data import end_workers
+from ..data.classes import classes_in
 from ..teacher import Teacher, teacher_of
 from ..views import build_view
+from .classes import check_checkpoint, check_number, check_tested_teacher
 from .settings import RunSettings, in_subfolder
 
 logger = logging.getLogger(__name__)
@@ -63,8 +65,11 @@ def evaluate_teacher(
             f"MODEL.DISTILLER.EVAL_TEACHER is True, but the teacher has {teacher_classes} classes and the "
             f"student {classes}; set it to False"
         )
+    settings = RunSettings.from_config(cfg)
+    if settings.check_data:
+        check_tested_teacher(teacher, settings.test_datasets)
     logger.info(f"Evaluation of the teacher ({teacher.source}); that of the student follows")
-    model = teacher.predictor(RunSettings.from_config(cfg).channel_order(student))
+    model = teacher.predictor(settings.channel_order(student))
     return trainer.test(in_subfolder(cfg, "teacher"), model)
 
 
@@ -72,7 +77,7 @@ def _load(settings: RunSettings, model: nn.Module, resume: bool) -> None:
     checkpointer = SafeCheckpointer(model, save_dir=settings.output_dir)
     if not settings.weights and not (resume and checkpointer.has_checkpoint()):
         raise ValueError("--eval-only needs weights: set MODEL.WEIGHTS, or --resume with OUTPUT_DIR")
-    checkpointer.resume_or_load(settings.weights, resume=resume, with_losses=False)
+    loaded = checkpointer.resume_or_load(settings.weights, resume=resume, with_losses=False)
     keys = checkpointer.incompatible
     missing = keys.missing_keys + [name for name, _, _ in keys.incorrect_shapes]
     if missing:
@@ -80,3 +85,8 @@ def _load(settings: RunSettings, model: nn.Module, resume: bool) -> None:
             f"--eval-only: the weights do not fill the model; {len(missing)} of its tensors are "
             f"missing or of another shape: {sorted(set(missing))[:10]}"
         )
+    if settings.check_data:
+        path = settings.output_dir if resume else settings.weights
+        advice = "Evaluate on datasets with the checkpoint's classes"
+        check_checkpoint(path, classes_in(loaded), settings.test_datasets, advice)
+        check_number(model, settings.test_datasets)

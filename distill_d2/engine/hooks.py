@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Callable
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventWriter, get_event_storage
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .interrupt import Interrupted
+from .random_state import random_state, set_random_state
 
 
 class _AfterPretraining(HookBase):
@@ -31,11 +33,44 @@ class LRScheduler(_AfterPretraining, hooks.LRScheduler):
 
 
 class PreciseBN(_AfterPretraining, hooks.PreciseBN):
-    """detectron2's."""
+    """detectron2's, which measures on the same images each time and leaves the random state, as a resumed run
+    must."""
+
+    def update_stats(self) -> None:
+        state = random_state()
+        self._data_iter = None
+        super().update_stats()
+        set_random_state(state)
 
 
 class EvalHook(_AfterPretraining, hooks.EvalHook):
-    """detectron2's."""
+    """detectron2's, which a resumed run can ask for the evaluation that a kill has cut off."""
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether an evaluation follows this iteration, other than that at the end of the training."""
+        ends = iteration + 1
+        return self._period > 0 and ends % self._period == 0 and ends != self.trainer.max_iter
+
+    def evaluate(self) -> None:
+        """Evaluate now; the results are scalars of the storage's iteration."""
+        self._do_eval()
+
+
+class Writers(hooks.PeriodicWriter):
+    """detectron2's, whose files are opened only when the training begins."""
+
+    def __init__(self, build: Callable[[], list[EventWriter]], period: int):
+        super().__init__([], period)
+        self._build = build
+
+    def before_train(self) -> None:
+        self._writers = self._build()
+
+    def complete(self, iteration: int) -> None:
+        """Write what is due after this iteration and not written yet."""
+        if (iteration + 1) % self._period == 0:
+            for writer in self._writers:
+                writer.write()
 
 
 class Checkpoints(HookBase):
@@ -66,6 +101,21 @@ class StopOnRequest(HookBase):
         if self.trainer.stop_agreed and self.trainer.iter + 1 < self.trainer.max_iter:
             self.trainer.save(f"model_{self.trainer.iter:07d}")
             raise Interrupted
+
+
+class BoundedHistories(HookBase):
+    """Forget old values of detectron2's history of each scalar, which grows without end otherwise.
+
+    The estimate of the remaining time reads most, the last 1000.
+    """
+
+    KEPT = 1000
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self.KEPT:
+            return
+        for history in get_event_storage().histories().values():
+            del history.values()[: -self.KEPT]
 
 
 class ProgressBar(HookBase):

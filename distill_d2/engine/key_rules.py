@@ -122,6 +122,7 @@ COMMON: dict[str, Rule] = {
     "DATASETS.TEST": _NAMES,
     "DATASETS.PROPOSAL_FILES_TEST": Sequence(Text(empty=False), count=_test_files),
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": _COUNT,
+    "DATASETS.CHECK": Choice(("all", "none")),
     "TEST.KEYPOINT_OKS_SIGMAS": Sequence(_POSITIVE, count=_keypoints),
     "TEST.AUG.ENABLED": Unused(
         False,

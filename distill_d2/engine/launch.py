@@ -6,17 +6,20 @@ import argparse
 import os
 import sys
 import tempfile
+from pathlib import Path
 from typing import Callable
 
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_processes
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..imports import add_import_argument
 from ..mistakes import Message, add_debug_argument, end, ending_on_mistakes
 from .interrupt import forwarding_signals
+from .launch_arguments import check_address, check_processes
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -27,6 +30,11 @@ def argument_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         help="number of processes per machine with --num-gpus 0 (CPU, over gloo)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="remove an earlier run's checkpoints, metrics and results from OUTPUT_DIR",
     )
     add_import_argument(parser)
     add_debug_argument(parser)
@@ -44,18 +52,25 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
             among them; 128 + signal number, after SIGINT or SIGTERM.
     """
     with ending_on_mistakes(debug=args.debug):
-        processes = _processes(args)
-        if args.dist_url is None:
-            args.dist_url = "auto" if args.num_machines == 1 else args.default_dist_url
+        processes = check_processes(args)
+        if args.num_gpus == 0:  # detectron2 chooses NCCL wherever it sees a GPU
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if processes * args.num_machines == 1:
             main(args)
-        else:
-            _launch_several(main, args, processes)
+            return
+        if args.dist_url is None:
+            args.dist_url = "auto" if args.num_machines == 1 else args.default_dist_url
+        check_address(args.dist_url, args.num_machines, args.machine_rank)
+        _launch_several(main, args, processes)
 
 
 def _launch_several(main: Callable, args: argparse.Namespace, processes: int) -> None:
+    machine = f"machine {args.machine_rank} of {args.num_machines} at {args.dist_url}"
+    minutes = round(DEFAULT_TIMEOUT.total_seconds() / 60)
+    if args.num_machines > 1:
+        print(f"{machine}: waiting for the others, up to {minutes} minutes", file=sys.stderr, flush=True)
     with forwarding_signals() as request, tempfile.TemporaryDirectory() as folder:
-        message = Message(folder)
+        message, met = Message(folder), Path(folder) / "met"
         try:
             launch_processes(
                 _run_with_others,
@@ -63,12 +78,18 @@ def _launch_several(main: Callable, args: argparse.Namespace, processes: int) ->
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(main, args, message),
+                args=(main, args, message, met),
             )
         except (ProcessExitedException, ProcessRaisedException) as error:
-            text = message.read()
-            if text:
-                end(text)
+            if message.read():
+                end(message.read())
+            if isinstance(error, ProcessRaisedException) and not met.exists():
+                end(
+                    f"{machine}: its {processes} processes did not meet those of the other machines within "
+                    f"{minutes} minutes. Start all machines with the same --num-machines, --num-gpus and "
+                    "--dist-url, an address of machine 0 that the others reach, and each with its own "
+                    f"--machine-rank: {str(error).strip().splitlines()[-1]}"
+                )
             stopped = request and isinstance(error, ProcessExitedException)
             if not stopped:  # before training, or while evaluating
                 raise
@@ -76,23 +97,10 @@ def _launch_several(main: Callable, args: argparse.Namespace, processes: int) ->
         sys.exit(request.exit_code)
 
 
-def _run_with_others(main: Callable, args: argparse.Namespace, message: Message) -> None:
+def _run_with_others(main: Callable, args: argparse.Namespace, message: Message, met: Path) -> None:
+    met.touch()
     with ending_on_mistakes(debug=args.debug, message=message):
         main(args)
     # gloo aborts a process that ends while another one still talks to it.
     comm.synchronize()
     torch.distributed.destroy_process_group()
-
-
-def _processes(args: argparse.Namespace) -> int:
-    if args.num_procs < 1 or args.num_gpus < 0:
-        raise ValueError(
-            f"--num-procs {args.num_procs} --num-gpus {args.num_gpus}: expected at least one process"
-        )
-    if args.num_gpus > 0:
-        if args.num_procs > 1:
-            raise ValueError("--num-procs is for --num-gpus 0; with GPUs there is one process each")
-        return args.num_gpus
-    # detectron2 chooses NCCL wherever it sees a GPU.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    return args.num_procs

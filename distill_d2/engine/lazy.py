@@ -17,7 +17,9 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
+from detectron2.data import build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import default_setup
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
@@ -28,18 +30,44 @@ from torch import nn
 
 from .. import model_zoo
 from ..config_values import config_keys
-from ..data import register_builtin_voc, register_shapes
+from ..data import (
+    ResumableTrainingSampler,
+    ShieldedLoader,
+    build_train_loader,
+    register_builtin_voc,
+    register_shapes,
+    seeded,
+)
 from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
-from .config_loading import file_in
+from ..lazy_config import apply_overrides, load_lazy_config
+from .config_loading import locate_teacher
 from .key_rules import check_lazy_keys
+from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
+from .output_dir import claim, kept
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
-from .setup import check_output_dir, choose_device, note_imports
+from .setup import choose_device, note_imports
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
+
+# What every run reads of detectron2's usual parts ...
+_REQUIRED = (
+    "model",
+    "dataloader",
+    "train.output_dir",
+    "train.init_checkpoint",
+    "train.device",
+    "train.max_iter",
+    "train.checkpointer.period",
+    "train.eval_period",
+    "train.log_period",
+    "train.amp.enabled",
+)
+# ... and what a training reads, too.
+_REQUIRED_TO_TRAIN = ("optimizer", "lr_multiplier", "dataloader.train")
 
 
 def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
@@ -50,11 +78,12 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     """
     args.config_file = model_zoo.find_config(args.config_file)
     check_note(os.path.dirname(args.config_file))
-    cfg = LazyConfig.load(args.config_file)
+    cfg = load_lazy_config(
+        args.config_file, _REQUIRED if args.eval_only else _REQUIRED + _REQUIRED_TO_TRAIN
+    )
     _check_overrides(cfg, args.opts or [])
-    cfg = LazyConfig.apply_overrides(cfg, list(args.opts or []))
-    _locate_teacher(cfg, os.path.dirname(args.config_file))
-    check_output_dir(cfg.train.output_dir, "train.output_dir")
+    cfg = apply_overrides(cfg, args.opts or [])
+    _locate_teacher(cfg, os.path.dirname(args.config_file), needed=distill and not args.eval_only)
     if args.resume or args.eval_only:
         check_note(cfg.train.output_dir)
     cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
@@ -69,34 +98,46 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
             "model L(Distiller)(...), so there is nothing to distill"
         )
     check_lazy_keys(cfg)
+    weights = [cfg.train.get("init_checkpoint", ""), *_weights_of_losses(cfg)]
+    claim(cfg.train.output_dir, "train.output_dir", args, weights)
     register_shapes()
     register_builtin_voc()
-    default_setup(cfg, args)
+    with kept(os.path.join(cfg.train.output_dir, "config.yaml"), args.eval_only):
+        default_setup(cfg, args)
     rank = comm.get_rank()
     setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
     logger.info(f"Ran the code of {args.config_file}, a LazyConfig")
-    note_imports(cfg.train.output_dir, args.imports)
+    note_imports(cfg.train.output_dir, args.imports, write=not args.eval_only)
+    if comm.is_main_process():
+        check_lazy_data(cfg, _student(cfg), train=not args.eval_only)
+    comm.synchronize()
     return cfg
 
 
 _MISSING = object()
+_DETECTRON2_LOADER = [
+    build_detection_train_loader,
+    "detectron2.data.build_detection_train_loader",
+    "detectron2.data.build.build_detection_train_loader",
+]
 
 
 class LazyDistillTrainer(DistillTrainer):
     """DistillTrainer whose parts are instantiated from a LazyConfig.
 
-    The data loader is the config's own, so a resumed run has a new order of images.
+    Of detectron2's data loader, L(build_detection_train_loader)(...), a resumed run continues the order of images;
+    another one starts again.
     """
 
     @classmethod
     def build_model(cls, cfg: DictConfig) -> nn.Module:
         model = instantiate(cfg.model).to(cfg.train.device)
-        datasets = _train_datasets(cfg)
+        settings = RunSettings.from_lazy(cfg)
+        datasets = settings.train_datasets
         if isinstance(model, Distiller):
             use_statistics(model.losses.values(), datasets)
         if "distiller" not in cfg:
             return model
-        settings = RunSettings.from_lazy(cfg)
         return Distiller(
             student=model,
             **node_arguments(settings.distiller, settings.device, datasets),
@@ -117,7 +158,8 @@ class LazyDistillTrainer(DistillTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: DictConfig):
-        return instantiate(cfg.dataloader.train)
+        loader = _resumable_loader(cfg.dataloader.train)
+        return instantiate(cfg.dataloader.train) if loader is None else loader
 
     @classmethod
     def test(cls, cfg: DictConfig, model: nn.Module, evaluators=None) -> dict[str, Any]:
@@ -135,6 +177,34 @@ class LazyDistillTrainer(DistillTrainer):
         return cfg
 
 
+def _resumable_loader(node: DictConfig) -> ShieldedLoader | None:
+    """Our loader in place of detectron2's ``build_detection_train_loader``; None if the node is another one.
+
+    Raises:
+        ValueError: the processes cannot share the batch equally.
+    """
+    keys = {"dataset", "mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers"}
+    if node.get("_target_") not in _DETECTRON2_LOADER or not set(node) <= keys | {"_target_"}:
+        return None
+    parts = {key: instantiate(node[key]) for key in node if key not in ("_target_", "sampler")}
+    dataset, batch, processes = parts["dataset"], parts["total_batch_size"], comm.get_world_size()
+    if not isinstance(dataset, list):
+        return None
+    if batch < processes or batch % processes:
+        raise ValueError(
+            f"dataloader.train.total_batch_size is {batch}, which {processes} processes cannot share equally"
+        )
+    given = node.get("sampler")
+    sampler = ResumableTrainingSampler(
+        seeded(lambda: TrainingSampler(len(dataset)) if given is None else instantiate(given)),
+        batch_size=batch // processes,
+        wide=[image["width"] > image["height"] for image in dataset]
+        if parts.get("aspect_ratio_grouping", True)
+        else None,
+    )
+    return build_train_loader(dataset, parts["mapper"], sampler, parts.get("num_workers", 0))
+
+
 def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
     # A key of MODEL.DISTILLER that the file leaves at its default is known, too.
     known = config_keys(distiller_node({}), "distiller.") if "distiller" in cfg else []
@@ -148,17 +218,16 @@ def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
             raise KeyError(f"unknown config key '{key}'; +{key}=... adds a new one")
 
 
-def _locate_teacher(cfg: DictConfig, folder: str) -> None:
-    """Make a teacher file beside the config absolute: later code does not know where the config is."""
+def _weights_of_losses(cfg: DictConfig) -> list[str]:
+    node = cfg.get("distiller") or {}
+    return [node.get(key, "") for key in ("TEACHER_WEIGHTS", "PRELOAD_TEACHER")]
+
+
+def _locate_teacher(cfg: DictConfig, folder: str, needed: bool) -> None:
+    """Make the teacher's file absolute: later code does not know where the config is."""
     node = cfg.get("distiller")
     if node and "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
-        node.MODEL_DISTILLER_CONFIG = file_in([folder], node.MODEL_DISTILLER_CONFIG)
-
-
-def _train_datasets(cfg: DictConfig) -> list[str]:
-    """Names of the training datasets, where the config has them in detectron2's usual place."""
-    names = OmegaConf.select(cfg, "dataloader.train.dataset.names") or ()
-    return [names] if isinstance(names, str) else list(names)
+        node.MODEL_DISTILLER_CONFIG = locate_teacher(node.MODEL_DISTILLER_CONFIG, [folder], needed)
 
 
 def _is_distiller(model: DictConfig) -> bool:

@@ -9,9 +9,12 @@ from typing import Any
 from detectron2.utils import comm
 
 from .. import plugins
+from ..checkpoint import told_when_full
 from ..imports import import_modules
 from . import lazy
 from .evaluate import evaluate
+from .output_dir import release, remove_run
+from .settings import RunSettings
 from .setup import setup
 from .trainer import DistillTrainer
 
@@ -36,12 +39,19 @@ def main(args: argparse.Namespace, distill: bool) -> Any:
         cfg, trainer_type = lazy.setup(args, distill), lazy.LazyDistillTrainer
     else:
         cfg, trainer_type = setup(args, distill), DistillTrainer
-    if args.eval_only:
-        return evaluate(cfg, trainer_type, args.resume, with_teacher=distill)
-    trainer = trainer_type(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.evaluate_teacher()
-    results = trainer.train()
+    folder = RunSettings.from_config(cfg).output_dir
+    try:
+        with told_when_full(folder):
+            if args.eval_only:
+                return evaluate(cfg, trainer_type, args.resume, with_teacher=distill)
+            trainer = trainer_type(cfg)
+            trainer.resume_or_load(resume=args.resume)
+            if args.overwrite and comm.is_main_process():
+                remove_run(folder)  # only now: what this run reads is loaded
+            trainer.evaluate_teacher()
+            results = trainer.train()
+    finally:
+        release(folder)
     if trainer.stop and comm.get_world_size() == 1:  # among several, launch() exits
         sys.exit(trainer.stop.exit_code)
     return results

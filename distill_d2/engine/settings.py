@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -55,6 +56,12 @@ class RunSettings:
     precise_bn_iters: int
     # Whether the last results are compared with TEST.EXPECTED_RESULTS; a LazyConfig has none.
     verify_results: bool
+    # Whether datasets are checked before the run: DATASETS.CHECK, dataloader.check, "all" or "none".
+    check_data: bool
+    # Names of the datasets, () if they are not known: DATASETS.TRAIN and TEST,
+    # dataloader.train.dataset.names and dataloader.evaluator.dataset_name.
+    train_datasets: tuple[str, ...]
+    test_datasets: tuple[str, ...]
     # MODEL.DISTILLER; of a LazyConfig its dict ``distiller``, completed by the defaults.
     distiller: CfgNode
 
@@ -78,6 +85,9 @@ class RunSettings:
             input_format=cfg.INPUT.FORMAT,
             precise_bn_iters=cfg.TEST.PRECISE_BN.NUM_ITER if cfg.TEST.PRECISE_BN.ENABLED else 0,
             verify_results=len(cfg.TEST.EXPECTED_RESULTS) > 0,
+            check_data=cfg.DATASETS.CHECK == "all",
+            train_datasets=tuple(cfg.DATASETS.TRAIN),
+            test_datasets=tuple(cfg.DATASETS.TEST),
             distiller=cfg.MODEL.DISTILLER,
         )
 
@@ -103,6 +113,9 @@ class RunSettings:
             input_format=OmegaConf.select(cfg, "dataloader.train.mapper.image_format"),
             precise_bn_iters=0,
             verify_results=False,
+            check_data=OmegaConf.select(cfg, "dataloader.check", default="all") == "all",
+            train_datasets=_names(cfg, "dataloader.train.dataset.names"),
+            test_datasets=_names(cfg, "dataloader.evaluator.dataset_name"),
             distiller=distiller_node(cfg.get("distiller") or cfg.get(UNUSED_DISTILLER) or {}),
         )
 
@@ -136,6 +149,13 @@ def autocast_dtype(device: str, key: str = "SOLVER.AMP.ENABLED") -> torch.dtype:
             "to False"
         )
     return torch.bfloat16
+
+
+def _names(cfg: DictConfig, key: str) -> tuple[str, ...]:
+    """The registered datasets that a LazyConfig names at this place."""
+    names = OmegaConf.select(cfg, key) or ()
+    listed = [names] if isinstance(names, str) else list(names)
+    return tuple(name for name in listed if name in DatasetCatalog.list())
 
 
 def distiller_node(values: Mapping[str, Any]) -> CfgNode:

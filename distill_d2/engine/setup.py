@@ -14,14 +14,16 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .. import model_zoo
-from ..config import dump, student_config
+from ..config import student_config
 from ..data import check_datasets
 from ..evaluation import try_evaluator
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
 from ..plugins import ground_truth, of_student
 from .config_loading import load_config, output_dir
+from .config_writing import check_is_no_student_config, write_configs
 from .key_rules import check_keys
+from .output_dir import claim, kept
 from .random_state import random_state, set_random_state
 from .trainer import DistillTrainer
 
@@ -40,8 +42,11 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
         FileNotFoundError, OSError, ValueError, KeyError: see ``load_config``.
     """
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
+    distill = distill and not args.eval_only
+    if distill:
+        check_is_no_student_config(args.config_file)
     try:
-        cfg = load_config(args.config_file, args.opts, need_teacher=distill and not args.eval_only)
+        cfg = load_config(args.config_file, args.opts, train=not args.eval_only, need_teacher=distill)
     except KeyError:
         # A module that --import does not name may bring the key.
         check_note(output_dir(args.config_file, args.opts or []))
@@ -49,18 +54,21 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     if args.resume or args.eval_only:
         check_note(cfg.OUTPUT_DIR)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
-    cfg = _with_distiller(cfg) if distill and not args.eval_only else student_config(cfg)
+    cfg = _with_distiller(cfg) if distill else student_config(cfg)
     check_keys(cfg, train=not args.eval_only)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
         build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
-    check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+    node = cfg.MODEL.DISTILLER
+    weights = [cfg.MODEL.WEIGHTS, node.TEACHER_WEIGHTS, node.PRELOAD_TEACHER]
+    claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, weights)
     cfg.freeze()
-    default_setup(cfg, args)
-    if comm.is_main_process():
-        _write_config(cfg)
+    with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
+        default_setup(cfg, args)
+        if comm.is_main_process():
+            write_configs(cfg)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
-    note_imports(cfg.OUTPUT_DIR, args.imports)
+    note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
     for detector in of_student(cfg):
         detector.check(cfg)
     if comm.is_main_process():
@@ -124,30 +132,12 @@ def choose_device(device: str, num_gpus: int) -> str:
     )
 
 
-def _write_config(cfg: CfgNode) -> None:
-    """Write OUTPUT_DIR/config.yaml as detectron2 does, with comments."""
-    with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
-        file.write(dump(cfg))
-
-
-def note_imports(folder: str, names: Sequence[str]) -> None:
+def note_imports(folder: str, names: Sequence[str], write: bool) -> None:
     """Log what users' modules were imported, and note those of --import beside the run's config."""
     for line in imported():
         logger.info(f"Imported {line}")
-    if comm.is_main_process():
+    if write and comm.is_main_process():
         write_note(folder, names)
-
-
-def check_output_dir(path: str, key: str) -> None:
-    """Create the folder. Raises OSError if nothing can be written to it."""
-    try:
-        os.makedirs(path, exist_ok=True)
-        probe = os.path.join(path, f".writable-{os.getpid()}")
-        with open(probe, "w"):
-            pass
-        os.remove(probe)
-    except OSError as error:
-        raise OSError(f"{key} '{path}' cannot be written to: {error}") from error
 
 
 def _check_batch(images: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -14,11 +15,12 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_writers, hooks
+from detectron2.data.samplers import TrainingSampler
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import nn
 
 from ..checkpoint import SafeCheckpointer
@@ -29,25 +31,33 @@ from ..data import (
     build_mapper,
     build_train_loader,
     end_workers,
+    seeded,
 )
+from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
+from . import classes
+from .acting import check_acting
+from .changes import changes, settings_of_run
 from .evaluate import evaluate_teacher
 from .hooks import (
+    BoundedHistories,
     Checkpoints,
     EvalHook,
     LRScheduler,
     PreciseBN,
     ProgressBar,
     StopOnRequest,
+    Writers,
 )
 from .interrupt import Interrupted, StopRequest, stop_request
 from .loss_training import LossTraining
+from .metrics import Events, MetricsFile, mend, names_at, recent_scalars, restore_scalars
 from .optimizer import build_optimizer, optimizer_signature
+from .process_state import ProcessState
 from .random_state import random_state, set_random_state
 from .settings import RunSettings
 from .step import TrainStep
-from .training_state import set_training_state, training_state
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +90,18 @@ class DistillTrainer(DefaultTrainer):
         self.settings = RunSettings.from_config(cfg)
         model = self.build_model(cfg)
         self.plain_model = model
+        if isinstance(model, Distiller):
+            check_acting(model.losses, model.phases, self.settings.max_iter)
         self.loss_training = LossTraining(model, self.settings)
         self.start_iter = 0
         self.max_iter = self.settings.max_iter + self.loss_training.pretrain_iters
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        self.sampler = _find_sampler(data_loader)
+        self._samplers = {"train": _find_sampler(data_loader)}
+        images = getattr(data_loader, "images", "")
+        self._run_settings = settings_of_run(cfg, comm.get_world_size(), images)
+        self._saved_settings: dict[str, str] | None = None
+        self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
             data_loader,
@@ -98,7 +114,11 @@ class DistillTrainer(DefaultTrainer):
         self.checkpointer = self._build_checkpointer(model)
         self.stop = StopRequest()
         self._has_trained = False
-        self._random_states: list[dict[str, Any]] | None = None
+        self._process_state = ProcessState(model, self._student())
+        self._process_states: list[dict[str, Any]] = []
+        self._random_state: dict[str, Any] | None = None
+        self._scalars: dict[str, Any] = {}
+        self._evaluation_missing = False
         self.register_hooks(self.build_hooks())
 
     # Parts that LazyDistillTrainer builds in its own way.
@@ -118,10 +138,8 @@ class DistillTrainer(DefaultTrainer):
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
         mapper = NamedReadErrors(build_mapper(cfg, is_train=True))
-        if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-            return build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
         sampler = ResumableTrainingSampler(
-            len(dataset),
+            _sampler_of_seed(cfg, dataset),
             batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
             wide=[image["width"] > image["height"] for image in dataset]
             if cfg.DATALOADER.ASPECT_RATIO_GROUPING
@@ -154,7 +172,8 @@ class DistillTrainer(DefaultTrainer):
         return super().test(cfg, model, evaluators)
 
     def build_writers(self) -> list[EventWriter]:
-        return default_writers(self.settings.output_dir, self.max_iter)
+        folder = self.settings.output_dir
+        return [CommonMetricPrinter(self.max_iter), MetricsFile(folder), Events(folder)]
 
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
@@ -163,11 +182,13 @@ class DistillTrainer(DefaultTrainer):
         ret += [Checkpoints(self.settings.checkpoint_period), StopOnRequest()]
         ret.append(EvalHook(self.settings.eval_period, self._evaluate))
         if comm.is_main_process():
-            writers = self.build_writers() + self.loss_training.writers()
-            ret.append(hooks.PeriodicWriter(writers, period=self.settings.log_period))
+            ret.append(Writers(self._all_writers, self.settings.log_period))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())
-        return ret
+        return [*ret, BoundedHistories()]
+
+    def _all_writers(self) -> list[EventWriter]:
+        return self.build_writers() + self.loss_training.writers()
 
     def _precise_bn(self) -> list[HookBase]:
         if not self.settings.precise_bn_iters:
@@ -176,7 +197,18 @@ class DistillTrainer(DefaultTrainer):
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         loader, iterations = self.build_train_loader(cfg), self.settings.precise_bn_iters
+        self._samplers["precise_bn"] = _find_sampler(loader)
         return [PreciseBN(self.settings.eval_period, self.model, loader, iterations)]
+
+    @property
+    def _checked_datasets(self) -> tuple[str, ...]:
+        """The training datasets whose classes are compared with others."""
+        return self.settings.train_datasets if self.settings.check_data else ()
+
+    def _check_classes(self) -> None:
+        classes.check_number(self._student(), self._checked_datasets)
+        if isinstance(self.plain_model, Distiller):
+            classes.check_teacher(self.plain_model, self._checked_datasets)
 
     # Training.
 
@@ -186,21 +218,52 @@ class DistillTrainer(DefaultTrainer):
         return self.iter < self.loss_training.pretrain_iters
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Continue from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS at iteration 0.
+        """Continue from OUTPUT_DIR's newest whole checkpoint, or start from MODEL.WEIGHTS at iteration 0.
 
         Raises:
             ValueError: the last checkpoint is of another model, or of other solvers of losses; only some
                 of the machines see it.
         """
-        resume = resume and self._all_have_checkpoint()
-        self.checkpointer.resume_or_load(self.settings.weights, resume=resume)
-        if not resume:
-            if isinstance(self.plain_model, Distiller):
-                self.plain_model.preload_student()
-            return
+        found = resume and self._all_have_checkpoint()
+        loaded = self.checkpointer.resume_or_load(self.settings.weights, resume=found)
+        if found:
+            self._continue_from(loaded)
+        elif isinstance(self.plain_model, Distiller):
+            classes.check_preload(self.plain_model, self._checked_datasets)
+            self.plain_model.preload_student()
+        if resume:
+            self._continue_metrics()
+
+    def _continue_from(self, loaded: dict[str, Any]) -> None:
+        """Restore what depends on the checkpoint as a whole.
+
+        Args:
+            loaded: its further entries.
+        """
+        advice = "Resume with the checkpoint's datasets, or start a new run without --resume"
+        folder = self.settings.output_dir
+        classes.check_checkpoint(f"in {folder}", classes_in(loaded), self._checked_datasets, advice)
         self.start_iter = self.iter + 1
-        if self.sampler is not None:
-            self.sampler.skip_batches(self.start_iter)
+        self._check_length()
+        self._tell_changes()
+        self._restore_process_state()
+        sampler = self._samplers["train"]
+        if sampler is not None:
+            sampler.skip_batches(self.start_iter)
+        else:
+            logger.warning(
+                "--resume: the data loader is not one of distill_d2's, so the images come in a new order, unlike "
+                "in the uninterrupted run"
+            )
+
+    def _continue_metrics(self) -> None:
+        """Drop what metrics.json holds after the checkpoint, and see whether it lacks an evaluation that
+        follows the checkpoint's iteration."""
+        last, missing = self.start_iter - 1, False
+        if comm.is_main_process():
+            logged = mend(self.settings.output_dir, last)
+            missing = not logged - names_at(self._scalars, last) - {"iteration"}
+        self._evaluation_missing = comm.all_gather(missing)[0]
 
     def evaluate_teacher(self) -> None:
         """Evaluate the teacher before a fresh run, if MODEL.DISTILLER.EVAL_TEACHER is True.
@@ -259,8 +322,24 @@ class DistillTrainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
-        if self._random_states is not None:
-            set_random_state(self._random_states[comm.get_rank()])
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+        if 0 < self.start_iter < self.max_iter:
+            self._complete_last_step(self.start_iter - 1)
+
+    def _complete_last_step(self, last: int) -> None:
+        """Do what follows a checkpoint in its iteration, as far as the resumed run did not come to it."""
+        self.iter = self.storage.iter = last
+        restore_scalars(self.storage, self._scalars)
+        for hook in self._hooks:
+            if isinstance(hook, EvalHook) and hook.is_due(last) and self._evaluation_missing:
+                logger.info(
+                    f"The evaluation after iteration {last} is missing in metrics.json; it follows"
+                )
+                hook.evaluate()
+            elif isinstance(hook, Writers):
+                hook.complete(last)
+        self.iter = self.storage.iter = self.start_iter
 
     def note_stop_request(self) -> None:
         """Tell the step whether this process was asked to stop; the processes then agree."""
@@ -273,17 +352,22 @@ class DistillTrainer(DefaultTrainer):
     def save(self, name: str) -> None:
         """Write a checkpoint; all processes call it, the main one writes."""
         self._trainer.report.flush()
-        self._random_states = comm.all_gather(random_state())
-        self.checkpointer.save(name)
+        self._process_states = self._process_state.gather()
+        things = classes_of(self.settings.train_datasets)
+        self.checkpointer.save(name, **({"metadata": {"thing_classes": things}} if things else {}))
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        state["random"] = self._random_states
+        state["processes"] = self._process_states
+        state["run"] = self._run_settings
         state["optimizer_kind"] = optimizer_signature(self._trainer.optimizer)
         state.update(self.loss_training.state_dict())
-        if self.sampler is not None:
-            state["sampler_seed"] = self.sampler.seed
-        state.update(training_state(self._student()))
+        samplers = self._samplers.items()
+        state["sampler_seeds"] = {
+            name: sampler.seed for name, sampler in samplers if sampler is not None
+        }
+        if hasattr(self, "storage"):  # in a training
+            state["scalars"] = recent_scalars(self.storage)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -292,12 +376,46 @@ class DistillTrainer(DefaultTrainer):
         self._check_optimizer(state_dict)
         super().load_state_dict(state_dict)
         self.loss_training.load_state_dict(state_dict)
-        states = state_dict.get("random")
-        if states is not None and len(states) == comm.get_world_size():
-            self._random_states = states
-        if self.sampler is not None and "sampler_seed" in state_dict:
-            self.sampler.seed = state_dict["sampler_seed"]
-        set_training_state(self._student(), state_dict)
+        self._process_states = state_dict.get("processes") or []
+        self._saved_settings = state_dict.get("run")
+        for name, seed in state_dict.get("sampler_seeds", {}).items():
+            sampler = self._samplers.get(name)
+            if sampler is not None:
+                sampler.seed = seed
+        self._scalars = state_dict.get("scalars", {})
+
+    def _check_length(self) -> None:
+        if self.start_iter < self.max_iter:
+            return
+        done = self.start_iter - self.loss_training.pretrain_iters
+        trained = f"the checkpoint in {self.settings.output_dir} has trained {done} iterations"
+        if self.start_iter > self.max_iter:
+            raise ValueError(
+                f"--resume: SOLVER.MAX_ITER (train.max_iter) is {self.settings.max_iter}, but {trained}. Raise "
+                "it, or start without --resume in another OUTPUT_DIR"
+            )
+        logger.info(f"--resume: {trained}, all of them: nothing is left to train")
+
+    def _tell_changes(self) -> None:
+        if self._saved_settings is None:
+            logger.warning(
+                "--resume: the checkpoint, of another version or trainer, has no settings and no random state: "
+                "changes are not noticed, and random numbers are new"
+            )
+            return
+        for line in changes(self._saved_settings, self._run_settings, self.start_iter):
+            logger.warning(line)
+
+    def _restore_process_state(self) -> None:
+        """After "model" and "distiller", which are process 0's. Other numbers of processes have its state, and new
+        random numbers."""
+        states = self._process_states
+        if len(states) == comm.get_world_size():
+            state = states[comm.get_rank()]
+            self._process_state.restore(state)
+            self._random_state = state["random"]
+        elif states:
+            self._process_state.restore(states[0])
 
     def _check_optimizer(self, state_dict: dict[str, Any]) -> None:
         signature = optimizer_signature(self._trainer.optimizer)
@@ -370,6 +488,13 @@ def distributed(model: nn.Module, **options: Any) -> nn.Module:
     if not next(model.parameters()).is_cuda:
         options["device_ids"] = None
     return create_ddp_model(model, **options)
+
+
+def _sampler_of_seed(cfg: CfgNode, dataset: Sequence[dict[str, Any]]) -> Callable[[int], Iterable[int]]:
+    """detectron2's DATALOADER.SAMPLER_TRAIN, as a function of the seed."""
+    if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+        return lambda seed: TrainingSampler(len(dataset), seed=seed)
+    return seeded(lambda: build_detection_train_loader.from_config(cfg, dataset=dataset)["sampler"])
 
 
 def _find_sampler(loader: Any) -> ResumableTrainingSampler | None:

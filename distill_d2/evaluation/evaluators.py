@@ -16,6 +16,7 @@ from detectron2.evaluation import (
 )
 from torch import nn
 
+from ..data import check_name
 from .ground_truth import load_annotations, with_ground_truth
 from .voc import VOCEvaluator
 
@@ -65,6 +66,7 @@ def build_evaluator(
     Raises:
         ValueError: the dataset's metadata has no known ``evaluator_type``.
     """
+    check_name(dataset_name, "the list of test datasets")
     kind = evaluator_kind(dataset_name)
     if kind in _OTHERS:
         return _OTHERS[kind](dataset_name)

@@ -12,7 +12,7 @@ from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.evaluation.pascal_voc_evaluation import voc_ap
 from detectron2.utils import comm
 
-from ..data.voc import VocImage, VocObject, read_annotation, read_split
+from ..data.voc import VocFolder, VocImage, VocObject, read_annotation
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,9 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
         gathered = comm.gather(dict(self._predictions), dst=0)
         if not comm.is_main_process():
             return {}
-        ids = read_split(self._image_set_path) if img_ids is None else list(map(str, img_ids))
-        images = {key: read_annotation(self._anno_file_template.format(key)) for key in ids}
+        folder = VocFolder.of_dataset(self._dataset_name)
+        ids = folder.ids() if img_ids is None else list(map(str, img_ids))
+        images = {key: read_annotation(folder.annotation(key)) for key in ids}
         present = self._classes_present(images, whole=img_ids is None)
         if not present:
             return {}
@@ -69,7 +70,7 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
         present = {item.label for item in items if not item.difficult} & set(self._class_names)
         if not present and whole:
             raise ValueError(
-                f"'{self._image_set_path}' holds no object of {self._class_names} to evaluate with"
+                f"dataset '{self._dataset_name}' holds no object of {self._class_names} to evaluate with"
             )
         absent = [name for name in self._class_names if name not in present]
         if absent:
@@ -87,8 +88,9 @@ def average_precisions(lines: Sequence[str], objects: dict[str, list[VocObject]]
     Returns:
         (rules, thresholds), float64, in percent: by each of _RULES at each of _THRESHOLDS.
     """
-    images = [line.split()[0] for line in lines]
-    numbers = np.array([line.split()[1:] for line in lines], dtype=np.float64).reshape(-1, 5)
+    columns = [line.rsplit(maxsplit=5) for line in lines]  # ids may hold spaces
+    images = [line[0] for line in columns]
+    numbers = np.array([line[1:] for line in columns], dtype=np.float64).reshape(-1, 5)
     order = np.argsort(-numbers[:, 0])  # as detectron2 sorts, which decides between equal scores
     overlap, target = _best_objects([images[index] for index in order], numbers[order, 1:], objects)
     difficult = np.array([item.difficult for items in objects.values() for item in items])

@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 from detectron2 import model_zoo as detectron2_zoo
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.modeling import build_model
+from omegaconf import OmegaConf
 from torch import nn
 
 from .. import model_zoo
 from ..checkpoint import SafeCheckpointer
 from ..config import add_distill_config, load_yaml, student_config
+from ..data.classes import classes_in, classes_of, classes_of_config
 from ..freeze import compile_patterns
+from ..lazy_config import load_lazy_config
 from ..rules import check_model
 from .running import Teacher
 
@@ -65,7 +68,8 @@ def load_teacher(
         weights: path or URL that replaces those of the config.
         allow_missing: regular expressions of checkpoint keys that need not fit.
         device: where to build it.
-        options: prepare, autocast, compile of Teacher.
+        options: prepare, autocast, compile, classes of Teacher. Its classes are by default those of its
+            checkpoint or of its config's training dataset, where they are known.
 
     Raises:
         FileNotFoundError: its config or weights do not exist.
@@ -74,7 +78,8 @@ def load_teacher(
     plan = _plan(config, official)
     path = _find_weights(weights or plan.weights, plan)
     model = plan.build(device)
-    loaded = load_teacher_weights(model, path, allow_missing)
+    loaded, extra = _load_whole(model, path, allow_missing)
+    options.setdefault("classes", classes_in(extra) or plan.classes())
     source = f"{plan.config_file}, {loaded} keys loaded from {path}"
     teacher = Teacher(model, input_format=plan.format_of(model), source=source, **options)
     teacher.check_device(torch.device(device))
@@ -98,8 +103,13 @@ def load_teacher_weights(model: nn.Module, path: str, allow: Sequence[str] = ())
     Raises:
         ValueError: some key does not fit; the message lists them. A pattern is not valid.
     """
+    return _load_whole(model, path, allow)[0]
+
+
+def _load_whole(model: nn.Module, path: str, allow: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """``load_teacher_weights``, and the checkpoint's entries besides the model."""
     checkpointer = SafeCheckpointer(model)
-    checkpointer.load(path)
+    extra = checkpointer.load(path)
     keys = checkpointer.incompatible
     problems = {
         "missing in the file": keys.missing_keys,
@@ -123,7 +133,7 @@ def load_teacher_weights(model: nn.Module, path: str, allow: Sequence[str] = ())
             "(MODEL.DISTILLER.TEACHER_WEIGHTS), or excuse keys with regular expressions in "
             "MODEL.DISTILLER.TEACHER_ALLOW_MISSING"
         )
-    return len(model.state_dict()) - len(set(keys.missing_keys))
+    return len(model.state_dict()) - len(set(keys.missing_keys)), extra
 
 
 def _listing(kind: str, names: list[str], most: int = 10) -> str:
@@ -150,6 +160,13 @@ class _Plan:
             return build_model(config)
         return instantiate(self.config.model).to(device)
 
+    def classes(self) -> list[str] | None:
+        """The classes of its training dataset, where that is known."""
+        if isinstance(self.config, CfgNode):
+            return classes_of_config(self.config)
+        names = OmegaConf.select(self.config, "dataloader.train.dataset.names") or ()
+        return classes_of([names] if isinstance(names, str) else list(names))
+
     def format_of(self, model: nn.Module) -> str:
         """Channel order of the input of ``model``, built from this plan."""
         return self.input_format or getattr(model, "input_format", None) or "BGR"
@@ -163,7 +180,7 @@ def _plan(name: str, official: bool) -> _Plan:
     path = _official_config(name) if official else model_zoo.find_config(name)
     config: Any
     if path.endswith(".py"):
-        config = LazyConfig.load(path)
+        config = load_lazy_config(path, ["model"])
         logger.info(f"Ran the code of {path}, a LazyConfig")
         folders = [os.path.dirname(path)]
     else:

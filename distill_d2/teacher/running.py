@@ -34,6 +34,7 @@ class Teacher:
             change its weights after the first step.
         view: what losses may ask of it in a step.
         input_format: channel order of its input, "BGR" or "RGB".
+        classes: the names of its classes, by number; None: not known.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Teacher:
         prepare: bool = True,
         autocast: str = "auto",
         compile: bool = False,
+        classes: Sequence[str] | None = None,
     ):
         """
         Args:
@@ -56,6 +58,7 @@ class Teacher:
             autocast: "auto", on a GPU the precision of the student's step, else float32; "float32" or "",
                 "float16", or "bfloat16".
             compile: torch.compile the backbone.
+            classes: the names of its classes, by number; not used if the detector has more or fewer.
 
         Raises:
             ValueError: unknown input_format or autocast.
@@ -70,6 +73,8 @@ class Teacher:
         self.source = source
         self.view = build_view(model, "teacher")
         self.view.context = self._context
+        fits = classes is not None and len(classes) == self.view.num_classes
+        self.classes = list(classes) if classes and fits else None
         self._prepare = prepare
         self._autocast = autocast
         self._dtype = _DTYPES.get(autocast)  # of this step; None: float32

@@ -80,6 +80,8 @@ class DetectorView:
         self.model: Any = model  # Module's annotations know none of a detector's attributes
         self.role = role
         self.required: set[str] = set()
+        #: What compares this detector's class logits with another's by number: losses' names or keys.
+        self.compared_by: list[str] = []
         self._levels_read: set[str] = set()
         self._taps_read: set[str] = set()
         self.taps = Taps(model)

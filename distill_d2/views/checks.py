@@ -14,6 +14,7 @@ def require_same_classes(student: DetectorView, teacher: DetectorView, loss: str
         ValueError: the numbers of classes differ.
     """
     if student.num_classes == teacher.num_classes:
+        teacher.compared_by.append(loss)  # names are compared when the datasets are known
         return
     raise ValueError(
         f"{loss} compares class logits, but the student has {student.num_classes} classes and the "

@@ -153,7 +153,7 @@ def test_name_of_another_entry(voc, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, texts",
     [
-        (dict(FORMAT="yolo"), ["FORMAT is 'yolo'", "['coco', 'images', 'voc']"]),
+        (dict(FORMAT="xml"), ["FORMAT is 'xml'", "['coco', 'images', 'voc', 'yolo']"]),
         (dict(FORMAT=None), ["FORMAT is None"]),
         (dict(CLASES=["cat"]), ["unknown keys ['CLASES']", "'CLASSES'"]),
         (dict(CLASSES="cat"), ["CLASSES", "'cat'", "expected a list"]),

@@ -4,12 +4,16 @@ import itertools
 
 import numpy as np
 import pytest
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 from small_datasets import assert_fails, load
 
+from distill_d2.data import NamedReadErrors, check_dataset
+from distill_d2.data.check import check_image
 from distill_d2.data.images import load_images
+from distill_d2.mistakes import UnreadableRecord
+from distill_d2.testing.tiny import tiny_config
 
 _numbers = itertools.count()
 
@@ -47,7 +51,7 @@ def test_what_counts_as_an_image(tmp_path, monkeypatch):
     wanted = ["a.jpg", "b.JPEG", "d.bmp", "e.webp", "f.tif", "g.TIFF", "h.i.jpg"]
     for name in wanted:
         write(tmp_path / name)
-    for name in ("notes.txt", "annotations.json", "jpg", "a.jpg.part", "x.gif"):
+    for name in ("notes.txt", "annotations.json", "jpg", "a.jpg.part", "x.xml"):
         (tmp_path / name).write_text("no image")
     (tmp_path / "folder.png").mkdir()
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
@@ -94,6 +98,66 @@ def test_png_that_is_damaged_further_on_is_named(tmp_path):
         load_images("unlabeled", str(tmp_path))
 
 
+# What detectron2 reads of images.
+
+
+RAMP = np.arange(64 * 64, dtype=np.int64).reshape(64, 64)
+
+
+@pytest.mark.parametrize(
+    "pixels, ending, mode",
+    [
+        ((RAMP * 16).astype(np.uint16), "png", "I;16"),
+        ((RAMP * 16).astype(np.uint16), "tif", "I;16"),
+        ((RAMP * 16).astype(np.int32), "tif", "I"),
+        ((RAMP / 4096).astype(np.float32), "tif", "F"),
+        ((RAMP - 9).astype(np.float32), "tif", "F"),
+    ],
+)
+def test_images_of_more_than_8_bits_are_told_before_and_in_training(tmp_path, pixels, ending, mode):
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(pixels).save(path)
+    record = {"file_name": str(path), "height": 64, "width": 64, "annotations": []}
+    text = rf"a.{ending}.*more than 8 bits per channel \(mode {mode}\), with values from .*scale it to 8 bits"
+    with pytest.raises(ValueError, match=text):
+        check_image(record)
+    assert check_image(record, deep=True) == []  # for a mapper of the user's own
+    with pytest.raises(UnreadableRecord, match=text):
+        NamedReadErrors(DatasetMapper(tiny_config(), True))(record)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+def test_images_that_are_read_rightly(tmp_path, mode):
+    gray = Image.fromarray((RAMP // 16).astype(np.uint8))
+    wide = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
+    image = Image.fromarray((RAMP // 16).astype(wide[mode])) if mode in wide else gray.convert(mode)
+    path = tmp_path / "a.tif"
+    image.save(path)
+    assert check_image({"file_name": path, "height": 64, "width": 64}) == []
+    shown = np.asarray(gray.convert("1" if mode == "1" else "L"), np.int64) * (255 if mode == "1" else 1)
+    assert np.abs(read_image(str(path), "BGR")[..., 1].astype(np.int64) - shown).max() <= 2
+
+
+def test_remarks_on_images(tmp_path, caplog):
+    frames = [Image.new("L", (60, 40), color) for color in (0, 255)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGBA", (60, 40), (9, 9, 9, 100)).save(tmp_path / "b.png")
+    write(tmp_path / "c.jpg", exif=turned_note())
+    entry = entry_of(tmp_path)
+    load(entry)
+    check_dataset(entry["NAME"], check_images=9, need_annotations=False)
+    assert "1 of 3 images have several frames" in caplog.text and "a.gif" in caplog.text
+    assert "1 of 3 images have transparent pixels" in caplog.text and "b.png" in caplog.text
+    with pytest.raises(ValueError, match="c.jpg.*got .40, 60., expect .60, 40..*EXIF orientation"):
+        check_image({"file_name": str(tmp_path / "c.jpg"), "height": 40, "width": 60})
+
+
+def turned_note():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
 # In DATASETS.CUSTOM.
 
 
@@ -113,6 +177,6 @@ def test_wrong_entries(tmp_path):
     assert_fails({"NAME": "a", "FORMAT": "images"}, "missing keys ['IMAGES']", keys)
     assert_fails(entry_of(tmp_path, IMAGES=3), "IMAGES is 3", "expected a string")
     assert_fails(entry_of(tmp_path, FORMAT="image"), "'image'", "'images'", "'coco'", "'voc'")
-    assert_fails("unlabeled", "expected {NAME: ..., FORMAT: voc, coco or images, ...}")
+    assert_fails("unlabeled", "expected {NAME: ..., FORMAT: voc or coco or yolo or images, ...}")
     texts = ["needs the folder", "/fotos", "['a.png']"]
     assert_fails(entry_of(tmp_path / "fotos"), *texts, error=FileNotFoundError)

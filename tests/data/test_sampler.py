@@ -26,6 +26,12 @@ def _wide(size=SIZE):
     return [chance.random() < 0.3 for _ in range(size)]
 
 
+def _sampler(seed=SEED, shuffle=True, **keys):
+    return ResumableTrainingSampler(
+        lambda seed: TrainingSampler(SIZE, shuffle, seed), batch_size=BATCH, seed=seed, **keys
+    )
+
+
 def _take(indices, count):
     return list(itertools.islice(indices, count))
 
@@ -45,9 +51,9 @@ def _detectron2_batches(wide, count, shuffle=True):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_grouping_gives_detectron2s_batches(rank, shuffle):
-    grouped = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=_wide(), shuffle=shuffle, seed=SEED)
+    grouped = _sampler(wide=_wide(), shuffle=shuffle)
     assert _batches(grouped, 60) == _detectron2_batches(_wide(), 60, shuffle)
-    plain = ResumableTrainingSampler(SIZE, batch_size=BATCH, shuffle=shuffle, seed=SEED)
+    plain = _sampler(shuffle=shuffle)
     assert _take(plain, 200) == _take(TrainingSampler(SIZE, shuffle=shuffle, seed=SEED), 200)
 
 
@@ -56,7 +62,7 @@ def test_loader_resumes_with_any_number_of_workers(workers):
     expected = _detectron2_batches(_wide(), 12)
 
     def batches(skipped, count):
-        sampler = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=_wide(), seed=SEED)
+        sampler = _sampler(wide=_wide())
         sampler.skip_batches(skipped)
         loader = build_train_loader([{"index": i} for i in range(SIZE)], dict, sampler, workers)
         return [[image["index"] for image in batch] for batch in _take(loader, count)]
@@ -71,25 +77,29 @@ def test_loader_resumes_with_any_number_of_workers(workers):
 def test_resumed_order_is_the_uninterrupted_one(rank, wide, skipped):
     """And torch's random numbers stay."""
     before = torch.get_rng_state()
-    whole = _batches(ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=wide, seed=SEED), 80)
-    resumed = ResumableTrainingSampler(SIZE, batch_size=BATCH, wide=wide, seed=0)
+    whole = _batches(_sampler(wide=wide), 80)
+    resumed = _sampler(wide=wide, seed=0)
     resumed.seed = SEED
     resumed.skip_batches(skipped)
     assert _batches(resumed, 80 - skipped) == whole[skipped:]
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(size=0, batch_size=1), "positive int. Got 0"),
-        (dict(size=5, batch_size=0), "batch_size is 0; expected at least 1"),
-        (
-            dict(size=5, batch_size=1, wide=[True]),
-            "'wide' has 1 entries, expected one for each of the 5",
-        ),
-    ],
-)
-def test_wrong_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        ResumableTrainingSampler(**arguments)
+def test_wrong_batch_size():
+    with pytest.raises(ValueError, match="batch_size is 0; expected at least 1"):
+        ResumableTrainingSampler(lambda seed: TrainingSampler(SIZE, seed=seed), batch_size=0)
+
+
+def test_mapper_that_skips_images():
+    """Another image in its place, and never an endless search."""
+
+    def some(record):
+        return record if record["index"] else None
+
+    def batches(mapper):
+        return build_train_loader([{"index": i} for i in range(SIZE)], mapper, _sampler(), 0)
+
+    taken = _take(batches(some), 20)
+    assert len(taken) == 20 and all(image["index"] for batch in taken for image in batch)
+    with pytest.raises(ValueError, match="returned None for 100 images in a row"):
+        next(iter(batches(lambda record: None)))

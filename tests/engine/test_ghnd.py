@@ -220,7 +220,7 @@ def test_images_alone_teach_as_annotated_ones_do(images):
 def test_images_beside_annotated_ones(images):
     alone, annotated = images.config.DATASETS.TRAIN[0], images.entry["NAME"]
     for names in ((annotated, alone), (alone, annotated)):
-        images.run(opts=["DATASETS.TRAIN", names, "SOLVER.MAX_ITER", 1, *ON_IMAGES])
+        images.run("--overwrite", opts=["DATASETS.TRAIN", names, "SOLVER.MAX_ITER", 1, *ON_IMAGES])
         assert 0 < last_losses(images.output)["loss_ghnd_res2"] < math.inf
 
 

@@ -36,7 +36,7 @@ solver = dict(BASE_LR=0.02, CLIP_GRADIENTS=dict(CLIP_VALUE=0.1))
 model = L(Distiller)(
     student=model,
     teacher=L(load_teacher)(config="{lazy_job.teacher}", official=False),
-    losses=[L(PKD)(weight=2.0), L(ICD)(input_feats=["p2", "p3"], hidden_dim=16, solver=solver)],
+    losses=[L(PKD)(weight=2.0), L(ICD)(input_feats=["p2", "p3"], hidden_dim=16, bypass_distill=0, solver=solver)],
 )
 """
     lazy_job.run()
@@ -90,7 +90,8 @@ def test_options_of_several_processes(lazy_job, monkeypatch):
     plain = {"broadcast_buffers": False, "find_unused_parameters": False, "device_ids": None}
     changed = {"broadcast_buffers": True, "fp16_compression": True}
     lazy_job.run("train.max_iter=1")
-    lazy_job.run("train.max_iter=1", *(f"+train.ddp.{key}={value}" for key, value in changed.items()))
+    options = [f"+train.ddp.{key}={value}" for key, value in changed.items()]
+    lazy_job.run("--overwrite", "train.max_iter=1", *options)
     assert seen == [plain, {**plain, **changed}]
 
 

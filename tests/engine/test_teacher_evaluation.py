@@ -19,7 +19,8 @@ def trained(job):
     """A job that has been run, and starts from its student."""
     job.use_detecting_teacher()
     job.run(opts=["SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()"])
-    job.config.MODEL.WEIGHTS = f"{job.output}/model_final.pth"
+    job.output.rename(job.folder / "student")
+    job.config.MODEL.WEIGHTS = f"{job.folder}/student/model_final.pth"
     return job
 
 

@@ -165,7 +165,7 @@ def test_all_objects_that_count_are_found(voc, objects, found):
 
 def test_nothing_to_evaluate_with(voc):
     name = voc(DIFFICULT[1:])
-    with pytest.raises(ValueError, match=r"test.txt' holds no object of \['cat'\]"):
+    with pytest.raises(ValueError, match=r"dataset '.*' holds no object of \['cat'\]"):
         evaluate_detections(name, {})
 
 

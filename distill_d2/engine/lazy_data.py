@@ -1,0 +1,92 @@
+"""The checks of datasets before training, for LazyConfigs that have their data in detectron2's usual places."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from detectron2.config import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from ..data import DataPlan, check_plan
+from ..data.mapper_trial import MapperNeeds
+from ..evaluation import try_evaluator
+from .random_state import random_state, set_random_state
+from .settings import RunSettings
+
+_CHECK_IMAGES = 500  # as DATASETS.CHECK_IMAGES
+
+
+def check_lazy_data(cfg: DictConfig, student: DictConfig, train: bool) -> None:
+    """Check the datasets that dataloader.train.dataset.names and dataloader.evaluator.dataset_name name, with
+    the mapper dataloader.train.mapper and the evaluator; what is random afterwards does not change.
+
+    Args:
+        student: its part of the config; of parts that are not written as detectron2 writes them, such as
+            roi_heads.mask_head, nothing is known.
+        train: also the training datasets.
+
+    Raises:
+        ValueError, OSError: see ``check_plan``. dataloader.check is neither "all" nor "none".
+    """
+    check = OmegaConf.select(cfg, "dataloader.check", default="all")
+    if check not in ("all", "none"):
+        raise ValueError(f"dataloader.check is {check!r}; expected 'all' or 'none'")
+    settings = RunSettings.from_lazy(cfg)
+    needs = _needs(cfg, student)
+
+    def try_evaluation(name: str, records: list[dict[str, Any]]) -> None:
+        try_evaluator(
+            name,
+            records,
+            lambda folder: instantiate(_with_folder(cfg.dataloader.evaluator, folder)),
+            masks=needs.masks,
+            keypoints=needs.keypoints,
+        )
+
+    state = random_state()
+    check_plan(
+        DataPlan(
+            train=settings.train_datasets if train else (),
+            test=settings.test_datasets,
+            keys=("dataloader.train.dataset.names", "dataloader.evaluator.dataset_name"),
+            check=settings.check_data,
+            check_images=_CHECK_IMAGES,
+            need_annotations=False,
+            skip_empty=OmegaConf.select(cfg, "dataloader.train.dataset.filter_empty", default=True),
+            mapper=(lambda: instantiate(cfg.dataloader.train.mapper)) if _has_mapper(cfg) else None,
+            needs=needs,
+            try_evaluation=try_evaluation,
+        )
+    )
+    set_random_state(state)
+
+
+def _needs(cfg: DictConfig, student: DictConfig) -> MapperNeeds:
+    mean = OmegaConf.select(student, "pixel_mean")
+    mapper = "dataloader.train.mapper"
+    return MapperNeeds(
+        instances=not _distills_alone(cfg),
+        masks=OmegaConf.select(student, "roi_heads.mask_head") is not None,
+        keypoints=OmegaConf.select(student, "roi_heads.keypoint_head") is not None,
+        num_keypoints=OmegaConf.select(student, "roi_heads.keypoint_head.num_keypoints", default=17),
+        channels=None if mean is None else len(mean),
+        masks_read=bool(OmegaConf.select(cfg, f"{mapper}.use_instance_mask", default=False)),
+        mask_format=OmegaConf.select(cfg, f"{mapper}.instance_mask_format", default="polygon"),
+    )
+
+
+def _distills_alone(cfg: DictConfig) -> bool:
+    weights = ("distiller.TASK_LOSS_WEIGHT", "model.task_loss_weight")
+    return any(OmegaConf.select(cfg, weight, default=1.0) == 0 for weight in weights)
+
+
+def _has_mapper(cfg: DictConfig) -> bool:
+    return OmegaConf.select(cfg, "dataloader.train.mapper") is not None
+
+
+def _with_folder(evaluator: DictConfig, folder: str) -> DictConfig:
+    evaluator = copy.deepcopy(evaluator)
+    if "output_dir" in evaluator:
+        evaluator.output_dir = folder
+    return evaluator

@@ -1,0 +1,171 @@
+"""OUTPUT_DIR belongs to one run: it is not mixed with another's files, and two do not write there at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+from detectron2.utils import comm
+
+from ..checkpoint import LAST, PARTIAL, run_checkpoints, write_whole
+from .metrics import METRICS
+
+logger = logging.getLogger(__name__)
+
+_LOCK = ".lock"
+_PROBE_BYTES = 1 << 16
+# What else a run writes, beside checkpoints and metrics; its log and config are kept, and continued.
+_WRITTEN = (
+    "events.out.tfevents.*",
+    "inference/**/coco_instances_results.json",
+    "inference/**/instances_predictions.pth",
+    "inference/**/*_coco_format.json",
+    "teacher/inference/**/coco_instances_results.json",
+    "teacher/inference/**/instances_predictions.pth",
+    "teacher/inference/**/*_coco_format.json",
+)
+_held: dict[str, TextIO] = {}
+
+
+def claim(folder: str, key: str, args: Any, weights: Iterable[str] = ()) -> None:
+    """Check that a run may write to a folder, create it, and keep other runs out until this process ends or
+    calls ``release``. Call it before anything is written. --eval-only neither needs nor locks the folder.
+
+    Args:
+        key: the config key of the folder, for messages.
+        args: of ``argument_parser``.
+        weights: paths that this run reads, which --overwrite must not remove.
+
+    Raises:
+        ValueError: another run's checkpoints or metrics are there, and neither --resume nor --overwrite is
+            given; another run is writing there.
+        OSError: nothing can be written there.
+    """
+    if args.resume and args.overwrite:
+        raise ValueError(
+            "--resume continues the run in a folder, --overwrite removes it; give one of them"
+        )
+    if args.eval_only:
+        check_writable(folder, key)
+        return
+    if not args.resume:
+        _check_used(folder, key, args.overwrite, weights)
+    check_writable(folder, key)
+    if comm.is_main_process():
+        _lock(folder, key)
+        _remove_partial(folder)
+
+
+def release(folder: str) -> None:
+    """Let other runs write to the folder. Does nothing where this process does not hold it."""
+    file = _held.pop(os.path.realpath(folder), None)
+    if file is not None:
+        file.close()
+
+
+def remove_run(folder: str) -> None:
+    """Remove the checkpoints, metrics, events and results of earlier runs, and nothing else."""
+    paths = _of_a_run(folder)
+    for path in paths:
+        os.remove(path)
+    if paths:
+        names = ", ".join(os.path.relpath(path, folder) for path in paths[:5])
+        logger.warning(f"--overwrite: removed {len(paths)} files of an earlier run in {folder}: {names}")
+
+
+@contextlib.contextmanager
+def kept(path: str, active: bool) -> Iterator[None]:
+    """Inside, the main process may overwrite a file; afterwards it holds again what it held, if ``active``."""
+    content = None
+    if active and comm.is_main_process() and os.path.isfile(path):
+        with open(path, "rb") as file:
+            content = file.read()
+    try:
+        yield
+    finally:
+        if content is not None:
+            write_whole(path, lambda file: file.write(content))
+
+
+def _check_used(folder: str, key: str, overwrite: bool, weights: Iterable[str]) -> None:
+    if overwrite:
+        removed = {os.path.realpath(path) for path in _of_a_run(folder)}
+        needed = [path for path in weights if path and os.path.realpath(path) in removed]
+        if needed:
+            raise ValueError(
+                f"--overwrite would remove '{needed[0]}', which this run reads; copy it to another folder, or use "
+                f"another {key}"
+            )
+        return
+    found = [os.path.basename(path) for path in run_checkpoints(folder)]
+    metrics = os.path.join(folder, METRICS)
+    if os.path.isfile(metrics) and os.path.getsize(metrics):
+        found.append(METRICS)
+    if found:
+        raise ValueError(
+            f"{key} '{folder}' holds {', '.join(found[:3])}{', ...' * (len(found) > 3)} of another run. Give "
+            "--resume to continue that run, --overwrite to remove its files, or another folder"
+        )
+
+
+def check_writable(path: str, key: str) -> None:
+    """Create the folder. Raises OSError if nothing can be written to it."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, f".writable-{os.getpid()}")
+        try:
+            with open(probe, "wb") as file:
+                file.write(bytes(_PROBE_BYTES))
+        finally:
+            if os.path.exists(probe):
+                os.remove(probe)
+    except OSError as error:
+        raise OSError(f"{key} '{path}' cannot be written to: {error}") from error
+
+
+def _lock(folder: str, key: str) -> None:
+    """Keep other processes out. The kernel ends the lock with this process, however that ends; unlike those of
+    flock, locks of fcntl are not inherited by worker processes, which may live a little longer."""
+    place, path = os.path.realpath(folder), os.path.join(folder, _LOCK)
+    if place in _held:
+        return
+    file = open(path, "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(
+                f"{key} '{folder}': another run is writing there ({owner}). Wait for it, end it, or use another "
+                "folder"
+            ) from error
+        logger.warning(f"{path} cannot be locked ({error}): nothing keeps a second run out of {folder}")
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
+    file.flush()
+    _held[place] = file
+
+
+def _remove_partial(folder: str) -> None:
+    """Remove what a killed run had begun to write."""
+    for name in ("model_*.pth", LAST, METRICS):
+        for path in glob.glob(os.path.join(glob.escape(folder), name + PARTIAL)):
+            os.remove(path)
+
+
+def _of_a_run(folder: str) -> list[str]:
+    single = [os.path.join(folder, name) for name in (LAST, METRICS)]
+    pattern = os.path.join(glob.escape(folder), "")
+    others = [path for name in _WRITTEN for path in sorted(glob.glob(pattern + name, recursive=True))]
+    return [*run_checkpoints(folder), *(path for path in [*single, *others] if os.path.isfile(path))]
