@@ -14,7 +14,7 @@ from distill_d2.testing import save_teacher, tiny_config
 
 def test_a_wrong_value_stops_a_run_before_data_are_read(job):
     """The tables themselves: tests/laws/test_key_values.py."""
-    Path(job.entry["JSON"]).unlink()
+    Path(job.entry["JSON"]).write_text("not read")
     job.fails(ValueError, "SOLVER.MAX_ITER is 0; expected an integer", opts=["SOLVER.MAX_ITER", 0])
     job.fails(ValueError, "MODEL.RETINANET.NUM_CLASSES is 0", opts=["MODEL.RETINANET.NUM_CLASSES", 0])
     job.fails(ValueError, "MODEL.DEVICE is 'gpu'", opts=["MODEL.DEVICE", "gpu"])
