@@ -86,6 +86,16 @@ def load_teacher(
     return teacher
 
 
+def teacher_weights(distiller: CfgNode) -> str:
+    """Path or address of the weights of the teacher that a MODEL.DISTILLER node describes.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``load_teacher``.
+    """
+    plan = _plan(distiller.MODEL_DISTILLER_CONFIG, distiller.MODEL_LOAD_OFFICIAL)
+    return _find_weights(distiller.TEACHER_WEIGHTS or plan.weights, plan)
+
+
 def untrained_teacher(distiller: CfgNode, device: str) -> tuple[nn.Module, str]:
     """The model, with random weights, of the teacher that a MODEL.DISTILLER node describes, and its
     input format: for measurements, which need neither training nor a download."""
