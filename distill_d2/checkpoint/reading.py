@@ -142,6 +142,9 @@ def read_torch(filename: str) -> dict[str, Any]:
     Raises:
         Refused, RuntimeError, zipfile.BadZipFile, ...: they cannot be read; see ``errors_name_file``.
     """
+    other = what_it_is(filename)
+    if other:
+        raise Refused(other)
     check_whole(filename)
     entries = torch.load(filename, map_location="cpu", weights_only=True)
     check_sizes(entries, filename)

@@ -25,7 +25,7 @@ from .split import Share
 
 #: The jsons that needed no mending when they were read, and their state then; a COCO json takes long to read.
 _RIGHT: dict[str, tuple[int, int]] = {}
-
+_LARGEST_ID = 2**63 - 1  # of detectron2's evaluation in C++
 _COPIED = ("iscrowd", "bbox", "keypoints", "category_id")
 
 
@@ -501,17 +501,17 @@ def _mend_numbers(found: CocoContent) -> None:
             f"{_name(ignored[0])[:-1]}; set iscrowd 1 instead, or remove them"
         )
     ids = [item.get("id") for item in items]
-    if not all(type(i) is int and i > 0 for i in ids) or len(set(ids)) < len(ids):
+    if not all(type(i) is int and 0 < i <= _LARGEST_ID for i in ids) or len(set(ids)) < len(ids):
         for number, item in enumerate(items, 1):
             item["id"] = number
         found.changes.append(
-            "annotation ids were missing, repeated or below 1 (evaluation would take those for missed): "
-            f"{len(items)} were numbered from 1"
+            "annotation ids were missing, repeated, too large or below 1 (evaluation would take those for "
+            f"missed): {len(items)} were numbered from 1"
         )
     _mend_crowds(found)
     lacking = [item for item in items if not _is_area(item.get("area"))]
     for item in lacking:
-        item["area"] = _area(item)
+        item["area"] = area(item)
     if lacking:
         found.changes.append(f"{len(lacking)} areas were missing, those of the masks or boxes are used")
     lacking = [item for item in items if item.get("keypoints") and "num_keypoints" not in item]
@@ -536,7 +536,8 @@ def _is_area(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
-def _area(item: dict[str, Any]) -> float:
+def area(item: dict[str, Any]) -> float:
+    """Of an annotation in COCO's form: of its mask (polygons or RLE), or else of its box."""
     mask = item.get("segmentation")
     if isinstance(mask, dict):
         rle = mask_util.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask

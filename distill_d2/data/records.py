@@ -20,6 +20,7 @@ _LENGTHS = {int(BoxMode.XYXY_ABS): 4, int(BoxMode.XYWH_ABS): 4, _ROTATED: 5}
 #: Boxes are taken for corners if this part of them leaves the image by this part of its sides as x, y, width,
 #: height, while none does as corners.
 _LEAVING, _MARGIN = 0.2, 0.02
+_LARGEST_SIDE = 1e6  # pixels
 
 
 def check_records(
@@ -43,6 +44,7 @@ def check_records(
             says how many do, and names the first.
     """
     _check_keys(name, dicts, tested, need_files)
+    _note_files_named_twice(name, dicts)
     _check_sizes(name, dicts)
     if tested:
         _check_ids(name, dicts)
@@ -76,11 +78,27 @@ def _check_keys(name: str, dicts: Sequence[dict[str, Any]], tested: bool, need_f
             )
 
 
+def _note_files_named_twice(name: str, dicts: Sequence[dict[str, Any]]) -> None:
+    files = collections.Counter(
+        os.fspath(r["file_name"]) for r in dicts if r.get("file_name") is not None
+    )
+    twice = [file for file, count in files.items() if count > 1]
+    if twice:
+        logger.warning(
+            f"Dataset '{name}': {len(twice)} images are named by several records, the first is '{twice[0]}'; if "
+            "each record has some of its objects, the others count as background"
+        )
+
+
 def _check_sizes(name: str, dicts: Sequence[dict[str, Any]]) -> None:
     for index, record in enumerate(dicts):
         for key in ("height", "width"):
             size = record[key]
-            if isinstance(size, (str, bool)) or not size > 0 or size != int(size):
+            if (
+                not isinstance(size, (int, float, np.number))
+                or not 0 < size < _LARGEST_SIDE
+                or size != int(size)
+            ):
                 raise ValueError(
                     f"dataset '{name}': {key} is {size!r} ({type(size).__name__}) in "
                     f"{_describe(record, index)}; expected a whole number of pixels"
@@ -145,10 +163,10 @@ class _Annotations:
         self._refuse(
             ~np.array(whole), "have a category_id that is no whole number", "convert it", labels
         )
-        numbers = np.array(labels, dtype=np.int64)
+        classes = np.array(labels, dtype=np.int64)
         things = MetadataCatalog.get(self.name).get("thing_classes")
         count = len(things) if things is not None else num_classes
-        wrong = numbers < 0 if count is None else (numbers < 0) | (numbers >= count)
+        wrong = (classes < 0) | (classes >= (count or np.inf))
         self._refuse(
             wrong,
             "have a category_id out of range",

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from detectron2.utils import comm
@@ -35,14 +35,14 @@ _WRITTEN = (
 _held: dict[str, TextIO] = {}
 
 
-def claim(folder: str, key: str, args: Any, weights: Iterable[str] = ()) -> None:
+def claim(folder: str, key: str, args: Any, weights: Callable[[], Iterable[str]]) -> None:
     """Check that a run may write to a folder, create it, and keep other runs out until this process ends or
     calls ``release``. Call it before anything is written. --eval-only neither needs nor locks the folder.
 
     Args:
         key: the config key of the folder, for messages.
         args: of ``argument_parser``.
-        weights: paths that this run reads, which --overwrite must not remove.
+        weights: returns paths that this run reads, which --overwrite must not remove.
 
     Raises:
         ValueError: another run's checkpoints or metrics are there, and neither --resume nor --overwrite is
@@ -95,10 +95,10 @@ def kept(path: str, active: bool) -> Iterator[None]:
             write_whole(path, lambda file: file.write(content))
 
 
-def _check_used(folder: str, key: str, overwrite: bool, weights: Iterable[str]) -> None:
+def _check_used(folder: str, key: str, overwrite: bool, weights: Callable[[], Iterable[str]]) -> None:
     if overwrite:
         removed = {os.path.realpath(path) for path in _of_a_run(folder)}
-        needed = [path for path in weights if path and os.path.realpath(path) in removed]
+        needed = [path for path in weights() if path and os.path.realpath(path) in removed]
         if needed:
             raise ValueError(
                 f"--overwrite would remove '{needed[0]}', which this run reads; copy it to another folder, or use "
@@ -121,12 +121,8 @@ def check_writable(path: str, key: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
         probe = os.path.join(path, f".writable-{os.getpid()}")
-        try:
-            with open(probe, "wb") as file:
-                file.write(bytes(_PROBE_BYTES))
-        finally:
-            if os.path.exists(probe):
-                os.remove(probe)
+        write_whole(probe, lambda file: file.write(bytes(_PROBE_BYTES)))
+        os.remove(probe)
     except OSError as error:
         raise OSError(f"{key} '{path}' cannot be written to: {error}") from error
 

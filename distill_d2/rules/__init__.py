@@ -4,7 +4,7 @@ A table maps the full name of a key to a rule (``kinds``). ``model`` has the tab
 engine that of a run, a plugin's ``Detector.rules`` those of its own keys; ``LossSettings`` has the losses' keys.
 """
 
-from .check import RuleError, check_rules
+from .check import RuleError, check_rules, faults
 from .context import Context
 from .kinds import (
     Anything,
@@ -39,6 +39,7 @@ __all__ = [
     "check_model",
     "check_rules",
     "default_rules",
+    "faults",
     "fraction",
     "model_relations",
     "model_rules",

@@ -333,8 +333,6 @@ def model_relations(context: Context) -> Iterator[str]:
         yield "MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True; expected USE_SIGMOID_CE True as well"
     if _heads(CascadeROIHeads)(context):
         yield from _cascade_relations(model)
-    if _resnet(context) and model.RESNETS.DEPTH in (18, 34):
-        yield from _small_resnet_relations(model.RESNETS)
 
 
 def _cascade_relations(model: CfgNode) -> Iterator[str]:
@@ -346,22 +344,6 @@ def _cascade_relations(model: CfgNode) -> Iterator[str]:
             f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS starts with {first}; expected {wanted}, the first of "
             "MODEL.ROI_HEADS.IOU_THRESHOLDS"
         )
-
-
-def _small_resnet_relations(node: CfgNode) -> Iterator[str]:
-    """What detectron2's ResNets of basic blocks require."""
-    wanted = {
-        "RES2_OUT_CHANNELS": 64,
-        "RES5_DILATION": 1,
-        "NUM_GROUPS": 1,
-        "DEFORM_ON_PER_STAGE": [False] * 4,
-    }
-    for name, value in wanted.items():
-        found = list(node[name]) if isinstance(value, list) else node[name]
-        if found != value:
-            yield (
-                f"MODEL.RESNETS.{name} is {found}; expected {value} for MODEL.RESNETS.DEPTH {node.DEPTH}"
-            )
 
 
 def check_model(cfg: CfgNode, source: str = "") -> None:

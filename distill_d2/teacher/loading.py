@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from detectron2 import model_zoo as detectron2_zoo
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from torch import nn
@@ -21,6 +21,7 @@ from ..checkpoint import SafeCheckpointer
 from ..config import add_distill_config, load_yaml, student_config
 from ..data.classes import classes_in, classes_of, classes_of_config
 from ..freeze import compile_patterns
+from ..lazy_config import load_lazy_config
 from ..rules import check_model
 from .running import Teacher
 
@@ -83,6 +84,16 @@ def load_teacher(
     teacher = Teacher(model, input_format=plan.format_of(model), source=source, **options)
     teacher.check_device(torch.device(device))
     return teacher
+
+
+def teacher_weights(distiller: CfgNode) -> str:
+    """Path or address of the weights of the teacher that a MODEL.DISTILLER node describes.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``load_teacher``.
+    """
+    plan = _plan(distiller.MODEL_DISTILLER_CONFIG, distiller.MODEL_LOAD_OFFICIAL)
+    return _find_weights(distiller.TEACHER_WEIGHTS or plan.weights, plan)
 
 
 def untrained_teacher(distiller: CfgNode, device: str) -> tuple[nn.Module, str]:
@@ -179,7 +190,7 @@ def _plan(name: str, official: bool) -> _Plan:
     path = _official_config(name) if official else model_zoo.find_config(name)
     config: Any
     if path.endswith(".py"):
-        config = LazyConfig.load(path)
+        config = load_lazy_config(path, ["model"])
         logger.info(f"Ran the code of {path}, a LazyConfig")
         folders = [os.path.dirname(path)]
     else:

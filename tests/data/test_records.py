@@ -68,6 +68,8 @@ def test_what_detectron2_reads_is_right(paths, changes, of_item, caplog):
         ({"height": None}, {}, ["no 'height'", "3.png"]),
         ({"annotations": None}, {}, ["1 of 3 records have no 'annotations'", "empty list"]),
         ({"width": "64"}, {}, ["width is '64' (str)", "3.png"]),
+        ({"width": [64]}, {}, ["width is [64] (list)"]),
+        ({"width": 10**9}, {}, ["width is 1000000000"]),
         ({"width": 0}, {}, ["width is 0 (int)"]),
         ({"width": NAN}, {}, ["width is nan (float)"]),
         ({}, {"bbox": None}, ["1 of 6 annotations have no 'bbox'", "number 1 (from 0) of", "3.png"]),
@@ -98,6 +100,21 @@ def test_what_it_cannot_read_is_told(paths, changes, of_item, texts):
 def test_boxes_that_are_not_trained_on_are_counted(paths, bbox, text, caplog):
     check(records(paths, {}, {"bbox": bbox}))
     assert text in caplog.text and "3.png" in caplog.text
+
+
+def test_what_is_no_list_of_dicts_is_told(paths):
+    for dicts, text in (
+        (["a.png"], "returned .*a.png.*; expected a list"),
+        (iter(()), "expected a list of dicts"),
+        ([], "no images"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            check(dicts)
+
+
+def test_images_that_are_named_twice_are_counted(paths, caplog):
+    check(records([paths[0], paths[0], paths[1]]))
+    assert "1 images are named by several records" in caplog.text and "1.png" in caplog.text
 
 
 def test_all_boxes_outside_and_corners_as_sizes(paths):

@@ -73,9 +73,9 @@ def test_a_used_folder_is_not_written_to(used):
     assert content(used.output) == before
     with pytest.raises(ValueError, match="give one of them"):
         used.run("--resume", "--overwrite")
-    weights = ["MODEL.WEIGHTS", used.output / "model_final.pth"]
-    with pytest.raises(ValueError, match="--overwrite would remove '.*model_final.pth'.*copy it"):
-        used.run("--overwrite", opts=weights)
+    for key in ("MODEL.WEIGHTS", "MODEL.DISTILLER.TEACHER_WEIGHTS", "MODEL.DISTILLER.PRELOAD_TEACHER"):
+        with pytest.raises(ValueError, match="--overwrite would remove '.*model_final.pth'.*copy it"):
+            used.run("--overwrite", opts=[key, used.output / "model_final.pth"])
     assert content(used.output) == before
 
 
