@@ -352,6 +352,15 @@ class DistillTrainer(DefaultTrainer):
         self._trainer.stop_requested = bool(self.stop)
 
     @property
+    def detect_anomaly(self) -> bool:
+        """Whether a step whose losses are not finite is repeated, to name the operation."""
+        return self._trainer.detect_anomaly
+
+    @detect_anomaly.setter
+    def detect_anomaly(self, value: bool) -> None:
+        self._trainer.detect_anomaly = value
+
+    @property
     def stop_agreed(self) -> bool:
         return self._trainer.report.stop
 
