@@ -66,7 +66,7 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
         default_setup(cfg, args)
         if comm.is_main_process():
-            write_configs(cfg)
+            write_configs(cfg, train=not args.eval_only)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
     for detector in of_student(cfg):
