@@ -11,9 +11,10 @@ from typing import Any, Callable
 
 from detectron2.config import CfgNode, get_cfg
 
-from .safe_yaml import read_yaml
+from .safe_yaml import LARGEST_INTEGER, read_yaml
 
 MOST_CHARACTERS = 50_000
+_LONGEST_TEXT = 5_000
 _NODE = "{name: value, ...}"
 _EXPECTED = {
     str: 'text ("" for none)',
@@ -122,6 +123,7 @@ def _fitted(value: Any, current: Any, key: str, source: str) -> Any:
     if isinstance(value, str):
         literal = _literal(value, f"{source}{key}")
         value = value if isinstance(current, str) and not isinstance(literal, str) else literal
+    _check_range(value, f"{source}{key}")
     if type(value) is type(current) or current is None:
         return copy.deepcopy(value)
     if isinstance(value, (list, tuple)) and isinstance(current, (list, tuple)):
@@ -133,6 +135,17 @@ def _fitted(value: Any, current: Any, key: str, source: str) -> Any:
     raise _mismatch(value, current, key, source)
 
 
+def _check_range(value: Any, what: str) -> None:
+    """Refuse what torch's numbers and the names of files cannot hold."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _check_range(item, what)
+    elif isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
+        raise ValueError(f"{what} has an integer of more than 64 bits")
+    elif isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{what} has a text with a zero byte")
+
+
 def _value_of(text: str, current: Any, key: str) -> Any:
     """The value that a text on the command line stands for."""
     if len(text) > MOST_CHARACTERS:
@@ -141,6 +154,10 @@ def _value_of(text: str, current: Any, key: str) -> Any:
         )
     value = _literal(text, key)
     if isinstance(current, str):
+        if len(text) > _LONGEST_TEXT:
+            raise ValueError(
+                f"{key} is a text of {len(text)} characters; expected at most {_LONGEST_TEXT}"
+            )
         return None if value is None else text
     try:
         value = read_yaml(text, "yaml") if value == text and current is not None else value

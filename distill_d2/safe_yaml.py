@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from .arithmetic import calculate
 
 MOST_CHARACTERS = 1_000_000
 _DEEPEST = 50
-_LARGEST_INTEGER = 2**63
+LARGEST_INTEGER = 2**63
 # A number of more characters is none that a config needs; Python needs quadratic time to read it.
 _LONGEST_NUMBER = 100
 _PYTHON = "tag:yaml.org,2002:python/"
@@ -203,11 +204,13 @@ def _check_integers(value: Any, node: yaml.Node) -> None:
     if isinstance(value, (list, tuple)):
         for item in value:
             _check_integers(item, node)
-    elif isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
+    elif isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
         raise _Refused("an integer of more than 64 bits", node)
 
 
 def _decoded(content: bytes, path: str) -> str:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"config file '{path}' is encoded in UTF-16; save it as UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

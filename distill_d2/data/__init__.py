@@ -4,7 +4,7 @@ from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_
 from .builtin_voc import register_builtin_voc
 from .check import DataPlan, NamedReadErrors, check_dataset, check_datasets, check_plan
 from .coco import adopt_coco_datasets
-from .custom import check_name, datasets_root, register_custom_datasets
+from .custom import check_name, datasets_root, register_custom_datasets, with_absolute_paths
 from .loader import ShieldedLoader, build_train_loader, end_workers
 from .sampler import ResumableTrainingSampler, seeded
 from .shapes import generate_shapes, register_shapes
@@ -33,4 +33,5 @@ __all__ = [
     "register_custom_datasets",
     "register_shapes",
     "seeded",
+    "with_absolute_paths",
 ]

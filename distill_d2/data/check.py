@@ -185,6 +185,10 @@ def check_dataset(
     """
     _check_registered(name, "the list of datasets")
     dicts = _load(name)
+    if not isinstance(dicts, Sequence) or not all(isinstance(record, dict) for record in dicts):
+        raise ValueError(
+            f"the function of dataset '{name}' returned {dicts!r:.80}; expected a list of dicts"
+        )
     if not dicts:
         raise ValueError(f"dataset '{name}' has no images")
     if need_annotations and not any(record.get("annotations") for record in dicts):
@@ -192,6 +196,10 @@ def check_dataset(
             f"dataset '{name}' has no annotations: {len(dicts)} images and no boxes. Images alone are enough "
             "only for losses on features: with train_distill.py, MODEL.DISTILLER.TASK_LOSS_WEIGHT 0 and "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
+        )
+    if need_annotations and not any(map(has_objects, dicts)):
+        raise ValueError(
+            f"dataset '{name}' has no annotations but crowds (iscrowd), which are not trained on"
         )
     if like:
         advice = (

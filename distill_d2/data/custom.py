@@ -10,7 +10,8 @@ from typing import Any, Callable
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .coco import CocoSource, load_coco
+from .coco import load_coco
+from .coco_content import CocoSource
 from .images import load_images
 from .split import Share
 from .voc import VocFolder, load_voc
@@ -63,7 +64,7 @@ def register_custom_datasets(entries: Sequence[dict[str, Any]]) -> None:
     """
     for entry in entries:
         _check_entry(entry)
-        name, content = entry["NAME"], _with_paths(entry)
+        name, content = entry["NAME"], with_absolute_paths(entry)
         if name not in DatasetCatalog.list():
             _REGISTER[entry["FORMAT"]](name, content)
             MetadataCatalog.get(name).custom_entry = content
@@ -149,17 +150,20 @@ def _check_names(entry: dict[str, Any], key: str) -> None:
         )
 
 
-def _with_paths(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with complete paths, so that equal entries mean equal files."""
+def with_absolute_paths(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of DATASETS.CUSTOM with complete paths, so that equal entries mean equal files."""
     entry = dict(entry)
     for key in _PATHS:
         if key in entry:
             entry[key] = _complete(entry[key])
+    split = entry.get("SPLIT")
+    if isinstance(split, str) and split.endswith(".txt") and os.path.isfile(_complete(split)):
+        entry["SPLIT"] = _complete(split)
     return entry
 
 
 def _complete(path: str) -> str:
-    return os.path.join(datasets_root(), os.path.expanduser(path))
+    return os.path.abspath(os.path.join(datasets_root(), os.path.expanduser(path)))
 
 
 def _require(path: str, name: str, is_there: Callable[[str], bool] = os.path.isdir) -> str:

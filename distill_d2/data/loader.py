@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import signal
 import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable
 
@@ -29,10 +31,14 @@ class ShieldedLoader:
 
     Ctrl-C in a terminal and SIGTERM from a scheduler go to all processes of a job, but the training
     process still needs its workers to finish the current step. ``end_workers()`` ends them.
+
+    Attributes:
+        images: describes the images, for a comparison with those of another run; "": not known.
     """
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: DataLoader, images: str = ""):
         self.loader = loader
+        self.images = images
         self.dataset = loader.dataset
 
     def __len__(self) -> int:
@@ -85,8 +91,18 @@ def build_train_loader(
             pin_memory=torch.cuda.is_available(),  # images go to a GPU while the step before still runs
             # Not drawn from the generator that training uses.
             generator=torch.Generator().manual_seed(sampler.seed + comm.get_rank()),
-        )
+        ),
+        _describe(dataset),
     )
+
+
+def _describe(dataset: Sequence[dict[str, Any]]) -> str:
+    """The number of images, and a checksum of their files' names and numbers of annotations."""
+    names = (
+        f"{os.path.basename(str(image.get('file_name')))} {len(image.get('annotations') or ())}"
+        for image in dataset
+    )
+    return f"{len(dataset)} with checksum {zlib.crc32(chr(10).join(names).encode()):08x}"
 
 
 class _MappedStream(IterableDataset):

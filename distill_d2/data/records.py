@@ -20,6 +20,8 @@ _LENGTHS = {int(BoxMode.XYXY_ABS): 4, int(BoxMode.XYWH_ABS): 4, _ROTATED: 5}
 #: Boxes are taken for corners if this part of them leaves the image by this part of its sides as x, y, width,
 #: height, while none does as corners.
 _LEAVING, _MARGIN = 0.2, 0.02
+_TINY = 4  # pixels of a side
+_LARGEST_SIDE = 1e6  # pixels
 
 
 def check_records(
@@ -43,6 +45,7 @@ def check_records(
             says how many do, and names the first.
     """
     _check_keys(name, dicts, tested, need_files)
+    _note_files_named_twice(name, dicts)
     _check_sizes(name, dicts)
     if tested:
         _check_ids(name, dicts)
@@ -76,11 +79,27 @@ def _check_keys(name: str, dicts: Sequence[dict[str, Any]], tested: bool, need_f
             )
 
 
+def _note_files_named_twice(name: str, dicts: Sequence[dict[str, Any]]) -> None:
+    files = collections.Counter(
+        os.fspath(r["file_name"]) for r in dicts if r.get("file_name") is not None
+    )
+    twice = [file for file, count in files.items() if count > 1]
+    if twice:
+        logger.warning(
+            f"Dataset '{name}': {len(twice)} images are named by several records, the first is '{twice[0]}'; if "
+            "each record has some of its objects, the others count as background"
+        )
+
+
 def _check_sizes(name: str, dicts: Sequence[dict[str, Any]]) -> None:
     for index, record in enumerate(dicts):
         for key in ("height", "width"):
             size = record[key]
-            if isinstance(size, (str, bool)) or not size > 0 or size != int(size):
+            if (
+                not isinstance(size, (int, float, np.number))
+                or not 0 < size < _LARGEST_SIDE
+                or size != int(size)
+            ):
                 raise ValueError(
                     f"dataset '{name}': {key} is {size!r} ({type(size).__name__}) in "
                     f"{_describe(record, index)}; expected a whole number of pixels"
@@ -145,10 +164,10 @@ class _Annotations:
         self._refuse(
             ~np.array(whole), "have a category_id that is no whole number", "convert it", labels
         )
-        numbers = np.array(labels, dtype=np.int64)
+        classes = np.array(labels, dtype=np.int64)
         things = MetadataCatalog.get(self.name).get("thing_classes")
         count = len(things) if things is not None else num_classes
-        wrong = numbers < 0 if count is None else (numbers < 0) | (numbers >= count)
+        wrong = (classes < 0) | (classes >= (count or np.inf))
         self._refuse(
             wrong,
             "have a category_id out of range",
@@ -160,6 +179,16 @@ class _Annotations:
     def _check_boxes(self, mode: int, rows: np.ndarray, sizes: np.ndarray) -> None:
         """The boxes of one mode, in images of these sizes (N, 2): width, height."""
         boxes = self._numbers(rows, _LENGTHS[mode])
+        arrays = np.array([not isinstance(self.items[row]["bbox"], (list, tuple)) for row in rows])
+        if mode != BoxMode.XYXY_ABS:  # other modes are converted
+            what = f"have a bbox in BoxMode.{BoxMode(mode).name} that is no list"
+            self._refuse(
+                arrays,
+                what,
+                "detectron2 takes an array for several boxes: write bbox.tolist()",
+                None,
+                rows,
+            )
         self._refuse(
             ~np.isfinite(boxes).all(axis=1),
             "have a box with NaN or inf",
@@ -172,6 +201,12 @@ class _Annotations:
         if mode == BoxMode.XYWH_ABS:
             self._refuse_corners(boxes, sizes)
             boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        if (boxes >= 0).all() and boxes.max() <= 1 and sizes.min() > _TINY:
+            raise ValueError(
+                f"dataset '{self.name}': all {len(rows)} boxes lie between 0 and 1, the first is "
+                f"{self._describe(rows[0])}: {list(self.items[rows[0]]['bbox'])}; detectron2 takes them for "
+                "pixels. Multiply them by the width and height of the image"
+            )
         inside = np.minimum(boxes[:, 2:], sizes) - np.maximum(boxes[:, :2], 0)
         empty = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
         outside = ~empty & (inside <= 0).any(axis=1)

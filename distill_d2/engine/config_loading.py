@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -15,7 +16,11 @@ from ..data import adopt_coco_datasets, register_builtin_voc, register_custom_da
 
 
 def load_config(
-    config_file: str, opts: Sequence[str] | None = None, *, need_teacher: bool = False
+    config_file: str,
+    opts: Sequence[str] | None = None,
+    *,
+    train: bool = True,
+    need_teacher: bool = False,
 ) -> CfgNode:
     """The config of a file (a path, or the name of a packaged config) and KEY VALUE pairs; its
     datasets are registered.
@@ -24,6 +29,7 @@ def load_config(
     the pairs. EXTRA_CFG is empty then.
 
     Args:
+        train: False: of DATASETS.CUSTOM, only datasets of DATASETS.TEST are registered; others need not exist.
         need_teacher: a teacher's file that does not exist is an error here, not when the teacher is built.
 
     Raises:
@@ -36,12 +42,20 @@ def load_config(
     folders = _load_files(cfg, config_file, opts)
     set_options(cfg, [word for i, word in enumerate(opts) if opts[i - i % 2] != EXTRA_KEY])
     cfg.EXTRA_CFG = []
-    _locate_teacher(cfg, folders, need_teacher)
+    node = cfg.MODEL.DISTILLER
+    if node.MODEL_DISTILLER_CONFIG and not node.MODEL_LOAD_OFFICIAL:
+        node.MODEL_DISTILLER_CONFIG = locate_teacher(node.MODEL_DISTILLER_CONFIG, folders, need_teacher)
     register_shapes()
     register_builtin_voc()
-    register_custom_datasets(cfg.DATASETS.CUSTOM)
-    adopt_coco_datasets([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    register_custom_datasets(
+        [entry for entry in cfg.DATASETS.CUSTOM if train or _is_for_test(cfg, entry)]
+    )
+    adopt_coco_datasets([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST])
     return cfg
+
+
+def _is_for_test(cfg: CfgNode, entry: Any) -> bool:
+    return not isinstance(entry, dict) or entry.get("NAME") in cfg.DATASETS.TEST
 
 
 def output_dir(config_file: str, opts: Sequence[str]) -> str:
@@ -55,10 +69,27 @@ def option(opts: Sequence[str], key: str) -> str:
     return dict(zip(opts[::2], opts[1::2])).get(key, "")
 
 
-def file_in(folders: Iterable[str], name: str) -> str:
-    """The absolute path of the file ``name`` in the first folder that has it; otherwise the name."""
-    paths = (os.path.abspath(os.path.join(folder, name)) for folder in folders)
-    return next((path for path in paths if os.path.isfile(path)), name)
+def locate_teacher(config: str, folders: Sequence[str], needed: bool) -> str:
+    """The absolute path of a teacher's config.
+
+    Args:
+        config: its path, from one of the folders or from the current one, or the name of a packaged config.
+        folders: of the configs that name it.
+        needed: False: the name is returned where there is no such file.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message lists the folders tried.
+    """
+    paths = [os.path.join(folder, os.path.expanduser(config)) for folder in folders]
+    beside = next(filter(os.path.isfile, paths), config)
+    try:
+        return model_zoo.find_config(beside, relative_to=folders)
+    except FileNotFoundError as error:
+        if needed:
+            raise FileNotFoundError(
+                f"MODEL.DISTILLER.MODEL_DISTILLER_CONFIG (the teacher): {error}"
+            ) from error
+        return config
 
 
 def _load_files(cfg: CfgNode, config_file: str, opts: list[str]) -> list[str]:
@@ -88,18 +119,3 @@ def _load_extra(cfg: CfgNode, folders: list[str], chain: list[str], loaded: list
         cfg.EXTRA_CFG = []
         folders += [folder for folder in load_yaml(cfg, path).folders if folder not in folders]
         _load_extra(cfg, folders, [*chain, path], loaded)
-
-
-def _locate_teacher(cfg: CfgNode, folders: list[str], needed: bool) -> None:
-    """Make the teacher's file absolute: later code does not know the folders of the configs."""
-    node = cfg.MODEL.DISTILLER
-    if node.MODEL_LOAD_OFFICIAL or not node.MODEL_DISTILLER_CONFIG:
-        return
-    beside = file_in(folders, node.MODEL_DISTILLER_CONFIG)
-    try:
-        node.MODEL_DISTILLER_CONFIG = model_zoo.find_config(beside, relative_to=folders)
-    except FileNotFoundError as error:
-        if needed:
-            raise FileNotFoundError(
-                f"MODEL.DISTILLER.MODEL_DISTILLER_CONFIG (the teacher): {error}"
-            ) from error

@@ -103,6 +103,21 @@ class StopOnRequest(HookBase):
             raise Interrupted
 
 
+class BoundedHistories(HookBase):
+    """Forget old values of detectron2's history of each scalar, which grows without end otherwise.
+
+    The estimate of the remaining time reads most, the last 1000.
+    """
+
+    KEPT = 1000
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self.KEPT:
+            return
+        for history in get_event_storage().histories().values():
+            del history.values()[: -self.KEPT]
+
+
 class ProgressBar(HookBase):
     """A bar with the remaining time, on a terminal; log lines appear above it."""
 

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import default_setup
@@ -41,16 +41,33 @@ from ..data import (
 from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
-from .config_loading import file_in
+from ..lazy_config import apply_overrides, load_lazy_config
+from .config_loading import locate_teacher
 from .key_rules import check_lazy_keys
 from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
 from .output_dir import claim, kept
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
-from .setup import choose_device, note_imports
+from .setup import choose_device, note_imports, weights_read
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
+
+# What every run reads of detectron2's usual parts ...
+_REQUIRED = (
+    "model",
+    "dataloader",
+    "train.output_dir",
+    "train.init_checkpoint",
+    "train.device",
+    "train.max_iter",
+    "train.checkpointer.period",
+    "train.eval_period",
+    "train.log_period",
+    "train.amp.enabled",
+)
+# ... and what a training reads, too.
+_REQUIRED_TO_TRAIN = ("optimizer", "lr_multiplier", "dataloader.train")
 
 
 def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
@@ -61,10 +78,12 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     """
     args.config_file = model_zoo.find_config(args.config_file)
     check_note(os.path.dirname(args.config_file))
-    cfg = LazyConfig.load(args.config_file)
+    cfg = load_lazy_config(
+        args.config_file, _REQUIRED if args.eval_only else _REQUIRED + _REQUIRED_TO_TRAIN
+    )
     _check_overrides(cfg, args.opts or [])
-    cfg = LazyConfig.apply_overrides(cfg, list(args.opts or []))
-    _locate_teacher(cfg, os.path.dirname(args.config_file))
+    cfg = apply_overrides(cfg, args.opts or [])
+    _locate_teacher(cfg, os.path.dirname(args.config_file), needed=distill and not args.eval_only)
     if args.resume or args.eval_only:
         check_note(cfg.train.output_dir)
     cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
@@ -79,8 +98,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
             "model L(Distiller)(...), so there is nothing to distill"
         )
     check_lazy_keys(cfg)
-    weights = [cfg.train.get("init_checkpoint", ""), *_weights_of_losses(cfg)]
-    claim(cfg.train.output_dir, "train.output_dir", args, weights)
+    claim(cfg.train.output_dir, "train.output_dir", args, lambda: weights_read(cfg, distill))
     register_shapes()
     register_builtin_voc()
     with kept(os.path.join(cfg.train.output_dir, "config.yaml"), args.eval_only):
@@ -199,16 +217,11 @@ def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
             raise KeyError(f"unknown config key '{key}'; +{key}=... adds a new one")
 
 
-def _weights_of_losses(cfg: DictConfig) -> list[str]:
-    node = cfg.get("distiller") or {}
-    return [node.get(key, "") for key in ("TEACHER_WEIGHTS", "PRELOAD_TEACHER")]
-
-
-def _locate_teacher(cfg: DictConfig, folder: str) -> None:
-    """Make a teacher file beside the config absolute: later code does not know where the config is."""
+def _locate_teacher(cfg: DictConfig, folder: str, needed: bool) -> None:
+    """Make the teacher's file absolute: later code does not know where the config is."""
     node = cfg.get("distiller")
     if node and "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
-        node.MODEL_DISTILLER_CONFIG = file_in([folder], node.MODEL_DISTILLER_CONFIG)
+        node.MODEL_DISTILLER_CONFIG = locate_teacher(node.MODEL_DISTILLER_CONFIG, [folder], needed)
 
 
 def _is_distiller(model: DictConfig) -> bool:

@@ -14,16 +14,19 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .. import model_zoo
-from ..config import dump, student_config
+from ..config import student_config
 from ..data import check_datasets
 from ..evaluation import try_evaluator
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
 from ..plugins import ground_truth, of_student
+from ..teacher import teacher_weights
 from .config_loading import load_config, output_dir
+from .config_writing import check_is_no_student_config, write_configs
 from .key_rules import check_keys
 from .output_dir import claim, kept
 from .random_state import random_state, set_random_state
+from .settings import RunSettings
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -41,8 +44,11 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
         FileNotFoundError, OSError, ValueError, KeyError: see ``load_config``.
     """
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
+    distill = distill and not args.eval_only
+    if distill:
+        check_is_no_student_config(args.config_file)
     try:
-        cfg = load_config(args.config_file, args.opts, need_teacher=distill and not args.eval_only)
+        cfg = load_config(args.config_file, args.opts, train=not args.eval_only, need_teacher=distill)
     except KeyError:
         # A module that --import does not name may bring the key.
         check_note(output_dir(args.config_file, args.opts or []))
@@ -50,19 +56,17 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     if args.resume or args.eval_only:
         check_note(cfg.OUTPUT_DIR)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
-    cfg = _with_distiller(cfg) if distill and not args.eval_only else student_config(cfg)
+    cfg = _with_distiller(cfg) if distill else student_config(cfg)
     check_keys(cfg, train=not args.eval_only)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
         build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
-    node = cfg.MODEL.DISTILLER
-    weights = [cfg.MODEL.WEIGHTS, node.TEACHER_WEIGHTS, node.PRELOAD_TEACHER]
-    claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, weights)
+    claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, lambda: weights_read(cfg, distill))
     cfg.freeze()
     with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
         default_setup(cfg, args)
         if comm.is_main_process():
-            _write_config(cfg)
+            write_configs(cfg, train=not args.eval_only)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
     for detector in of_student(cfg):
@@ -106,6 +110,14 @@ def _with_distiller(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
+def weights_read(cfg: Any, distill: bool) -> list[str]:
+    """Paths and addresses of the weights that a run reads."""
+    settings = RunSettings.from_config(cfg)
+    node = settings.distiller
+    teacher = [teacher_weights(node)] if distill and node.MODEL_DISTILLER_CONFIG else []
+    return [settings.weights, node.PRELOAD_TEACHER, *teacher]
+
+
 def choose_device(device: str, num_gpus: int) -> str:
     """The device to train on: a config's "cuda" means the CPU with --num-gpus 0.
 
@@ -126,12 +138,6 @@ def choose_device(device: str, num_gpus: int) -> str:
         f"--num-gpus {num_gpus} and device '{device}', but torch sees no GPU; for the CPU use "
         "--num-gpus 0"
     )
-
-
-def _write_config(cfg: CfgNode) -> None:
-    """Write OUTPUT_DIR/config.yaml as detectron2 does, with comments."""
-    with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
-        file.write(dump(cfg))
 
 
 def note_imports(folder: str, names: Sequence[str], write: bool) -> None:

@@ -36,9 +36,13 @@ from ..data import (
 from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
+from ..rules import assertions_told
 from . import classes
+from .acting import check_acting
+from .changes import changes, settings_of_run
 from .evaluate import evaluate_teacher
 from .hooks import (
+    BoundedHistories,
     Checkpoints,
     EvalHook,
     LRScheduler,
@@ -87,12 +91,17 @@ class DistillTrainer(DefaultTrainer):
         self.settings = RunSettings.from_config(cfg)
         model = self.build_model(cfg)
         self.plain_model = model
+        if isinstance(model, Distiller):
+            check_acting(model.losses, model.phases, self.settings.max_iter)
         self.loss_training = LossTraining(model, self.settings)
         self.start_iter = 0
         self.max_iter = self.settings.max_iter + self.loss_training.pretrain_iters
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self._samplers = {"train": _find_sampler(data_loader)}
+        images = getattr(data_loader, "images", "")
+        self._run_settings = settings_of_run(cfg, comm.get_world_size(), images)
+        self._saved_settings: dict[str, str] | None = None
         self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
@@ -114,6 +123,11 @@ class DistillTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     # Parts that LazyDistillTrainer builds in its own way.
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        with assertions_told("the model"):
+            return super().build_model(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -177,7 +191,7 @@ class DistillTrainer(DefaultTrainer):
             ret.append(Writers(self._all_writers, self.settings.log_period))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())
-        return ret
+        return [*ret, BoundedHistories()]
 
     def _all_writers(self) -> list[EventWriter]:
         return self.build_writers() + self.loss_training.writers()
@@ -235,8 +249,10 @@ class DistillTrainer(DefaultTrainer):
         advice = "Resume with the checkpoint's datasets, or start a new run without --resume"
         folder = self.settings.output_dir
         classes.check_checkpoint(f"in {folder}", classes_in(loaded), self._checked_datasets, advice)
-        self._restore_process_state()
         self.start_iter = self.iter + 1
+        self._check_length()
+        self._tell_changes()
+        self._restore_process_state()
         sampler = self._samplers["train"]
         if sampler is not None:
             sampler.skip_batches(self.start_iter)
@@ -336,6 +352,15 @@ class DistillTrainer(DefaultTrainer):
         self._trainer.stop_requested = bool(self.stop)
 
     @property
+    def detect_anomaly(self) -> bool:
+        """Whether a step whose losses are not finite is repeated, to name the operation."""
+        return self._trainer.detect_anomaly
+
+    @detect_anomaly.setter
+    def detect_anomaly(self, value: bool) -> None:
+        self._trainer.detect_anomaly = value
+
+    @property
     def stop_agreed(self) -> bool:
         return self._trainer.report.stop
 
@@ -349,6 +374,7 @@ class DistillTrainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         state["processes"] = self._process_states
+        state["run"] = self._run_settings
         state["optimizer_kind"] = optimizer_signature(self._trainer.optimizer)
         state.update(self.loss_training.state_dict())
         samplers = self._samplers.items()
@@ -366,25 +392,44 @@ class DistillTrainer(DefaultTrainer):
         super().load_state_dict(state_dict)
         self.loss_training.load_state_dict(state_dict)
         self._process_states = state_dict.get("processes") or []
+        self._saved_settings = state_dict.get("run")
         for name, seed in state_dict.get("sampler_seeds", {}).items():
             sampler = self._samplers.get(name)
             if sampler is not None:
                 sampler.seed = seed
         self._scalars = state_dict.get("scalars", {})
 
+    def _check_length(self) -> None:
+        if self.start_iter < self.max_iter:
+            return
+        done = self.start_iter - self.loss_training.pretrain_iters
+        trained = f"the checkpoint in {self.settings.output_dir} has trained {done} iterations"
+        if self.start_iter > self.max_iter:
+            raise ValueError(
+                f"--resume: SOLVER.MAX_ITER (train.max_iter) is {self.settings.max_iter}, but {trained}. Raise "
+                "it, or start without --resume in another OUTPUT_DIR"
+            )
+        logger.info(f"--resume: {trained}, all of them: nothing is left to train")
+
+    def _tell_changes(self) -> None:
+        if self._saved_settings is None:
+            logger.warning(
+                "--resume: the checkpoint, of another version or trainer, has no settings and no random state: "
+                "changes are not noticed, and random numbers are new"
+            )
+            return
+        for line in changes(self._saved_settings, self._run_settings, self.start_iter):
+            logger.warning(line)
+
     def _restore_process_state(self) -> None:
-        """Last, because all processes have loaded what process 0 has."""
+        """After "model" and "distiller", which are process 0's. Other numbers of processes have its state, and new
+        random numbers."""
         states = self._process_states
         if len(states) == comm.get_world_size():
             state = states[comm.get_rank()]
             self._process_state.restore(state)
             self._random_state = state["random"]
-            return
-        logger.warning(
-            f"--resume: the checkpoint has the random state of {len(states)} processes, this run has "
-            f"{comm.get_world_size()}: it goes on with new random numbers, unlike the uninterrupted run"
-        )
-        if states:
+        elif states:
             self._process_state.restore(states[0])
 
     def _check_optimizer(self, state_dict: dict[str, Any]) -> None:

@@ -301,13 +301,13 @@ def _warn(text: str) -> None:
 
 @contextlib.contextmanager
 def _single_process() -> Iterator[None]:
-    """Let evaluators, which gather detections of all processes, run in this one alone."""
-    world_size = comm.get_world_size
-    comm.get_world_size = lambda: 1
+    """Let evaluators, which wait for all processes and gather their detections, run in this one alone."""
+    world_size, synchronize = comm.get_world_size, comm.synchronize
+    comm.get_world_size, comm.synchronize = lambda: 1, lambda: None
     try:
         yield
     finally:
-        comm.get_world_size = world_size
+        comm.get_world_size, comm.synchronize = world_size, synchronize
 
 
 @contextlib.contextmanager

@@ -51,6 +51,11 @@ class DistillLoss(nn.Module):
     #: sets it in ``bind``.
     task_weights: Mapping[str, float] = MappingProxyType({})
 
+    #: The setting that multiplies what trains the student, and those that say when it does, for messages
+    #: about a loss that never acts. ``factor`` decides.
+    weight_setting: str = "weight"
+    schedule: tuple[str, ...] = ("start_iter", "stop_iter")
+
     #: Class of the settings.
     Settings: type[LossSettings] = LossSettings
 

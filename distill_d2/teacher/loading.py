@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from detectron2 import model_zoo as detectron2_zoo
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from torch import nn
@@ -21,7 +21,8 @@ from ..checkpoint import SafeCheckpointer
 from ..config import add_distill_config, load_yaml, student_config
 from ..data.classes import classes_in, classes_of, classes_of_config
 from ..freeze import compile_patterns
-from ..rules import check_model
+from ..lazy_config import load_lazy_config
+from ..rules import assertions_told, check_model
 from .running import Teacher
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,16 @@ def load_teacher(
     teacher = Teacher(model, input_format=plan.format_of(model), source=source, **options)
     teacher.check_device(torch.device(device))
     return teacher
+
+
+def teacher_weights(distiller: CfgNode) -> str:
+    """Path or address of the weights of the teacher that a MODEL.DISTILLER node describes.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``load_teacher``.
+    """
+    plan = _plan(distiller.MODEL_DISTILLER_CONFIG, distiller.MODEL_LOAD_OFFICIAL)
+    return _find_weights(distiller.TEACHER_WEIGHTS or plan.weights, plan)
 
 
 def untrained_teacher(distiller: CfgNode, device: str) -> tuple[nn.Module, str]:
@@ -156,7 +167,8 @@ class _Plan:
             config = student_config(self.config)
             config.MODEL.DEVICE = device
             check_model(config, f"the teacher's config '{self.config_file}'")
-            return build_model(config)
+            with assertions_told(f"the teacher '{self.config_file}'"):
+                return build_model(config)
         return instantiate(self.config.model).to(device)
 
     def classes(self) -> list[str] | None:
@@ -179,7 +191,7 @@ def _plan(name: str, official: bool) -> _Plan:
     path = _official_config(name) if official else model_zoo.find_config(name)
     config: Any
     if path.endswith(".py"):
-        config = LazyConfig.load(path)
+        config = load_lazy_config(path, ["model"])
         logger.info(f"Ran the code of {path}, a LazyConfig")
         folders = [os.path.dirname(path)]
     else:

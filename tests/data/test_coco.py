@@ -9,11 +9,13 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from distill_d2.data import adopt_coco_datasets, check_dataset, check_datasets, register_custom_datasets
 from distill_d2.evaluation import build_evaluator
+from distill_d2.evaluation.ground_truth import with_ground_truth
 from distill_d2.testing.tiny import tiny_config
 
 _numbers = itertools.count()
@@ -119,6 +121,7 @@ def test_a_right_json_is_what_detectron2_reads(entry, tmp_path, caplog):
             "ids were missing",
             3,
         ),
+        ([changed("annotations", 2, id=2**70)], "ids were missing, repeated, too large", 3),
         ([changed("annotations", 2, id=1)], "ids were missing, repeated", 3),
         ([changed("annotations", 2, id=None)], "ids were missing", 3),
         ([changed("annotations", 2, id="3")], "ids were missing", 3),
@@ -173,6 +176,7 @@ def test_what_can_be_mended_is_mended_for_training_and_evaluation(
         ([changed("categories", 1, name="cat")], ["two categories have the name 'cat'", "7"]),
         ([changed("categories", 1, name=None)], ["no id or no name"]),
         ([changed("annotations", 1, category_id=4)], ["1 of 3", "id 2", "category_id=4", "[3, 7]"]),
+        ([changed("annotations", 1, category_id=[3])], ["1 of 3", "id 2", "category_id=[3]"]),
         ([changed("annotations", 1, category_id=None)], ["1 of 3 annotations have no category_id"]),
         ([everywhere("annotations", lambda i: i.update(image_id=50))], ["none of the 3", "50"]),
         ([changed("annotations", 1, bbox=[1, 2, float("nan"), 4])], ["1 of 3 boxes hold NaN", "id 2"]),
@@ -221,7 +225,14 @@ def test_encodings_and_separators(entry, tmp_path):
 def test_datasets_that_a_user_registered(entry, tmp_path):
     write(entry, everywhere("annotations", lambda item: item.pop("iscrowd") or item.pop("id")))
     register_coco_instances(entry["NAME"], {}, entry["JSON"], entry["IMAGES"])
-    adopt_coco_datasets([entry["NAME"], "no_such_dataset"])
+    register_coco_instances(
+        f"{entry['NAME']}_2", {"thing_classes": ["a"]}, entry["JSON"], entry["IMAGES"]
+    )
+    adopt_coco_datasets([entry["NAME"], f"{entry['NAME']}_2", "no_such_dataset"])
+    with pytest.raises(
+        ValueError, match=r"thing_classes in its metadata is \['a'\], but the categories"
+    ):
+        DatasetCatalog.get(f"{entry['NAME']}_2")
     assert score_truth(entry["NAME"], tmp_path / "out") > 99.9
 
 
@@ -237,6 +248,23 @@ def test_annotations_without_a_json_are_never_stale(tmp_path):
             assert score_truth(name, tmp_path) > 99.9
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+def test_records_become_the_content_that_detectron2_makes(entry, tmp_path):
+    write(entry, changed("annotations", 0, **KEYPOINTS), changed("categories", 0, **NAMES))
+    name = f"{entry['NAME']}_records"
+    dicts = load(entry)
+    dicts[0]["annotations"][0].update(bbox=np.array([5.0, 5, 25, 15]), bbox_mode=BoxMode.XYXY_ABS)
+    dicts[1]["annotations"][0].pop("segmentation")
+    DatasetCatalog.register(name, lambda: copy.deepcopy(dicts))
+    values = MetadataCatalog.get(entry["NAME"]).as_dict()
+    keys = ("evaluator_type", "thing_classes", "thing_dataset_id_to_contiguous_id")
+    MetadataCatalog.get(name).set(**{key: values[key] for key in keys})
+    with open(MetadataCatalog.get(with_ground_truth(name, str(tmp_path))).json_file) as file:
+        content = json.load(file)
+    expected = json.loads(json.dumps(convert_to_coco_dict(name)))
+    for key in ("images", "categories", "annotations"):
+        assert content[key] == expected[key]
 
 
 def test_a_share_of_the_images(entry, tmp_path):

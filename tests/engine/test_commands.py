@@ -21,7 +21,7 @@ from distill_d2 import model_zoo
 from distill_d2.testing import write_dataset
 
 SMALL = ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "DATALOADER.NUM_WORKERS", "0"]
-SMALL += ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.001"]
+SMALL += ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.001", "MODEL.DISTILLER.BYPASS_DISTILL", "0"]
 ONE_STEP, TWO_STEPS = ([*SMALL, "SOLVER.MAX_ITER", str(steps)] for steps in (1, 2))
 OUTPUT = ["OUTPUT_DIR", "output/run"]
 

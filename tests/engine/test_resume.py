@@ -1,10 +1,14 @@
 """A resumed run is the uninterrupted run, whatever the configuration; what a changed resume means is told."""
 
+import json
+
 import pytest
 import torch
 from runs import Job, assert_equal, changed, checkpoint, rewind
 
 from distill_d2.engine import DistillTrainer, argument_parser, setup
+from distill_d2.engine.changes import changes, settings_of_run
+from distill_d2.testing import distiller_config, tiny_config
 
 PRECISE_BN = ["TEST.EVAL_PERIOD", 1, "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
 PERIOD = ["SOLVER.CHECKPOINT_PERIOD", 1]
@@ -75,3 +79,54 @@ def test_each_process_resumes_with_its_own_state(pool, tmp_path):
         assert_equal(process, uninterrupted)
     differ = changed(*results[0])
     assert "loss_normalizer" in differ and any(name.endswith("running_var") for name in differ)
+
+
+@pytest.mark.parametrize(
+    "opts, expected",
+    [
+        (
+            ["SOLVER.STEPS", (3,)],
+            "SOLVER.STEPS is [3], in the checkpoint [30000]: it holds from iteration 4 on",
+        ),
+        (["SOLVER.MAX_ITER", 5], "SOLVER.MAX_ITER is 5, in the checkpoint 4: the learning rate follows"),
+        (["SOLVER.BASE_LR", 0.5], "SOLVER.BASE_LR is 0.5, in the checkpoint 0.01: without effect"),
+        (["SOLVER.IMS_PER_BATCH", 1], "IMS_PER_BATCH is 1, in the checkpoint 2: the order of images"),
+        (["SEED", 5], "SEED is 5, in the checkpoint 1: without effect"),
+        (
+            ["DATALOADER.NUM_WORKERS", 1],
+            "NUM_WORKERS is 1, in the checkpoint 0: augmentations draw other",
+        ),
+        (
+            ["MODEL.DISTILLER.TYPES", ["PKD", "FGFI"]],
+            "TYPES is [PKD, FGFI], in the checkpoint [PKD]: it",
+        ),
+        (["MODEL.DISTILLER.PKD.WEIGHT", 9.0], "PKD.WEIGHT is 9.0, in the checkpoint"),
+        (["OUTPUT_DIR", "elsewhere", "TEST.EVAL_PERIOD", 7], ""),
+    ],
+    ids=str,
+)
+def test_each_change_is_told_in_one_line(opts, expected):
+    cfg = distiller_config(tiny_config(), "teacher.yaml", ["PKD"])
+    saved = settings_of_run(cfg, 1, "6")
+    cfg.merge_from_list(opts)
+    lines = changes(saved, settings_of_run(cfg, 1, "6"), 4)
+    assert len(lines) == bool(expected) and all(expected in line for line in lines)
+    assert len(changes(saved, settings_of_run(cfg, 2, "5"), 4)) == len(lines) + 2
+
+
+def test_other_data_and_lengths_are_told(job):
+    def log():
+        return (job.output / "log.txt").read_text()
+
+    job.run(opts=["SOLVER.MAX_ITER", 2])
+    with pytest.raises(ValueError, match=r"SOLVER.MAX_ITER .* is 1, but .* has trained 2 iterations"):
+        job.trainer("--resume", opts=["SOLVER.MAX_ITER", 1])
+    job.trainer("--resume", opts=["SOLVER.MAX_ITER", 2])
+    assert "has trained 2 iterations, all of them: nothing is left to train" in log()
+    assert "in the checkpoint" not in log()
+    file = job.folder / "data" / "annotations.json"
+    data = json.loads(file.read_text())
+    data["annotations"].pop()
+    file.write_text(json.dumps(data))
+    job.trainer("--resume")
+    assert "the training images are 6 with checksum" in log()

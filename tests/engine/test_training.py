@@ -77,7 +77,7 @@ def test_each_loss_is_logged(job):
     parts = sum(value for name, value in last.items() if name.startswith("loss_"))
     assert last["total_loss"] == pytest.approx(parts, rel=0.2)  # medians of a few iterations
     assert list(job.output.glob("events.out.tfevents*"))
-    written = (job.output / "config.yaml").read_text()
+    written = (job.output / "distill_config.yaml").read_text()
     assert "    PKD:\n      # Neck levels (p3) or" in written
 
 

@@ -54,6 +54,9 @@ class InstanceConditionalDistillation(TrainedLoss):
 
     NODE = "ICD"
 
+    weight_setting = "weight_value"
+    schedule = ("bypass_distill", "bypass_distill_after", "distill_on", "distill_off")
+
     Settings = ICDSettings
     settings: ICDSettings
     queries: InstanceQueries  # from bind on: it needs the number of classes

@@ -1,0 +1,67 @@
+"""Losses that never act on the student are told: they are logged throughout, but distill nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from ..distiller.phases import TrainingPhases, reaches_student
+from ..losses import DistillLoss
+
+logger = logging.getLogger(__name__)
+
+_POINTS = 1000  # iterations that are looked at; all, if the loss is off in these
+_MOST = 0.5  # of a run
+
+
+def check_acting(losses: Mapping[str, DistillLoss], phases: TrainingPhases, max_iter: int) -> None:
+    """Log a line on each loss that does not act on the student for most of the run.
+
+    Args:
+        losses: those of the Distiller, by name.
+        phases: of the Distiller.
+        max_iter: iterations of the student.
+
+    Raises:
+        ValueError: a loss never acts, although its weight is not 0.
+    """
+    for name, loss in losses.items():
+        _check(name, loss, phases, max_iter)
+
+
+def _check(name: str, loss: DistillLoss, phases: TrainingPhases, max_iter: int) -> None:
+    if getattr(loss.settings, loss.weight_setting) <= 0:
+        logger.warning(f"{name} distills nothing: {_keys(loss, [loss.weight_setting])}")
+        return
+    frozen_before = min(phases.fix_backbone_before, phases.fix_head_before)
+    stride = max(1, max_iter // _POINTS)
+    acting = [i for i in range(0, max_iter, stride) if i >= frozen_before and reaches_student(loss, i)]
+    share = len(acting) * stride / max_iter
+    if not acting and stride > 1:
+        acting = [i for i in range(frozen_before, max_iter) if reaches_student(loss, i)]
+    causes = _keys(loss, loss.schedule)
+    if frozen_before:
+        causes += (
+            f", MODEL.DISTILLER.FIX_BACKBONE_BEFORE is {phases.fix_backbone_before}, "
+            f"FIX_HEAD_BEFORE is {phases.fix_head_before}"
+        )
+    if not acting:
+        raise ValueError(
+            f"{name} never acts on the student in the {max_iter} iterations of this run (SOLVER.MAX_ITER): "
+            f"{causes}. Change these keys, train longer, or remove it from MODEL.DISTILLER.TYPES"
+        )
+    if share < _MOST:
+        logger.warning(
+            f"{name} acts on the student in about {share:.0%} of the {max_iter} iterations, from iteration "
+            f"{acting[0]} to {acting[-1]}: {causes}"
+        )
+    last, full = loss.factor(max_iter - 1), loss.settings.weight
+    if 0 < last < full:
+        logger.warning(
+            f"{name} does not reach its weight: it is {last:.3g} of {full:.3g} in the last iteration: "
+            f"{_keys(loss, ['warmup_iters'])}"
+        )
+
+
+def _keys(loss: DistillLoss, names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(f"{loss.config_key(name)} is {getattr(loss.settings, name)}" for name in names)
