@@ -124,6 +124,7 @@ COMMON: dict[str, Rule] = {
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": _COUNT,
     "DATASETS.CHECK": Choice(("all", "none")),
     "TEST.KEYPOINT_OKS_SIGMAS": Sequence(_POSITIVE, count=_keypoints),
+    "TEST.EXPECTED_RESULTS": Sequence(Sequence(count=(4,))),
     "TEST.AUG.ENABLED": Unused(
         False,
         "test-time augmentation is not part of this package. Evaluate the checkpoint, which holds a plain "
@@ -260,6 +261,8 @@ def _relations(context: Context, train: bool) -> Iterator[str]:
     crop, solver = cfg.INPUT.CROP, cfg.SOLVER
     if crop.ENABLED and crop.TYPE.startswith("relative") and max(crop.SIZE) > 1:
         yield f"INPUT.CROP.SIZE is {crop.SIZE}; expected parts of an image, at most 1 for TYPE '{crop.TYPE}'"
+    if crop.ENABLED and crop.TYPE.startswith("absolute") and not all(type(n) is int for n in crop.SIZE):
+        yield f"INPUT.CROP.SIZE is {crop.SIZE}; expected integers, pixels, for TYPE '{crop.TYPE}'"
     if crop.ENABLED and crop.TYPE == "absolute_range" and crop.SIZE[0] > crop.SIZE[1]:
         yield f"INPUT.CROP.SIZE is {crop.SIZE}; expected the smallest side, then the largest"
     cosine = solver.LR_SCHEDULER_NAME == "WarmupCosineLR"

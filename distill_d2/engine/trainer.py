@@ -36,6 +36,7 @@ from ..data import (
 from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
+from ..rules import assertions_told
 from . import classes
 from .acting import check_acting
 from .evaluate import evaluate_teacher
@@ -115,6 +116,11 @@ class DistillTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     # Parts that LazyDistillTrainer builds in its own way.
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        with assertions_told("the model"):
+            return super().build_model(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -327,6 +333,15 @@ class DistillTrainer(DefaultTrainer):
     def note_stop_request(self) -> None:
         """Tell the step whether this process was asked to stop; the processes then agree."""
         self._trainer.stop_requested = bool(self.stop)
+
+    @property
+    def detect_anomaly(self) -> bool:
+        """Whether a step whose losses are not finite is repeated, to name the operation."""
+        return self._trainer.detect_anomaly
+
+    @detect_anomaly.setter
+    def detect_anomaly(self, value: bool) -> None:
+        self._trainer.detect_anomaly = value
 
     @property
     def stop_agreed(self) -> bool:

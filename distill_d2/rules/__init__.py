@@ -21,7 +21,7 @@ from .kinds import (
     norm,
     rule_of,
 )
-from .model import check_model, default_rules, model_relations, model_rules
+from .model import assertions_told, check_model, default_rules, model_relations, model_rules
 
 __all__ = [
     "Anything",
@@ -36,6 +36,7 @@ __all__ = [
     "Sequence",
     "Text",
     "Unused",
+    "assertions_told",
     "check_model",
     "check_rules",
     "default_rules",

@@ -104,9 +104,9 @@ class Integer(Number):
     types: ClassVar[tuple[type, ...]] = (int, np.integer)
 
 
-def fraction(**bounds: float) -> Number:
+def fraction() -> Number:
     """A number from 0 to 1."""
-    return Number(**{"at_least": 0, "at_most": 1, **bounds})
+    return Number(at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)

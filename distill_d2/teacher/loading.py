@@ -22,7 +22,7 @@ from ..config import add_distill_config, load_yaml, student_config
 from ..data.classes import classes_in, classes_of, classes_of_config
 from ..freeze import compile_patterns
 from ..lazy_config import load_lazy_config
-from ..rules import check_model
+from ..rules import assertions_told, check_model
 from .running import Teacher
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,8 @@ class _Plan:
             config = student_config(self.config)
             config.MODEL.DEVICE = device
             check_model(config, f"the teacher's config '{self.config_file}'")
-            return build_model(config)
+            with assertions_told(f"the teacher '{self.config_file}'"):
+                return build_model(config)
         return instantiate(self.config.model).to(device)
 
     def classes(self) -> list[str] | None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
+from runs import Job
 
 from distill_d2.engine.setup import choose_device
 from distill_d2.testing import save_teacher, tiny_config
@@ -20,6 +21,14 @@ def test_a_wrong_value_stops_a_run_before_data_are_read(job):
     job.fails(ValueError, "MODEL.DEVICE is 'gpu'", opts=["MODEL.DEVICE", "gpu"])
     with pytest.raises(ValueError, match="INPUT.MAX_SIZE_TEST is 0"):
         job.run("--eval-only", opts=["SOLVER.MAX_ITER", 0, "INPUT.MAX_SIZE_TEST", 0])
+
+
+@pytest.mark.parametrize("distill", [False, True])
+def test_what_detectron2_asserts_while_it_builds_a_model_is_told(tmp_path, distill):
+    """That the levels of the regions' heads are a pyramid, in this case."""
+    job = Job(tmp_path, "faster")
+    opts = ["MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p4"]]
+    job.fails(ValueError, "cannot be built from its config", "pyramid", distill=distill, opts=opts)
 
 
 def test_a_wrong_value_of_a_teacher_names_its_file(job):

@@ -271,6 +271,12 @@ ROWS = [
         {"INPUT__CROP__ENABLED": True, "INPUT__CROP__SIZE": [300, 300]},
         ["INPUT.CROP.SIZE", "at most 1"],
     ),
+    (
+        "retinanet",
+        {"INPUT__CROP__ENABLED": True, "INPUT__CROP__SIZE": [0.9, 0.9], "INPUT__CROP__TYPE": "absolute"},
+        ["INPUT.CROP.SIZE", "integers"],
+    ),
+    ("retinanet", {"TEST__EXPECTED_RESULTS": [["bbox", "AP"]]}, ["TEST.EXPECTED_RESULTS", "4 values"]),
     ("retinanet", {"INPUT__MAPPER": "mine"}, ["INPUT.MAPPER is 'mine'", "one of ['']"]),
     ("retinanet", {"INPUT__AUGMENTATIONS": "sdd"}, ["INPUT.AUGMENTATIONS", "the closest are ['ssd']"]),
     ("retinanet", {"TEST__AUG__ENABLED": True}, ["TEST.AUG.ENABLED is True", "tools/train_net.py"]),
@@ -325,6 +331,8 @@ ROWS = [
         {"MODEL__RESNETS__DEPTH": 18},
         ["MODEL.BACKBONE.NAME", "MODEL.RESNETS.RES2_OUT_CHANNELS = 64"],
     ),
+    ("retinanet", {"MODEL__RETINANET__NORM": "GN"}, ["MODEL.FPN.OUT_CHANNELS is 16", "multiple of 32"]),
+    ("retinanet", {"MODEL__FPN__NORM": "GN"}, ["MODEL.BACKBONE.NAME", "divisible"]),
     ("panoptic", {"MODEL__FPN__IN_FEATURES": ["res2", "res9"]}, ["MODEL.BACKBONE.NAME", "res9"]),
     ("distilled", {"MODEL__DISTILLER__TYPES": ["PDK"]}, ["MODEL.DISTILLER.TYPES", "'PKD'"]),
     (
