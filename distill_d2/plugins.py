@@ -18,6 +18,7 @@ read it, and a ``Detector``, which adds its config keys. A whole package::
     from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
     from distill_d2 import DISTILL_LOSS_REGISTRY, DistillLoss, register_view
     from distill_d2.plugins import Detector, register_detector
+    from distill_d2.rules import Number
     from distill_d2.views import RetinaNetView
 
     @META_ARCH_REGISTRY.register()
@@ -36,7 +37,8 @@ read it, and a ``Detector``, which adds its config keys. A whole package::
     def add_config(cfg):
         cfg.MODEL.MY_DETECTOR = type(cfg)({"SCALE": 1.0})
 
-    register_detector(Detector("My detector", "MyDetector", add_config=add_config))
+    rules = {"MODEL.MY_DETECTOR.SCALE": Number(above=0)}
+    register_detector(Detector("My detector", "MyDetector", add_config=add_config, rules=rules))
     DatasetCatalog.register("my_dataset", load_my_dataset)
 
     # pyproject.toml of an installed package; without one: --import my_detector.py

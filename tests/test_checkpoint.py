@@ -1,5 +1,6 @@
 """Checkpoints: read without running their code, written so that none is lost."""
 
+import errno
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from detectron2.utils.file_io import PathManager
 from runs import assert_equal
 from torch import nn
 
-from distill_d2.checkpoint import SafeCheckpointer, direct_address, read_checkpoint
+from distill_d2.checkpoint import SafeCheckpointer, direct_address, read_checkpoint, told_when_full
 from distill_d2.checkpoint.reading import read_pickle
 
 WEIGHT = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
@@ -336,11 +337,11 @@ def test_no_file(tmp_path):
 
 
 def test_no_flipped_byte_is_loaded(tmp_path):
-    """Of a small checkpoint each third byte: the file is refused, or the byte does not matter."""
+    """Of a small checkpoint each seventh byte: the file is refused, or the byte does not matter."""
     path, state = tmp_path / "model.pth", linear().state_dict()
     raw = saved({"model": state})
     harmless = 0
-    for place in range(0, len(raw), 3):
+    for place in range(0, len(raw), 7):
         path.write_bytes(raw[:place] + bytes([raw[place] ^ 0x10]) + raw[place + 1 :])
         try:
             entries = read_checkpoint(str(path))
@@ -348,7 +349,7 @@ def test_no_flipped_byte_is_loaded(tmp_path):
             continue
         harmless += 1
         assert_equal(entries["model"], state)
-    assert harmless < len(raw) / 3  # padding, and copies of the directory's entries
+    assert harmless < len(raw) / 7 / 2  # padding, and copies of the directory's entries
 
 
 def test_files_without_checksums_are_read(tmp_path):
@@ -499,6 +500,15 @@ def test_a_full_disk_leaves_the_older_checkpoint(run):
     assert sorted(os.listdir(run)) == before and resumed(run) == 5
 
 
+@pytest.mark.parametrize("name", [None, "results.json"])
+def test_a_full_disk_is_told_wherever_it_is_met(tmp_path, name):
+    with pytest.raises(
+        OSError, match=rf"cannot write .*{name or 'a file in'}.*: No space left.*, \d+ are free"
+    ):
+        with told_when_full(str(tmp_path)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+
 @pytest.mark.parametrize("name", ["model_1", "model_2"])
 def test_failure_while_writing_loses_nothing(tmp_path, monkeypatch, name):
     model = linear()
@@ -515,7 +525,7 @@ def test_failure_while_writing_loses_nothing(tmp_path, monkeypatch, name):
         checkpointer.save(name, iteration=2)
 
     assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth"
-    assert not (tmp_path / "model_2.pth").exists()
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_1.pth"]
     other = nn.Linear(3, 2)
     rest = SafeCheckpointer(other, str(tmp_path)).resume_or_load("", resume=True)
     assert rest == {"iteration": 1} and (other.weight == 0).all()

@@ -174,7 +174,8 @@ def test_file_in_two_processes(tmp_path, package, config):
     words = ["INPUT.AUGMENTATIONS", "wheat_flips"]
     text, metrics = train(config, "--import", package, "--num-procs", 2, *words)
     assert math.isfinite(metrics["loss_wheat"]) and metrics["loss_wheat"] > 0
-    assert text.count("scale of the wheat: 2.0") == text.count("augmentations of the wheat") == 2
+    assert text.count("scale of the wheat: 2.0") == 2
+    assert text.count("augmentations of the wheat") == 3  # once more where the mapper is tried
     assert f"Imported wheat_detector ({package}; --import {package})" in text
     assert (tmp_path / "output" / "imports.txt").read_text() == f"{package}\n"
 

@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from distill_d2.checkpoint import read_checkpoint
+from distill_d2.checkpoint import read_checkpoint, write_whole
 from distill_d2.config import student_config
 from distill_d2.engine import load_config
 from distill_d2.mistakes import add_debug_argument, ending_on_mistakes
@@ -178,20 +178,11 @@ def _may_be_missing(name: str) -> bool:
 
 
 def write(path: str, weights: Weights, author: str) -> None:
-    """Write the checkpoint under a temporary name first, so that an older one is never lost."""
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "wb") as file:
-            # A plain dict: with torchvision's metadata, some versions of detectron2 would take the
-            # frozen norms for ones of an old format and change their variances.
-            torch.save({"model": dict(weights), "__author__": author}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        if os.path.isfile(partial):
-            os.remove(partial)
-        raise
+    """Write the checkpoint, so that an older one is never lost."""
+    # A plain dict: with torchvision's metadata, some versions of detectron2 would take the
+    # frozen norms for ones of an old format and change their variances.
+    entries = {"model": dict(weights), "__author__": author}
+    write_whole(path, lambda file: torch.save(entries, file))
 
 
 def listing(names: Sequence[str], most: int = MOST_NAMES) -> str:

@@ -10,7 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from .addresses import direct_address, local_file
 from .choosing import LAST, choose
-from .integrity import check_weights
+from .integrity import check_finite, check_weights
 from .reading import errors_name_file, read_pickle, read_pycls, read_torch
 from .writing import write_whole
 
@@ -140,6 +140,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             else:
                 checkpoint = super()._load_file(filename)
             check_weights(checkpoint["model"])
+            check_finite(checkpoint)
             return checkpoint
 
     def _torch_load(self, filename: str) -> dict[str, Any]:

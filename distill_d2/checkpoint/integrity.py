@@ -93,6 +93,32 @@ def check_weights(weights: Any) -> None:
         )
 
 
+def check_finite(entries: Mapping[str, Any]) -> None:
+    """Raises Refused if tensors of a checkpoint (weights, optimizers' states) hold NaN or infinity."""
+    bad, todo = [], [("", entries)]
+    while todo:
+        name, value = todo.pop()
+        if isinstance(value, (Mapping, list, tuple)):
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            todo += [(f"{name}.{key}" if name else str(key), item) for key, item in items]
+            continue
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            value = torch.as_tensor(value)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not is_finite(value):
+            count = int((~torch.isfinite(value)).sum())
+            bad.append(f"{name} ({count} of {value.numel()} numbers)")
+    if bad:
+        raise Refused(
+            f"it holds NaN or infinity in {len(bad)} tensors: {', '.join(sorted(bad)[:5])}. The training that "
+            "wrote it has diverged; give an earlier checkpoint (with --resume: remove this file)"
+        )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a tensor are finite."""
+    return bool(torch.isfinite(tensor).all())
+
+
 def what_it_is(path: str) -> str:
     """A file that is known to be no checkpoint, in words; "" if it is not known."""
     size = os.path.getsize(path)

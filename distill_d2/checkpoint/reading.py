@@ -18,7 +18,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 from .addresses import local_file
-from .integrity import Refused, check_sizes, check_whole, is_zip, what_it_is
+from .integrity import Refused, check_finite, check_sizes, check_whole, is_zip, what_it_is
 
 # Whatever unpickling a truncated, damaged or hostile file may raise (besides OSError without a file name).
 _READ_ERRORS = (
@@ -131,7 +131,9 @@ def read_checkpoint(path: str, *, stubs: Sequence[str] = ()) -> dict[str, Any]:
     """
     path = local_file(path)
     with errors_name_file(path), stub_globals(stubs):
-        return read_torch(path)
+        entries = read_torch(path)
+        check_finite(entries)
+        return entries
 
 
 def read_torch(filename: str) -> dict[str, Any]:
@@ -140,6 +142,9 @@ def read_torch(filename: str) -> dict[str, Any]:
     Raises:
         Refused, RuntimeError, zipfile.BadZipFile, ...: they cannot be read; see ``errors_name_file``.
     """
+    other = what_it_is(filename)
+    if other:
+        raise Refused(other)
     check_whole(filename)
     entries = torch.load(filename, map_location="cpu", weights_only=True)
     check_sizes(entries, filename)

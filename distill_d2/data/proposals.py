@@ -79,9 +79,10 @@ def read_proposals(path: str) -> dict[str, Any]:
 def _check_lengths(proposals: dict[str, Any], path: str) -> None:
     lists = {key: proposals[key] for key in _KEYS}
     lengths = {
-        key: len(v) if isinstance(v, (list, tuple, np.ndarray)) else v for key, v in lists.items()
+        key: len(v) if isinstance(v, (list, tuple, np.ndarray)) else f"no list, but {v!r:.50}"
+        for key, v in lists.items()
     }
-    if len(set(map(str, lengths.values()))) > 1 or not isinstance(lengths["ids"], int):
+    if len(set(lengths.values())) > 1 or not isinstance(lengths["ids"], int):
         raise ValueError(
             f"the {_KIND} '{path}': expected lists of one length, an entry for each image; found {lengths}"
         )

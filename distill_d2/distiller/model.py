@@ -18,7 +18,7 @@ from ..initialize_losses import initialize_losses
 from ..initialize_student import initialize_student
 from ..losses import DistillLoss
 from ..losses.settings import is_finite
-from ..rules import check_model
+from ..rules import assertions_told, check_model
 from ..teacher import Teacher
 from ..views import Batch, build_view
 from .building import node_arguments, separate_randomness
@@ -145,7 +145,8 @@ class Distiller(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         config = student_config(cfg)
         check_model(config)
-        student = META_ARCH_REGISTRY.get(config.MODEL.META_ARCHITECTURE)(config)
+        with assertions_told("the student"):
+            student = META_ARCH_REGISTRY.get(config.MODEL.META_ARCHITECTURE)(config)
         return {
             "student": student,
             **node_arguments(cfg.MODEL.DISTILLER, cfg.MODEL.DEVICE, cfg.DATASETS.TRAIN),

@@ -11,6 +11,7 @@ from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
+from ..checkpoint import write_whole
 from ..config import EXTRA_KEY, add_distill_config, dump, student_config
 from ..data import with_absolute_paths
 
@@ -25,13 +26,19 @@ _DISTILLATION_COMMENT = f"""\
 """
 
 
-def write_configs(cfg: CfgNode) -> None:
-    """Write the config files of a run to its OUTPUT_DIR."""
-    with open(os.path.join(cfg.OUTPUT_DIR, STUDENT_FILE), "w", encoding="utf-8") as file:
-        file.write(_STUDENT_COMMENT + plain_student_config(cfg).dump())
+def write_configs(cfg: CfgNode, train: bool) -> None:
+    """Write the config files of a run to its OUTPUT_DIR.
+
+    Args:
+        train: it trains; then the distill_config.yaml of an earlier run does not stay.
+    """
+    _write(cfg.OUTPUT_DIR, STUDENT_FILE, _STUDENT_COMMENT + plain_student_config(cfg).dump())
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
-        with open(os.path.join(cfg.OUTPUT_DIR, DISTILLATION_FILE), "w", encoding="utf-8") as file:
-            file.write(_DISTILLATION_COMMENT + dump(_with_absolute_paths(cfg)))
+        _write(
+            cfg.OUTPUT_DIR, DISTILLATION_FILE, _DISTILLATION_COMMENT + dump(_with_absolute_paths(cfg))
+        )
+    elif train and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, DISTILLATION_FILE)):
+        os.remove(os.path.join(cfg.OUTPUT_DIR, DISTILLATION_FILE))
 
 
 def plain_student_config(cfg: CfgNode) -> CfgNode:
@@ -53,6 +60,10 @@ def check_is_no_student_config(config_file: str) -> None:
         raise ValueError(
             f"--config-file '{config_file}' describes a student alone; to distill, take '{whole}'"
         )
+
+
+def _write(folder: str, name: str, text: str) -> None:
+    write_whole(os.path.join(folder, name), lambda file: file.write(text.encode()))
 
 
 def _drop_defaults(node: CfgNode, defaults: CfgNode, known: CfgNode) -> None:

@@ -124,6 +124,7 @@ COMMON: dict[str, Rule] = {
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": _COUNT,
     "DATASETS.CHECK": Choice(("all", "none")),
     "TEST.KEYPOINT_OKS_SIGMAS": Sequence(_POSITIVE, count=_keypoints),
+    "TEST.EXPECTED_RESULTS": Sequence(Sequence(count=(4,))),
     "TEST.AUG.ENABLED": Unused(
         False,
         "test-time augmentation is not part of this package. Evaluate the checkpoint, which holds a plain "
@@ -207,14 +208,19 @@ def check_keys(cfg: CfgNode, train: bool = True) -> None:
         ValueError: a value has a wrong type, is out of range or unknown, or has no effect; the message names
             the key, the value and what was expected.
     """
-    context = Context(student_config(cfg))
+    relations = functools.partial(_relations, train=train)
+    check_rules(Context(student_config(cfg)), run_rules(cfg, train), relations)
+
+
+def run_rules(cfg: CfgNode, train: bool = True) -> dict[str, Rule]:
+    """The rules of all keys that a run with this config reads; arguments of ``check_keys``."""
     known = (*(name for name, _ in DISTILL_LOSS_REGISTRY), *detectors())
-    rules = {**_types(known), **model_rules(context), **COMMON}
+    rules = {**_types(known), **model_rules(Context(student_config(cfg))), **COMMON}
     if train:
         rules.update(TRAINING)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
         rules.update({f"MODEL.DISTILLER.{name}": rule for name, rule in DISTILLATION.items()})
-    check_rules(context, rules, functools.partial(_relations, train=train))
+    return rules
 
 
 def check_lazy_keys(cfg: DictConfig) -> None:
@@ -255,6 +261,8 @@ def _relations(context: Context, train: bool) -> Iterator[str]:
     crop, solver = cfg.INPUT.CROP, cfg.SOLVER
     if crop.ENABLED and crop.TYPE.startswith("relative") and max(crop.SIZE) > 1:
         yield f"INPUT.CROP.SIZE is {crop.SIZE}; expected parts of an image, at most 1 for TYPE '{crop.TYPE}'"
+    if crop.ENABLED and crop.TYPE.startswith("absolute") and not all(type(n) is int for n in crop.SIZE):
+        yield f"INPUT.CROP.SIZE is {crop.SIZE}; expected integers, pixels, for TYPE '{crop.TYPE}'"
     if crop.ENABLED and crop.TYPE == "absolute_range" and crop.SIZE[0] > crop.SIZE[1]:
         yield f"INPUT.CROP.SIZE is {crop.SIZE}; expected the smallest side, then the largest"
     cosine = solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
@@ -299,9 +307,10 @@ def _proposal_relations(cfg: CfgNode, splits: Iterable[str]) -> Iterator[str]:
             f"MODEL.PROPOSAL_GENERATOR.NAME is '{cfg.MODEL.PROPOSAL_GENERATOR.NAME}' (files of proposals are for "
             "'PrecomputedProposals')"
         )
-    if not cfg.MODEL.LOAD_PROPOSALS:
-        return
     for split in splits:
-        for name in cfg.DATASETS[f"PROPOSAL_FILES_{split}"]:
+        names = cfg.DATASETS[f"PROPOSAL_FILES_{split}"]
+        if names and not cfg.MODEL.LOAD_PROPOSALS:
+            yield f"DATASETS.PROPOSAL_FILES_{split} is {names!r}, which needs MODEL.LOAD_PROPOSALS True"
+        for name in names if cfg.MODEL.LOAD_PROPOSALS else ():
             if "://" not in name and not os.path.isfile(name):
                 yield f"DATASETS.PROPOSAL_FILES_{split} names '{name}', which does not exist"

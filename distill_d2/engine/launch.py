@@ -38,6 +38,11 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     add_import_argument(parser)
     add_debug_argument(parser)
+    parser.add_argument(
+        "--detect-anomaly",
+        action="store_true",
+        help="repeat a step whose loss is not finite, and name the operation; slower on a GPU",
+    )
     # detectron2's address, fixed per user, is for several machines; one machine takes a free port,
     # so that two runs do not collide.
     parser.set_defaults(dist_url=None, default_dist_url=parser.get_default("dist_url"))

@@ -48,7 +48,7 @@ from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
 from .output_dir import claim, kept
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
-from .setup import choose_device, note_imports
+from .setup import choose_device, note_imports, weights_read
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
             "model L(Distiller)(...), so there is nothing to distill"
         )
     check_lazy_keys(cfg)
-    weights = [cfg.train.get("init_checkpoint", ""), *_weights_of_losses(cfg)]
-    claim(cfg.train.output_dir, "train.output_dir", args, weights)
+    claim(cfg.train.output_dir, "train.output_dir", args, lambda: weights_read(cfg, distill))
     register_shapes()
     register_builtin_voc()
     with kept(os.path.join(cfg.train.output_dir, "config.yaml"), args.eval_only):
@@ -216,11 +215,6 @@ def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
             continue
         if key[:1] not in ("+", "~") and OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
             raise KeyError(f"unknown config key '{key}'; +{key}=... adds a new one")
-
-
-def _weights_of_losses(cfg: DictConfig) -> list[str]:
-    node = cfg.get("distiller") or {}
-    return [node.get(key, "") for key in ("TEACHER_WEIGHTS", "PRELOAD_TEACHER")]
 
 
 def _locate_teacher(cfg: DictConfig, folder: str, needed: bool) -> None:

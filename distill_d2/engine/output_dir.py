@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from detectron2.utils import comm
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 _PROBE_BYTES = 1 << 16
+_BUSY = (errno.EACCES, errno.EAGAIN)  # another process has the lock
+_PATIENCE = 15.0  # seconds in which the processes of a killed run end
 # What else a run writes, beside checkpoints and metrics; its log and config are kept, and continued.
 _WRITTEN = (
     "events.out.tfevents.*",
@@ -35,14 +37,14 @@ _WRITTEN = (
 _held: dict[str, TextIO] = {}
 
 
-def claim(folder: str, key: str, args: Any, weights: Iterable[str] = ()) -> None:
+def claim(folder: str, key: str, args: Any, weights: Callable[[], Iterable[str]]) -> None:
     """Check that a run may write to a folder, create it, and keep other runs out until this process ends or
     calls ``release``. Call it before anything is written. --eval-only neither needs nor locks the folder.
 
     Args:
         key: the config key of the folder, for messages.
         args: of ``argument_parser``.
-        weights: paths that this run reads, which --overwrite must not remove.
+        weights: returns paths that this run reads, which --overwrite must not remove.
 
     Raises:
         ValueError: another run's checkpoints or metrics are there, and neither --resume nor --overwrite is
@@ -60,7 +62,7 @@ def claim(folder: str, key: str, args: Any, weights: Iterable[str] = ()) -> None
         _check_used(folder, key, args.overwrite, weights)
     check_writable(folder, key)
     if comm.is_main_process():
-        _lock(folder, key)
+        _lock(folder, key, _PATIENCE if args.resume else 0.0)
         _remove_partial(folder)
 
 
@@ -95,10 +97,10 @@ def kept(path: str, active: bool) -> Iterator[None]:
             write_whole(path, lambda file: file.write(content))
 
 
-def _check_used(folder: str, key: str, overwrite: bool, weights: Iterable[str]) -> None:
+def _check_used(folder: str, key: str, overwrite: bool, weights: Callable[[], Iterable[str]]) -> None:
     if overwrite:
         removed = {os.path.realpath(path) for path in _of_a_run(folder)}
-        needed = [path for path in weights if path and os.path.realpath(path) in removed]
+        needed = [path for path in weights() if path and os.path.realpath(path) in removed]
         if needed:
             raise ValueError(
                 f"--overwrite would remove '{needed[0]}', which this run reads; copy it to another folder, or use "
@@ -121,30 +123,30 @@ def check_writable(path: str, key: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
         probe = os.path.join(path, f".writable-{os.getpid()}")
-        try:
-            with open(probe, "wb") as file:
-                file.write(bytes(_PROBE_BYTES))
-        finally:
-            if os.path.exists(probe):
-                os.remove(probe)
+        write_whole(probe, lambda file: file.write(bytes(_PROBE_BYTES)))
+        os.remove(probe)
     except OSError as error:
         raise OSError(f"{key} '{path}' cannot be written to: {error}") from error
 
 
-def _lock(folder: str, key: str) -> None:
+def _lock(folder: str, key: str, patience: float) -> None:
     """Keep other processes out. The kernel ends the lock with this process, however that ends; unlike those of
-    flock, locks of fcntl are not inherited by worker processes, which may live a little longer."""
+    flock, locks of fcntl are not inherited by worker processes, which may live a little longer.
+
+    Args:
+        patience: seconds to wait for a lock.
+    """
     place, path = os.path.realpath(folder), os.path.join(folder, _LOCK)
     if place in _held:
         return
     file = open(path, "a+")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_within(file, patience)
     except OSError as error:
         file.seek(0)
         owner = file.read().strip()
         file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):
+        if error.errno in _BUSY:
             raise ValueError(
                 f"{key} '{folder}': another run is writing there ({owner}). Wait for it, end it, or use another "
                 "folder"
@@ -155,6 +157,18 @@ def _lock(folder: str, key: str) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
     file.flush()
     _held[place] = file
+
+
+def _lock_within(file: TextIO, seconds: float) -> None:
+    """Raises OSError if the file cannot be locked in this time."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.2)
 
 
 def _remove_partial(folder: str) -> None:

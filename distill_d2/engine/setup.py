@@ -20,11 +20,13 @@ from ..evaluation import try_evaluator
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
 from ..plugins import ground_truth, of_student
+from ..teacher import teacher_weights
 from .config_loading import load_config, output_dir
 from .config_writing import check_is_no_student_config, write_configs
 from .key_rules import check_keys
 from .output_dir import claim, kept
 from .random_state import random_state, set_random_state
+from .settings import RunSettings
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -59,14 +61,12 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
         build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
-    node = cfg.MODEL.DISTILLER
-    weights = [cfg.MODEL.WEIGHTS, node.TEACHER_WEIGHTS, node.PRELOAD_TEACHER]
-    claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, weights)
+    claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, lambda: weights_read(cfg, distill))
     cfg.freeze()
     with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
         default_setup(cfg, args)
         if comm.is_main_process():
-            write_configs(cfg)
+            write_configs(cfg, train=not args.eval_only)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
     for detector in of_student(cfg):
@@ -108,6 +108,14 @@ def _with_distiller(cfg: CfgNode) -> CfgNode:
         cfg.MODEL.META_ARCHITECTURE = "Distiller"
     student_config(cfg)  # raises if STUDENT_META_ARCH is empty
     return cfg
+
+
+def weights_read(cfg: Any, distill: bool) -> list[str]:
+    """Paths and addresses of the weights that a run reads."""
+    settings = RunSettings.from_config(cfg)
+    node = settings.distiller
+    teacher = [teacher_weights(node)] if distill and node.MODEL_DISTILLER_CONFIG else []
+    return [settings.weights, node.PRELOAD_TEACHER, *teacher]
 
 
 def choose_device(device: str, num_gpus: int) -> str:

@@ -14,6 +14,10 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .nonfinite import describe_weights, rerun
+from .random_state import random_state, set_random_state
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,14 @@ def _check_finite(losses: Mapping[str, float], step: _Pending) -> None:
     bad = {name: loss for name, loss in losses.items() if not math.isfinite(loss)}
     if not bad:
         return
+    # All processes are here, because they have the same averages.
+    images = enumerate(comm.all_gather(step.images))
+    listing = "; ".join(f"of process {rank} {', '.join(names)}" for rank, names in images)
     raise FloatingPointError(
         f"at iteration {step.iteration} these losses are not finite: {bad}; all: {dict(losses)}. "
-        f"The images of process {comm.get_rank()} were {', '.join(step.images)}. No checkpoint of this step "
-        "is written; lower SOLVER.BASE_LR or the loss's WEIGHT, raise its WARMUP_ITERS, or enable "
-        "SOLVER.CLIP_GRADIENTS, and --resume from the last checkpoint"
+        f"The images (height x width) were {listing}. No checkpoint of this step is written; lower "
+        "SOLVER.BASE_LR or the loss's WEIGHT, raise its WARMUP_ITERS, or enable SOLVER.CLIP_GRADIENTS, and "
+        "--resume from the last checkpoint; --detect-anomaly names the operation"
     )
 
 
@@ -123,7 +130,12 @@ def _image_names(batch: Sequence[Any]) -> list[str]:
 
 
 class TrainStep(SimpleTrainer):
-    """detectron2's step, with autocast on any device, several optimizers and a LossReport."""
+    """detectron2's step, with autocast on any device, several optimizers and a LossReport.
+
+    Attributes:
+        detect_anomaly: wait for the losses of each step before its update, and repeat a step whose losses are
+            not finite to name the operation.
+    """
 
     def __init__(
         self,
@@ -151,13 +163,14 @@ class TrainStep(SimpleTrainer):
         self.stop_requested = False
         self.own_optimizers = dict(own_optimizers)
         self.frozen_parameters = frozen_parameters
+        self.detect_anomaly = False
 
     def run_step(self) -> None:
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         get_event_storage().put_scalar("data_time", time.perf_counter() - start)
-        with self._autocast():
-            losses = self.model(data)
+        state = random_state() if self.detect_anomaly else {}
+        losses = self._forward(data)
         optimizers = [self.optimizer, *self.own_optimizers.values()]
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -165,10 +178,42 @@ class TrainStep(SimpleTrainer):
         for parameter in self.frozen_parameters():
             parameter.grad = None  # not zero: weight decay and momentum would still move it
         self.after_backward()
-        self.report.push(
-            losses, self.iter, self.stop_requested, self._gradient_norms(), _image_names(data)
-        )
+        try:
+            self.report.push(
+                losses, self.iter, self.stop_requested, self._gradient_norms(), _image_names(data)
+            )
+            if self.detect_anomaly:
+                self.report.flush()
+        except FloatingPointError as error:
+            raise FloatingPointError(str(error) + self._explain(data, state)) from None
         self._update(optimizers)
+
+    def _forward(self, data: Any) -> dict[str, torch.Tensor]:
+        try:
+            with self._autocast():
+                return self.model(data)
+        except FloatingPointError as error:  # of detectron2's RPN
+            raise FloatingPointError(
+                f"at iteration {self.iter}: {error} The images of process {comm.get_rank()} (height x width) were "
+                f"{', '.join(_image_names(data))}.{describe_weights(self._plain_model())}"
+            ) from error
+
+    def _plain_model(self) -> nn.Module:
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def _explain(self, data: Any, state: dict[str, Any]) -> str:
+        """What the weights say about losses that are not finite, and with detect_anomaly the operation."""
+        text = describe_weights(self._plain_model())
+        if not self.detect_anomaly:
+            late = text and self.device.type != "cpu"
+            return f"{text} On a GPU the step itself may have changed them." if late else text
+
+        def compute() -> dict[str, torch.Tensor]:
+            set_random_state(state)
+            with self._autocast():
+                return self._plain_model()(data)
+
+        return text + rerun(self._plain_model(), compute)
 
     def _update(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """GradScaler takes no optimizer without gradients; a plain step of it changes nothing."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -35,34 +36,77 @@ class Key:
     below: float | None = None
     odd: bool = False
 
-    @property
-    def expected(self) -> str:
-        """The allowed values in words."""
+    def expected(self, setting: Field) -> str:
+        """The allowed values of a setting in words."""
         if self.choices is not None:
             return f"one of {list(self.choices)}"
         names = ("at_least", "above", "at_most", "below")
         bounds = [(name.replace("_", " "), getattr(self, name)) for name in names]
         text = " and ".join(f"{name} {bound}" for name, bound in bounds if bound is not None)
-        return ("an odd number" if self.odd else "a finite number") + (", " + text if text else "")
+        return ("an odd number" if self.odd else _kind(setting).value) + (", " + text if text else "")
 
-    def allows(self, value: Any, number: bool) -> bool:
-        """Whether a setting may have this value.
-
-        Args:
-            number: the setting is a number, which must be finite.
-        """
+    def allows(self, value: Any, setting: Field) -> bool:
+        """Whether a setting may have this value. Its type is that of the default; numbers are finite."""
         if self.choices is not None:
             return value in self.choices
-        if not number:
-            return True
+        kind = _kind(setting)
+        if kind not in (_Kind.NUMBER, _Kind.INTEGER):
+            return _has_kind(value, kind)
         return (
-            is_finite(value)
+            _has_kind(value, kind)
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
             and (not self.odd or value % 2 == 1)
         )
+
+
+class _Kind(enum.Enum):
+    """What a setting is, in words."""
+
+    FLAG = "True or False"
+    INTEGER = "an integer"
+    NUMBER = "a finite number"
+    TEXT = "a text"
+    NUMBERS = "a list of finite numbers"
+    TEXTS = "a list of texts"
+    ANY = "any value"
+
+
+def _kind(setting: Field) -> _Kind:
+    """Of a setting, from its default and, for what a default leaves open, its annotation."""
+    default, annotation = setting.default, str(setting.type)
+    if isinstance(default, bool):
+        return _Kind.FLAG
+    if isinstance(default, (int, float)):
+        whole = isinstance(default, int) and "float" not in annotation
+        return _Kind.INTEGER if whole else _Kind.NUMBER
+    if isinstance(default, str):
+        return _Kind.TEXT
+    if isinstance(default, tuple) and "str" in annotation:
+        return _Kind.TEXTS
+    if isinstance(default, tuple) and ("float" in annotation or "int" in annotation):
+        return _Kind.NUMBERS
+    return _Kind.ANY
+
+
+def _has_kind(value: Any, kind: _Kind) -> bool:
+    if kind in (_Kind.TEXTS, _Kind.NUMBERS):
+        item = _Kind.TEXT if kind is _Kind.TEXTS else _Kind.NUMBER
+        return (
+            isinstance(value, Sequence)
+            and not isinstance(value, str)
+            and all(_has_kind(each, item) for each in value)
+        )
+    if kind is _Kind.FLAG:
+        return isinstance(value, (bool, np.bool_))
+    if kind is _Kind.TEXT:
+        return isinstance(value, str)
+    if kind is _Kind.ANY:
+        return True
+    whole = (int, np.integer) if kind is _Kind.INTEGER else object
+    return is_finite(value) and isinstance(value, whole) and not isinstance(value, bool)
 
 
 def is_finite(value: Any) -> bool:
@@ -104,15 +148,16 @@ class SettingError(ValueError):
 class LossSettings:
     """The settings of every loss; a loss adds its own in a subclass.
 
-    Numbers must be finite. Rules of one field are stated in ``key``, others in ``__post_init__``.
+    A value has the type of the default, and numbers are finite. Rules of one field are stated in ``key``,
+    others in ``__post_init__``.
 
     Raises:
         SettingError: a value is not allowed; the message names the key.
     """
 
     weight: float = key(1.0, "Multiplies all terms of the loss.", at_least=0)
-    start_iter: int = key(0, "First iteration (from 0) with the loss.")
-    stop_iter: int = key(-1, "First iteration without the loss; -1: it never stops.")
+    start_iter: int = key(0, "First iteration (from 0) with the loss.", at_least=0)
+    stop_iter: int = key(-1, "First iteration without the loss; -1: it never stops.", at_least=-1)
     warmup_iters: int = key(
         0, "From START_ITER on, WEIGHT is reached linearly in this many iterations.", at_least=0
     )
@@ -120,8 +165,8 @@ class LossSettings:
     def __post_init__(self) -> None:
         for each in fields(self):
             rule = each.metadata.get("key") or Key()
-            allowed = rule.allows(getattr(self, each.name), type(each.default) in (int, float))
-            self.require(each.name, allowed, rule.expected)
+            allowed = rule.allows(getattr(self, each.name), each)
+            self.require(each.name, allowed, rule.expected(each))
         stops_later = self.stop_iter < 0 or self.stop_iter > self.start_iter
         self.require("stop_iter", stops_later, f"-1 or above START_ITER, which is {self.start_iter}")
 

@@ -4,7 +4,7 @@ A table maps the full name of a key to a rule (``kinds``). ``model`` has the tab
 engine that of a run, a plugin's ``Detector.rules`` those of its own keys; ``LossSettings`` has the losses' keys.
 """
 
-from .check import RuleError, check_rules
+from .check import RuleError, check_rules, faults
 from .context import Context
 from .kinds import (
     Anything,
@@ -21,7 +21,7 @@ from .kinds import (
     norm,
     rule_of,
 )
-from .model import check_model, default_rules, model_relations, model_rules
+from .model import assertions_told, check_model, default_rules, model_relations, model_rules
 
 __all__ = [
     "Anything",
@@ -36,9 +36,11 @@ __all__ = [
     "Sequence",
     "Text",
     "Unused",
+    "assertions_told",
     "check_model",
     "check_rules",
     "default_rules",
+    "faults",
     "fraction",
     "model_relations",
     "model_rules",

@@ -55,13 +55,15 @@ class Context:
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 return list(build_backbone(self.cfg).output_shape())
-        except (AssertionError, KeyError) as error:
+        except (AssertionError, KeyError, ValueError) as error:
+            if "MODEL." in str(error) and isinstance(
+                error, ValueError
+            ):  # of a project, which names the key
+                raise
             raise ValueError(
                 f"the backbone '{name}' (MODEL.BACKBONE.NAME) cannot be built from this config: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        except ValueError:
-            raise
         except Exception:  # a user's backbone that needs its weights, or a device
             return None
 

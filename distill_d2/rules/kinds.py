@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, ClassVar
 
 import numpy as np
 from fvcore.common.registry import Registry
@@ -70,8 +70,8 @@ class Number(Rule):
     below: float | None = None
     also: tuple[Any, ...] = ()
 
-    name = "a finite number"
-    types: tuple[type, ...] = (int, float, np.integer, np.floating)
+    name: ClassVar[str] = "a finite number"
+    types: ClassVar[tuple[type, ...]] = (int, float, np.integer, np.floating)
 
     def expected(self, value: Any, context: Context) -> str:
         if any(value is each or (self._is_number(value) and value == each) for each in self.also):
@@ -100,13 +100,13 @@ class Number(Rule):
 
 @dataclass(frozen=True)
 class Integer(Number):
-    name = "an integer"
-    types = (int, np.integer)
+    name: ClassVar[str] = "an integer"
+    types: ClassVar[tuple[type, ...]] = (int, np.integer)
 
 
-def fraction(**bounds: float) -> Number:
+def fraction() -> Number:
     """A number from 0 to 1."""
-    return Number(**{"at_least": 0, "at_most": 1, **bounds})
+    return Number(at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)

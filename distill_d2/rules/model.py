@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
 from detectron2.config import CfgNode
@@ -301,6 +302,16 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
 ]
 
 
+#: Norms of heads, the condition that they are read, and the channels that a group norm divides.
+_GROUPS = 32
+_GROUPED: list[tuple[Callable[[Context], bool], str, str]] = [
+    (lambda context: context.has(RetinaNet), "MODEL.RETINANET.NORM", "MODEL.FPN.OUT_CHANNELS"),
+    (_heads(StandardROIHeads), "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_BOX_HEAD.CONV_DIM"),
+    (_has_masks, "MODEL.ROI_MASK_HEAD.NORM", "MODEL.ROI_MASK_HEAD.CONV_DIM"),
+    (_has_segmentation, "MODEL.SEM_SEG_HEAD.NORM", "MODEL.SEM_SEG_HEAD.CONVS_DIM"),
+]
+
+
 def model_rules(context: Context) -> dict[str, Rule]:
     """The rules of all keys that the config's model reads, those of its plugins included."""
     rules: dict[str, Rule] = {}
@@ -329,12 +340,14 @@ def model_relations(context: Context) -> Iterator[str]:
     if _heads(StandardROIHeads)(context) and model.ROI_BOX_HEAD.NAME == "FastRCNNConvFCHead":
         if not model.ROI_BOX_HEAD.NUM_FC + model.ROI_BOX_HEAD.NUM_CONV:
             yield "MODEL.ROI_BOX_HEAD.NUM_FC and NUM_CONV are 0; expected at least one layer"
+    for read, norm_key, channels_key in _GROUPED:
+        channels = context.value(channels_key)
+        if read(context) and context.value(norm_key) == "GN" and channels % _GROUPS:
+            yield f"{channels_key} is {channels}; expected a multiple of {_GROUPS} for {norm_key} 'GN'"
     if _rcnn(context) and model.ROI_BOX_HEAD.USE_FED_LOSS and not model.ROI_BOX_HEAD.USE_SIGMOID_CE:
         yield "MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True; expected USE_SIGMOID_CE True as well"
     if _heads(CascadeROIHeads)(context):
         yield from _cascade_relations(model)
-    if _resnet(context) and model.RESNETS.DEPTH in (18, 34):
-        yield from _small_resnet_relations(model.RESNETS)
 
 
 def _cascade_relations(model: CfgNode) -> Iterator[str]:
@@ -346,22 +359,6 @@ def _cascade_relations(model: CfgNode) -> Iterator[str]:
             f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS starts with {first}; expected {wanted}, the first of "
             "MODEL.ROI_HEADS.IOU_THRESHOLDS"
         )
-
-
-def _small_resnet_relations(node: CfgNode) -> Iterator[str]:
-    """What detectron2's ResNets of basic blocks require."""
-    wanted = {
-        "RES2_OUT_CHANNELS": 64,
-        "RES5_DILATION": 1,
-        "NUM_GROUPS": 1,
-        "DEFORM_ON_PER_STAGE": [False] * 4,
-    }
-    for name, value in wanted.items():
-        found = list(node[name]) if isinstance(value, list) else node[name]
-        if found != value:
-            yield (
-                f"MODEL.RESNETS.{name} is {found}; expected {value} for MODEL.RESNETS.DEPTH {node.DEPTH}"
-            )
 
 
 def check_model(cfg: CfgNode, source: str = "") -> None:
@@ -376,6 +373,21 @@ def check_model(cfg: CfgNode, source: str = "") -> None:
     """
     context = Context(cfg)
     check_rules(context, model_rules(context), model_relations, source)
+
+
+@contextlib.contextmanager
+def assertions_told(source: str) -> Iterator[None]:
+    """While a model is built: what detectron2 asserts of its config is a ValueError.
+
+    Args:
+        source: which model it is, for the message.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(
+            f"{source} cannot be built from its config; detectron2 says: {error or 'an assertion fails'}"
+        ) from error
 
 
 def default_rules(node: CfgNode, prefix: str = "") -> dict[str, Rule]:

@@ -5,6 +5,7 @@ from .loading import (
     load_teacher,
     load_teacher_weights,
     teacher_of,
+    teacher_weights,
     untrained_teacher,
 )
 from .running import AUTOCAST_CHOICES, Teacher
@@ -16,5 +17,6 @@ __all__ = [
     "load_teacher",
     "load_teacher_weights",
     "teacher_of",
+    "teacher_weights",
     "untrained_teacher",
 ]

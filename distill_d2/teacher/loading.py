@@ -22,7 +22,7 @@ from ..config import add_distill_config, load_yaml, student_config
 from ..data.classes import classes_in, classes_of, classes_of_config
 from ..freeze import compile_patterns
 from ..lazy_config import load_lazy_config
-from ..rules import check_model
+from ..rules import assertions_told, check_model
 from .running import Teacher
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,16 @@ def load_teacher(
     teacher = Teacher(model, input_format=plan.format_of(model), source=source, **options)
     teacher.check_device(torch.device(device))
     return teacher
+
+
+def teacher_weights(distiller: CfgNode) -> str:
+    """Path or address of the weights of the teacher that a MODEL.DISTILLER node describes.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``load_teacher``.
+    """
+    plan = _plan(distiller.MODEL_DISTILLER_CONFIG, distiller.MODEL_LOAD_OFFICIAL)
+    return _find_weights(distiller.TEACHER_WEIGHTS or plan.weights, plan)
 
 
 def untrained_teacher(distiller: CfgNode, device: str) -> tuple[nn.Module, str]:
@@ -157,7 +167,8 @@ class _Plan:
             config = student_config(self.config)
             config.MODEL.DEVICE = device
             check_model(config, f"the teacher's config '{self.config_file}'")
-            return build_model(config)
+            with assertions_told(f"the teacher '{self.config_file}'"):
+                return build_model(config)
         return instantiate(self.config.model).to(device)
 
     def classes(self) -> list[str] | None:

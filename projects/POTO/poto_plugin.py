@@ -5,6 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 
 from distill_d2.plugins import Detector, register_detector
+from distill_d2.rules import Integer, Levels, Number, Rule, fraction, norm
 
 
 def add_poto_config(cfg: CN) -> None:
@@ -39,12 +40,34 @@ def add_poto_config(cfg: CN) -> None:
     node.TOPK_CANDIDATES_TEST = 1000
 
 
+_COUNT, _COUNT_OR_0, _NOT_NEGATIVE = Integer(at_least=1), Integer(at_least=0), Number(at_least=0)
+
+RULES: dict[str, Rule] = {
+    "MODEL.POTO.NUM_CLASSES": _COUNT,
+    "MODEL.POTO.IN_FEATURES": Levels(),
+    "MODEL.POTO.NUM_CONVS": _COUNT_OR_0,
+    "MODEL.POTO.NORM": norm(),
+    "MODEL.POTO.PRIOR_PROB": Number(above=0, below=1),
+    "MODEL.POTO.ALPHA": fraction(),
+    "MODEL.POTO.CENTER_SAMPLING_RADIUS": _NOT_NEGATIVE,
+    "MODEL.POTO.FOCAL_ALPHA": fraction(),
+    "MODEL.POTO.FOCAL_GAMMA": _NOT_NEGATIVE,
+    "MODEL.POTO.REG_WEIGHT": _NOT_NEGATIVE,
+    "MODEL.POTO.FILTER_KERNEL_SIZE": _COUNT,
+    "MODEL.POTO.FILTER_TAU": _COUNT_OR_0,
+    "MODEL.POTO.FILTER_NORM": norm(),
+    "MODEL.POTO.AUX_TOPK": _COUNT,
+    "MODEL.POTO.SCORE_THRESH_TEST": fraction(),
+    "MODEL.POTO.TOPK_CANDIDATES_TEST": _COUNT,
+}
+
 register_detector(
     Detector(
         "POTO",
         "POTO",
         add_config=add_poto_config,
         num_classes_key="MODEL.POTO.NUM_CLASSES",
+        rules=RULES,
         modules=("distill_d2.projects.poto",),
         family="distill_d2.projects.poto.tiny:FAMILY",
     )

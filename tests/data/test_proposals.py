@@ -92,7 +92,12 @@ def test_names_of_datasets_that_stay_inside():
 def test_addresses_are_told(tmp_path, caplog):
     """Below a folder an address is a missing file; alone it is fetched in training, which is said."""
     folder = write_dataset(tmp_path)["IMAGES"]
-    record = {"image_id": 1, "height": 64, "width": 64, "annotations": [{}]}
+    record = {
+        "image_id": 1,
+        "height": 64,
+        "width": 64,
+        "annotations": [{"bbox": [0, 0, 9, 9], "bbox_mode": 0, "category_id": 0}],
+    }
     names = {"below": f"{folder}/http://host/a.jpg", "alone": "https://host/a.jpg"}
     for name, file_name in names.items():
         DatasetCatalog.register(name, lambda file_name=file_name: [{**record, "file_name": file_name}])

@@ -59,6 +59,8 @@ def test_nothing_to_distil(lazy_job):
         (KeyError, "train.max_itr=4", "train.max_itr"),
         (ValueError, "train.max_iter", "path.key=value"),
         (ValueError, "train.max_iter=0", "train.max_iter is 0"),
+        (ValueError, "train.checkpointer.period=-1", "checkpointer.period is -1; expected"),
+        (ValueError, "distiller.TASK_LOSS_WEIGHT=-1.0", "TASK_LOSS_WEIGHT is -1.0; expected"),
         (ValueError, "distiller.FREEZE=[res7]", "MODEL.DISTILLER.FREEZE: 'res7' matches no name"),
         (ValueError, "+distiller.GID.GI_MODE=positive", "GID.GI_MODE is 'positive'"),
         (ValueError, "+distiller.GID.GI_POST_NMS_TOPK=ten", "GID.GI_POST_NMS_TOPK"),
@@ -89,6 +91,8 @@ def test_options_of_several_processes(lazy_job, monkeypatch):
     changed = {"broadcast_buffers": True, "fp16_compression": True}
     lazy_job.run("train.max_iter=1")
     options = [f"+train.ddp.{key}={value}" for key, value in changed.items()]
+    with pytest.raises(ValueError, match="train.output_dir .* of another run. Give --resume"):
+        lazy_job.run("train.max_iter=1")
     lazy_job.run("--overwrite", "train.max_iter=1", *options)
     assert seen == [plain, {**plain, **changed}]
 

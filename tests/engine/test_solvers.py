@@ -198,10 +198,10 @@ def test_fixed_part_of_the_student(job, key, optimizer, clip):
     job.config.SOLVER.CLIP_GRADIENTS.ENABLED = True
     job.config.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = clip
     job.config.SOLVER.BASE_LR = 1e-3
-    start = job.trainer().plain_model.student
-    start = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    student = job.trainer().plain_model.student
+    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    trained = {name for name, _ in student.named_parameters()}
     job.run(opts=[f"MODEL.DISTILLER.{key}", 2, "SOLVER.CHECKPOINT_PERIOD", 1])
-    trained = {name for name, _ in job.trainer().plain_model.student.named_parameters()}
     fixed = {n for n in trained if n.startswith("backbone.") == (key == "FIX_BACKBONE_BEFORE")}
     for name, moved in (("model_0000001", trained - fixed), ("model_0000002", trained)):
         model = checkpoint(job.output, name)["model"]
@@ -270,7 +270,7 @@ def test_no_term_to_pretrain_with(probe, monkeypatch):
 
 @pytest.mark.parametrize("key", ["PRETRAIN_TEACHER_ITERS", "FIX_BACKBONE_BEFORE", "FIX_HEAD_BEFORE"])
 def test_negative_phases(probe, key):
-    with pytest.raises(ValueError, match=rf"MODEL.DISTILLER.{key}': -1"):
+    with pytest.raises(ValueError, match=rf"MODEL.DISTILLER.{key} is -1"):
         probe.trainer(opts=[f"MODEL.DISTILLER.{key}", -1])
 
 

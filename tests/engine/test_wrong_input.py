@@ -1,24 +1,43 @@
 """Wrong input: one clear message, before training (law 10). Most would cost hours if found late."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
+from runs import Job
 
 from distill_d2.engine.setup import choose_device
 from distill_d2.testing import save_teacher, tiny_config
 
 
-def test_unknown_loss_lists_the_known(job):
-    job.node.TYPES = ["PDK"]
-    job.fails(ValueError, "MODEL.DISTILLER.TYPES", "['PDK']", "FeatureMimic", "PKD")
+def test_a_wrong_value_stops_a_run_before_data_are_read(job):
+    """The tables themselves: tests/laws/test_key_values.py."""
+    Path(job.entry["JSON"]).write_text("not read")
+    job.fails(ValueError, "SOLVER.MAX_ITER is 0; expected an integer", opts=["SOLVER.MAX_ITER", 0])
+    job.fails(ValueError, "MODEL.RETINANET.NUM_CLASSES is 0", opts=["MODEL.RETINANET.NUM_CLASSES", 0])
+    job.fails(ValueError, "MODEL.DEVICE is 'gpu'", opts=["MODEL.DEVICE", "gpu"])
+    with pytest.raises(ValueError, match="INPUT.MAX_SIZE_TEST is 0"):
+        job.run("--eval-only", opts=["SOLVER.MAX_ITER", 0, "INPUT.MAX_SIZE_TEST", 0])
 
 
-def test_no_loss(job):
-    job.node.TYPES = []
-    job.fails(ValueError, "MODEL.DISTILLER.TYPES is []")
+@pytest.mark.parametrize("distill", [False, True])
+def test_what_detectron2_asserts_while_it_builds_a_model_is_told(tmp_path, distill):
+    """That the levels of the regions' heads are a pyramid, in this case."""
+    job = Job(tmp_path, "faster")
+    opts = ["MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p4"]]
+    job.fails(ValueError, "cannot be built from its config", "pyramid", distill=distill, opts=opts)
+
+
+def test_a_wrong_value_of_a_teacher_names_its_file(job):
+    teacher = tiny_config(width=16)
+    job.use_teacher(teacher)
+    path = job.node.MODEL_DISTILLER_CONFIG
+    text = Path(path).read_text().replace("PRIOR_PROB: 0.01", "PRIOR_PROB: 2.0")
+    Path(path).write_text(text)
+    job.fails(ValueError, f"the teacher's config '{path}': MODEL.", "PRIOR_PROB is 2.0; expected")
 
 
 def test_teacher_config_not_found(job):
@@ -93,11 +112,6 @@ def test_misspelled_key_on_the_command_line(job):
 def test_misspelled_key_in_the_file(job):
     job.text = "MODEL: {DISTILLER: {TYPE: [PKD]}}\n"
     job.fails(KeyError, "MODEL.DISTILLER.TYPE", job.config_file)
-
-
-@pytest.mark.parametrize("iterations", [0, -1])
-def test_no_iterations(job, iterations):
-    job.fails(ValueError, "SOLVER.MAX_ITER", str(iterations), opts=["SOLVER.MAX_ITER", iterations])
 
 
 def test_output_folder_that_cannot_be_written(job):

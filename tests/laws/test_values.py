@@ -13,12 +13,12 @@ LOSSES = dict(DISTILL_LOSS_REGISTRY)
 
 
 def wrong_values(rule, default):
-    """Values of a setting that its rule excludes."""
+    """Values of a setting that its rule, or the type of its default, excludes."""
     if rule.choices is not None:
         return ["no such choice"]
     if type(default) not in (int, float):
-        return []
-    values = [math.nan, math.inf, "a word"]
+        return {bool: ["yes", 1], str: [3], tuple: ["a word", [None]]}.get(type(default), [])
+    values = [math.nan, math.inf, "a word", True] + [1.5] * (type(default) is int)
     if rule.at_least is not None:
         values.append(rule.at_least - 1)
     if rule.above is not None:
