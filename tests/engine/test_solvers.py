@@ -270,7 +270,7 @@ def test_no_term_to_pretrain_with(probe, monkeypatch):
 
 @pytest.mark.parametrize("key", ["PRETRAIN_TEACHER_ITERS", "FIX_BACKBONE_BEFORE", "FIX_HEAD_BEFORE"])
 def test_negative_phases(probe, key):
-    with pytest.raises(ValueError, match=rf"MODEL.DISTILLER.{key}': -1"):
+    with pytest.raises(ValueError, match=f"MODEL.DISTILLER.{key} is -1; expected"):
         probe.trainer(opts=[f"MODEL.DISTILLER.{key}", -1])
 
 
