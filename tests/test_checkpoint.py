@@ -1,5 +1,6 @@
 """Checkpoints: read without running their code, written so that none is lost."""
 
+import errno
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from detectron2.utils.file_io import PathManager
 from runs import assert_equal
 from torch import nn
 
-from distill_d2.checkpoint import SafeCheckpointer, direct_address, read_checkpoint
+from distill_d2.checkpoint import SafeCheckpointer, direct_address, read_checkpoint, told_when_full
 from distill_d2.checkpoint.reading import read_pickle
 
 WEIGHT = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
@@ -351,6 +352,21 @@ def test_no_flipped_byte_is_loaded(tmp_path):
     assert harmless < len(raw) / 7 / 2  # padding, and copies of the directory's entries
 
 
+@pytest.mark.parametrize(
+    "place, value",
+    [(38, 0x10), (6, 0x40), (10, 8)],
+    ids=["marked as a folder", "of a later version", "marked as packed"],
+)
+def test_no_damaged_entry_of_the_directory_is_loaded(tmp_path, place, value):
+    """torch leaves the memory of a record undefined that is marked as a folder."""
+    path, raw = tmp_path / "model.pth", saved({"model": linear().state_dict()})
+    for entry in re.finditer(b"PK\x01\x02", raw):
+        byte = entry.start() + place
+        path.write_bytes(raw[:byte] + bytes([raw[byte] ^ value]) + raw[byte + 1 :])
+        with pytest.raises(ValueError, match="cannot read the checkpoint"):
+            read_checkpoint(str(path))
+
+
 def test_files_without_checksums_are_read(tmp_path):
     if not hasattr(torch.serialization, "set_crc32_options"):
         pytest.skip("this torch always writes checksums")
@@ -499,6 +515,15 @@ def test_a_full_disk_leaves_the_older_checkpoint(run):
     assert sorted(os.listdir(run)) == before and resumed(run) == 5
 
 
+@pytest.mark.parametrize("name", [None, "results.json"])
+def test_a_full_disk_is_told_wherever_it_is_met(tmp_path, name):
+    with pytest.raises(
+        OSError, match=rf"cannot write .*{name or 'a file in'}.*: No space left.*, \d+ are free"
+    ):
+        with told_when_full(str(tmp_path)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+
 @pytest.mark.parametrize("name", ["model_1", "model_2"])
 def test_failure_while_writing_loses_nothing(tmp_path, monkeypatch, name):
     model = linear()
@@ -515,7 +540,7 @@ def test_failure_while_writing_loses_nothing(tmp_path, monkeypatch, name):
         checkpointer.save(name, iteration=2)
 
     assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth"
-    assert not (tmp_path / "model_2.pth").exists()
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_1.pth"]
     other = nn.Linear(3, 2)
     rest = SafeCheckpointer(other, str(tmp_path)).resume_or_load("", resume=True)
     assert rest == {"iteration": 1} and (other.weight == 0).all()

@@ -197,6 +197,10 @@ def check_dataset(
             "only for losses on features: with train_distill.py, MODEL.DISTILLER.TASK_LOSS_WEIGHT 0 and "
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS False"
         )
+    if need_annotations and not any(map(has_objects, dicts)):
+        raise ValueError(
+            f"dataset '{name}' has no annotations but crowds (iscrowd), which are not trained on"
+        )
     if like:
         advice = (
             "Give all datasets the same categories (of COCO: in the order of their ids), those without objects "
@@ -290,6 +294,7 @@ def _needs(cfg: CfgNode) -> MapperNeeds:
         instances=instances,
         masks="masks" in truth,
         keypoints="keypoints" in truth,
+        segmentation="semantic segmentation" in truth,
         num_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS,
         channels=len(cfg.MODEL.PIXEL_MEAN),
         masks_read=cfg.MODEL.MASK_ON,

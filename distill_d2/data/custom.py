@@ -10,7 +10,8 @@ from typing import Any, Callable
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .coco import CocoSource, load_coco
+from .coco import load_coco
+from .coco_content import CocoSource
 from .images import load_images
 from .split import Share
 from .voc import VocFolder, load_voc

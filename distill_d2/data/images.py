@@ -6,11 +6,12 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 #: Endings of image files, lower case.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 IMAGE_SUFFIXES += (".jpe", ".jfif", ".jp2", ".pgm", ".ppm")
 _READERS = 8  # threads
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -62,7 +63,8 @@ def refuse_deep_image(path: str | os.PathLike) -> None:
     with PathManager.open(path, "rb") as file, Image.open(file) as image:
         if image.mode not in _DEEP_MODES and not image.mode.startswith("I;"):
             return
-        low, high = image.getextrema()
+        pixels = np.asarray(image)
+        low, high = float(pixels.min()), float(pixels.max())
         if low >= 0 and high <= 255 and (image.mode != "F" or high > 1 or high == 0):
             return
         raise ValueError(
@@ -80,7 +82,7 @@ def remarks_on_image(path: str) -> list[str]:
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             found.append("have several frames, of which the first is read")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
                 found.append("have transparent pixels, which are read in the color behind them")
     return found
 

@@ -20,6 +20,7 @@ _LENGTHS = {int(BoxMode.XYXY_ABS): 4, int(BoxMode.XYWH_ABS): 4, _ROTATED: 5}
 #: Boxes are taken for corners if this part of them leaves the image by this part of its sides as x, y, width,
 #: height, while none does as corners.
 _LEAVING, _MARGIN = 0.2, 0.02
+_TINY = 4  # pixels of a side
 _LARGEST_SIDE = 1e6  # pixels
 
 
@@ -178,6 +179,16 @@ class _Annotations:
     def _check_boxes(self, mode: int, rows: np.ndarray, sizes: np.ndarray) -> None:
         """The boxes of one mode, in images of these sizes (N, 2): width, height."""
         boxes = self._numbers(rows, _LENGTHS[mode])
+        arrays = np.array([not isinstance(self.items[row]["bbox"], (list, tuple)) for row in rows])
+        if mode != BoxMode.XYXY_ABS:  # other modes are converted
+            what = f"have a bbox in BoxMode.{BoxMode(mode).name} that is no list"
+            self._refuse(
+                arrays,
+                what,
+                "detectron2 takes an array for several boxes: write bbox.tolist()",
+                None,
+                rows,
+            )
         self._refuse(
             ~np.isfinite(boxes).all(axis=1),
             "have a box with NaN or inf",
@@ -190,6 +201,12 @@ class _Annotations:
         if mode == BoxMode.XYWH_ABS:
             self._refuse_corners(boxes, sizes)
             boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+        if (boxes >= 0).all() and boxes.max() <= 1 and sizes.min() > _TINY:
+            raise ValueError(
+                f"dataset '{self.name}': all {len(rows)} boxes lie between 0 and 1, the first is "
+                f"{self._describe(rows[0])}: {list(self.items[rows[0]]['bbox'])}; detectron2 takes them for "
+                "pixels. Multiply them by the width and height of the image"
+            )
         inside = np.minimum(boxes[:, 2:], sizes) - np.maximum(boxes[:, :2], 0)
         empty = (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
         outside = ~empty & (inside <= 0).any(axis=1)

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 _PROBE_BYTES = 1 << 16
+_BUSY = (errno.EACCES, errno.EAGAIN)  # another process has the lock
+_PATIENCE = 15.0  # seconds in which the processes of a killed run end
 # What else a run writes, beside checkpoints and metrics; its log and config are kept, and continued.
 _WRITTEN = (
     "events.out.tfevents.*",
@@ -60,7 +62,7 @@ def claim(folder: str, key: str, args: Any, weights: Callable[[], Iterable[str]]
         _check_used(folder, key, args.overwrite, weights)
     check_writable(folder, key)
     if comm.is_main_process():
-        _lock(folder, key)
+        _lock(folder, key, _PATIENCE if args.resume else 0.0)
         _remove_partial(folder)
 
 
@@ -127,20 +129,24 @@ def check_writable(path: str, key: str) -> None:
         raise OSError(f"{key} '{path}' cannot be written to: {error}") from error
 
 
-def _lock(folder: str, key: str) -> None:
+def _lock(folder: str, key: str, patience: float) -> None:
     """Keep other processes out. The kernel ends the lock with this process, however that ends; unlike those of
-    flock, locks of fcntl are not inherited by worker processes, which may live a little longer."""
+    flock, locks of fcntl are not inherited by worker processes, which may live a little longer.
+
+    Args:
+        patience: seconds to wait for a lock.
+    """
     place, path = os.path.realpath(folder), os.path.join(folder, _LOCK)
     if place in _held:
         return
     file = open(path, "a+")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_within(file, patience)
     except OSError as error:
         file.seek(0)
         owner = file.read().strip()
         file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):
+        if error.errno in _BUSY:
             raise ValueError(
                 f"{key} '{folder}': another run is writing there ({owner}). Wait for it, end it, or use another "
                 "folder"
@@ -151,6 +157,18 @@ def _lock(folder: str, key: str) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
     file.flush()
     _held[place] = file
+
+
+def _lock_within(file: TextIO, seconds: float) -> None:
+    """Raises OSError if the file cannot be locked in this time."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _BUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.2)
 
 
 def _remove_partial(folder: str) -> None:

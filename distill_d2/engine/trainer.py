@@ -39,7 +39,6 @@ from ..evaluation import build_evaluator, with_model_evaluators
 from ..rules import assertions_told
 from . import classes
 from .acting import check_acting
-from .changes import changes, settings_of_run
 from .evaluate import evaluate_teacher
 from .hooks import (
     BoundedHistories,
@@ -55,8 +54,8 @@ from .interrupt import Interrupted, StopRequest, stop_request
 from .loss_training import LossTraining
 from .metrics import Events, MetricsFile, mend, names_at, recent_scalars, restore_scalars
 from .optimizer import build_optimizer, optimizer_signature
-from .process_state import ProcessState
 from .random_state import random_state, set_random_state
+from .run_state import RunState
 from .settings import RunSettings
 from .step import TrainStep
 
@@ -98,10 +97,7 @@ class DistillTrainer(DefaultTrainer):
         self.max_iter = self.settings.max_iter + self.loss_training.pretrain_iters
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        self._samplers = {"train": _find_sampler(data_loader)}
-        images = getattr(data_loader, "images", "")
-        self._run_settings = settings_of_run(cfg, comm.get_world_size(), images)
-        self._saved_settings: dict[str, str] | None = None
+        self._run_state = RunState(cfg, model, self._student(), data_loader)
         self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
@@ -115,9 +111,6 @@ class DistillTrainer(DefaultTrainer):
         self.checkpointer = self._build_checkpointer(model)
         self.stop = StopRequest()
         self._has_trained = False
-        self._process_state = ProcessState(model, self._student())
-        self._process_states: list[dict[str, Any]] = []
-        self._random_state: dict[str, Any] | None = None
         self._scalars: dict[str, Any] = {}
         self._evaluation_missing = False
         self.register_hooks(self.build_hooks())
@@ -203,7 +196,7 @@ class DistillTrainer(DefaultTrainer):
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0
         loader, iterations = self.build_train_loader(cfg), self.settings.precise_bn_iters
-        self._samplers["precise_bn"] = _find_sampler(loader)
+        self._run_state.add_loader("precise_bn", loader)
         return [PreciseBN(self.settings.eval_period, self.model, loader, iterations)]
 
     @property
@@ -251,16 +244,7 @@ class DistillTrainer(DefaultTrainer):
         classes.check_checkpoint(f"in {folder}", classes_in(loaded), self._checked_datasets, advice)
         self.start_iter = self.iter + 1
         self._check_length()
-        self._tell_changes()
-        self._restore_process_state()
-        sampler = self._samplers["train"]
-        if sampler is not None:
-            sampler.skip_batches(self.start_iter)
-        else:
-            logger.warning(
-                "--resume: the data loader is not one of distill_d2's, so the images come in a new order, unlike "
-                "in the uninterrupted run"
-            )
+        self._run_state.restore(self.start_iter)
 
     def _continue_metrics(self) -> None:
         """Drop what metrics.json holds after the checkpoint, and see whether it lacks an evaluation that
@@ -328,8 +312,7 @@ class DistillTrainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
-        if self._random_state is not None:
-            set_random_state(self._random_state)
+        self._run_state.restore_random_state()
         if 0 < self.start_iter < self.max_iter:
             self._complete_last_step(self.start_iter - 1)
 
@@ -367,20 +350,15 @@ class DistillTrainer(DefaultTrainer):
     def save(self, name: str) -> None:
         """Write a checkpoint; all processes call it, the main one writes."""
         self._trainer.report.flush()
-        self._process_states = self._process_state.gather()
+        self._run_state.gather()
         things = classes_of(self.settings.train_datasets)
         self.checkpointer.save(name, **({"metadata": {"thing_classes": things}} if things else {}))
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        state["processes"] = self._process_states
-        state["run"] = self._run_settings
         state["optimizer_kind"] = optimizer_signature(self._trainer.optimizer)
         state.update(self.loss_training.state_dict())
-        samplers = self._samplers.items()
-        state["sampler_seeds"] = {
-            name: sampler.seed for name, sampler in samplers if sampler is not None
-        }
+        state.update(self._run_state.state_dict())
         if hasattr(self, "storage"):  # in a training
             state["scalars"] = recent_scalars(self.storage)
         return state
@@ -391,12 +369,7 @@ class DistillTrainer(DefaultTrainer):
         self._check_optimizer(state_dict)
         super().load_state_dict(state_dict)
         self.loss_training.load_state_dict(state_dict)
-        self._process_states = state_dict.get("processes") or []
-        self._saved_settings = state_dict.get("run")
-        for name, seed in state_dict.get("sampler_seeds", {}).items():
-            sampler = self._samplers.get(name)
-            if sampler is not None:
-                sampler.seed = seed
+        self._run_state.load_state_dict(state_dict)
         self._scalars = state_dict.get("scalars", {})
 
     def _check_length(self) -> None:
@@ -410,27 +383,6 @@ class DistillTrainer(DefaultTrainer):
                 "it, or start without --resume in another OUTPUT_DIR"
             )
         logger.info(f"--resume: {trained}, all of them: nothing is left to train")
-
-    def _tell_changes(self) -> None:
-        if self._saved_settings is None:
-            logger.warning(
-                "--resume: the checkpoint, of another version or trainer, has no settings and no random state: "
-                "changes are not noticed, and random numbers are new"
-            )
-            return
-        for line in changes(self._saved_settings, self._run_settings, self.start_iter):
-            logger.warning(line)
-
-    def _restore_process_state(self) -> None:
-        """After "model" and "distiller", which are process 0's. Other numbers of processes have its state, and new
-        random numbers."""
-        states = self._process_states
-        if len(states) == comm.get_world_size():
-            state = states[comm.get_rank()]
-            self._process_state.restore(state)
-            self._random_state = state["random"]
-        elif states:
-            self._process_state.restore(states[0])
 
     def _check_optimizer(self, state_dict: dict[str, Any]) -> None:
         signature = optimizer_signature(self._trainer.optimizer)
@@ -510,12 +462,3 @@ def _sampler_of_seed(cfg: CfgNode, dataset: Sequence[dict[str, Any]]) -> Callabl
     if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
         return lambda seed: TrainingSampler(len(dataset), seed=seed)
     return seeded(lambda: build_detection_train_loader.from_config(cfg, dataset=dataset)["sampler"])
-
-
-def _find_sampler(loader: Any) -> ResumableTrainingSampler | None:
-    while loader is not None:
-        sampler = getattr(loader, "sampler", None)
-        if isinstance(sampler, ResumableTrainingSampler):
-            return sampler
-        loader = getattr(loader, "dataset", None)
-    return None

@@ -11,7 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.structures import BoxMode
 
-from ..data.coco import area, coco_source, is_right, read_coco
+from ..data.coco import coco_source
+from ..data.coco_content import area, is_right, read_coco
 
 
 def with_ground_truth(name: str, folder: str) -> str:

@@ -123,8 +123,11 @@ def test_missing_dataset_names_both_places(root, tmp_path, monkeypatch, elsewher
 
 def test_lazy_configs_find_the_devkit(root, tmp_path):
     folder, file = write(root / "VOCdevkit" / "VOC2007"), tmp_path / "config.py"
-    train = f"dict(output_dir='{tmp_path / 'output'}', max_iter=1, device='cpu')"
-    file.write_text(f"model = dict()\ntrain = {train}\n")
+    text = "from detectron2.model_zoo import get_config\ntrain = get_config('common/train.py').train\n"
+    text += f"train.update(output_dir='{tmp_path / 'output'}', max_iter=1, device='cpu')\n"
+    file.write_text(
+        text + "model = optimizer = lr_multiplier = dict()\ndataloader = dict(train=dict())\n"
+    )
     args = argument_parser().parse_args(["--num-gpus", "0", "--config-file", str(file)])
     lazy.setup(args, distill=False)
     assert MetadataCatalog.get("voc_2007_test").dirname == str(folder)

@@ -176,6 +176,7 @@ def test_what_can_be_mended_is_mended_for_training_and_evaluation(
         ([changed("categories", 1, name="cat")], ["two categories have the name 'cat'", "7"]),
         ([changed("categories", 1, name=None)], ["no id or no name"]),
         ([changed("annotations", 1, category_id=4)], ["1 of 3", "id 2", "category_id=4", "[3, 7]"]),
+        ([changed("annotations", 1, category_id=[3])], ["1 of 3", "id 2", "category_id=[3]"]),
         ([changed("annotations", 1, category_id=None)], ["1 of 3 annotations have no category_id"]),
         ([everywhere("annotations", lambda i: i.update(image_id=50))], ["none of the 3", "50"]),
         ([changed("annotations", 1, bbox=[1, 2, float("nan"), 4])], ["1 of 3 boxes hold NaN", "id 2"]),
@@ -224,7 +225,14 @@ def test_encodings_and_separators(entry, tmp_path):
 def test_datasets_that_a_user_registered(entry, tmp_path):
     write(entry, everywhere("annotations", lambda item: item.pop("iscrowd") or item.pop("id")))
     register_coco_instances(entry["NAME"], {}, entry["JSON"], entry["IMAGES"])
-    adopt_coco_datasets([entry["NAME"], "no_such_dataset"])
+    register_coco_instances(
+        f"{entry['NAME']}_2", {"thing_classes": ["a"]}, entry["JSON"], entry["IMAGES"]
+    )
+    adopt_coco_datasets([entry["NAME"], f"{entry['NAME']}_2", "no_such_dataset"])
+    with pytest.raises(
+        ValueError, match=r"thing_classes in its metadata is \['a'\], but the categories"
+    ):
+        DatasetCatalog.get(f"{entry['NAME']}_2")
     assert score_truth(entry["NAME"], tmp_path / "out") > 99.9
 
 

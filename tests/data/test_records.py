@@ -47,7 +47,7 @@ def check(dicts, **metadata):
     "changes, of_item",
     [
         ({"annotations": []}, {}),
-        ({"image_id": "a b{}"}, {"bbox": np.array([1.0, 2, 3, 4])}),
+        ({"image_id": "a b{}"}, {"bbox": np.array([1.0, 2, 3, 4]), "bbox_mode": 0}),
         ({"height": np.int64(48)}, {"bbox_mode": 1, "category_id": np.int32(0)}),
         ({}, {"bbox": (1, 2, 3, 4), "bbox_mode": 0, "category_id": 1.0}),
     ],
@@ -82,6 +82,7 @@ def test_what_detectron2_reads_is_right(paths, changes, of_item, caplog):
         ({}, {"category_id": 0.5}, ["no whole number"]),
         ({}, {"bbox": [1, 2, NAN, 4]}, ["1 of 6 annotations have a box with NaN or inf", "nan"]),
         ({}, {"bbox": [1, 2, 3, float("inf")]}, ["NaN or inf"]),
+        ({}, {"bbox": np.array([1, 2, 3, 4])}, ["XYWH_ABS that is no list", "3.png", "bbox.tolist()"]),
         ({}, {"bbox": [1, 2, 3]}, ["a box that is not 4 numbers", "[1, 2, 3]"]),
         ({}, {"bbox": ["1", "2", "3", "4"]}, ["a box that is not 4 numbers", "3.png"]),
         ({}, {"bbox": [1, 2, None, 4]}, ["a box that is not 4 numbers"]),
@@ -112,14 +113,23 @@ def test_what_is_no_list_of_dicts_is_told(paths):
             check(dicts)
 
 
+def test_crowds_alone_are_told(paths):
+    dicts = records(paths)
+    for record in dicts:
+        record["annotations"] = [{**item, "iscrowd": 1} for item in record["annotations"]]
+    with pytest.raises(ValueError, match="no annotations but crowds"):
+        check(dicts)
+
+
 def test_images_that_are_named_twice_are_counted(paths, caplog):
     check(records([paths[0], paths[0], paths[1]]))
     assert "1 images are named by several records" in caplog.text and "1.png" in caplog.text
 
 
-def test_all_boxes_outside_and_corners_as_sizes(paths):
+def test_boxes_that_are_all_alike_wrong_are_told(paths):
     for boxes, texts in (
         ([[70, 2, 9, 9], [1, 50, 9, 9]], ["all 6 boxes", "outside their image (6)", "XYWH_ABS"]),
+        ([[0.1, 0.2, 0.5, 0.5], [0, 0, 1, 1]], ["all 6 boxes lie between 0 and 1", "Multiply them"]),
         ([[30, 20, 60, 40], [5, 6, 20, 30]], ["3 of 6 boxes leave", "BOXES: corners", "XYXY_ABS"]),
     ):
         dicts = records(paths)

@@ -91,6 +91,8 @@ def test_options_of_several_processes(lazy_job, monkeypatch):
     changed = {"broadcast_buffers": True, "fp16_compression": True}
     lazy_job.run("train.max_iter=1")
     options = [f"+train.ddp.{key}={value}" for key, value in changed.items()]
+    with pytest.raises(ValueError, match="train.output_dir .* of another run. Give --resume"):
+        lazy_job.run("train.max_iter=1")
     lazy_job.run("--overwrite", "train.max_iter=1", *options)
     assert seen == [plain, {**plain, **changed}]
 

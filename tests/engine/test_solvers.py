@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventStorage
 from probe_loss import LAZY_PROBE, ProbeLoss, solver_of
-from runs import assert_equal, checkpoint, metrics, rewind, run_commands
+from runs import assert_equal, checkpoint, metrics, rewind, run_forked
 from torch import nn
 
 from distill_d2 import DISTILL_LOSS_REGISTRY
@@ -198,10 +198,10 @@ def test_fixed_part_of_the_student(job, key, optimizer, clip):
     job.config.SOLVER.CLIP_GRADIENTS.ENABLED = True
     job.config.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = clip
     job.config.SOLVER.BASE_LR = 1e-3
-    start = job.trainer().plain_model.student
-    start = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    student = job.trainer().plain_model.student
+    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    trained = {name for name, _ in student.named_parameters()}
     job.run(opts=[f"MODEL.DISTILLER.{key}", 2, "SOLVER.CHECKPOINT_PERIOD", 1])
-    trained = {name for name, _ in job.trainer().plain_model.student.named_parameters()}
     fixed = {n for n in trained if n.startswith("backbone.") == (key == "FIX_BACKBONE_BEFORE")}
     for name, moved in (("model_0000001", trained - fixed), ("model_0000002", trained)):
         model = checkpoint(job.output, name)["model"]
@@ -270,7 +270,7 @@ def test_no_term_to_pretrain_with(probe, monkeypatch):
 
 @pytest.mark.parametrize("key", ["PRETRAIN_TEACHER_ITERS", "FIX_BACKBONE_BEFORE", "FIX_HEAD_BEFORE"])
 def test_negative_phases(probe, key):
-    with pytest.raises(ValueError, match=f"MODEL.DISTILLER.{key} is -1; expected"):
+    with pytest.raises(ValueError, match=rf"MODEL.DISTILLER.{key} is -1"):
         probe.trainer(opts=[f"MODEL.DISTILLER.{key}", -1])
 
 
@@ -380,7 +380,7 @@ def test_processes_resume_from_two_to_one_and_back(probe):
     probe.node.PRETRAIN_TEACHER_ITERS, probe.node.FIX_BACKBONE_BEFORE = 2, 1
     probe.config.SOLVER.CHECKPOINT_PERIOD = 1
     folder = probe.output
-    (output,) = run_commands(probe.command("tests/engine/probe_run.py", "--num-procs", 2))
+    (output,) = run_forked(probe.command("tests/engine/probe_run.py", "--num-procs", 2))
     assert "World size: 2" in output
     first, pretrained = checkpoint(folder, "model_0000000"), checkpoint(folder, "model_0000001")
     assert_equal(first["model"], pretrained["model"])
@@ -389,7 +389,7 @@ def test_processes_resume_from_two_to_one_and_back(probe):
     whole = checkpoint(folder)
     for processes, last in ((1, "model_0000000"), (2, "model_0000002")):
         rewind(folder, last)
-        run_commands(probe.command("tests/engine/probe_run.py", "--num-procs", processes, "--resume"))
+        run_forked(probe.command("tests/engine/probe_run.py", "--num-procs", processes, "--resume"))
         resumed = checkpoint(folder)
         assert resumed["trainer"]["solvers"]["ProbeLoss"]["scheduler"]["last_epoch"] == 4
         # the loss's gradient does not depend on the images, so the number of processes changes nothing

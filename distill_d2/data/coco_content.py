@@ -1,0 +1,443 @@
+"""Read COCO json files as other tools write them: training and evaluation see the same mended content."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+from detectron2.utils.file_io import PathManager
+
+from .images import image_size
+from .split import Share
+
+#: The jsons that needed no mending when they were read, and their state then; a COCO json takes long to read.
+_RIGHT: dict[str, tuple[int, int]] = {}
+_LARGEST_ID = 2**63 - 1  # of detectron2's evaluation in C++
+
+
+@dataclass(frozen=True)
+class CocoSource:
+    """Where the annotations of a dataset are.
+
+    Attributes:
+        json_file: in COCO's form.
+        images: the folder that its file names are relative to.
+        corners: whether its boxes are x0, y0, x1, y1 instead of COCO's x, y, width, height.
+        share: the part of the images that belongs to the dataset; None: all.
+    """
+
+    json_file: str
+    images: str
+    corners: bool = False
+    share: Share | None = None
+
+
+@dataclass
+class CocoContent:
+    """The content of a json, mended.
+
+    Attributes:
+        content: as in the file; ids, ``area``, ``iscrowd`` and ``bbox`` are complete, image sizes are numbers.
+        changes: what was mended, in words.
+    """
+
+    content: dict[str, Any]
+    changes: list[str] = field(default_factory=list)
+
+    @property
+    def annotations(self) -> list[dict[str, Any]]:
+        return self.content.get("annotations") or []
+
+    def keep(self, kept: Iterable[bool], change: str) -> None:
+        """Drop the other annotations, and note how many these are."""
+        before = len(self.annotations)
+        found = [item for item, keep in zip(self.annotations, kept) if keep]
+        if len(found) < before:
+            self.content["annotations"] = found
+            self.changes.append(change.format(before - len(found)))
+
+
+def read_coco(source: CocoSource) -> CocoContent:
+    """Read and mend a json.
+
+    Raises:
+        ValueError: it is no json, or lacks what cannot be mended; the message names the file and the id.
+    """
+    try:
+        found = _parse(source.json_file)
+        _mend_categories(found)
+        _mend_images(found, source)
+        if source.share is not None:
+            _take_share(found, source.share)
+        if found.annotations:
+            _mend_links(found)
+            _mend_masks(found)
+            _mend_boxes(found, source.corners)
+            _mend_numbers(found)
+    except (KeyError, TypeError, AssertionError, ValueError, IndexError, AttributeError) as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(
+            f"cannot read '{source.json_file}' as COCO annotations (with images, categories and annotations): "
+            f"{kind}{error}"
+        ) from error
+    if not (found.changes or source.corners or source.share):
+        _RIGHT[source.json_file] = _stamp(source.json_file)
+    return found
+
+
+def is_right(source: CocoSource) -> bool:
+    """Whether this process has read the json as it is now, and used it without any change."""
+    plain = not source.corners and source.share is None and source.json_file in _RIGHT
+    return plain and _RIGHT[source.json_file] == _stamp(source.json_file)
+
+
+def _stamp(file: str) -> tuple[int, int]:
+    status = os.stat(PathManager.get_local_path(file))
+    return status.st_mtime_ns, status.st_size
+
+
+def _parse(file: str) -> CocoContent:
+    with open(PathManager.get_local_path(file), "rb") as stream:
+        text = stream.read()
+    try:
+        content = json.loads(text)  # of bytes: any of the encodings of unicode
+    except json.JSONDecodeError as error:
+        raise ValueError(f"JSONDecodeError: {error}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"it is no json: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, expected {{images: [...], ...}}")
+    for key in ("categories", "images"):
+        if not isinstance(content.get(key), list):
+            raise ValueError(f"it has no list '{key}'; it holds {sorted(content)[:10]}")
+    if not isinstance(content.get("annotations", []), list):
+        raise ValueError("its 'annotations' are no list")
+    for key in ("categories", "images", "annotations"):
+        wrong = [item for item in content.get(key, ()) if not isinstance(item, dict)]
+        if wrong:
+            raise ValueError(f"'{key}' holds {wrong[0]!r}, expected {{id: ..., ...}}")
+    found = CocoContent(content)
+    if not text[:64].lstrip().startswith(b"{"):
+        found.changes.append("a byte order mark or another encoding than utf-8 was read")
+    return found
+
+
+def _mend_categories(found: CocoContent) -> None:
+    items = found.content["categories"]
+    if not items:
+        raise ValueError("its list of categories is empty")
+    for item in items:
+        if item.get("id") is None or item.get("name") in (None, ""):
+            raise ValueError(f"a category has no id or no name: {item}")
+    _one_kind_of_id(found, items, "categories", prefer_numbers=True)
+    for key in ("id", "name"):
+        first: dict[Any, dict] = {}
+        for item in items:
+            other = first.setdefault(item[key], item)
+            if other is not item:
+                raise ValueError(
+                    f"two categories have the {key} {item[key]!r}: {_short(other)} and {_short(item)}; give "
+                    "them different ones, or remove one that has no annotations"
+                )
+    for item in items:
+        if not isinstance(item["name"], str):
+            item["name"] = str(item["name"])
+            found.changes.append(f"the category's name {item['name']} is taken as text")
+
+
+def _short(category: dict[str, Any]) -> dict[str, Any]:
+    return {key: category[key] for key in ("id", "name", "supercategory") if key in category}
+
+
+def _mend_images(found: CocoContent, source: CocoSource) -> None:
+    items = found.content["images"]
+    for item in items:
+        if item.get("id") is None:
+            raise ValueError(f"the image {item.get('file_name')!r} has no id")
+        if not isinstance(item.get("file_name"), str) or not item["file_name"]:
+            raise ValueError(
+                f"the image of id {item['id']!r} has no file_name, but {sorted(item)}"
+                if item.get("file_name") is None
+                else f"the image of id {item['id']!r} has the file_name {item['file_name']!r}"
+            )
+    _one_kind_of_id(found, items, "images")
+    first: dict[Any, str] = {}
+    for item in items:
+        if item["id"] in first:
+            repeats = len(items) - len({other["id"] for other in items})
+            raise ValueError(
+                f"{repeats} image ids are repeated; '{first[item['id']]}' and '{item['file_name']}' have the id "
+                f"{item['id']!r}, so that annotations of one would be those of both; give each image its own"
+            )
+        first[item["id"]] = item["file_name"]
+    _mend_sizes(found, source)
+    _mend_separators(found, source)
+
+
+def _mend_sizes(found: CocoContent, source: CocoSource) -> None:
+    count = 0
+    for item in found.content["images"]:
+        if type(item.get("width")) is int and type(item.get("height")) is int:
+            continue
+        count += 1
+        sides = [_whole(item.get(key)) for key in ("height", "width")]
+        if None in sides:
+            sides = list(image_size(os.path.join(source.images, item["file_name"])))
+        item["height"], item["width"] = sides
+    if count:
+        found.changes.append(f"{count} image sizes were missing or no whole numbers")
+
+
+def _whole(value: Any) -> int | None:
+    """The number of pixels that a text or float says; None if it does not."""
+    try:
+        return int(value) if int(value) == float(value) else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _mend_separators(found: CocoContent, source: CocoSource) -> None:
+    r"""Names of Windows, sub\image.jpg."""
+    for item in found.content["images"]:
+        name = item["file_name"]
+        if "\\" in name and not os.path.exists(os.path.join(source.images, name)):
+            item["file_name"] = name.replace("\\", "/")
+
+
+def _take_share(found: CocoContent, share: Share) -> None:
+    images = found.content["images"]
+    kept = share.of([item["file_name"] for item in images])
+    found.content["images"] = [item for item in images if item["file_name"] in kept]
+    ids = {item["id"] for item in found.content["images"]}
+    if found.annotations:
+        found.content["annotations"] = [i for i in found.annotations if i.get("image_id") in ids]
+
+
+def _one_kind_of_id(
+    found: CocoContent, items: list[dict[str, Any]], key: str, prefer_numbers: bool = False
+) -> None:
+    """Make ids all integers or all texts: pycocotools mixes up others."""
+    kinds = {type(item["id"]) for item in items}
+    if kinds <= {int} or kinds == {str} and not prefer_numbers:
+        return
+    numbers = [_whole(item["id"]) if type(item["id"]) is not bool else None for item in items]
+    if None not in numbers:
+        ids: list[Any] = numbers
+    elif kinds == {str}:
+        return
+    else:
+        ids = [str(item["id"]) for item in items]
+    for item, new in zip(items, ids):
+        item["id"] = new
+    found.changes.append(f"the ids of {key} were converted to {type(ids[0]).__name__}")
+
+
+def _mend_links(found: CocoContent) -> None:
+    """Ids of images and categories in annotations, of another type than there; those of no image."""
+    for key, section in (("image_id", "images"), ("category_id", "categories")):
+        known = {item["id"] for item in found.content[section]}
+        lacking = [item for item in found.annotations if item.get(key) is None]
+        if lacking:
+            raise ValueError(
+                f"{len(lacking)} of {len(found.annotations)} annotations have no {key}, the first is "
+                f"{describe(lacking[0])}"
+            )
+        strange = [item for item in found.annotations if _unknown(item[key], known)]
+        by_text = {str(number): number for number in known} if strange else {}
+        mended = [item for item in strange if _text(item[key]) in by_text]
+        for item in mended:
+            item[key] = by_text[_text(item[key])]
+        if mended:
+            found.changes.append(f"{len(mended)} {key}s were of another type than the ids of {section}")
+    labels = {item["id"] for item in found.content["categories"]}
+    wrong = [item for item in found.annotations if _unknown(item["category_id"], labels)]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(found.annotations)} annotations have a category_id without a category, the "
+            f"first is {describe(wrong[0])} with category_id={wrong[0]['category_id']!r}; the categories' ids are "
+            f"{sorted(labels)[:20]}"
+        )
+    images = {item["id"] for item in found.content["images"]}
+    kept = [not _unknown(item["image_id"], images) for item in found.annotations]
+    if not any(kept):
+        raise ValueError(
+            f"none of the {len(kept)} annotations belongs to an image: the first has image_id "
+            f"{found.annotations[0]['image_id']!r}, the images have ids like {list(images)[:3]}"
+        )
+    found.keep(kept, "{} annotations of no image were dropped")
+
+
+def _unknown(value: Any, known: set) -> bool:
+    return isinstance(value, (list, dict)) or value not in known
+
+
+def _text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def describe(item: dict[str, Any]) -> str:
+    """An annotation, for messages."""
+    return f"the annotation of id {item.get('id')!r}, image_id {item.get('image_id')!r},"
+
+
+def _mend_masks(found: CocoContent) -> None:
+    """Polygons of fewer than three points; as in detectron2, an instance without another one is dropped,
+    but its box stays where no annotation has a mask."""
+    masks = [item for item in found.annotations if item.get("segmentation")]
+    flat, shortened, without = 0, 0, set()
+    for item in masks:
+        mask = item["segmentation"]
+        if isinstance(mask, dict):
+            continue
+        if not isinstance(mask, list):
+            raise ValueError(
+                f"{describe(item)} has the segmentation {mask!r}; expected polygons or an RLE"
+            )
+        if not isinstance(mask[0], list):
+            mask, flat = [mask], flat + 1
+        right = [polygon for polygon in mask if _is_polygon(polygon)]
+        shortened += len(mask) - len(right)
+        item["segmentation"] = right
+        if not right:
+            without.add(id(item))
+    if flat:
+        found.changes.append(f"{flat} polygons without an outer list were given one")
+    if shortened:
+        found.changes.append(f"{shortened} polygons of fewer than 3 points were ignored")
+    if len(without) < len(masks):
+        kept = [id(item) not in without for item in found.annotations]
+        found.keep(kept, "{} annotations without another polygon were dropped")
+
+
+def _is_polygon(polygon: Any) -> bool:
+    return len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(math.isfinite, polygon))
+
+
+def _mend_boxes(found: CocoContent, corners: bool) -> None:
+    """Boxes from masks where they lack; those without area are dropped."""
+    lacking = [item for item in found.annotations if _lacks_box(item)]
+    for item in lacking:
+        if not item.get("segmentation"):
+            raise ValueError(f"{describe(item)} has an empty bbox or none, and no mask: {sorted(item)}")
+        item["bbox"] = _box_of_mask(item["segmentation"])
+    if lacking:
+        found.changes.append(f"{len(lacking)} boxes were missing, those of the masks are used")
+    boxes = _as_array(found)
+    wrong = ~np.isfinite(boxes).all(axis=1)
+    if wrong.any():
+        first = found.annotations[int(wrong.argmax())]
+        raise ValueError(
+            f"{wrong.sum()} of {len(wrong)} boxes hold NaN or inf, the first is {describe(first)} "
+            f"{first['bbox']}; remove or mend them"
+        )
+    if corners:
+        from_masks = set(map(id, lacking))
+        rows = [id(item) not in from_masks for item in found.annotations]
+        boxes[rows, 2:] -= boxes[rows, :2]
+        for item, box in zip(found.annotations, boxes.tolist()):
+            item["bbox"] = box
+    found.keep((boxes[:, 2:].min(axis=1) > 0).tolist(), "dropped {} boxes without area")
+
+
+def _lacks_box(item: dict[str, Any]) -> bool:
+    box = item.get("bbox")
+    return box is None or isinstance(box, (list, str)) and not box
+
+
+def _box_of_mask(mask: Any) -> list[float]:
+    if isinstance(mask, dict):
+        rle = mask_util.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask
+        return mask_util.toBbox(rle).tolist()
+    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in mask])
+    low, high = points.min(axis=0), points.max(axis=0)
+    return [*low.tolist(), *(high - low).tolist()]
+
+
+def _as_array(found: CocoContent) -> np.ndarray:
+    """All boxes, (N, 4), float64."""
+    try:
+        boxes = np.array([item["bbox"] for item in found.annotations])
+    except ValueError:  # of different lengths
+        boxes = np.empty(0)
+    if boxes.dtype.kind in "iuf" and boxes.shape == (len(found.annotations), 4):
+        return boxes.astype(np.float64)
+    count = 0
+    for item in found.annotations:
+        try:
+            box = [float(number) for number in item["bbox"]]
+        except (TypeError, ValueError):
+            box = []
+        if len(box) != 4:
+            raise ValueError(f"{describe(item)} has the bbox {item['bbox']!r}; expected 4 numbers")
+        count += any(isinstance(number, str) for number in item["bbox"])
+        item["bbox"] = box
+    found.changes.append(f"{count} boxes of text were read as numbers")
+    return np.array([item["bbox"] for item in found.annotations], np.float64)
+
+
+def _mend_numbers(found: CocoContent) -> None:
+    """Ids, crowd flags, areas and numbers of visible keypoints, which pycocotools needs."""
+    items = found.annotations
+    ignored = [item for item in items if item.get("ignore")]
+    if ignored:
+        raise ValueError(
+            f"{len(ignored)} annotations have 'ignore', which detectron2 does not support, the first is "
+            f"{describe(ignored[0])[:-1]}; set iscrowd 1 instead, or remove them"
+        )
+    ids = [item.get("id") for item in items]
+    if not all(type(i) is int and 0 < i <= _LARGEST_ID for i in ids) or len(set(ids)) < len(ids):
+        for number, item in enumerate(items, 1):
+            item["id"] = number
+        found.changes.append(
+            "annotation ids were missing, repeated, too large or below 1 (evaluation would take those for "
+            f"missed): {len(items)} were numbered from 1"
+        )
+    _mend_crowds(found)
+    lacking = [item for item in items if not _is_area(item.get("area"))]
+    for item in lacking:
+        item["area"] = area(item)
+    if lacking:
+        found.changes.append(f"{len(lacking)} areas were missing, those of the masks or boxes are used")
+    lacking = [item for item in items if item.get("keypoints") and "num_keypoints" not in item]
+    for item in lacking:
+        item["num_keypoints"] = sum(visible > 0 for visible in item["keypoints"][2::3])
+    if lacking:
+        found.changes.append(f"{len(lacking)} num_keypoints were missing and are counted")
+
+
+def _mend_crowds(found: CocoContent) -> None:
+    lacking = [item for item in found.annotations if type(item.get("iscrowd")) is not int]
+    for item in lacking:
+        flag = item.get("iscrowd")
+        if flag not in (None, "", "0", "1", False, True, 0, 1):
+            raise ValueError(f"{describe(item)} has iscrowd {flag!r}; expected 0 or 1")
+        item["iscrowd"] = int(flag or 0)
+    if lacking:
+        found.changes.append(f"{len(lacking)} iscrowd were missing or no numbers (missing: 0)")
+
+
+def _is_area(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def area(item: dict[str, Any]) -> float:
+    """Of an annotation in COCO's form: of its mask (polygons or RLE), or else of its box."""
+    mask = item.get("segmentation")
+    if isinstance(mask, dict):
+        rle = mask_util.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask
+        return float(mask_util.area(rle))
+    if mask:
+        return float(sum(_polygon_area(np.reshape(polygon, (-1, 2))) for polygon in mask))
+    return float(item["bbox"][2] * item["bbox"][3])
+
+
+def _polygon_area(points: np.ndarray) -> float:
+    """Of the points (N, 2), by the shoelace formula."""
+    x, y = points.T
+    return 0.5 * abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
