@@ -59,6 +59,7 @@ def test_nothing_to_distil(lazy_job):
         (KeyError, "train.max_itr=4", "train.max_itr"),
         (ValueError, "train.max_iter", "path.key=value"),
         (ValueError, "train.max_iter=0", "train.max_iter is 0"),
+        (ValueError, "optimizer.lr=abc", "'optimizer' of the LazyConfig cannot be built"),
         (ValueError, "train.checkpointer.period=-1", "checkpointer.period is -1; expected"),
         (ValueError, "distiller.TASK_LOSS_WEIGHT=-1.0", "TASK_LOSS_WEIGHT is -1.0; expected"),
         (ValueError, "distiller.FREEZE=[res7]", "MODEL.DISTILLER.FREEZE: 'res7' matches no name"),
