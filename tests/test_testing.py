@@ -105,6 +105,12 @@ class Meddling(Means):
         return super().forward(student, teacher, batch)
 
 
+class Waking(Means):
+    def forward(self, student, teacher, batch):
+        teacher.model.train()
+        return super().forward(student, teacher, batch)
+
+
 @pytest.mark.parametrize(
     "loss, law",
     [
@@ -118,6 +124,7 @@ class Meddling(Means):
         (NotZero, "is_zero_for_equals"),
         (Keeping, "reaches_all_that_is_trained|leaves_the_teacher_alone|keeps_the_student_plain"),
         (Meddling, "leaves_the_teacher_alone"),
+        (Waking, "leaves_the_teacher_alone"),
     ],
 )
 def test_losses_that_break_a_law(loss, law):

@@ -67,7 +67,7 @@ class Detectors:
     """The student and the teacher of all cells of one kind of detector."""
 
     def __init__(self, family: Family, device: str):
-        self._device = device
+        self._family, self._device = family, device
         torch.manual_seed(0)
         self._student, self._teacher = family.build(8), family.build(16)
 
@@ -84,6 +84,12 @@ class Detectors:
     def teacher(self) -> nn.Module:
         """A new teacher; the same at each call."""
         return copy.deepcopy(self._teacher)
+
+    @cached_property
+    def alone(self) -> tuple[nn.Module, Terms]:
+        """A student after a step without distillation, and its losses."""
+        student = self.student()
+        return student, step(student, self._family.batch())
 
 
 class Cell:
@@ -166,12 +172,10 @@ class Cell:
         model = Distiller(student=student, teacher=teacher, losses=losses, max_iter=2, **options)
         return model.to(self.device).train()
 
-    @cached_property
+    @property
     def alone(self) -> tuple[nn.Module, Terms]:
-        """A student after a step without distillation, and its losses. Not shared by cells: TorchScript changes
-        the last bits of the first steps of a process."""
-        student = self.student()
-        return student, step(student, self.family.batch())
+        """A student after a step without distillation, and its losses."""
+        return self._detectors.alone
 
     @cached_property
     def first(self) -> FirstStep:

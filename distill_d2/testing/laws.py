@@ -69,7 +69,8 @@ def leaves_the_teacher_alone(cell: Cell) -> None:
     _check(before.keys() == after.keys(), "the names of the teacher's state changed")
     changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
     _check(not changed, f"the teacher's {changed} changed")
-    _check(not any(m.training for m in teacher.modules()), "parts of the teacher are in training mode")
+    parts = {*teacher.modules(), *model.teacher.view.model.modules()}  # of the prepared copy, too
+    _check(not any(part.training for part in parts), "parts of the teacher are in training mode")
     _check(all(p.grad is None for p in teacher.parameters()), "the teacher has gradients")
     tensors = {id(t) for t in (*teacher.parameters(), *teacher.buffers())}
     _check(
@@ -198,7 +199,8 @@ def check_loss(
         cell = Cell(kinds[name], loss, equal=equal, not_zero=not_zero, host=host)
         refusals[name] = cell.refusal
         for law in () if cell.refusal else LAWS:
-            with _errors_name_law(law, name):
+            # Without it, TorchScript changes the last bits of a function after its first calls.
+            with _errors_name_law(law, name), torch.jit.optimized_execution(False):
                 law(cell)
     refused = {name: reason for name, reason in refusals.items() if reason}
     works = len(refused) < len(refusals) if on is None else not refused
