@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .config_values import MOST_CHARACTERS, shortened
+from .config_values import shortened
 
 _MISSING = object()
+# hydra needs seconds to refuse longer ones.
+_MOST_CHARACTERS = 5_000
 
 
 def load_lazy_config(path: str, required: Sequence[str]) -> DictConfig:
@@ -41,9 +43,9 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         ValueError: hydra cannot read a pair, or the config cannot take it.
     """
     for override in overrides:
-        if len(override) > MOST_CHARACTERS:
+        if len(override) > _MOST_CHARACTERS:
             raise ValueError(
-                f"'{shortened(override)}' has {len(override)} characters; expected at most {MOST_CHARACTERS}"
+                f"'{shortened(override)}' has {len(override)} characters; expected at most {_MOST_CHARACTERS}"
             )
         try:
             cfg = LazyConfig.apply_overrides(cfg, [override])

@@ -86,6 +86,17 @@ def _of_rcnn(cfg: CfgNode) -> set[str]:
     return {name for name, is_on in keys.items() if is_on}
 
 
+def _of_panoptic_fpn(cfg: CfgNode) -> set[str]:
+    return {*_of_rcnn(cfg), "semantic segmentation"}
+
+
+def _finds_no_boxes(cfg: CfgNode) -> None:
+    raise ValueError(
+        "the student is a SemanticSegmentor (MODEL.META_ARCHITECTURE), which finds no objects; distill_d2 trains "
+        "and evaluates detectors. As a teacher it works, for losses on features"
+    )
+
+
 @dataclass(frozen=True)
 class Detector:
     """Describes a detector or a backbone.
@@ -100,7 +111,7 @@ class Detector:
             (see ``distill_d2.rules``); checked where a config names one of its ``names``.
         check: raises ValueError before training if a config of this architecture cannot work.
         ground_truth: what this architecture is trained on, besides boxes and classes, with a config: "masks",
-            "keypoints".
+            "keypoints", "semantic segmentation".
         modules: modules that register it, imported when one of its names is looked up; none: they are imported.
         registers: other names that these modules register: backbones, proposal generators.
         family: a small instance for tests, "module:attribute" of a ``distill_d2.testing.Family``; "": none.
@@ -260,5 +271,7 @@ for _detector in (
         family="distill_d2.testing.family:MASK_RCNN",
     ),
     Detector("FCOS (detectron2)", family="distill_d2.testing.family:FCOS_OF_DETECTRON2"),
+    Detector("Panoptic FPN", "PanopticFPN", ground_truth=_of_panoptic_fpn),
+    Detector("Semantic FPN", "SemanticSegmentor", check=_finds_no_boxes),
 ):
     register_detector(_detector)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,7 +44,8 @@ def _one_thread_one_seed(monkeypatch, request, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _quick_start(monkeypatch):
     """What detectron2 does at each start takes longer than tiny trainings: a report of the machine, a colored
-    config, and yaml of the whole config, read again, for each key that it looks up."""
+    config, and yaml of the whole config, written by Python and read again for each key that it looks up."""
+    monkeypatch.setattr(yaml, "SafeDumper", getattr(yaml, "CSafeDumper", yaml.SafeDumper))
     monkeypatch.setattr(defaults, "collect_env_info", lambda: "")
     monkeypatch.setattr(defaults, "_highlight", lambda code, _filename: code)
     monkeypatch.setattr(defaults, "_try_get_key", _first_of)

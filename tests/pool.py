@@ -1,10 +1,15 @@
-"""Two processes over gloo that stay for the whole session, and run what tests give them."""
+"""Processes forked from one that has imported the package, which takes seconds: two over gloo that stay for the
+whole session, and run what tests give them; and one for each script that a test runs."""
 
 from __future__ import annotations
 
+import atexit
 import io
 import multiprocessing
+import os
 import queue
+import runpy
+import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -65,8 +70,7 @@ class Pool:
         self._processes = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = _context()
         self._outbox = context.Queue()
         self._inboxes = [context.Queue() for _ in range(self.size)]
         meeting = Path(tempfile.mkdtemp()) / "meeting"
@@ -75,6 +79,43 @@ class Pool:
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self._processes.append(process)
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def start_script(words: Sequence[str], output: Path) -> Any:
+    """Run a Python script with arguments in a process of its own, as the main program.
+
+    Args:
+        output: the file for what it writes.
+
+    Returns:
+        the process, see ``multiprocessing.Process``.
+    """
+    arguments = (list(words), os.getcwd(), dict(os.environ), str(output))
+    process = _context().Process(target=_run_script, args=arguments)
+    process.start()
+    return process
+
+
+def _run_script(words: list[str], folder: str, environment: dict[str, str], output: str) -> None:
+    with open(output, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))
+    torch.set_num_threads(1)
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
 
 
 def _serve(rank: int, size: int, address: str, inbox: Any, outbox: Any) -> None:

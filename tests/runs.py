@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,17 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode
+from pool import start_script
 
 from distill_d2.engine import DistillTrainer, argument_parser, main, setup
-from distill_d2.testing import distiller_config, save_teacher, tiny_config, use_dataset, write_dataset
+from distill_d2.testing import (
+    distiller_config,
+    save_teacher,
+    short_yaml,
+    tiny_config,
+    use_dataset,
+    write_dataset,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -90,7 +99,7 @@ class Job:
 
     def arguments(self, *arguments: Any, opts: Sequence[Any] = ()) -> argparse.Namespace:
         """The command line's, parsed; writes the config file."""
-        Path(self.config_file).write_text(self.text or self.config.dump())
+        Path(self.config_file).write_text(self.text or short_yaml(self.config))
         words = ["--num-gpus", "0", "--config-file", self.config_file, *arguments, *opts]
         return argument_parser().parse_args([str(word) for word in words])
 
@@ -137,6 +146,18 @@ def run_commands(*commands: Sequence[str], expect: int = 0) -> list[str]:
     return outputs
 
 
+def run_forked(*commands: Sequence[str]) -> list[str]:
+    """As ``run_commands``, of commands that start with python and a script, and without the seconds in which a
+    new interpreter imports the package; detectron2's own datasets are where they were at its import."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / str(index) for index in range(len(commands))]
+        processes = [start_script(words[1:], file) for words, file in zip(commands, files)]
+        for process, file in zip(processes, files):
+            process.join(timeout=240)
+            assert process.exitcode == 0, (process.exitcode, file.read_text()[-5000:])
+        return [file.read_text() for file in files]
+
+
 def run_script(folder: Path, cfg: CfgNode, distill: bool, *arguments: str) -> tuple[Any, set[str]]:
     """Train, or what ``arguments`` say, with OUTPUT_DIR ``folder``/output.
 
@@ -145,7 +166,7 @@ def run_script(folder: Path, cfg: CfgNode, distill: bool, *arguments: str) -> tu
     """
     cfg.OUTPUT_DIR = str(folder / "output")
     path = folder / "config.yaml"
-    path.write_text(cfg.dump())
+    path.write_text(short_yaml(cfg))
     words = ["--num-gpus", "0", "--config-file", str(path), *arguments]
     result = main(argument_parser().parse_args(words), distill)
     lines = metrics(folder / "output")

@@ -352,6 +352,21 @@ def test_no_flipped_byte_is_loaded(tmp_path):
     assert harmless < len(raw) / 7 / 2  # padding, and copies of the directory's entries
 
 
+@pytest.mark.parametrize(
+    "place, value",
+    [(38, 0x10), (6, 0x40), (10, 8)],
+    ids=["marked as a folder", "of a later version", "marked as packed"],
+)
+def test_no_damaged_entry_of_the_directory_is_loaded(tmp_path, place, value):
+    """torch leaves the memory of a record undefined that is marked as a folder."""
+    path, raw = tmp_path / "model.pth", saved({"model": linear().state_dict()})
+    for entry in re.finditer(b"PK\x01\x02", raw):
+        byte = entry.start() + place
+        path.write_bytes(raw[:byte] + bytes([raw[byte] ^ value]) + raw[byte + 1 :])
+        with pytest.raises(ValueError, match="cannot read the checkpoint"):
+            read_checkpoint(str(path))
+
+
 def test_files_without_checksums_are_read(tmp_path):
     if not hasattr(torch.serialization, "set_crc32_options"):
         pytest.skip("this torch always writes checksums")

@@ -241,7 +241,7 @@ NOTHING_FOR_THEM = rf"PRELOAD_TEACHER '.*' holds no parameters of \['{ICD}', 'Fe
         ({"model": {}}, NOTHING_FOR_THEM + r"\['model'"),
         ({"model": {}, "distiller": {}}, NOTHING_FOR_THEM + r"\['distiller', 'model'"),
         ({"distiller": {"PKD.x": torch.zeros(1)}}, NOTHING_FOR_THEM + r"\['distiller'"),
-        ([torch.zeros(1)], "earlier.pth' holds a list"),
+        ([torch.zeros(1)], "earlier.pth': it holds a list"),
     ],
 )
 def test_checkpoint_with_nothing_for_them(losses, entries, message):

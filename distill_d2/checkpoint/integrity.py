@@ -24,6 +24,7 @@ _BEGINNINGS = (
     (b"\x89hdf", f"it is an HDF5 file (Keras); load its model and {_ADVICE}"),
     (b"\x1f\x8b", "it is a gzip archive; unpack it"),
 )
+_FOLDER = 0x10  # of MS-DOS's attributes
 _ZIP = b"PK\x03\x04"
 _TORCHSCRIPT, _NUMPY = "constants.pkl", ".npy"
 
@@ -44,10 +45,13 @@ def check_whole(path: str) -> None:
     if not is_zip(path):
         return
     with zipfile.ZipFile(path) as archive:
-        records = [record for record in archive.infolist() if record.file_size]
+        records = archive.infolist()
         unpacked, size = sum(record.file_size for record in records), os.path.getsize(path)
         if unpacked > _MOST_UNPACKED * size:
             raise Refused(f"its {size} bytes unpack to {unpacked}, which torch.save does not do")
+        # torch gives a record that is marked as a folder memory with whatever was there before.
+        if any(record.external_attr & _FOLDER or record.is_dir() for record in records):
+            raise Refused("it is damaged: a record is marked as a folder")
         if not any(record.CRC for record in records):
             return
         for record in records:
@@ -143,7 +147,7 @@ def _kind_of_zip(path: str) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError):
         return ""
     if any(name.endswith(_TORCHSCRIPT) for name in names):
         return f"it is a TorchScript archive; load it with torch.jit.load and {_ADVICE}"

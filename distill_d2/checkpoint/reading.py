@@ -9,6 +9,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ _READ_ERRORS = (
     RuntimeError,
     TypeError,
     ValueError,
+    zlib.error,
 )
 
 

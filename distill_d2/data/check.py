@@ -294,6 +294,7 @@ def _needs(cfg: CfgNode) -> MapperNeeds:
         instances=instances,
         masks="masks" in truth,
         keypoints="keypoints" in truth,
+        segmentation="semantic segmentation" in truth,
         num_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS,
         channels=len(cfg.MODEL.PIXEL_MEAN),
         masks_read=cfg.MODEL.MASK_ON,

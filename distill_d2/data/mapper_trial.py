@@ -21,6 +21,7 @@ class MapperNeeds:
     Attributes:
         instances: objects with boxes and classes.
         masks, keypoints: of the objects.
+        segmentation: the class of each pixel.
         num_keypoints: of each object.
         channels: of the images: the length of MODEL.PIXEL_MEAN. None: not known.
         num_classes: of the dataset; None: not known.
@@ -31,6 +32,7 @@ class MapperNeeds:
     instances: bool = True
     masks: bool = False
     keypoints: bool = False
+    segmentation: bool = False
     num_keypoints: int = 17
     channels: int | None = None
     num_classes: int | None = None
@@ -90,6 +92,12 @@ def _problem(
         )
     if not needs.instances:
         return ""
+    if needs.segmentation and "sem_seg" not in output:
+        return (
+            f"has no 'sem_seg', on which a PanopticFPN is trained: the records of dataset '{name}' need a "
+            "'sem_seg_file_name', as those of coco_2017_train_panoptic_separated have; without, set "
+            "MODEL.META_ARCHITECTURE to 'GeneralizedRCNN'"
+        )
     if "instances" not in output:
         return "has no 'instances', the ground truth that the model is trained on (INPUT.MAPPER)"
     return _problem_of_instances(name, records, record, output["instances"], needs)

@@ -147,13 +147,13 @@ class LazyDistillTrainer(DistillTrainer):
     @classmethod
     def build_optimizer(cls, cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
         cfg.optimizer.params.model = trained_with_student(model)
-        optimizer = instantiate(cfg.optimizer)
+        optimizer = _instantiated(cfg, "optimizer")
         cfg.optimizer.params.model = None
         return optimizer
 
     @classmethod
     def build_lr_scheduler(cls, cfg: DictConfig, optimizer: torch.optim.Optimizer) -> LRMultiplier:
-        return LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), cfg.train.max_iter)
+        return LRMultiplier(optimizer, _instantiated(cfg, "lr_multiplier"), cfg.train.max_iter)
 
     @classmethod
     def build_train_loader(cls, cfg: DictConfig):
@@ -222,6 +222,16 @@ def _locate_teacher(cfg: DictConfig, folder: str, needed: bool) -> None:
     node = cfg.get("distiller")
     if node and "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
         node.MODEL_DISTILLER_CONFIG = locate_teacher(node.MODEL_DISTILLER_CONFIG, [folder], needed)
+
+
+def _instantiated(cfg: DictConfig, key: str) -> Any:
+    """Raises ValueError, naming the key, if the class does not take the values of ``cfg[key]``."""
+    try:
+        return instantiate(cfg[key])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"'{key}' of the LazyConfig cannot be built from its values: {error}"
+        ) from error
 
 
 def _is_distiller(model: DictConfig) -> bool:

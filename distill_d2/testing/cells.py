@@ -67,7 +67,7 @@ class Detectors:
     """The student and the teacher of all cells of one kind of detector."""
 
     def __init__(self, family: Family, device: str):
-        self._batch, self._device = family.batch, device
+        self._device = device
         torch.manual_seed(0)
         self._student, self._teacher = family.build(8), family.build(16)
 
@@ -84,12 +84,6 @@ class Detectors:
     def teacher(self) -> nn.Module:
         """A new teacher; the same at each call."""
         return copy.deepcopy(self._teacher)
-
-    @cached_property
-    def alone(self) -> tuple[nn.Module, Terms]:
-        """A student after a step without distillation, and its losses."""
-        student = self.student()
-        return student, step(student, self._batch())
 
 
 class Cell:
@@ -172,10 +166,12 @@ class Cell:
         model = Distiller(student=student, teacher=teacher, losses=losses, max_iter=2, **options)
         return model.to(self.device).train()
 
-    @property
+    @cached_property
     def alone(self) -> tuple[nn.Module, Terms]:
-        """A student after a step without distillation, and its losses; one for all cells of a family."""
-        return self._detectors.alone
+        """A student after a step without distillation, and its losses. Not shared by cells: TorchScript changes
+        the last bits of the first steps of a process."""
+        student = self.student()
+        return student, step(student, self.family.batch())
 
     @cached_property
     def first(self) -> FirstStep:

@@ -157,8 +157,29 @@ def save_teacher(cfg: CfgNode, folder: Path) -> str:
     cfg.MODEL.WEIGHTS = str(folder / "teacher.pth")
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     path = folder / "teacher.yaml"
-    path.write_text(cfg.dump())
+    path.write_text(short_yaml(cfg))
     return str(path)
+
+
+def short_yaml(cfg: CfgNode) -> str:
+    """A config as a user writes it: the keys whose values are not the defaults. Reading all of them takes as
+    long as a tiny training."""
+    default = get_cfg()
+    add_distill_config(default)
+    changed = _changes(cfg, default)
+    changed.VERSION = cfg.VERSION
+    return CfgNode(changed).dump()
+
+
+def _changes(cfg: CfgNode, default: CfgNode) -> CfgNode:
+    changed = CfgNode()
+    for name, value in cfg.items():
+        known = default.get(name)
+        if isinstance(value, CfgNode) and isinstance(known, CfgNode):
+            value, known = _changes(value, known), CfgNode()
+        if name not in default or repr(value) != repr(known):  # 1 is not 1.0
+            changed[name] = value
+    return changed
 
 
 def distiller_config(student: CfgNode, teacher_yaml: str, types=("PKD",)) -> CfgNode:

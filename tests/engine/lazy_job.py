@@ -7,7 +7,7 @@ from typing import Any
 
 from distill_d2.data import register_custom_datasets
 from distill_d2.engine import argument_parser, main
-from distill_d2.testing import save_teacher, tiny_config, use_dataset, write_dataset
+from distill_d2.testing import save_teacher, short_yaml, tiny_config, use_dataset, write_dataset
 
 CONFIG = """
 import torch
@@ -87,7 +87,7 @@ class LazyJob:
         student = tiny_config()
         use_dataset(student, entry)
         student.VERSION = 2
-        (folder / "student.yaml").write_text(student.dump())
+        (folder / "student.yaml").write_text(short_yaml(student))
         self.text = CONFIG
         self.replace("{student}", str(folder / "student.yaml"))
         self.replace("{name}", entry["NAME"])

@@ -12,7 +12,7 @@ from runs import Job, assert_equal, changed, checkpoint, detections, last_losses
 from distill_d2.distiller import building
 from distill_d2.engine import load_config
 from distill_d2.teacher import Teacher, untrained_teacher
-from distill_d2.testing.tiny import save_teacher, tiny_config, use_dataset, use_ghnd
+from distill_d2.testing.tiny import save_teacher, short_yaml, tiny_config, use_dataset, use_ghnd
 
 NODE = "MODEL.DISTILLER."
 STEM = "backbone.bottom_up.stem.conv1.weight"
@@ -237,7 +237,7 @@ def test_lazy_config(lazy_job):
     student = tiny_config(width=16)
     student.VERSION = 2
     use_ghnd(student)
-    (lazy_job.folder / "student.yaml").write_text(student.dump())
+    (lazy_job.folder / "student.yaml").write_text(short_yaml(student))
     keys = """TYPES=["GHND"], TASK_LOSS_WEIGHT=0.0, PRELOAD_NAMES=["."], EVAL_TEACHER=True,
     FREEZE=["bottom_up.res[345]", "stem.conv1.norm"], GHND=dict(IN_FEATURES=["res2", "res3"])"""
     lazy_job.replace('TYPES=["PKD"]', keys)

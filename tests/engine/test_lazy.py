@@ -59,6 +59,7 @@ def test_nothing_to_distil(lazy_job):
         (KeyError, "train.max_itr=4", "train.max_itr"),
         (ValueError, "train.max_iter", "path.key=value"),
         (ValueError, "train.max_iter=0", "train.max_iter is 0"),
+        (ValueError, "optimizer.lr=abc", "'optimizer' of the LazyConfig cannot be built"),
         (ValueError, "train.checkpointer.period=-1", "checkpointer.period is -1; expected"),
         (ValueError, "distiller.TASK_LOSS_WEIGHT=-1.0", "TASK_LOSS_WEIGHT is -1.0; expected"),
         (ValueError, "distiller.FREEZE=[res7]", "MODEL.DISTILLER.FREEZE: 'res7' matches no name"),
@@ -101,3 +102,28 @@ def test_mixed_precision_that_is_only_emulated(lazy_job, monkeypatch):
     monkeypatch.setattr(settings, "native_bfloat16", lambda device: False)
     with pytest.raises(ValueError, match="train.amp.enabled is True, but this processor only emulates"):
         lazy_job.run("train.amp.enabled=True")
+
+
+@pytest.mark.parametrize(
+    "text, override, words",
+    [
+        ("model = (", "", "config.py', a LazyConfig, line 1: SyntaxError"),
+        ("\n\nnowhere", "", "config.py', a LazyConfig, line 3: NameError: name 'nowhere'"),
+        ("[" * 100_000, "", "config.py', a LazyConfig.*: "),
+        ("model = {}", "", "does not define model|does not define dataloader, train.output_dir"),
+        ("", "train.max_iter=" + "[" * 1_000, r"'train.max_iter=\[.*' cannot be applied"),
+        ("", "train.max_iter=" + "[" * 100_000, "has 100015 characters"),
+        (
+            "",
+            "distiller.MODEL_DISTILLER_CONFIG=none.yaml",
+            "MODEL_DISTILLER_CONFIG .*none.yaml.* tried: .*{folder},",
+        ),
+    ],
+)
+def test_broken_lazy_config(lazy_job, text, override, words):
+    lazy_job.text = text or lazy_job.text
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=words.format(folder=lazy_job.folder)
+    ) as caught:
+        lazy_job.run(*([override] if override else []))
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)

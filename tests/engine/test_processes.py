@@ -8,22 +8,22 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import checkpoint, run_commands
+from runs import checkpoint, run_commands, run_forked
 
 
 def test_two_machines_meet_at_the_users_address(job):
     address = ["--num-machines", 2, "--dist-url", f"file://{job.folder}/meeting"]
     machines = [job.command("train_distill.py", *address, "--machine-rank", rank) for rank in (0, 1)]
-    outputs = run_commands(*machines)
+    outputs = run_forked(*machines)
     assert "World size: 2" in outputs[0]
     assert (job.output / "model_final.pth").is_file()
 
 
 def test_baseline_of_a_distillation_config_then_eval_only(job):
-    run_commands(job.command("train_baseline.py"))
+    run_forked(job.command("train_baseline.py"))
     weights = f"{job.output}/model_final.pth"
     job.node.MODEL_DISTILLER_CONFIG = "there/is/no/teacher.yaml"
-    (output,) = run_commands(job.command("train_distill.py", "--eval-only", "MODEL.WEIGHTS", weights))
+    (output,) = run_forked(job.command("train_distill.py", "--eval-only", "MODEL.WEIGHTS", weights))
     assert "copypaste: AP," in output and "Teacher: " not in output
 
 

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventStorage
 from probe_loss import LAZY_PROBE, ProbeLoss, solver_of
-from runs import assert_equal, checkpoint, metrics, rewind, run_commands
+from runs import assert_equal, checkpoint, metrics, rewind, run_forked
 from torch import nn
 
 from distill_d2 import DISTILL_LOSS_REGISTRY
@@ -380,7 +380,7 @@ def test_processes_resume_from_two_to_one_and_back(probe):
     probe.node.PRETRAIN_TEACHER_ITERS, probe.node.FIX_BACKBONE_BEFORE = 2, 1
     probe.config.SOLVER.CHECKPOINT_PERIOD = 1
     folder = probe.output
-    (output,) = run_commands(probe.command("tests/engine/probe_run.py", "--num-procs", 2))
+    (output,) = run_forked(probe.command("tests/engine/probe_run.py", "--num-procs", 2))
     assert "World size: 2" in output
     first, pretrained = checkpoint(folder, "model_0000000"), checkpoint(folder, "model_0000001")
     assert_equal(first["model"], pretrained["model"])
@@ -389,7 +389,7 @@ def test_processes_resume_from_two_to_one_and_back(probe):
     whole = checkpoint(folder)
     for processes, last in ((1, "model_0000000"), (2, "model_0000002")):
         rewind(folder, last)
-        run_commands(probe.command("tests/engine/probe_run.py", "--num-procs", processes, "--resume"))
+        run_forked(probe.command("tests/engine/probe_run.py", "--num-procs", processes, "--resume"))
         resumed = checkpoint(folder)
         assert resumed["trainer"]["solvers"]["ProbeLoss"]["scheduler"]["last_epoch"] == 4
         # the loss's gradient does not depend on the images, so the number of processes changes nothing
