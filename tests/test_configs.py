@@ -13,9 +13,10 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
 
 from distill_d2 import model_zoo
-from distill_d2.config import add_distill_config, load_yaml
-from distill_d2.engine.key_rules import check_keys
+from distill_d2.config import add_distill_config, load_yaml, student_config
+from distill_d2.engine.key_rules import check_keys, run_rules
 from distill_d2.losses.base import build_losses
+from distill_d2.rules import Context, Levels, faults
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DETECTRON2_CONFIGS = Path(detectron2_zoo.__file__).parent / "configs"
@@ -75,9 +76,18 @@ def test_holds_plain_values_and_known_keys(name):
     cfg = load(name)
 
     cfg.DATASETS.TRAIN = cfg.DATASETS.TRAIN or ("of_the_user",)
-    check_keys(cfg)
+    rules = {key: rule for key, rule in run_rules(cfg).items() if not isinstance(rule, Levels)}
+    assert list(faults(Context(student_config(cfg)), rules)) == []
     last = max(cfg.SOLVER.STEPS, default=0)
     assert "MultiStep" not in cfg.SOLVER.LR_SCHEDULER_NAME or last < cfg.SOLVER.MAX_ITER
+
+
+@pytest.mark.parametrize("name", {name.split("/")[0]: name for name in NAMES}.values())
+def test_the_keys_fit_together(name):
+    """One config of each folder; this builds backbones without weights."""
+    cfg = load(name)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TRAIN or ("of_the_user",)
+    check_keys(cfg)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

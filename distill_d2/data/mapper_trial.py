@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Callable
 
+import numpy as np
 import torch
 
 from .sample import objects, varied_sample
@@ -139,7 +140,7 @@ def _missing(
     name: str, records: Sequence[dict[str, Any]], record: dict[str, Any], needs: MapperNeeds
 ) -> str:
     """What the annotations of ``record`` lack, with the key that helps; "" if nothing is known to be."""
-    items = objects(record)
+    items, size = objects(record), [record.get("height"), record.get("width")]
     masks = [item.get("segmentation") for item in items]
     if needs.masks_read and needs.mask_format == "polygon" and any(_is_bits(mask) for mask in masks):
         count = _count(records, lambda item: _is_bits(item.get("segmentation")))
@@ -156,6 +157,13 @@ def _missing(
             f"{count} of {_count(records)} objects of dataset '{name}' have no keypoints; set MODEL.KEYPOINT_ON "
             "to False, or use a dataset with keypoints"
         )
+    wrong = [
+        list(mask["size"]) for mask in masks if isinstance(mask, dict) and list(mask["size"]) != size
+    ]
+    if needs.masks_read and wrong:
+        return f"a mask in RLE has the size {wrong[0]}, the image {size} (height, width)"
+    if any(isinstance(item.get("bbox"), np.ndarray) for item in items):
+        return "a bbox is a numpy array; detectron2 reads lists of numbers (bbox.tolist())"
     if needs.masks and not needs.masks_read:
         return "MODEL.MASK_ON is False; set it to True"
     return ""

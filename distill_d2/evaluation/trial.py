@@ -58,19 +58,12 @@ def try_evaluator(
         ValueError: the evaluator fails, or finds less than half of the ground truth; the message names the
             image and the objects.
     """
-    existed = "json_file" in MetadataCatalog.get(name).as_dict()
-    with quiet(), _single_process(), tempfile.TemporaryDirectory(prefix="distill_d2_") as folder:
-        try:
-            with _told(name):
-                built = build(folder)
-            sample = _sample(records, masks, keypoints)
-            for evaluator in getattr(built, "_evaluators", [built]):
-                _Trial(name, evaluator, sample, len(sample) == len(records), masks, keypoints).run()
-        finally:
-            if not existed and "json_file" in MetadataCatalog.get(name).as_dict():
-                delattr(
-                    MetadataCatalog.get(name), "json_file"
-                )  # a conversion to COCO's format in ``folder``
+    with quiet(), _single_process(), _work_folder(name) as folder:
+        with _told(name):
+            built = build(folder)
+        sample = _sample(records, masks, keypoints)
+        for evaluator in getattr(built, "_evaluators", [built]):
+            _Trial(name, evaluator, sample, len(sample) == len(records), masks, keypoints).run()
 
 
 @dataclass
@@ -90,7 +83,7 @@ class _Trial:
         try:
             results = self._score(self.sample)
         except Exception as error:  # an evaluator may raise anything
-            raise _failure(self.name, error, self._first(self._fails)) from error
+            raise _failure(self.name, error, self._unknown_ids() or self._failing()) from error
         for task, metrics in results.items():
             if isinstance(metrics, dict) and "AP" in metrics:
                 ap = float(metrics["AP"])
@@ -106,7 +99,7 @@ class _Trial:
             text = (
                 f"dataset '{self.name}': its own ground truth, given to its evaluator as detections, has AP50 "
                 f"{ap50:.1f} instead of 100 for {task}, which no detector can exceed"
-                f"{self._objects_at_fault(task)}; {_SKIP}"
+                f"{self._objects_at_fault(task)}{self._unmapped()}; {_SKIP}"
             )
             if ap50 < _USELESS:
                 raise ValueError(text)
@@ -137,6 +130,24 @@ class _Trial:
         if not self._takes_images():
             return None
         return next(filter(at_fault, self.sample[:_SEARCHED]), None)
+
+    def _failing(self) -> str:
+        record = self._first(self._fails)
+        return f"; scored alone, the first image that fails is {_where(record)}" if record else ""
+
+    def _unknown_ids(self) -> str:
+        """Which images the dataset's json lacks; "" if none, or if there is no json."""
+        known = getattr(getattr(self.evaluator, "_coco_api", None), "imgs", None)
+        absent = [
+            record["image_id"] for record in self.sample if record["image_id"] not in (known or ())
+        ]
+        if not known or not absent:
+            return ""
+        json_file = MetadataCatalog.get(self.name).get("json_file")
+        return (
+            f"; {len(absent)} of {len(self.sample)} image_ids are not in its json_file {json_file!r}, such as "
+            f"{absent[0]!r}, while the json has {next(iter(known))!r}"
+        )
 
     def _fails(self, record: dict[str, Any]) -> bool:
         try:
@@ -181,6 +192,18 @@ class _Trial:
         ]
         return f"the annotations with ids {ids[:10]} are concerned" if ids else ""
 
+    def _unmapped(self) -> str:
+        """Whether the ids of a json's categories are taken for numbers of classes."""
+        ids = sorted(getattr(getattr(self.evaluator, "_coco_api", None), "cats", ()))
+        if not ids or ids == list(range(len(ids))):
+            return ""
+        if MetadataCatalog.get(self.name).get("thing_dataset_id_to_contiguous_id"):
+            return ""
+        return (
+            f". The categories of its json have the ids {ids[:5]}, not 0, 1, ...: its metadata need "
+            "thing_dataset_id_to_contiguous_id, {id: number of the class}"
+        )
+
     def _label(self, item: dict[str, Any]) -> str:
         names, number = MetadataCatalog.get(self.name).get("thing_classes") or [], item["category_id"]
         return f"'{names[number]}'" if 0 <= number < len(names) else f"class {number}"
@@ -215,9 +238,17 @@ def _detections(record: dict[str, Any], masks: bool, keypoints: bool) -> Instanc
         drawn = [_mask(item.get("segmentation"), *size) for item in items]
         found.pred_masks = torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, *size)
     if keypoints:
-        points = [item.get("keypoints") or [0.0] * 51 for item in items]
+        points = [_points(item, box) for item, box in zip(items, boxes)]
         found.pred_keypoints = torch.tensor(points, dtype=torch.float32).reshape(len(items), -1, 3)
     return found
+
+
+def _points(item: dict[str, Any], box: Sequence[float]) -> list[float]:
+    """The keypoints of an object; the center of the box (XYXY) for each, where none is labeled."""
+    points = list(item.get("keypoints") or [0.0] * 51)
+    if any(points[2::3]):
+        return points
+    return [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2, 0.0] * (len(points) // 3)
 
 
 def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -240,17 +271,16 @@ def _where(record: dict[str, Any]) -> str:
     return f"'{record.get('file_name')}' (id {record.get('image_id')!r})"
 
 
-def _failure(name: str, error: Exception, record: dict[str, Any] | None = None) -> Exception:
+def _failure(name: str, error: Exception, place: str = "") -> Exception:
     if isinstance(error, ImportError):
         return ImportError(
             f"dataset '{name}': its evaluator needs a Python package that is not installed: {error}. Install it, "
             "or set DATASETS.TEST to datasets that need none",
             name=error.name,
         )
-    place = f"; scored alone, the first image that fails is {_where(record)}" if record else ""
     text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
     return ValueError(
-        f"dataset '{name}' cannot be evaluated: its evaluator, given its own ground truth as detections, fails: "
+        f"dataset '{name}' cannot be evaluated: its evaluator, given the ground truth as detections, fails: "
         f"{text}{place}. Mend the annotations; {_SKIP}"
     )
 
@@ -278,3 +308,19 @@ def _single_process() -> Iterator[None]:
         yield
     finally:
         comm.get_world_size, comm.synchronize = world_size, synchronize
+
+
+@contextlib.contextmanager
+def _work_folder(name: str) -> Iterator[str]:
+    """A folder for an evaluator. Its conversion of a dataset to COCO's format is forgotten with it."""
+    metadata = MetadataCatalog.get(name)
+    had_json = "json_file" in metadata.as_dict()
+    with tempfile.TemporaryDirectory(prefix="distill_d2_") as folder:
+        try:
+            yield folder
+        finally:
+            if not had_json and "json_file" in metadata.as_dict():
+                del metadata.json_file
+            for other in MetadataCatalog.list():
+                if folder in other:
+                    MetadataCatalog.remove(other)

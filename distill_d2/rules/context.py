@@ -52,20 +52,34 @@ class Context:
         name = self.cfg.MODEL.BACKBONE.NAME
         if not isinstance(name, str) or not _is_registered(BACKBONE_REGISTRY, name):
             return None
-        try:
-            with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                return list(build_backbone(self.cfg).output_shape())
-        except (AssertionError, KeyError, ValueError) as error:
-            if "MODEL." in str(error) and isinstance(
-                error, ValueError
-            ):  # of a project, which names the key
-                raise
-            raise ValueError(
-                f"the backbone '{name}' (MODEL.BACKBONE.NAME) cannot be built from this config: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        except Exception:  # a user's backbone that needs its weights, or a device
-            return None
+        nodes = {key: value for key, value in self.cfg.MODEL.items() if key not in _OTHER_KEYS}
+        text = repr(nodes)
+        if text not in _LEVELS:
+            if len(_LEVELS) >= _MOST_LEVELS:
+                _LEVELS.clear()
+            _LEVELS[text] = _levels(self.cfg, name)
+        return _LEVELS[text]
+
+
+# A run asks for the same levels several times: while its config is checked, when the Distiller is built, ...
+_LEVELS: dict[str, list[str] | None] = {}
+_MOST_LEVELS = 100
+_OTHER_KEYS = ("DISTILLER", "META_ARCHITECTURE", "WEIGHTS", "DEVICE")
+
+
+def _levels(cfg: CfgNode, name: str) -> list[str] | None:
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return list(build_backbone(cfg).output_shape())
+    except (AssertionError, KeyError, ValueError) as error:
+        if "MODEL." in str(error) and isinstance(error, ValueError):  # of a project, which names the key
+            raise
+        raise ValueError(
+            f"the backbone '{name}' (MODEL.BACKBONE.NAME) cannot be built from this config: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    except Exception:  # a user's backbone that needs its weights, or a device
+        return None
 
 
 def registered(registry: Registry, name: Any) -> type | None:
