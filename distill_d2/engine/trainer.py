@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
@@ -40,6 +39,7 @@ from ..rules import assertions_told
 from . import classes
 from .acting import check_acting
 from .evaluate import evaluate_teacher
+from .exact import exact_gradients, exact_torchscript
 from .hooks import (
     BoundedHistories,
     Checkpoints,
@@ -433,18 +433,6 @@ class DistillTrainer(DefaultTrainer):
         raise Interrupted
 
 
-def exact_torchscript(device: str) -> contextlib.AbstractContextManager:
-    """TorchScript functions compute the same bits in their first calls and later, on a CPU.
-
-    TorchScript optimizes a function after its first calls, and then rounds otherwise: the process that
-    resumes a run would differ from the one that went on. A GPU repeats no bits anyway, and its fused
-    kernels save memory.
-    """
-    if torch.device(device).type != "cpu":
-        return contextlib.nullcontext()
-    return torch.jit.optimized_execution(False)
-
-
 def distributed(model: nn.Module, **options: Any) -> nn.Module:
     """``model`` in DistributedDataParallel where there are several processes, on GPU or CPU.
 
@@ -452,9 +440,12 @@ def distributed(model: nn.Module, **options: Any) -> nn.Module:
         options: of detectron2's create_ddp_model, fp16_compression for one.
     """
     options = {"broadcast_buffers": False, "find_unused_parameters": False, **options}
-    if not next(model.parameters()).is_cuda:
-        options["device_ids"] = None
-    return create_ddp_model(model, **options)
+    if next(model.parameters()).is_cuda:
+        return create_ddp_model(model, **options)
+    model = create_ddp_model(model, **options, device_ids=None)
+    if not options.get("fp16_compression"):
+        exact_gradients(model)
+    return model
 
 
 def _sampler_of_seed(cfg: CfgNode, dataset: Sequence[dict[str, Any]]) -> Callable[[int], Iterable[int]]:

@@ -1,10 +1,12 @@
 """A resumed run is the uninterrupted run, whatever the configuration; what a changed resume means is told."""
 
 import json
+import subprocess
+import time
 
 import pytest
 import torch
-from runs import Job, assert_equal, changed, checkpoint, rewind
+from runs import Job, assert_equal, changed, checkpoint, metrics, rewind, run_commands
 
 from distill_d2.engine import DistillTrainer, argument_parser, setup
 from distill_d2.engine.changes import changes, settings_of_run
@@ -130,3 +132,43 @@ def test_other_data_and_lengths_are_told(job):
     file.write_text(json.dumps(data))
     job.trainer("--resume")
     assert "the training images are 6 with checksum" in log()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, workers", [(1, 2), (3, 0)])
+def test_killed_run(job, processes, workers):
+    """No process is left, and the resumed run is the whole: weights, and metrics without gaps."""
+    job.config.merge_from_list(
+        ["SOLVER.IMS_PER_BATCH", 6, "SOLVER.MAX_ITER", 60, "SOLVER.CHECKPOINT_PERIOD", 3]
+    )
+    job.config.merge_from_list(["DATALOADER.NUM_WORKERS", workers])
+    command = job.command("train_distill.py", "--num-procs", processes)
+    run_commands([*command, "OUTPUT_DIR", str(job.folder / "whole")])
+    with open(job.folder / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    end = time.time() + 120
+    while not list(job.output.glob("model_*.pth")):
+        assert process.poll() is None and time.time() < end, (job.folder / "log").read_text()[-5000:]
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    end = time.time() + 12
+    while in_session(process.pid):
+        assert time.time() < end, f"{in_session(process.pid)} are left"
+        time.sleep(0.1)
+    assert not (job.output / "model_final.pth").exists()
+    run_commands([*command, "--resume"])
+    assert_equal(checkpoint(job.output)["model"], checkpoint(job.folder / "whole")["model"])
+    resumed, whole = (
+        [line["iteration"] for line in metrics(f)] for f in (job.output, job.folder / "whole")
+    )
+    # Processes whose launcher is killed stop as by a signal, which writes one more line.
+    assert resumed == sorted({*resumed, *whole})
+
+
+def in_session(number):
+    """Processes of a session; only zombies are none."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,stat=", "-s", str(number)], capture_output=True, text=True
+    )
+    return [line for line in listed.stdout.splitlines() if "Z" not in line.split()[1]]

@@ -89,7 +89,9 @@ def test_non_finite_loss_names_term_iteration_and_images(job, monkeypatch):
         return {k: v * float("nan") for k, v in terms.items()} if batch.iteration == 2 else terms
 
     monkeypatch.setattr(PKD, "forward", broken)
-    message = r"iteration 2 .*'loss_pkd': nan.* images of process 0 were .*\.png \(\d+x\d+\), .*\.png \("
+    message = (
+        r"iteration 2 .*'loss_pkd': nan.* images .* were of process 0 .*\.png \(\d+x\d+\), .*\.png \("
+    )
     with pytest.raises(FloatingPointError, match=message):
         job.run(opts=["SOLVER.CHECKPOINT_PERIOD", 1])
     assert (job.output / "last_checkpoint").read_text() == "model_0000001.pth"
