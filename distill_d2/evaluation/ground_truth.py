@@ -15,6 +15,7 @@ from detectron2.structures import BoxMode
 
 from ..data.coco import coco_source
 from ..data.coco_content import area, is_right, read_coco
+from ..data.sample import has
 
 #: Of ``of_records``; None: all.
 _RECORDS: Sequence[dict[str, Any]] | None = None
@@ -125,10 +126,10 @@ def _annotation(item: dict[str, Any], image_id: int | str, number: int) -> dict[
         w, h = w - x, h - y
     found: dict[str, Any] = {"id": number, "image_id": image_id, "category_id": int(item["category_id"])}
     found.update(bbox=[x, y, w, h], iscrowd=int(item.get("iscrowd", 0)))
-    if item.get("segmentation"):
+    if has(item, "segmentation"):
         found["segmentation"] = item["segmentation"]
     found["area"] = area(found)
-    if item.get("keypoints"):
+    if has(item, "keypoints"):
         # COCO's keypoints are indices of pixels, detectron2's coordinates: a pixel's center is at 0.5.
         points = [number - 0.5 * (i % 3 != 2) for i, number in enumerate(item["keypoints"])]
         found.update(keypoints=points, num_keypoints=sum(visible > 0 for visible in points[2::3]))
