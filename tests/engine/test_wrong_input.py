@@ -1,6 +1,5 @@
 """Wrong input: one clear message, before training (law 10). Most would cost hours if found late."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -73,10 +72,12 @@ def test_classes_of_dataset_and_model_differ(job):
 
 
 def test_dataset_that_cannot_be_evaluated(job):
-    job.run(distill=False)  # registers the dataset
-    shutil.rmtree(job.output)
-    MetadataCatalog.get(job.entry["NAME"]).__dict__["evaluator_type"] = "sem_seg"
+    job.setup()  # registers the dataset
+    metadata = MetadataCatalog.get(job.entry["NAME"]).__dict__
+    metadata["evaluator_type"] = "sem_seg"
     job.fails(ValueError, job.entry["NAME"], "'sem_seg'", "pascal_voc")
+    metadata.update(evaluator_type="coco", json_file="no.json")
+    job.fails(ValueError, job.entry["NAME"], "'no.json'", "DATASETS.CHECK none")
 
 
 def test_resume_from_another_model(job):
