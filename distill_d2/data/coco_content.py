@@ -286,6 +286,20 @@ def describe(item: dict[str, Any]) -> str:
     return f"the annotation of id {item.get('id')!r}, image_id {item.get('image_id')!r},"
 
 
+def _check_rle(item: dict[str, Any], mask: dict[str, Any]) -> None:
+    size, counts = mask.get("size"), mask.get("counts")
+    right = isinstance(size, list) and [type(edge) for edge in size] == [int, int]
+    if right and isinstance(counts, list):
+        right = all(type(run) is int and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]
+    elif right:
+        right = isinstance(counts, str)
+    if not right:
+        raise ValueError(
+            f"{describe(item)} has the RLE {mask!r:.80}; expected a size of height and width, and counts: a text, "
+            "or a list whose sum is the number of pixels"
+        )
+
+
 def _mend_masks(found: CocoContent) -> None:
     """Polygons of fewer than three points; as in detectron2, an instance without another one is dropped,
     but its box stays where no annotation has a mask."""
@@ -294,6 +308,7 @@ def _mend_masks(found: CocoContent) -> None:
     for item in masks:
         mask = item["segmentation"]
         if isinstance(mask, dict):
+            _check_rle(item, mask)
             continue
         if not isinstance(mask, list):
             raise ValueError(
