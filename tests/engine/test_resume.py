@@ -123,7 +123,9 @@ def test_other_data_and_lengths_are_told(job):
     job.run(opts=["SOLVER.MAX_ITER", 2])
     with pytest.raises(ValueError, match=r"SOLVER.MAX_ITER .* is 1, but .* has trained 2 iterations"):
         job.trainer("--resume", opts=["SOLVER.MAX_ITER", 1])
-    job.trainer("--resume", opts=["SOLVER.MAX_ITER", 2])
+    trainer = job.trainer("--resume", opts=["SOLVER.MAX_ITER", 2])
+    with pytest.raises(ValueError, match="--resume: the checkpoint .* is of another trainer"):
+        trainer.load_state_dict({"iteration": 1, "hooks": {}, "optimizer": {}})
     assert "has trained 2 iterations, all of them: nothing is left to train" in log()
     assert "in the checkpoint" not in log()
     file = job.folder / "data" / "annotations.json"

@@ -284,7 +284,7 @@ ROWS = [
         ["INPUT.CROP.SIZE", "integers"],
     ),
     ("retinanet", {"TEST__EXPECTED_RESULTS": [["bbox", "AP"]]}, ["TEST.EXPECTED_RESULTS", "4 values"]),
-    ("retinanet", {"INPUT__MAPPER": "mine"}, ["INPUT.MAPPER is 'mine'", "one of ['']"]),
+    ("retinanet", {"INPUT__MAPPER": "mine"}, ["INPUT.MAPPER is 'mine'", "one of ['"]),
     ("retinanet", {"INPUT__AUGMENTATIONS": "sdd"}, ["INPUT.AUGMENTATIONS", "the closest are ['ssd']"]),
     ("retinanet", {"TEST__AUG__ENABLED": True}, ["TEST.AUG.ENABLED is True", "tools/train_net.py"]),
     ("retinanet", {"TEST__DETECTIONS_PER_IMAGE": -1}, ["TEST.DETECTIONS_PER_IMAGE is -1"]),

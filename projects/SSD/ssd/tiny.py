@@ -21,6 +21,8 @@ def config(width: int) -> CfgNode:
     add_distill_config(cfg)
     load_yaml(cfg, get_config_file("Base-SSD.yaml"))
     cfg.MODEL.DEVICE = "cpu"
+    # torchvision's MobileNetV2 has 1280 channels in the end, whatever its width.
+    cfg.MODEL.BACKBONE.NAME = "build_ssd_vgg16_backbone"
     cfg.INPUT.FIXED_SIZE = [96, 96]
     node = cfg.MODEL.SSD
     node.WIDTH, node.NUM_CLASSES, node.SIZE, node.STRIDES = width / 64, CLASSES, 96, [16, 32]
