@@ -42,7 +42,7 @@ def set_values(
         KeyError: a key does not exist.
         ValueError: a value of another type.
     """
-    _set(cfg, values, _Place(cfg, "", source))
+    _set(cfg, values, cfg, "", source)
 
 
 def set_options(cfg: CfgNode, pairs: Sequence[str]) -> None:
@@ -65,11 +65,8 @@ def set_options(cfg: CfgNode, pairs: Sequence[str]) -> None:
     for key, text in zip(pairs[::2], pairs[1::2]):
         *parents, name = key.split(".")
         node = functools.reduce(getattr, parents, cfg)
-        _set(
-            node,
-            {name: _value_of(text, node[name], key)},
-            _Place(cfg, key[: -len(name)], lambda key: ""),
-        )
+        value = _value_of(text, node[name], key)
+        _set(node, {name: value}, cfg, key[: -len(name)], lambda key: "")
 
 
 def config_keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -88,31 +85,28 @@ def shortened(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-class _Place:
-    """Where values are set: below ``prefix`` in a whole config, from a file or the command line."""
-
-    def __init__(self, cfg: CfgNode, prefix: str, source: Callable[[str], str]):
-        self.cfg, self.prefix, self.source = cfg, prefix, source
-
-    def below(self, name: str) -> _Place:
-        return _Place(self.cfg, f"{self.prefix}{name}.", self.source)
-
-
-def _set(node: CfgNode, values: Mapping[Any, Any], place: _Place) -> None:
+def _set(
+    node: CfgNode,
+    values: Mapping[Any, Any],
+    cfg: CfgNode,
+    prefix: str,
+    source_of: Callable[[str], str],
+) -> None:
+    """Set values of a node, which is below ``prefix`` in the whole config ``cfg``."""
     for name, value in values.items():
-        key = f"{place.prefix}{name}"
-        source = place.source(key)
+        key = f"{prefix}{name}"
+        source = source_of(key)
         if not isinstance(name, str):
             raise ValueError(
                 f"{source}the key '{key}' is {type(name).__name__} in yaml; expected the name of a key"
             )
         if name not in node and not node.is_new_allowed():
-            raise _unknown_key(place.cfg, key, source)
+            raise _unknown_key(cfg, key, source)
         current = node.get(name)
         if not isinstance(value, Mapping):
             node[name] = _fitted(value, current, key, source)
         elif isinstance(current, CfgNode):
-            _set(current, value, place.below(name))
+            _set(current, value, cfg, f"{key}.", source_of)
         elif name not in node:
             node[name] = CfgNode(copy.deepcopy(dict(value)))
         else:
