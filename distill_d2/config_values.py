@@ -54,7 +54,10 @@ def set_options(cfg: CfgNode, pairs: Sequence[str]) -> None:
         ValueError: a key without a value; a value that is too long, broken, or of another type.
     """
     if len(pairs) % 2:
-        raise ValueError(f"the command line's KEY VALUE pairs are incomplete: {shortened(pairs, 300)}")
+        raise ValueError(
+            f"the command line's KEY VALUE pairs are incomplete: {shortened(' '.join(pairs), 300)}; expected a "
+            "value after each key, and a space between them"
+        )
     known = set(config_keys(cfg))
     for key in pairs[::2]:
         if key not in known:
@@ -122,7 +125,8 @@ def _fitted(value: Any, current: Any, key: str, source: str) -> Any:
         raise _mismatch(value, current, key, source)
     if isinstance(value, str):
         literal = _literal(value, f"{source}{key}")
-        value = value if isinstance(current, str) and not isinstance(literal, str) else literal
+        is_text = isinstance(current, str) and literal is not None and not isinstance(literal, str)
+        value = value if is_text else literal
     _check_range(value, f"{source}{key}")
     if type(value) is type(current) or current is None:
         return copy.deepcopy(value)
@@ -158,7 +162,7 @@ def _value_of(text: str, current: Any, key: str) -> Any:
             raise ValueError(
                 f"{key} is a text of {len(text)} characters; expected at most {_LONGEST_TEXT}"
             )
-        return None if value is None else text
+        return text
     try:
         value = read_yaml(text, "yaml") if value == text and current is not None else value
     except ValueError as error:

@@ -555,6 +555,11 @@ def test_failure_while_writing_the_name_loses_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth"
 
 
+def test_address_of_an_unknown_kind():
+    with pytest.raises(FileNotFoundError, match="'s3://a/b.pth' cannot be downloaded"):
+        read_checkpoint("s3://a/b.pth")
+
+
 @pytest.mark.parametrize("scheme", ["https://example.com/", "detectron2://"])
 def test_a_download_that_fails_names_the_address(tmp_path, monkeypatch, scheme):
     def get(*_args, **_options):

@@ -138,6 +138,12 @@ def test_gpu_that_is_not_there(job):
         choose_device("cuda", 1)
 
 
+@pytest.mark.parametrize("device", ["gpu", "", "meta"])
+def test_device_that_torch_cannot_use(device):
+    with pytest.raises(ValueError, match=f"MODEL.DEVICE is '{device}'"):
+        choose_device(device, 0)
+
+
 def test_emulated_bfloat16_is_refused(job, monkeypatch):
     monkeypatch.setattr("distill_d2.teacher.running.native_bfloat16", lambda device: False)
     monkeypatch.setattr("distill_d2.engine.settings.native_bfloat16", lambda device: False)
