@@ -83,7 +83,9 @@ def check_pairs(pairs: Sequence[str]) -> None:
                 f"{shortened(key)}: write KEY VALUE without '=': {shortened(f'{name} {value}')}"
             )
     if len(pairs) % 2:
-        raise ValueError(f"the KEY VALUE pairs are incomplete: {shortened(pairs, 300)}")
+        raise ValueError(
+            f"the KEY VALUE pairs are incomplete: {shortened(' '.join(pairs), 300)}; expected a value after each key"
+        )
 
 
 def config_keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -139,7 +141,8 @@ def _fitted(value: Any, current: Any, key: str, source: str) -> Any:
         raise _mismatch(value, current, key, source)
     if isinstance(value, str):
         literal = _literal(value, f"{source}{key}")
-        value = value if isinstance(current, str) and not isinstance(literal, str) else literal
+        is_text = isinstance(current, str) and literal is not None and not isinstance(literal, str)
+        value = value if is_text else literal
     _check_range(value, f"{source}{key}")
     if type(value) is type(current) or current is None:
         return copy.deepcopy(value)
@@ -175,7 +178,7 @@ def _value_of(text: str, current: Any, key: str) -> Any:
             raise ValueError(
                 f"{key} is a text of {len(text)} characters; expected at most {_LONGEST_TEXT}"
             )
-        return None if value is None else text
+        return text
     try:
         value = read_yaml(text, "yaml") if value == text and current is not None else value
     except ValueError as error:

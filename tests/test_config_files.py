@@ -186,6 +186,7 @@ KEYS_BOMB = BOMB.replace("[x,x,x,x,x,x,x,x,x]", "{x: 1}").replace("[", "{<<: [")
         ("? [1]\n: 2", "a list or a dict as a key"),
         ("MODEL:", "MODEL is empty .* expected {name: value, ...}"),
         ("SEED:", "SEED is empty .*; expected an integer"),
+        ("MODEL: {WEIGHTS: None}", "MODEL.WEIGHTS is empty .*; expected text"),
         ("SEED: one", "SEED is 'one'; expected an integer"),
         ("MODEL: {MASK_ON: 1}", "MODEL.MASK_ON is 1; expected True or False"),
         ("SEED: {a: 1}", "SEED is {'a': 1}; expected an integer"),
@@ -293,6 +294,7 @@ def test_value_on_the_command_line(key, text, value):
         ("SEED", "", "SEED is empty"),
         ("SEED", "None", "SEED is empty .*; expected an integer"),
         ("MODEL.WEIGHTS", "None", "MODEL.WEIGHTS is empty .*; expected text"),
+        ("EXTRA_CFG", "nowhere.yaml", "EXTRA_CFG: config 'nowhere.yaml' does not exist"),
         ("DATASETS.TRAIN", "mine", "DATASETS.TRAIN is 'mine'; expected a list"),
         ("SOLVER.STEPS", "[1, 2", r"SOLVER.STEPS is '\[1, 2'; expected a list"),
         (
@@ -310,6 +312,6 @@ def test_value_on_the_command_line(key, text, value):
     ],
 )
 def test_wrong_value_on_the_command_line(key, text, words):
-    with pytest.raises((ValueError, KeyError), match=words) as caught:
+    with pytest.raises((ValueError, KeyError, FileNotFoundError), match=words) as caught:
         load_config("", [key, text])
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)

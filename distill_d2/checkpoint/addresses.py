@@ -29,7 +29,7 @@ def local_file(path: str) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the download failed, or there is none from such an address.
+        ValueError: the download failed.
     """
     path = direct_address(path).partition("?")[0]
     if "://" not in path:
@@ -39,18 +39,17 @@ def local_file(path: str) -> str:
             raise FileNotFoundError(f"checkpoint '{path}' does not exist")
         return path
     try:
-        found = PathManager.get_local_path(path)
+        local = PathManager.get_local_path(path)
     except OSError as error:
         raise ValueError(
             f"the checkpoint '{path}' could not be downloaded: {_first_line(error)}. Download it by other "
             "means and set MODEL.WEIGHTS, or for a teacher MODEL.DISTILLER.TEACHER_WEIGHTS, to its path"
         ) from error
-    if not os.path.isfile(found):  # what PathManager does not know is returned unchanged
-        raise ValueError(
-            f"the checkpoint '{path}' cannot be downloaded; expected a path, or an address that starts with "
-            "https://, http://, detectron2:// or catalog://"
+    if not os.path.isfile(local):  # PathManager takes an address that it does not know for a path
+        raise FileNotFoundError(
+            f"checkpoint '{path}' cannot be downloaded: expected http://, https:// or detectron2://, or a path"
         )
-    return found
+    return local
 
 
 def _first_line(error: Exception) -> str:

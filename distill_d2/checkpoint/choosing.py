@@ -39,7 +39,7 @@ def run_checkpoints(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         return []
     names = (name for name in sorted(os.listdir(folder)) if _OF_A_RUN.fullmatch(name))
-    return [os.path.join(folder, name) for name in names]
+    return [path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)]
 
 
 def choose(folder: str, with_trainer: bool) -> Choice:
@@ -102,9 +102,10 @@ def _iteration(path: str, with_trainer: bool) -> int:
     with errors_name_file(path):
         entries = _entries(path)
         check_weights(entries.get("model"))
-        if with_trainer and "trainer" not in entries:
+        iteration = _number(entries.get("trainer", entries))
+        if with_trainer and iteration < 0:
             raise Refused("it holds weights without the state of a training (iteration, optimizer)")
-        return _number(entries.get("trainer", entries))
+        return iteration
 
 
 def _entries(path: str) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from typing import Any, Callable
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
 
 from .. import plugins
 from ..mistakes import UnreadableRecord
@@ -24,8 +23,9 @@ from ..quiet import quiet
 from .augmentation import BoxAwareMapper, build_mapper
 from .builtin_voc import builtin_voc_places
 from .classes import check_same_classes, classes_of
+from .coco_content import kept_content
 from .custom import check_name, datasets_root
-from .images import is_turned, refuse_deep_image, remarks_on_image
+from .images import check_image, refuse_deep_image
 from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
 from .proposals import read_proposals
@@ -121,8 +121,6 @@ def check_plan(plan: DataPlan) -> None:
     """Check each dataset with ``check_dataset``, that all have the same classes in the same order, that the mapper
     of training gives what the model needs, and that the evaluator of each test dataset works.
 
-    It takes seconds, and for COCO as long as reading its json once more (about 20 s for train2017).
-
     Raises:
         ValueError: a dataset is not registered or does not fit the model, or another one.
         OSError: annotations or images do not exist or cannot be read.
@@ -134,23 +132,28 @@ def check_plan(plan: DataPlan) -> None:
         return
     like = ""
     for name in dict.fromkeys((*plan.train, *plan.test)):
-        trained_on = name in plan.train
-        records = check_dataset(
-            name,
-            plan.classes,
-            plan.check_images,
-            need_annotations=trained_on and plan.need_annotations,
-            tested=name in plan.test,
-            need_files=plan.need_files,
-            like=like,
-        )
+        with kept_content():
+            _check_and_try(name, plan, like)
         like = like or (name if classes_of([name]) else "")
-        if trained_on and plan.keypoints:
-            check_keypoints(name, plan.keypoints)
-        if trained_on and plan.mapper and plan.check_images:
-            _try_mapper(name, records, plan)
-        if name in plan.test and plan.try_evaluation:
-            plan.try_evaluation(name, records)
+
+
+def _check_and_try(name: str, plan: DataPlan, like: str) -> None:
+    trained_on = name in plan.train
+    records = check_dataset(
+        name,
+        plan.classes,
+        plan.check_images,
+        need_annotations=trained_on and plan.need_annotations,
+        tested=name in plan.test,
+        need_files=plan.need_files,
+        like=like,
+    )
+    if trained_on and plan.keypoints:
+        check_keypoints(name, plan.keypoints)
+    if trained_on and plan.mapper and plan.check_images:
+        _try_mapper(name, records, plan)
+    if name in plan.test and plan.try_evaluation:
+        plan.try_evaluation(name, records)
 
 
 def check_dataset(
@@ -220,30 +223,6 @@ def check_dataset(
     sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
     _check_images(name, sample, deep=not need_files)
     return dicts
-
-
-def check_image(record: dict[str, Any], deep: bool = False) -> list[str]:
-    """Decode the image of a dataset dict as detectron2 does, and return remarks on it.
-
-    Args:
-        deep: whether it may have more than 8 bits per channel.
-
-    Raises:
-        ValueError: the image cannot be read, or its size differs from the annotation's.
-    """
-    path = os.fspath(record["file_name"])
-    try:
-        image = read_image(path, format="BGR")
-        if not deep:
-            refuse_deep_image(path)
-        check_image_size({**record, "file_name": path}, image)
-        return remarks_on_image(path)
-    except SizeMismatchError as error:
-        turned = image.shape[:2] == (record.get("width"), record.get("height")) and is_turned(path)
-        hint = " The image has an EXIF orientation, which detectron2 applies." if turned else ""
-        raise ValueError(f"the image '{path}' cannot be used: {error}{hint}") from error
-    except Exception as error:  # Pillow's decoders raise many types
-        raise ValueError(f"the image '{path}' cannot be used: {error}") from error
 
 
 def _check_images(name: str, sample: Sequence[dict[str, Any]], deep: bool) -> None:

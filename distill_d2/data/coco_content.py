@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ from .split import Share
 
 #: The jsons that needed no mending when they were read, and their state then; a COCO json takes long to read.
 _RIGHT: dict[str, tuple[int, int]] = {}
+#: What ``kept_content`` keeps; None: nothing.
+_KEPT: dict[CocoSource, tuple[tuple[int, int], CocoContent]] | None = None
 _LARGEST_ID = 2**63 - 1  # of detectron2's evaluation in C++
 
 
@@ -63,12 +66,26 @@ class CocoContent:
             self.changes.append(change.format(before - len(found)))
 
 
+@contextlib.contextmanager
+def kept_content() -> Iterator[None]:
+    """Inside, ``read_coco`` reads a json once, as long as the file does not change."""
+    global _KEPT
+    _KEPT = {}
+    try:
+        yield
+    finally:
+        _KEPT = None
+
+
 def read_coco(source: CocoSource) -> CocoContent:
-    """Read and mend a json.
+    """Read and mend a json. Do not change what it returns.
 
     Raises:
         ValueError: it is no json, or lacks what cannot be mended; the message names the file and the id.
     """
+    stamp = _stamp(source.json_file)
+    if _KEPT and source in _KEPT and _KEPT[source][0] == stamp:
+        return _KEPT[source][1]
     try:
         found = _parse(source.json_file)
         _mend_categories(found)
@@ -87,7 +104,9 @@ def read_coco(source: CocoSource) -> CocoContent:
             f"{kind}{error}"
         ) from error
     if not (found.changes or source.corners or source.share):
-        _RIGHT[source.json_file] = _stamp(source.json_file)
+        _RIGHT[source.json_file] = stamp
+    if _KEPT is not None:
+        _KEPT[source] = stamp, found
     return found
 
 
@@ -286,6 +305,20 @@ def describe(item: dict[str, Any]) -> str:
     return f"the annotation of id {item.get('id')!r}, image_id {item.get('image_id')!r},"
 
 
+def _check_rle(item: dict[str, Any], mask: dict[str, Any]) -> None:
+    size, counts = mask.get("size"), mask.get("counts")
+    right = isinstance(size, list) and [type(edge) for edge in size] == [int, int]
+    if right and isinstance(counts, list):
+        right = all(type(run) is int and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]
+    elif right:
+        right = isinstance(counts, str)
+    if not right:
+        raise ValueError(
+            f"{describe(item)} has the RLE {mask!r:.80}; expected a size of height and width, and counts: a text, "
+            "or a list whose sum is the number of pixels"
+        )
+
+
 def _mend_masks(found: CocoContent) -> None:
     """Polygons of fewer than three points; as in detectron2, an instance without another one is dropped,
     but its box stays where no annotation has a mask."""
@@ -294,6 +327,7 @@ def _mend_masks(found: CocoContent) -> None:
     for item in masks:
         mask = item["segmentation"]
         if isinstance(mask, dict):
+            _check_rle(item, mask)
             continue
         if not isinstance(mask, list):
             raise ValueError(
@@ -433,11 +467,12 @@ def area(item: dict[str, Any]) -> float:
         rle = mask_util.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask
         return float(mask_util.area(rle))
     if mask:
-        return float(sum(_polygon_area(np.reshape(polygon, (-1, 2))) for polygon in mask))
+        return float(sum(map(_polygon_area, mask)))
     return float(item["bbox"][2] * item["bbox"][3])
 
 
-def _polygon_area(points: np.ndarray) -> float:
-    """Of the points (N, 2), by the shoelace formula."""
-    x, y = points.T
-    return 0.5 * abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))
+def _polygon_area(polygon: Sequence[float]) -> float:
+    """By the shoelace formula."""
+    points = list(zip(polygon[::2], polygon[1::2]))
+    following = [*points[1:], points[0]]
+    return 0.5 * abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, following)))

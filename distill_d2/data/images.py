@@ -61,36 +61,61 @@ def refuse_deep_image(path: str | os.PathLike) -> None:
         OSError: it cannot be read.
     """
     with PathManager.open(path, "rb") as file, Image.open(file) as image:
-        if image.mode not in _DEEP_MODES and not image.mode.startswith("I;"):
-            return
-        pixels = np.asarray(image)
-        low, high = float(pixels.min()), float(pixels.max())
-        if low >= 0 and high <= 255 and (image.mode != "F" or high > 1 or high == 0):
-            return
-        raise ValueError(
-            f"it has more than 8 bits per channel (mode {image.mode}), with values from {low:g} to {high:g}, of "
-            "which detectron2 keeps the whole numbers from 0 to 255; scale it to 8 bits, all images of the "
-            "datasets alike, or choose a mapper of your own by INPUT.MAPPER"
-        )
+        _refuse_deep(image)
 
 
-def remarks_on_image(path: str) -> list[str]:
-    """What detectron2 does not show of an image: further frames, transparency."""
+def _refuse_deep(image: Image.Image) -> None:
+    if image.mode not in _DEEP_MODES and not image.mode.startswith("I;"):
+        return
+    pixels = np.asarray(image)
+    low, high = float(pixels.min()), float(pixels.max())
+    if low >= 0 and high <= 255 and (image.mode != "F" or high > 1 or high == 0):
+        return
+    raise ValueError(
+        f"it has more than 8 bits per channel (mode {image.mode}), with values from {low:g} to {high:g}, of "
+        "which detectron2 keeps the whole numbers from 0 to 255; scale it to 8 bits, all images of the "
+        "datasets alike, or choose a mapper of your own by INPUT.MAPPER"
+    )
+
+
+def check_image(record: dict[str, Any], deep: bool = False) -> list[str]:
+    """Decode the image of a dataset dict, a JPEG at an eighth of its size, and return what detectron2 does not
+    show of it: further frames, transparency.
+
+    Args:
+        deep: whether it may have more than 8 bits per channel.
+
+    Raises:
+        ValueError: the image cannot be read, or its size differs from the annotation's.
+    """
+    path = os.fspath(record["file_name"])
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            turned = image.getexif().get(_ORIENTATION) in _TURNED
+            found = (image.width, image.height) if turned else (image.height, image.width)
+            image.draft(None, (1, 1))
+            image.load()
+            if not deep:
+                _refuse_deep(image)
+            remarks = _remarks(image)
+        expected = (record.get("height", found[0]), record.get("width", found[1]))
+        if found != expected:
+            hint = " The image has an EXIF orientation, which detectron2 applies." if turned else ""
+            raise ValueError(f"got (height, width) {found}, expect {expected} of the annotation.{hint}")
+        return remarks
+    except Exception as error:  # Pillow's decoders raise many types
+        raise ValueError(f"the image '{path}' cannot be used: {error}") from error
+
+
+def _remarks(image: Image.Image) -> list[str]:
     found = []
-    with Image.open(path) as image:
-        # Cameras write photos with a second, small frame (MPO).
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            found.append("have several frames, of which the first is read")
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-                found.append("have transparent pixels, which are read in the color behind them")
+    # Cameras write photos with a second, small frame (MPO).
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        found.append("have several frames, of which the first is read")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+            found.append("have transparent pixels, which are read in the color behind them")
     return found
-
-
-def is_turned(path: str) -> bool:
-    """Whether a camera's note (EXIF) exchanges height and width. Raises OSError if the file cannot be read."""
-    with Image.open(path) as image:
-        return image.getexif().get(_ORIENTATION) in _TURNED
 
 
 def image_size(path: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 _OF_DETECTRON_1 = {"indexes": "ids", "scores": "objectness_logits"}
 _KEYS = ("ids", "boxes", "objectness_logits")
 _KIND = "file of proposals"
+_MODES = [BoxMode.XYXY_ABS.value, BoxMode.XYWH_ABS.value]
 
 
 def load_proposals(dataset_dicts: list[dict[str, Any]], proposal_file: str) -> list[dict[str, Any]]:
@@ -69,10 +70,9 @@ def read_proposals(path: str) -> dict[str, Any]:
         raise ValueError(f"the {_KIND} '{path}' lacks {lacking}; it has {sorted(map(str, content))}")
     _check_lengths(proposals, path)
     mode = proposals.get("bbox_mode", BoxMode.XYXY_ABS.value)
-    try:
-        proposals["bbox_mode"] = BoxMode(mode)
-    except ValueError as error:
-        raise ValueError(f"the {_KIND} '{path}' has bbox_mode {mode!r}; expected a BoxMode") from error
+    if mode not in _MODES:
+        raise ValueError(f"the {_KIND} '{path}' has bbox_mode {mode!r}; expected one of {_MODES}")
+    proposals["bbox_mode"] = BoxMode(mode)
     return proposals
 
 
@@ -92,6 +92,10 @@ def _check_lengths(proposals: dict[str, Any], path: str) -> None:
             raise ValueError(
                 f"the {_KIND} '{path}': image {name!r} has boxes and objectness_logits of {shapes}; expected "
                 "arrays of (N, 4) and (N,)"
+            )
+        if not all(value.dtype.kind in "fiu" and np.isfinite(value).all() for value in (boxes, logits)):
+            raise ValueError(
+                f"the {_KIND} '{path}': image {name!r} has boxes or objectness_logits that are not finite numbers"
             )
 
 

@@ -68,7 +68,7 @@ class Writers(hooks.PeriodicWriter):
 
     def complete(self, iteration: int) -> None:
         """Write what is due after this iteration and not written yet."""
-        if (iteration + 1) % self._period == 0:
+        if (iteration + 1) % self._period == 0 or iteration + 1 == self.trainer.max_iter:
             for writer in self._writers:
                 writer.write()
 

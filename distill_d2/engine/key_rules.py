@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN
 from omegaconf import DictConfig
 
 from ..config import add_distill_config, student_config
@@ -134,7 +136,7 @@ COMMON: dict[str, Rule] = {
 
 #: Of training.
 TRAINING: dict[str, Rule] = {
-    "INPUT.MIN_SIZE_TRAIN": Sequence(_COUNT, least=1, alone=True),
+    "INPUT.MIN_SIZE_TRAIN": Sequence(_COUNT_OR_0, least=1, alone=True),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": Choice(("choice", "range")),
     "INPUT.MAX_SIZE_TRAIN": _COUNT,
     "INPUT.RANDOM_FLIP": Choice(("horizontal", "vertical", "none")),
@@ -259,6 +261,11 @@ def _relations(context: Context, train: bool) -> Iterator[str]:
     if not train:
         return
     crop, solver = cfg.INPUT.CROP, cfg.SOLVER
+    if solver.REFERENCE_WORLD_SIZE and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
+        yield (
+            f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE}; expected 0, or a divisor of "
+            f"IMS_PER_BATCH, {solver.IMS_PER_BATCH}"
+        )
     if crop.ENABLED and crop.TYPE.startswith("relative") and max(crop.SIZE) > 1:
         yield f"INPUT.CROP.SIZE is {crop.SIZE}; expected parts of an image, at most 1 for TYPE '{crop.TYPE}'"
     if crop.ENABLED and crop.TYPE.startswith("absolute") and not all(type(n) is int for n in crop.SIZE):
@@ -276,6 +283,13 @@ def _relations(context: Context, train: bool) -> Iterator[str]:
             f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}; expected below MAX_ITER, {solver.MAX_ITER}, with "
             "RESCALE_INTERVAL True"
         )
+    if cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS and context.has(GeneralizedRCNN):
+        for name in cfg.DATASETS.TRAIN:
+            if not hasattr(MetadataCatalog.get(name), "class_image_count"):
+                yield (
+                    f"MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True; expected False, since the metadata of dataset "
+                    f"'{name}' has no class_image_count (LVIS has it)"
+                )
     if solver.OPTIMIZER.lower() == "sgd" and solver.NESTEROV and not solver.MOMENTUM:
         yield "SOLVER.NESTEROV is True; expected False, or a MOMENTUM above 0"
 
@@ -289,8 +303,15 @@ def _size_relations(node: CfgNode, splits: Iterable[str]) -> Iterator[str]:
                 f"INPUT.MAX_SIZE_{split} is {largest}; expected at least INPUT.MIN_SIZE_{split}, {min(sizes)}: an "
                 "image's longest side is not below its shortest"
             )
-    if "TRAIN" in splits and node.MIN_SIZE_TRAIN_SAMPLING == "range":
-        sizes = node.MIN_SIZE_TRAIN
+    if "TRAIN" not in splits:
+        return
+    sizes = node.MIN_SIZE_TRAIN
+    if node.MIN_SIZE_TEST and (sizes == 0 or not isinstance(sizes, int) and 0 in sizes):
+        yield (
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}; expected at least 1. To resize no images, 0 here and in "
+            "MIN_SIZE_TEST"
+        )
+    if node.MIN_SIZE_TRAIN_SAMPLING == "range":
         if isinstance(sizes, int) or len(sizes) != 2 or sizes[0] > sizes[1]:
             yield (
                 f"INPUT.MIN_SIZE_TRAIN is {sizes}; expected two numbers, the smallest and the largest, with "

@@ -89,7 +89,9 @@ def restore_scalars(storage: EventStorage, scalars: dict[str, Any]) -> None:
     """Put back what ``recent_scalars`` gave."""
     for name, saved in scalars.items():
         for value, iteration in saved["values"]:
-            storage.put_scalar(name, value, smoothing_hint=saved["smooth"], cur_iter=iteration)
+            # IterationTimer begins some steps later; until then the old time would get a line of its own.
+            when = -1 if name == "time" else iteration
+            storage.put_scalar(name, value, smoothing_hint=saved["smooth"], cur_iter=when)
 
 
 def names_at(scalars: dict[str, Any], iteration: int) -> set[str]:

@@ -313,8 +313,12 @@ class DistillTrainer(DefaultTrainer):
     def before_train(self) -> None:
         super().before_train()
         self._run_state.restore_random_state()
-        if 0 < self.start_iter < self.max_iter:
+        if self.start_iter:
             self._complete_last_step(self.start_iter - 1)
+
+    def after_train(self) -> None:
+        self.iter = min(self.iter, self.max_iter)  # TrainerBase counts one step where none was left
+        super().after_train()
 
     def _complete_last_step(self, last: int) -> None:
         """Do what follows a checkpoint in its iteration, as far as the resumed run did not come to it."""
@@ -364,6 +368,11 @@ class DistillTrainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "_trainer" not in state_dict:  # as those of detectron2's lazyconfig_train_net.py
+            raise ValueError(
+                f"--resume: the checkpoint in {self.settings.output_dir} is of another trainer. Give the file as "
+                "MODEL.WEIGHTS (train.init_checkpoint) of a run in another OUTPUT_DIR"
+            )
         # Before anything is loaded: with other solvers the student's optimizer differs, too.
         self.loss_training.check(state_dict)
         self._check_optimizer(state_dict)

@@ -21,6 +21,7 @@ from pycocotools import mask as rle
 
 from ..data.sample import objects, varied_sample
 from ..quiet import quiet, tell
+from .ground_truth import of_records
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,9 @@ def try_evaluator(
             image and the objects.
     """
     with quiet(), _single_process(), _work_folder(name) as folder:
-        with _told(name):
-            built = build(folder)
         sample = _sample(records, masks, keypoints)
+        with _told(name), of_records(sample):
+            built = build(folder)
         for evaluator in getattr(built, "_evaluators", [built]):
             _Trial(name, evaluator, sample, len(sample) == len(records), masks, keypoints).run()
 

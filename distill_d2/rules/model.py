@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 
 from detectron2.config import CfgNode
@@ -35,7 +36,8 @@ _BOX_LOSS = Choice(("smooth_l1", "giou", "diou", "ciou"))
 _POOLERS = Choice(("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated"))
 _NOT_NEGATIVE, _POSITIVE = Number(at_least=0), Number(above=0)
 _COUNT, _COUNT_OR_0 = Integer(at_least=1), Integer(at_least=0)
-_SIZES = Sequence(_POSITIVE, least=1)
+#: A list for each level, or one for all levels.
+_ANCHORS = Sequence(Sequence(_POSITIVE, least=1, alone=True), least=1)
 _STAGES = ("stem", "res2", "res3", "res4", "res5")
 _RESNETS = {
     "build_resnet_backbone",
@@ -171,8 +173,8 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
         _anchors,
         {
             "MODEL.ANCHOR_GENERATOR.NAME": Choice(ANCHOR_GENERATOR_REGISTRY),
-            "MODEL.ANCHOR_GENERATOR.SIZES": Sequence(_SIZES, least=1),
-            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": Sequence(_SIZES, least=1),
+            "MODEL.ANCHOR_GENERATOR.SIZES": _ANCHORS,
+            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _ANCHORS,
             "MODEL.ANCHOR_GENERATOR.OFFSET": Number(at_least=0, below=1),
         },
     ),
@@ -332,11 +334,20 @@ def model_relations(context: Context) -> Iterator[str]:
         levels = len(model[node].IN_FEATURES)
         for name in ("SIZES", "ASPECT_RATIOS"):
             count = len(model.ANCHOR_GENERATOR[name])
-            if count not in (1, levels):
+            lists = [isinstance(each, (list, tuple)) for each in model.ANCHOR_GENERATOR[name]]
+            if any(lists) and not (all(lists) and count in (1, levels)):
                 yield (
-                    f"MODEL.ANCHOR_GENERATOR.{name} has {count} lists; expected 1, or {levels} for "
+                    f"MODEL.ANCHOR_GENERATOR.{name} has {count} entries; expected one list, or {levels} for "
                     f"MODEL.{node}.IN_FEATURES {list(model[node].IN_FEATURES)}"
                 )
+        rotated = node == "RPN" and model.PROPOSAL_GENERATOR.NAME == "RRPN"
+        if model.ANCHOR_GENERATOR.NAME == (
+            "DefaultAnchorGenerator" if rotated else "RotatedAnchorGenerator"
+        ):
+            yield (
+                f"MODEL.ANCHOR_GENERATOR.NAME is '{model.ANCHOR_GENERATOR.NAME}'; expected rotated anchors with "
+                "MODEL.PROPOSAL_GENERATOR.NAME 'RRPN', and only there"
+            )
     if _heads(StandardROIHeads)(context) and model.ROI_BOX_HEAD.NAME == "FastRCNNConvFCHead":
         if not model.ROI_BOX_HEAD.NUM_FC + model.ROI_BOX_HEAD.NUM_CONV:
             yield "MODEL.ROI_BOX_HEAD.NUM_FC and NUM_CONV are 0; expected at least one layer"
@@ -385,8 +396,9 @@ def assertions_told(source: str) -> Iterator[None]:
     try:
         yield
     except AssertionError as error:
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(
-            f"{source} cannot be built from its config; detectron2 says: {error or 'an assertion fails'}"
+            f"{source} cannot be built from its config; detectron2 says: {reason}"
         ) from error
 
 

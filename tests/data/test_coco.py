@@ -185,6 +185,15 @@ def test_what_can_be_mended_is_mended_for_training_and_evaluation(
         ([changed("annotations", 1, ignore=1)], ["1 annotations have 'ignore'", "iscrowd 1"]),
         ([changed("annotations", 1, iscrowd="yes")], ["iscrowd 'yes'", "expected 0 or 1"]),
         ([changed("annotations", 1, segmentation="x")], ["id 2", "expected polygons"]),
+        ([changed("annotations", 2, segmentation={"size": [8, 8]})], ["id 3", "has the RLE"]),
+        (
+            [changed("annotations", 2, segmentation={"size": [8, 8], "counts": [-1, 65]})],
+            ["id 3", "the number of pixels"],
+        ),
+        (
+            [changed("annotations", 2, segmentation={"size": [8, 8], "counts": [10**12]})],
+            ["id 3", "the number of pixels"],
+        ),
         (
             [changed("annotations", 1, **KEYPOINTS), changed("categories", 0, keypoints=["a"])],
             ["9 numbers"],

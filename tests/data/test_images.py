@@ -10,8 +10,7 @@ from PIL import Image
 from small_datasets import assert_fails, load
 
 from distill_d2.data import NamedReadErrors, check_dataset
-from distill_d2.data.check import check_image
-from distill_d2.data.images import load_images
+from distill_d2.data.images import check_image, load_images
 from distill_d2.mistakes import UnreadableRecord
 from distill_d2.testing.tiny import tiny_config
 
@@ -148,7 +147,9 @@ def test_remarks_on_images(tmp_path, caplog):
     check_dataset(entry["NAME"], check_images=9, need_annotations=False)
     assert "1 of 3 images have several frames" in caplog.text and "a.gif" in caplog.text
     assert "1 of 3 images have transparent pixels" in caplog.text and "b.png" in caplog.text
-    with pytest.raises(ValueError, match="c.jpg.*got .40, 60., expect .60, 40..*EXIF orientation"):
+    with pytest.raises(
+        ValueError, match="c.jpg.*got .height, width. .60, 40., expect .40, 60..*EXIF orientation"
+    ):
         check_image({"file_name": str(tmp_path / "c.jpg"), "height": 40, "width": 60})
 
 

@@ -48,7 +48,9 @@ def test_detectron2_reads_proposals_through_us(tmp_path, content):
         ({**WHOLE, "ids": 2}, "lists of one length"),
         ({**WHOLE, "boxes": [BOXES.T, BOXES]}, r"image 7 has .*\(4, 2\).*expected arrays of \(N, 4\)"),
         ({**WHOLE, "objectness_logits": [[0.1, 0.9], LOGITS]}, "image 7 has .*list.*expected arrays"),
-        ({**WHOLE, "bbox_mode": 99}, "bbox_mode 99; expected a BoxMode"),
+        ({**WHOLE, "bbox_mode": 4}, r"bbox_mode 4; expected one of \[0, 1\]"),
+        ({**WHOLE, "boxes": [BOXES * np.nan, BOXES[:0]]}, "image 7 has boxes .* not finite numbers"),
+        ({**WHOLE, "boxes": [BOXES.astype(str), BOXES[:0]]}, "image 7 has boxes .* not finite numbers"),
         (b"", "it is empty"),
         (b"<html>", "web page"),
         (pickle.dumps(WHOLE)[:-40], "truncated"),
@@ -57,7 +59,7 @@ def test_detectron2_reads_proposals_through_us(tmp_path, content):
 def test_files_of_proposals_that_are_refused(tmp_path, monkeypatch, content, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"file of proposals '.*proposals.pkl'.*{words}"):
-        read_proposals(write(tmp_path, content))
+        build.load_proposals_into_dataset([], write(tmp_path, content))
     assert not (tmp_path / "made_by_a_pickle").exists()
 
 

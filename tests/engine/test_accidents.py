@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 from runs import Job, assert_equal, checkpoint, metrics
 
 from distill_d2.engine import output_dir, settings
-from distill_d2.engine.metrics import MetricsFile, mend
+from distill_d2.engine.metrics import MetricsFile, mend, restore_scalars
 from distill_d2.engine.step import TrainStep
 
 HOLDS = """
@@ -26,9 +26,10 @@ time.sleep(60)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of eight iterations with checkpoints after 1, 3, 5, 7 and evaluations after 3 and 7."""
+    """A run of eight iterations with checkpoints after 1, 3, 5, 7, evaluations after 3 and 7, and lines in
+    metrics.json after 2, 5 and 7."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "LOG_PERIOD", 2)
+        patch.setattr(settings, "LOG_PERIOD", 3)
         torch.set_num_threads(1)
         job = Job(tmp_path_factory.mktemp("job"))
         job.config.SOLVER.CHECKPOINT_PERIOD, job.config.SOLVER.MAX_ITER = 2, 8
@@ -110,22 +111,31 @@ def test_two_runs_notice_each_other(used, monkeypatch):
     used.run("--resume")  # the kernel has ended the lock
 
 
-def cut_line(output):
+def in_step_5(output):
+    for name in ("model_0000005", "model_final"):
+        (output / f"{name}.pth").unlink()
+    (output / "model_0000005.pth.partial").write_bytes(b"begun")
+
+
+def in_evaluation(output):
+    in_step_5(output)
     lines = (output / "metrics.json").read_text().splitlines()
     (output / "metrics.json").write_text(f"{lines[0]}\n{lines[1][:20]}")
 
 
-@pytest.mark.parametrize("metrics_file", [cut_line, lambda output: None])
-def test_metrics_and_evaluations_have_no_gaps_and_no_repeats(used, metrics_file):
-    """As after a kill during the evaluation that follows iteration 3, and after a later one."""
-    expected = logged(used.output)
+def after_last_checkpoint(output):
+    lines = (output / "metrics.json").read_text().splitlines(keepends=True)
+    assert json.loads(lines[-2])["iteration"] == 7
+    (output / "metrics.json").write_text("".join(lines[:-2]))
+
+
+@pytest.mark.parametrize("killed", [in_step_5, in_evaluation, after_last_checkpoint])
+def test_metrics_and_evaluations_have_no_gaps_and_no_repeats(used, killed):
+    expected = sorted(logged(used.output))
     whole = checkpoint(used.output)
-    for name in ("model_0000005", "model_final"):
-        (used.output / f"{name}.pth").unlink()
-    (used.output / "model_0000005.pth.partial").write_bytes(b"begun")
-    metrics_file(used.output)
+    killed(used.output)
     used.run("--resume")
-    assert logged(used.output) == expected
+    assert sorted(logged(used.output)) == expected
     assert not list(used.output.glob("*.partial"))
     assert_equal(checkpoint(used.output)["model"], whole["model"])
 
@@ -157,6 +167,14 @@ def test_torn_lines_are_dropped(tmp_path):
     (tmp_path / "metrics.json").write_text("\n".join([*lines, '{"iteration": 2, "c": 3}', '{"iterat']))
     assert mend(str(tmp_path), 1) == {"iteration", "b"}
     assert (tmp_path / "metrics.json").read_text() == f"{lines[0]}\n{lines[-1]}\n"
+
+
+def test_a_time_before_the_kill_has_no_line_of_its_own(tmp_path):
+    with EventStorage(4) as storage:
+        restore_scalars(storage, {"time": {"smooth": True, "values": [[0.5, 3]]}})
+        MetricsFile(str(tmp_path)).write()
+        assert storage.history("time").latest() == 0.5
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):

@@ -11,6 +11,7 @@ from distill_d2.distiller.phases import TrainingPhases
 from distill_d2.engine.acting import check_acting
 from distill_d2.engine.hooks import BoundedHistories
 from distill_d2.losses import PKD, DistillLoss, InstanceConditionalDistillation
+from distill_d2.losses.base import keys_without_effect
 
 
 class OfAUser(DistillLoss):
@@ -79,6 +80,12 @@ def test_losses_that_act_are_not_mentioned(caplog):
     check(icd(), 90000)
     check(PKD(warmup_iters=100), 1000, before=500)
     assert not caplog.messages
+
+
+def test_keys_of_a_loss_that_is_not_used(job):
+    before = keys_without_effect(job.node)
+    job.node.FGFI.WEIGHT, job.node.PKD.WEIGHT = 0.3, 0.2
+    assert set(keys_without_effect(job.node)) - set(before) == {"MODEL.DISTILLER.FGFI.WEIGHT"}
 
 
 def test_the_run_stops(job):
