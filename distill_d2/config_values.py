@@ -84,7 +84,8 @@ def check_pairs(pairs: Sequence[str]) -> None:
             )
     if len(pairs) % 2:
         raise ValueError(
-            f"the KEY VALUE pairs are incomplete: {shortened(' '.join(pairs), 300)}; expected a value after each key"
+            f"the KEY VALUE pairs are incomplete: {shortened(' '.join(pairs), 300)}; expected a value after "
+            "each key"
         )
 
 
