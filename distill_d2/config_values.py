@@ -53,11 +53,7 @@ def set_options(cfg: CfgNode, pairs: Sequence[str]) -> None:
         KeyError: a key does not exist.
         ValueError: a key without a value; a value that is too long, broken, or of another type.
     """
-    if len(pairs) % 2:
-        raise ValueError(
-            f"the command line's KEY VALUE pairs are incomplete: {shortened(' '.join(pairs), 300)}; expected a "
-            "value after each key, and a space between them"
-        )
+    check_pairs(pairs)
     known = set(config_keys(cfg))
     for key in pairs[::2]:
         if key not in known:
@@ -67,6 +63,27 @@ def set_options(cfg: CfgNode, pairs: Sequence[str]) -> None:
         node = functools.reduce(getattr, parents, cfg)
         value = _value_of(text, node[name], key)
         _set(node, {name: value}, cfg, key[: -len(name)], lambda key: "")
+
+
+def check_pairs(pairs: Sequence[str]) -> None:
+    """Check that the end of a command line has the form KEY VALUE KEY VALUE ...
+
+    Raises:
+        ValueError: an option, or KEY=VALUE, stands where a key is expected; the last key has no value.
+    """
+    for key in pairs[::2]:
+        if key.startswith("-"):
+            raise ValueError(f"{shortened(key)} stands after a KEY VALUE pair; options must come before")
+        name, equals, value = key.partition("=")
+        if equals:
+            raise ValueError(
+                f"{shortened(key)}: write KEY VALUE without '=': {shortened(f'{name} {value}')}"
+            )
+    if len(pairs) % 2:
+        raise ValueError(
+            f"the KEY VALUE pairs are incomplete: {shortened(' '.join(pairs), 300)}; expected a value after "
+            "each key"
+        )
 
 
 def config_keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -202,5 +219,7 @@ def _unknown_key(cfg: CfgNode, key: str, source: str) -> KeyError:
     if key in names:  # a dotted name in a yaml file
         node, _, name = key.rpartition(".")
         return KeyError(f"{source}unknown config key '{key}'; in yaml write {node}: {{{name}: ...}}")
-    close = difflib.get_close_matches(key, names, n=3)
-    return KeyError(f"{source}unknown config key '{shortened(key)}'; the closest are {close}")
+    close = [name for name in names if name.upper() == key.upper()]
+    close = close or difflib.get_close_matches(key, names, n=3)
+    advice = f"; the closest are {close}" if close else ""
+    return KeyError(f"{source}unknown config key '{shortened(key)}'{advice}")

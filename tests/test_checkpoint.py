@@ -336,6 +336,15 @@ def test_no_file(tmp_path):
         load(linear(), tmp_path)
 
 
+def test_weights_to_start_from(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"model": {"a.b": torch.zeros(1)}}, path)
+    with pytest.raises(ValueError, match=rf"MODEL.WEIGHTS .*no tensor of '{path}' fits the Linear"):
+        SafeCheckpointer(linear()).resume_or_load(str(path), resume=False)
+    with pytest.raises(FileNotFoundError, match="MODEL.WEIGHTS .*'none.pth' does not exist"):
+        SafeCheckpointer(linear()).resume_or_load("none.pth", resume=False)
+
+
 def test_no_flipped_byte_is_loaded(tmp_path):
     """Of a small checkpoint each seventh byte: the file is refused, or the byte does not matter."""
     path, state = tmp_path / "model.pth", linear().state_dict()

@@ -305,6 +305,10 @@ def test_value_on_the_command_line(key, text, value):
         ("MODEL", "{1: 2}", "the key 'MODEL.1' is int"),
         ("_BASE_", "x", "unknown config key '_BASE_'"),
         ("x" * 100_000, "1", "unknown config key 'xxx"),
+        ("solver.max_iter", "1", r"'solver.max_iter'; the closest are \['SOLVER.MAX_ITER'\]"),
+        ("qqqqqqqqqqqq", "1", "unknown config key 'qqqqqqqqqqqq'.?$"),
+        ("SEED=3", "SOLVER.MAX_ITER=1", "SEED=3: write KEY VALUE without '=': SEED 3"),
+        ("--config-file", "a.yaml", "--config-file stands after a KEY VALUE pair"),
     ],
 )
 def test_wrong_value_on_the_command_line(key, text, words):

@@ -35,10 +35,14 @@ def check(loss, max_iter, before=0):
 @pytest.mark.parametrize(
     "loss, before, expected",
     [
-        (lambda: icd(), 0, "MODEL.DISTILLER.BYPASS_DISTILL is 1000"),
+        (lambda: icd(), 0, "add MODEL.DISTILLER.BYPASS_DISTILL 0. "),
         (lambda: icd(bypass_distill=0, distill_on=0), 0, "MODEL.DISTILLER.DISTILL_ON is 0"),
         (lambda: PKD(start_iter=1000), 0, "MODEL.DISTILLER.PKD.START_ITER is 1000"),
-        (lambda: PKD(), 1000, "MODEL.DISTILLER.FIX_BACKBONE_BEFORE is 1000"),
+        (
+            lambda: PKD(),
+            1000,
+            "add MODEL.DISTILLER.FIX_BACKBONE_BEFORE 0 MODEL.DISTILLER.FIX_HEAD_BEFORE 0. ",
+        ),
     ],
 )
 def test_off_for_all_of_the_run(loss, before, expected):
