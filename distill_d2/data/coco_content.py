@@ -306,16 +306,30 @@ def describe(item: dict[str, Any]) -> str:
     return f"the annotation of id {item.get('id')!r}, image_id {item.get('image_id')!r},"
 
 
+def _check_rle(item: dict[str, Any], mask: dict[str, Any]) -> None:
+    """pycocotools waits forever for runs that do not fill the image."""
+    size, counts = mask.get("size"), mask.get("counts")
+    right = isinstance(size, list) and [type(edge) for edge in size] == [int, int]
+    if right and isinstance(counts, list):
+        right = all(type(run) is int and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]
+    elif right:
+        right = isinstance(counts, str)
+    if not right:
+        raise ValueError(
+            f"{describe(item)} has the RLE {mask!r:.80}; expected a size of height and width, and counts: a text, "
+            "or a list whose sum is the number of pixels"
+        )
+
+
 def _mend_masks(found: CocoContent) -> None:
-    """Polygons nested otherwise or of fewer than three points, RLE masks that do not fill their size.
-    As in detectron2, an instance without another polygon is dropped, but its box stays where none has a mask."""
+    """Polygons nested otherwise or of fewer than three points; as in detectron2, an instance without another
+    polygon is dropped, but its box stays where no annotation has a mask."""
     masks = [item for item in found.annotations if item.get("segmentation")]
-    nested, shortened, broken, without = 0, 0, 0, set()
+    nested, shortened, without = 0, 0, set()
     for item in masks:
         mask = item["segmentation"]
         if isinstance(mask, dict):
-            if not _is_rle(mask):
-                item["segmentation"], broken = [], broken + 1
+            _check_rle(item, mask)
             continue
         if not isinstance(mask, list):
             raise ValueError(
@@ -333,7 +347,6 @@ def _mend_masks(found: CocoContent) -> None:
     for count, what in (
         (nested, "polygons of another nesting were flattened"),
         (shortened, "polygons of fewer than 3 points, or not of numbers, were ignored"),
-        (broken, "RLE masks without counts for all pixels of their size were ignored"),
     ):
         if count:
             found.changes.append(f"{count} {what}")
@@ -359,14 +372,6 @@ def _are_numbers(values: Iterable[Any]) -> bool:
         return all(map(math.isfinite, values))
     except TypeError:
         return False
-
-
-def _is_rle(mask: dict[str, Any]) -> bool:
-    """pycocotools hangs on runs that do not fill the image."""
-    size, counts = mask.get("size") or (), mask.get("counts")
-    if isinstance(counts, list):
-        return len(size) == 2 and _are_numbers(counts) and sum(counts) == math.prod(size)
-    return len(size) == 2 and isinstance(counts, str)
 
 
 def _mend_boxes(found: CocoContent, corners: bool) -> None:

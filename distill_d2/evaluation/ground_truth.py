@@ -49,7 +49,8 @@ def with_ground_truth(name: str, folder: str) -> str:
     source = coco_source(name)
     if source is None:
         return _described(name, folder, _content(name))
-    if _RECORDS is not None:
+    own = os.fspath(MetadataCatalog.get(name).json_file) == source.json_file
+    if _RECORDS is not None and own:
         return _described(name, folder, _part(read_coco(source).content, _RECORDS))
     if is_right(source):
         return name
