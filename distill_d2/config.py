@@ -15,7 +15,7 @@ from . import plugins
 from .config_files import ConfigFiles, read_config
 from .config_values import set_values
 from .imports import check_note
-from .losses import DISTILL_LOSS_REGISTRY, key_comments
+from .losses import DISTILL_LOSS_REGISTRY, DistillLoss, key_comments
 
 EXTRA_KEY = "EXTRA_CFG"
 
@@ -120,7 +120,11 @@ def add_distill_config(cfg: CN) -> None:
     # The optimizer of losses that train their parameters by one of their own.
     distiller.SOLVER = solver_config()
 
-    for _, loss in DISTILL_LOSS_REGISTRY:
+    for name, loss in DISTILL_LOSS_REGISTRY:
+        if not (isinstance(loss, type) and issubclass(loss, DistillLoss)):
+            raise TypeError(
+                f"the registered loss '{name}' is {loss!r}; expected a subclass of DistillLoss"
+            )
         loss.add_config(distiller)
 
 

@@ -42,7 +42,7 @@ def set_values(
         KeyError: a key does not exist.
         ValueError: a value of another type.
     """
-    _set(cfg, values, _Place(cfg, "", source))
+    _set(cfg, values, cfg, "", source)
 
 
 def set_options(cfg: CfgNode, pairs: Sequence[str]) -> None:
@@ -53,8 +53,7 @@ def set_options(cfg: CfgNode, pairs: Sequence[str]) -> None:
         KeyError: a key does not exist.
         ValueError: a key without a value; a value that is too long, broken, or of another type.
     """
-    if len(pairs) % 2:
-        raise ValueError(f"the command line's KEY VALUE pairs are incomplete: {shortened(pairs, 300)}")
+    check_pairs(pairs)
     known = set(config_keys(cfg))
     for key in pairs[::2]:
         if key not in known:
@@ -62,10 +61,28 @@ def set_options(cfg: CfgNode, pairs: Sequence[str]) -> None:
     for key, text in zip(pairs[::2], pairs[1::2]):
         *parents, name = key.split(".")
         node = functools.reduce(getattr, parents, cfg)
-        _set(
-            node,
-            {name: _value_of(text, node[name], key)},
-            _Place(cfg, key[: -len(name)], lambda key: ""),
+        value = _value_of(text, node[name], key)
+        _set(node, {name: value}, cfg, key[: -len(name)], lambda key: "")
+
+
+def check_pairs(pairs: Sequence[str]) -> None:
+    """Check that the end of a command line has the form KEY VALUE KEY VALUE ...
+
+    Raises:
+        ValueError: an option, or KEY=VALUE, stands where a key is expected; the last key has no value.
+    """
+    for key in pairs[::2]:
+        if key.startswith("-"):
+            raise ValueError(f"{shortened(key)} stands after a KEY VALUE pair; options must come before")
+        name, equals, value = key.partition("=")
+        if equals:
+            raise ValueError(
+                f"{shortened(key)}: write KEY VALUE without '=': {shortened(f'{name} {value}')}"
+            )
+    if len(pairs) % 2:
+        raise ValueError(
+            f"the KEY VALUE pairs are incomplete: {shortened(' '.join(pairs), 300)}; expected a value after "
+            "each key"
         )
 
 
@@ -85,31 +102,28 @@ def shortened(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-class _Place:
-    """Where values are set: below ``prefix`` in a whole config, from a file or the command line."""
-
-    def __init__(self, cfg: CfgNode, prefix: str, source: Callable[[str], str]):
-        self.cfg, self.prefix, self.source = cfg, prefix, source
-
-    def below(self, name: str) -> _Place:
-        return _Place(self.cfg, f"{self.prefix}{name}.", self.source)
-
-
-def _set(node: CfgNode, values: Mapping[Any, Any], place: _Place) -> None:
+def _set(
+    node: CfgNode,
+    values: Mapping[Any, Any],
+    cfg: CfgNode,
+    prefix: str,
+    source_of: Callable[[str], str],
+) -> None:
+    """Set values of a node, which is below ``prefix`` in the whole config ``cfg``."""
     for name, value in values.items():
-        key = f"{place.prefix}{name}"
-        source = place.source(key)
+        key = f"{prefix}{name}"
+        source = source_of(key)
         if not isinstance(name, str):
             raise ValueError(
                 f"{source}the key '{key}' is {type(name).__name__} in yaml; expected the name of a key"
             )
         if name not in node and not node.is_new_allowed():
-            raise _unknown_key(place.cfg, key, source)
+            raise _unknown_key(cfg, key, source)
         current = node.get(name)
         if not isinstance(value, Mapping):
             node[name] = _fitted(value, current, key, source)
         elif isinstance(current, CfgNode):
-            _set(current, value, place.below(name))
+            _set(current, value, cfg, f"{key}.", source_of)
         elif name not in node:
             node[name] = CfgNode(copy.deepcopy(dict(value)))
         else:
@@ -122,7 +136,8 @@ def _fitted(value: Any, current: Any, key: str, source: str) -> Any:
         raise _mismatch(value, current, key, source)
     if isinstance(value, str):
         literal = _literal(value, f"{source}{key}")
-        value = value if isinstance(current, str) and not isinstance(literal, str) else literal
+        is_text = isinstance(current, str) and literal is not None and not isinstance(literal, str)
+        value = value if is_text else literal
     _check_range(value, f"{source}{key}")
     if type(value) is type(current) or current is None:
         return copy.deepcopy(value)
@@ -158,7 +173,7 @@ def _value_of(text: str, current: Any, key: str) -> Any:
             raise ValueError(
                 f"{key} is a text of {len(text)} characters; expected at most {_LONGEST_TEXT}"
             )
-        return None if value is None else text
+        return text
     try:
         value = read_yaml(text, "yaml") if value == text and current is not None else value
     except ValueError as error:
@@ -204,5 +219,7 @@ def _unknown_key(cfg: CfgNode, key: str, source: str) -> KeyError:
     if key in names:  # a dotted name in a yaml file
         node, _, name = key.rpartition(".")
         return KeyError(f"{source}unknown config key '{key}'; in yaml write {node}: {{{name}: ...}}")
-    close = difflib.get_close_matches(key, names, n=3)
-    return KeyError(f"{source}unknown config key '{shortened(key)}'; the closest are {close}")
+    close = [name for name in names if name.upper() == key.upper()]
+    close = close or difflib.get_close_matches(key, names, n=3)
+    advice = f"; the closest are {close}" if close else ""
+    return KeyError(f"{source}unknown config key '{shortened(key)}'{advice}")

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from types import ModuleType
@@ -16,6 +17,11 @@ from typing import Any
 
 GROUP = "distill_d2.plugins"
 NOTE = "imports.txt"
+
+_EXPECTED = (
+    "Expected a module that can be imported (its folder is in PYTHONPATH, or its package is installed) or the "
+    "path of a .py file"
+)
 
 # The modules that were imported here, and what named them.
 _IMPORTED: dict[str, str] = {}
@@ -108,11 +114,20 @@ def _import(name: str, source: str) -> None:
     try:
         module = _import_file(name) if name.endswith(".py") else importlib.import_module(name)
     except Exception as error:  # a user's module may raise anything
+        place = _place_in_module(error)
+        found = place or isinstance(error, SyntaxError)  # which names its file
         raise ImportError(
-            f"{source}: {type(error).__name__}: {error}. Expected a module that can be imported (its folder is in "
-            "PYTHONPATH, or its package is installed) or the path of a .py file"
+            f"{source}: {type(error).__name__}: {error}{place}" + ("" if found else f". {_EXPECTED}")
         ) from error
     _IMPORTED.setdefault(module.__name__, source)
+
+
+def _place_in_module(error: Exception) -> str:
+    """File and line in the module that raised the error, for a message; "" if none of it ran."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [(frame.filename, frame.lineno) for frame in frames if "importlib" not in frame.filename]
+    own = [f" ({file}, line {line})" for file, line in places if file != __file__]
+    return own[0] if own else ""
 
 
 def _import_file(path: str) -> ModuleType:

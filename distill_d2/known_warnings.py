@@ -14,6 +14,8 @@ _HARMLESS = (
     (r"`torch\.jit\.script` is deprecated", (FutureWarning, DeprecationWarning)),
     # detectron2/modeling/anchor_generator.py calls torch.meshgrid and relies on its default, "ij".
     (r"torch\.meshgrid: in an upcoming release", UserWarning),
+    # detectron2/engine/defaults.py, for several processes.
+    ("`broadcast_buffers` is deprecated", FutureWarning),
 )
 
 

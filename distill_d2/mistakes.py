@@ -14,19 +14,22 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import NoReturn
+
+import torch
 
 from .imports import imported_modules
 
 #: As argparse's, for wrong arguments.
 EXIT_STATUS = 2
 
-_KINDS = (ValueError, KeyError, OSError, ImportError, FloatingPointError)
-# Libraries whose own ``raise`` statements are about the user's values. TypeErrors of theirs are not.
-_CHECKING = ("detectron2", "yacs", "fvcore.common.registry")
+_KINDS = (ValueError, KeyError, TypeError, OSError, ImportError, FloatingPointError)
+# Packages whose ``raise`` statements are about what the user gave; also code that is not installed at all.
+_CHECKING = ("distill_d2", "detectron2", "yacs", "fvcore.common.registry")
 # Of the machine, wherever they are raised; the message has the file.
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
+_INSTALLED = {"site-packages", "dist-packages"}
 _LIBRARY = sysconfig.get_path("stdlib")
 
 
@@ -49,28 +52,29 @@ class UnreadableRecord(ValueError):
 def is_mistake(error: BaseException) -> bool:
     """Whether an exception is about what the user gave, and its message says all.
 
-    That is one raised by a ``raise`` statement, not by the interpreter (``int("x")``, a missing key of a
-    dict), in this package, in a module that is neither Python's nor in site-packages (a user's, or a
-    tool), in one that --import or an entry point named, or in what checks values for us: detectron2,
-    yacs. Or the machine refuses: a full disk, missing permissions.
+    That is one with a message, of the kinds above, which a ``raise`` statement raised, not the interpreter
+    (``int("x")``, a missing key of a dict). The statement is in this package, in a user's code, or in a package
+    that checks values for us. Or the machine refuses: a full disk or GPU, missing permissions.
     """
-    if isinstance(error, UnreadableRecord):
+    if isinstance(error, (UnreadableRecord, torch.cuda.OutOfMemoryError)):
         return True
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         return True
-    place = _innermost(error.__traceback__)
-    if place is None or not message_of(error) or not _is_raise_statement(place):
+    if not isinstance(error, _KINDS) or not message_of(error):
         return False
-    name = place.tb_frame.f_globals.get("__name__") or ""
-    if _is_part_of(name, _CHECKING):
-        return isinstance(error, _KINDS)
-    own = _is_part_of(name, ("distill_d2", *imported_modules()))
-    own = own or not _is_library(place.tb_frame.f_code.co_filename)
-    return own and isinstance(error, (*_KINDS, TypeError))
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and _is_raise_statement(place) and _checks_input(place.tb_frame)
 
 
 def message_of(error: BaseException) -> str:
     """What an exception says; a KeyError's without the quotes of repr."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return (
+            f"{error}\nThe memory of the GPU is too small for this run; lower SOLVER.IMS_PER_BATCH, "
+            "INPUT.MIN_SIZE_TRAIN or INPUT.MAX_SIZE_TRAIN, set SOLVER.AMP.ENABLED True, or use more GPUs"
+        )
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
@@ -146,23 +150,16 @@ def ending_on_mistakes(
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def _innermost(place: TracebackType | None) -> TracebackType | None:
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return place
-
-
 def _is_raise_statement(place: TracebackType) -> bool:
     return dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
 
 
-def _is_part_of(module: str, packages: tuple[str, ...]) -> bool:
-    return any(module == package or module.startswith(f"{package}.") for package in packages)
-
-
-def _is_library(path: str) -> bool:
-    installed = {"site-packages", "dist-packages"} & set(Path(path).parts)
-    return path.startswith(("<", _LIBRARY)) or bool(installed)
+def _checks_input(frame: FrameType) -> bool:
+    module, path = str(frame.f_globals.get("__name__")), frame.f_code.co_filename
+    packages = (*_CHECKING, *imported_modules())
+    if any(f"{module}.".startswith(f"{package}.") for package in packages):
+        return True
+    return not path.startswith(("<", _LIBRARY)) and _INSTALLED.isdisjoint(Path(path).parts)
 
 
 def _traceback_of(error: BaseException) -> str:
@@ -174,8 +171,7 @@ def _write_to_log_files(text: str) -> None:
     log = logging.getLogger("distill_d2")
     record = log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), None)
     for handler in log.handlers:
-        name = str(getattr(getattr(handler, "stream", None), "name", "<"))
-        if not name.startswith("<"):  # "<stdout>"
+        if os.path.isfile(str(getattr(getattr(handler, "stream", None), "name", ""))):  # not "<stdout>"
             handler.handle(record)
 
 

@@ -39,7 +39,8 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     close = difflib.get_close_matches(path, modules, n=5) or [
         name for name in modules if name.rpartition(".")[0] == parent
     ]
-    raise KeyError(f"{type(model).__name__} has no module '{path}'; the closest names are {close[:10]}")
+    advice = f"; the closest names are {close[:10]}" if close else ""
+    raise KeyError(f"{type(model).__name__} has no module '{path}'{advice}")
 
 
 class _Complete(BaseException):
@@ -179,7 +180,10 @@ class Taps:
             RuntimeError: it did not run, or its output was changed in place afterwards.
         """
         if path not in self._calls:
-            raise RuntimeError(f"the module '{path}' did not run in this step, or is not tapped")
+            raise RuntimeError(
+                f"the module '{path}' did not run in this step, or its output is not recorded: a loss must "
+                "state in bind what it reads (require_level, require_tap, require)"
+            )
         for output, versions in self._calls[path]:
             if _versions(output) != versions:
                 raise RuntimeError(

@@ -22,6 +22,21 @@ SHARED = ROOT.parent / "shared"
 
 pytest_plugins = ["memory"]
 
+# The files that take longest: started last, one of them would keep a parallel run waiting for a minute.
+LONGEST = (
+    *("engine/test_processes.py", "test_golden.py", "laws/test_steps.py", "test_plugins.py"),
+    *("engine/test_solvers.py", "engine/test_commands.py", "tools/test_convert_torchdistill.py"),
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist would start files with few tests last
+
+
+def pytest_collection_modifyitems(items):
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
 
 _NUMBERS = itertools.count()
 

@@ -336,6 +336,15 @@ def test_no_file(tmp_path):
         load(linear(), tmp_path)
 
 
+def test_weights_to_start_from(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"model": {"a.b": torch.zeros(1)}}, path)
+    with pytest.raises(ValueError, match=rf"MODEL.WEIGHTS .*no tensor of '{path}' fits the Linear"):
+        SafeCheckpointer(linear()).resume_or_load(str(path), resume=False)
+    with pytest.raises(FileNotFoundError, match="MODEL.WEIGHTS .*'none.pth' does not exist"):
+        SafeCheckpointer(linear()).resume_or_load("none.pth", resume=False)
+
+
 def test_no_flipped_byte_is_loaded(tmp_path):
     """Of a small checkpoint each seventh byte: the file is refused, or the byte does not matter."""
     path, state = tmp_path / "model.pth", linear().state_dict()
@@ -553,6 +562,11 @@ def test_failure_while_writing_the_name_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(pytest.fail.Exception):
         checkpointer.tag_last_checkpoint("model_2.pth")
     assert (tmp_path / "last_checkpoint").read_text() == "model_1.pth"
+
+
+def test_address_of_an_unknown_kind():
+    with pytest.raises(FileNotFoundError, match="'s3://a/b.pth' cannot be downloaded"):
+        read_checkpoint("s3://a/b.pth")
 
 
 @pytest.mark.parametrize("scheme", ["https://example.com/", "detectron2://"])

@@ -186,6 +186,7 @@ KEYS_BOMB = BOMB.replace("[x,x,x,x,x,x,x,x,x]", "{x: 1}").replace("[", "{<<: [")
         ("? [1]\n: 2", "a list or a dict as a key"),
         ("MODEL:", "MODEL is empty .* expected {name: value, ...}"),
         ("SEED:", "SEED is empty .*; expected an integer"),
+        ("MODEL: {WEIGHTS: None}", "MODEL.WEIGHTS is empty .*; expected text"),
         ("SEED: one", "SEED is 'one'; expected an integer"),
         ("MODEL: {MASK_ON: 1}", "MODEL.MASK_ON is 1; expected True or False"),
         ("SEED: {a: 1}", "SEED is {'a': 1}; expected an integer"),
@@ -293,6 +294,7 @@ def test_value_on_the_command_line(key, text, value):
         ("SEED", "", "SEED is empty"),
         ("SEED", "None", "SEED is empty .*; expected an integer"),
         ("MODEL.WEIGHTS", "None", "MODEL.WEIGHTS is empty .*; expected text"),
+        ("EXTRA_CFG", "nowhere.yaml", "EXTRA_CFG: config 'nowhere.yaml' does not exist"),
         ("DATASETS.TRAIN", "mine", "DATASETS.TRAIN is 'mine'; expected a list"),
         ("SOLVER.STEPS", "[1, 2", r"SOLVER.STEPS is '\[1, 2'; expected a list"),
         (
@@ -303,9 +305,13 @@ def test_value_on_the_command_line(key, text, value):
         ("MODEL", "{1: 2}", "the key 'MODEL.1' is int"),
         ("_BASE_", "x", "unknown config key '_BASE_'"),
         ("x" * 100_000, "1", "unknown config key 'xxx"),
+        ("solver.max_iter", "1", r"'solver.max_iter'; the closest are \['SOLVER.MAX_ITER'\]"),
+        ("qqqqqqqqqqqq", "1", "unknown config key 'qqqqqqqqqqqq'.?$"),
+        ("SEED=3", "SOLVER.MAX_ITER=1", "SEED=3: write KEY VALUE without '=': SEED 3"),
+        ("--config-file", "a.yaml", "--config-file stands after a KEY VALUE pair"),
     ],
 )
 def test_wrong_value_on_the_command_line(key, text, words):
-    with pytest.raises((ValueError, KeyError), match=words) as caught:
+    with pytest.raises((ValueError, KeyError, FileNotFoundError), match=words) as caught:
         load_config("", [key, text])
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)

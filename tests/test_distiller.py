@@ -157,6 +157,32 @@ def test_table_and_teacher_line_at_start(caplog):
     assert "runs backbone and neck" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "terms, found",
+    [
+        (torch.zeros(()), "{'Tensor': ()}"),
+        (None, "{'NoneType': ('NoneType',)}"),
+        ({"loss_x": 0}, "{'loss_x': ('int',)}"),
+        ({"loss_x": torch.zeros(2)}, "{'loss_x': (2,)}"),
+    ],
+)
+def test_a_loss_returns_a_dict_of_scalars(terms, found):
+    model = build()
+    model.losses["PKD"].forward = lambda *_: terms
+    with pytest.raises(TypeError) as caught:
+        step(model, tiny_batch())
+    assert (
+        str(caught.value) == f"PKD.forward returned {found}; expected a dict of scalar tensors by name"
+    )
+
+
+def test_terms_without_gradients_are_told(caplog):
+    model = build()
+    model.losses["PKD"].forward = lambda *_: {"loss_x": torch.zeros(())}
+    step(model, tiny_batch())
+    assert "the terms ['loss_x'], none with a gradient" in caplog.text
+
+
 def test_colliding_terms_are_an_error():
     model = build()
     model.losses["PKD"].forward = lambda *_: {"loss_cls": torch.zeros((), requires_grad=True)}

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from runs import Job
@@ -52,6 +53,10 @@ def of_a_worker():
     wrapper.reraise()
 
 
+def full_gpu():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
 def of_yacs():
     CfgNode({"SEED": 1}).merge_from_list(["SEED", "[1]"])
 
@@ -75,6 +80,7 @@ MISTAKES = {
     of_yacs: "Type mismatch",
     of_a_registry: "No object named 'RetinaNets'",
     full_disk: "No space left",
+    full_gpu: "lower SOLVER.IMS_PER_BATCH",
 }
 
 

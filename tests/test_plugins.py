@@ -203,7 +203,8 @@ def test_what_cannot_be_imported(tmp_path, monkeypatch):
     for name, text in {
         "no_such_package.wheat": "ModuleNotFoundError: No module named 'no_such_package'. Expected a module",
         str(tmp_path / "none.py"): f"FileNotFoundError: '{tmp_path}/none.py' does not exist",
-        str(tmp_path / "broken_wheat.py"): "No module named 'no_such_module_of_mine'",
+        str(tmp_path / "broken_wheat.py"): "no_such_module_of_mine' ("
+        + str(tmp_path / "broken_wheat.py, line 1)"),
         str(tmp_path / "json.py"): "another module has the name 'json'",
     }.items():
         with pytest.raises(ImportError) as caught:

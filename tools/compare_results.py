@@ -51,7 +51,7 @@ def last_evaluation(run: Path) -> dict[str, Metrics]:
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' does not exist; expected the OUTPUT_DIR of a training")
     found: dict[str, Metrics] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         found = evaluation_of(read_line(path, number, line)) or found
     if not found:
         raise ValueError(f"'{path}' holds no evaluation: the training has not reached one")
@@ -60,9 +60,12 @@ def last_evaluation(run: Path) -> dict[str, Metrics]:
 
 def read_line(path: Path, number: int, line: str) -> dict[str, float]:
     try:
-        return json.loads(line)
+        scalars = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"'{path}', line {number}, is not JSON: {error}") from error
+    if not isinstance(scalars, dict):
+        raise ValueError(f"'{path}', line {number}, holds no numbers by name")
+    return scalars
 
 
 def evaluation_of(scalars: dict[str, float]) -> dict[str, Metrics]:

@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 
 from distill_d2.checkpoint import read_checkpoint, write_whole
 from distill_d2.config import student_config
+from distill_d2.config_values import check_pairs
 from distill_d2.engine import load_config
 from distill_d2.mistakes import add_debug_argument, ending_on_mistakes
 
@@ -53,8 +54,10 @@ def parse_arguments(
     """Options may stand between INPUT, OUTPUT and KEY VALUE; exits where these cannot be right."""
     args = parser.parse_intermixed_args(arguments)
     _check_paths(parser, args.input, args.output)
-    if len(args.opts) % 2:
-        parser.error(f"the KEY VALUE pairs are incomplete: {' '.join(args.opts)}")
+    try:
+        check_pairs(args.opts)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

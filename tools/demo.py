@@ -83,6 +83,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-gpus", type=int, default=0)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for all runs")
     args = parser.parse_args()
+    if Path(args.output).is_file():
+        parser.error(f"--output {args.output}: a file; expected a folder")
     for method in args.methods:
         config = ROOT / "configs" / config_of(method, args.dataset)
         if not config.is_file():

@@ -39,12 +39,17 @@ def local_file(path: str) -> str:
             raise FileNotFoundError(f"checkpoint '{path}' does not exist")
         return path
     try:
-        return PathManager.get_local_path(path)
+        local = PathManager.get_local_path(path)
     except OSError as error:
         raise ValueError(
             f"the checkpoint '{path}' could not be downloaded: {_first_line(error)}. Download it by other "
             "means and set MODEL.WEIGHTS, or for a teacher MODEL.DISTILLER.TEACHER_WEIGHTS, to its path"
         ) from error
+    if not os.path.isfile(local):  # PathManager takes an address that it does not know for a path
+        raise FileNotFoundError(
+            f"checkpoint '{path}' cannot be downloaded: expected http://, https:// or detectron2://, or a path"
+        )
+    return local
 
 
 def _first_line(error: Exception) -> str:

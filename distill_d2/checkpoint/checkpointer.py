@@ -14,6 +14,8 @@ from .integrity import check_finite, check_weights
 from .reading import errors_name_file, read_pickle, read_pycls, read_torch
 from .writing import write_whole
 
+_KEY = "MODEL.WEIGHTS (of a LazyConfig train.init_checkpoint)"
+
 
 class SafeCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer, without code execution and without half-written files.
@@ -98,19 +100,36 @@ class SafeCheckpointer(DetectionCheckpointer):
             with_losses: it must also match the losses; False if only the model is needed.
 
         Raises:
-            ValueError: it is from another model, or from other losses; the message lists keys.
+            ValueError: it is from another model, or from other losses, or no tensor of ``path`` fits; the message
+                lists keys.
+            FileNotFoundError: ``path`` does not exist.
         """
         self._resumed_from = self.get_checkpoint_file() if resume else ""
         self._with_losses = with_losses
         if self._resumed_from:
             return self.load(self._resumed_from)
-        return self.load(path, checkpointables=[])
+        try:
+            loaded = self.load(path, checkpointables=[])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{_KEY}: {error}") from error
+        if path:
+            self._check_use(path)
+        return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         self.incompatible = super()._load_model(checkpoint)
         if self._resumed_from:
             self._check_exact(checkpoint)
         return self.incompatible
+
+    def _check_use(self, path: str) -> None:
+        names = [name for name, _ in self.model.named_parameters()]
+        if set(names) <= set(self.incompatible.missing_keys):
+            raise ValueError(
+                f"{_KEY}: no tensor of '{path}' fits the {type(self.model).__name__}: it has names such as "
+                f"{self.incompatible.unexpected_keys[:3]}, the model {names[:3]}. Give weights of this "
+                "model or its backbone, or '' to start from random ones"
+            )
 
     def _check_exact(self, checkpoint: dict[str, Any]) -> None:
         keys = self.incompatible

@@ -23,7 +23,7 @@ from ..teacher import Teacher
 from ..views import Batch, build_view
 from .building import node_arguments, separate_randomness
 from .padding import CommonPadding
-from .phases import TrainingPhases, add_terms, reaches_student
+from .phases import TrainingPhases, add_terms, check_terms, reaches_student
 from .report import describe_levels
 
 logger = logging.getLogger(__name__)
@@ -265,6 +265,8 @@ class Distiller(nn.Module):
             return loss.idle()
         with torch.autocast(self.device.type, enabled=False):  # law 7: always in float32
             terms = loss(self.student_view, self.teacher.view, batch)
+        if self._steps == 0:
+            check_terms(terms, loss)
         return {name: term * factor for name, term in terms.items()}
 
     def _pretrain(

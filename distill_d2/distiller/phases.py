@@ -138,6 +138,27 @@ def reaches_student(loss: DistillLoss, iteration: int) -> bool:
     return not isinstance(loss, TrainedLoss) or loss.reaches_student(iteration)
 
 
+def check_terms(terms: Any, loss: DistillLoss) -> None:
+    """Check what the ``forward`` of a loss returned; the log tells if no term has a gradient.
+
+    Raises:
+        TypeError: it is no dict of scalar tensors by name.
+    """
+    name = f"{type(loss).__name__}.forward"
+    if not isinstance(terms, dict) or not all(
+        isinstance(term, torch.Tensor) and term.dim() == 0 for term in terms.values()
+    ):
+        found = terms if isinstance(terms, dict) else {type(terms).__name__: terms}
+        shapes = {
+            key: tuple(getattr(term, "shape", [type(term).__name__])) for key, term in found.items()
+        }
+        raise TypeError(f"{name} returned {shapes}; expected a dict of scalar tensors by name")
+    if torch.is_grad_enabled() and not any(term.requires_grad for term in terms.values()):
+        logger.warning(
+            f"{name} returned the terms {list(terms)}, none with a gradient: the student does not learn from them"
+        )
+
+
 def add_terms(losses: dict[str, torch.Tensor], terms: dict[str, torch.Tensor], name: str) -> None:
     """Add the terms of the loss ``name``.
 

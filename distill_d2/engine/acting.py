@@ -48,7 +48,8 @@ def _check(name: str, loss: DistillLoss, phases: TrainingPhases, max_iter: int) 
     if not acting:
         raise ValueError(
             f"{name} never acts on the student in the {max_iter} iterations of this run (SOLVER.MAX_ITER): "
-            f"{causes}. Change these keys, train longer, or remove it from MODEL.DISTILLER.TYPES"
+            f"{causes}. {_advice(loss, phases, max_iter)}Otherwise train longer, or remove it from "
+            "MODEL.DISTILLER.TYPES"
         )
     if share < _MOST:
         logger.warning(
@@ -61,6 +62,17 @@ def _check(name: str, loss: DistillLoss, phases: TrainingPhases, max_iter: int) 
             f"{name} does not reach its weight: it is {last:.3g} of {full:.3g} in the last iteration: "
             f"{_keys(loss, ['warmup_iters'])}"
         )
+
+
+def _advice(loss: DistillLoss, phases: TrainingPhases, max_iter: int) -> str:
+    """The KEY VALUE pairs that let the loss act from the first iteration, where it would start too late."""
+    starts = {
+        loss.config_key(loss.schedule[0]): getattr(loss.settings, loss.schedule[0]),
+        "MODEL.DISTILLER.FIX_BACKBONE_BEFORE": phases.fix_backbone_before,
+        "MODEL.DISTILLER.FIX_HEAD_BEFORE": phases.fix_head_before,
+    }
+    pairs = " ".join(f"{key} 0" for key, start in starts.items() if start >= max_iter)
+    return f"To let it act in so short a run, add {pairs}. " if pairs else "Change these keys. "
 
 
 def _keys(loss: DistillLoss, names: list[str] | tuple[str, ...]) -> str:

@@ -111,7 +111,10 @@ def _load_extra(cfg: CfgNode, folders: list[str], chain: list[str], loaded: list
     for name in cfg.EXTRA_CFG:
         if not isinstance(name, str):
             raise ValueError(f"{EXTRA_KEY} has the entry {name!r}; expected a file")
-        path = model_zoo.find_config(name, relative_to=folders)
+        try:
+            path = model_zoo.find_config(name, relative_to=folders)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{EXTRA_KEY}: {error}") from error
         check_chain(path, chain, EXTRA_KEY)
         loaded.append(path)
         if len(loaded) > MOST_FILES:

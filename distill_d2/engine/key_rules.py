@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN
 from omegaconf import DictConfig
 
 from ..config import add_distill_config, student_config
@@ -16,6 +18,11 @@ from ..data.augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY
 from ..losses import DISTILL_LOSS_REGISTRY, key_comments
 from ..plugins import detectors
 from ..rules import (
+    COUNT,
+    COUNT_OR_0,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
     Choice,
     Context,
     Flag,
@@ -27,7 +34,6 @@ from ..rules import (
     Unused,
     check_rules,
     default_rules,
-    fraction,
     model_relations,
     model_rules,
 )
@@ -35,8 +41,6 @@ from ..teacher import AUTOCAST_CHOICES
 from .optimizer import CLIPPERS, optimizer_types
 from .settings import distiller_node
 
-_NOT_NEGATIVE, _POSITIVE = Number(at_least=0), Number(above=0)
-_COUNT, _COUNT_OR_0 = Integer(at_least=1), Integer(at_least=0)
 _NAMES = Sequence(Text(empty=False), unique=True)
 _WARMUP = Choice(("linear", "constant"))
 
@@ -56,20 +60,20 @@ def _solver(node: str) -> dict[str, Rule]:
     """The rules that the student's solver and that of losses share."""
     rules: dict[str, Rule] = {
         "OPTIMIZER": Optimizer(),
-        "BASE_LR": _NOT_NEGATIVE,
-        "BASE_LR_END": _NOT_NEGATIVE,
-        "MOMENTUM": fraction(),
-        "WEIGHT_DECAY": _NOT_NEGATIVE,
+        "BASE_LR": NOT_NEGATIVE,
+        "BASE_LR_END": NOT_NEGATIVE,
+        "MOMENTUM": FRACTION,
+        "WEIGHT_DECAY": NOT_NEGATIVE,
         "WEIGHT_DECAY_NORM": Number(at_least=0, also=(None,)),
         "WEIGHT_DECAY_BIAS": Number(at_least=0, also=(None,)),
-        "BIAS_LR_FACTOR": _NOT_NEGATIVE,
-        "GAMMA": _NOT_NEGATIVE,
-        "NUM_DECAYS": _COUNT,
-        "WARMUP_FACTOR": _NOT_NEGATIVE,
-        "WARMUP_ITERS": _COUNT_OR_0,
+        "BIAS_LR_FACTOR": NOT_NEGATIVE,
+        "GAMMA": NOT_NEGATIVE,
+        "NUM_DECAYS": COUNT,
+        "WARMUP_FACTOR": NOT_NEGATIVE,
+        "WARMUP_ITERS": COUNT_OR_0,
         "WARMUP_METHOD": _WARMUP,
         "CLIP_GRADIENTS.CLIP_TYPE": Choice(tuple(CLIPPERS)),
-        "CLIP_GRADIENTS.CLIP_VALUE": _POSITIVE,
+        "CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
         "CLIP_GRADIENTS.NORM_TYPE": Number(above=0, also=(float("inf"),)),
     }
     return {f"{node}.{name}": rule for name, rule in rules.items()}
@@ -87,19 +91,14 @@ def _samplers(context: Context) -> list[str]:
     ]
 
 
-def _test_files(context: Context) -> list[int]:
-    return _files(context, "TEST")
-
-
-def _train_files(context: Context) -> list[int]:
-    return _files(context, "TRAIN")
-
-
-def _files(context: Context, split: str) -> list[int]:
+def _files(split: str) -> Callable[[Context], list[int]]:
     """The number of proposal files: one per dataset, or none."""
-    names = context.cfg.DATASETS[split]
-    needed = context.cfg.MODEL.LOAD_PROPOSALS is True
-    return [len(names)] if needed else [len(names), 0]
+
+    def counts(context: Context) -> list[int]:
+        names = context.cfg.DATASETS[split]
+        return [len(names)] if context.cfg.MODEL.LOAD_PROPOSALS is True else [len(names), 0]
+
+    return counts
 
 
 def _keypoints(context: Context) -> list[int]:
@@ -112,18 +111,18 @@ COMMON: dict[str, Rule] = {
     "MODEL.WEIGHTS": Text(),
     "OUTPUT_DIR": Text(empty=False),
     "SEED": Integer(at_most=2**32 - 1),
-    "VIS_PERIOD": _COUNT_OR_0,
-    "INPUT.MIN_SIZE_TEST": _COUNT_OR_0,
-    "INPUT.MAX_SIZE_TEST": _COUNT,
-    "INPUT.FIXED_SIZE": Sequence(_COUNT, count=(2, 0)),
+    "VIS_PERIOD": COUNT_OR_0,
+    "INPUT.MIN_SIZE_TEST": COUNT_OR_0,
+    "INPUT.MAX_SIZE_TEST": COUNT,
+    "INPUT.FIXED_SIZE": Sequence(COUNT, count=(2, 0)),
     "INPUT.MASK_FORMAT": Choice(("polygon", "bitmask")),
     "INPUT.MAPPER": Choice(DATASET_MAPPER_REGISTRY, also=("",)),
-    "DATALOADER.NUM_WORKERS": _COUNT_OR_0,
+    "DATALOADER.NUM_WORKERS": COUNT_OR_0,
     "DATASETS.TEST": _NAMES,
-    "DATASETS.PROPOSAL_FILES_TEST": Sequence(Text(empty=False), count=_test_files),
-    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": _COUNT,
+    "DATASETS.PROPOSAL_FILES_TEST": Sequence(Text(empty=False), count=_files("TEST")),
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": COUNT,
     "DATASETS.CHECK": Choice(("all", "none")),
-    "TEST.KEYPOINT_OKS_SIGMAS": Sequence(_POSITIVE, count=_keypoints),
+    "TEST.KEYPOINT_OKS_SIGMAS": Sequence(POSITIVE, count=_keypoints),
     "TEST.EXPECTED_RESULTS": Sequence(Sequence(count=(4,))),
     "TEST.AUG.ENABLED": Unused(
         False,
@@ -134,32 +133,32 @@ COMMON: dict[str, Rule] = {
 
 #: Of training.
 TRAINING: dict[str, Rule] = {
-    "INPUT.MIN_SIZE_TRAIN": Sequence(_COUNT, least=1, alone=True),
+    "INPUT.MIN_SIZE_TRAIN": Sequence(COUNT_OR_0, least=1, alone=True),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": Choice(("choice", "range")),
-    "INPUT.MAX_SIZE_TRAIN": _COUNT,
+    "INPUT.MAX_SIZE_TRAIN": COUNT,
     "INPUT.RANDOM_FLIP": Choice(("horizontal", "vertical", "none")),
     "INPUT.CROP.TYPE": Choice(("relative_range", "relative", "absolute", "absolute_range")),
-    "INPUT.CROP.SIZE": Sequence(_POSITIVE, count=(2,)),
+    "INPUT.CROP.SIZE": Sequence(POSITIVE, count=(2,)),
     "INPUT.AUGMENTATIONS": Choice(AUGMENTATION_REGISTRY, also=("default",)),
     "INPUT.SSD.EXPAND_MAX_RATIO": Number(at_least=1),
-    "INPUT.SSD.CROP_MIN_IOUS": Sequence(fraction()),
+    "INPUT.SSD.CROP_MIN_IOUS": Sequence(FRACTION),
     "DATASETS.TRAIN": Sequence(Text(empty=False), least=1, unique=True),
-    "DATASETS.PROPOSAL_FILES_TRAIN": Sequence(Text(empty=False), count=_train_files),
-    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": _COUNT,
-    "DATASETS.CHECK_IMAGES": _COUNT_OR_0,
+    "DATASETS.PROPOSAL_FILES_TRAIN": Sequence(Text(empty=False), count=_files("TRAIN")),
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": COUNT,
+    "DATASETS.CHECK_IMAGES": COUNT_OR_0,
     "DATALOADER.SAMPLER_TRAIN": Choice(_samplers),
-    "DATALOADER.REPEAT_THRESHOLD": fraction(),
-    "SOLVER.MAX_ITER": _COUNT,
-    "SOLVER.STEPS": Sequence(_COUNT_OR_0, rising=True),
+    "DATALOADER.REPEAT_THRESHOLD": FRACTION,
+    "SOLVER.MAX_ITER": COUNT,
+    "SOLVER.STEPS": Sequence(COUNT_OR_0, rising=True),
     "SOLVER.LR_SCHEDULER_NAME": Choice(
         ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
     ),
-    "SOLVER.IMS_PER_BATCH": _COUNT,
-    "SOLVER.REFERENCE_WORLD_SIZE": _COUNT_OR_0,
-    "SOLVER.CHECKPOINT_PERIOD": _COUNT_OR_0,
+    "SOLVER.IMS_PER_BATCH": COUNT,
+    "SOLVER.REFERENCE_WORLD_SIZE": COUNT_OR_0,
+    "SOLVER.CHECKPOINT_PERIOD": COUNT_OR_0,
     **_solver("SOLVER"),
-    "TEST.EVAL_PERIOD": _COUNT_OR_0,
-    "TEST.PRECISE_BN.NUM_ITER": _COUNT,
+    "TEST.EVAL_PERIOD": COUNT_OR_0,
+    "TEST.PRECISE_BN.NUM_ITER": COUNT,
 }
 
 
@@ -168,7 +167,7 @@ DISTILLATION: dict[str, Rule] = {
     "TYPES": Sequence(
         Choice(lambda context: sorted(name for name, _ in DISTILL_LOSS_REGISTRY)), least=1, unique=True
     ),
-    "TASK_LOSS_WEIGHT": _NOT_NEGATIVE,
+    "TASK_LOSS_WEIGHT": NOT_NEGATIVE,
     "FREEZE": Sequence(Text(empty=False)),
     "MODEL_DISTILLER_CONFIG": Text(empty=False),
     "TEACHER_WEIGHTS": Text(),
@@ -177,19 +176,19 @@ DISTILLATION: dict[str, Rule] = {
     "PRELOAD_NAMES": Sequence(Text(empty=False)),
     "PRELOAD_TEACHER": Text(),
     "PRELOAD_TYPE": Choice(("all", "teacher_only")),
-    "PRETRAIN_TEACHER_ITERS": _COUNT_OR_0,
-    "FIX_BACKBONE_BEFORE": _COUNT_OR_0,
-    "FIX_HEAD_BEFORE": _COUNT_OR_0,
+    "PRETRAIN_TEACHER_ITERS": COUNT_OR_0,
+    "FIX_BACKBONE_BEFORE": COUNT_OR_0,
+    "FIX_HEAD_BEFORE": COUNT_OR_0,
     **_solver("SOLVER"),
     "SOLVER.LR_SCHEDULER_NAME": Choice(("WarmupMultiStepLR", "WarmupCosineLR")),
 }
 
 #: Of a LazyConfig.
 LAZY: dict[str, Rule] = {
-    "train.max_iter": _COUNT,
-    "train.eval_period": _COUNT_OR_0,
-    "train.checkpointer.period": _COUNT_OR_0,
-    "train.log_period": _COUNT,
+    "train.max_iter": COUNT,
+    "train.eval_period": COUNT_OR_0,
+    "train.checkpointer.period": COUNT_OR_0,
+    "train.log_period": COUNT,
     "train.amp.enabled": Flag(),
     "train.seed": Integer(at_most=2**32 - 1),
     "train.output_dir": Text(empty=False),
@@ -259,6 +258,11 @@ def _relations(context: Context, train: bool) -> Iterator[str]:
     if not train:
         return
     crop, solver = cfg.INPUT.CROP, cfg.SOLVER
+    if solver.REFERENCE_WORLD_SIZE and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
+        yield (
+            f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE}; expected 0, or a divisor of "
+            f"IMS_PER_BATCH, {solver.IMS_PER_BATCH}"
+        )
     if crop.ENABLED and crop.TYPE.startswith("relative") and max(crop.SIZE) > 1:
         yield f"INPUT.CROP.SIZE is {crop.SIZE}; expected parts of an image, at most 1 for TYPE '{crop.TYPE}'"
     if crop.ENABLED and crop.TYPE.startswith("absolute") and not all(type(n) is int for n in crop.SIZE):
@@ -276,6 +280,13 @@ def _relations(context: Context, train: bool) -> Iterator[str]:
             f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}; expected below MAX_ITER, {solver.MAX_ITER}, with "
             "RESCALE_INTERVAL True"
         )
+    if cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS and context.has(GeneralizedRCNN):
+        for name in cfg.DATASETS.TRAIN:
+            if not hasattr(MetadataCatalog.get(name), "class_image_count"):
+                yield (
+                    f"MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True; expected False, since the metadata of dataset "
+                    f"'{name}' has no class_image_count (LVIS has it)"
+                )
     if solver.OPTIMIZER.lower() == "sgd" and solver.NESTEROV and not solver.MOMENTUM:
         yield "SOLVER.NESTEROV is True; expected False, or a MOMENTUM above 0"
 
@@ -289,8 +300,15 @@ def _size_relations(node: CfgNode, splits: Iterable[str]) -> Iterator[str]:
                 f"INPUT.MAX_SIZE_{split} is {largest}; expected at least INPUT.MIN_SIZE_{split}, {min(sizes)}: an "
                 "image's longest side is not below its shortest"
             )
-    if "TRAIN" in splits and node.MIN_SIZE_TRAIN_SAMPLING == "range":
-        sizes = node.MIN_SIZE_TRAIN
+    if "TRAIN" not in splits:
+        return
+    sizes = node.MIN_SIZE_TRAIN
+    if node.MIN_SIZE_TEST and (sizes == 0 or not isinstance(sizes, int) and 0 in sizes):
+        yield (
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}; expected at least 1. To resize no images, 0 here and in "
+            "MIN_SIZE_TEST"
+        )
+    if node.MIN_SIZE_TRAIN_SAMPLING == "range":
         if isinstance(sizes, int) or len(sizes) != 2 or sizes[0] > sizes[1]:
             yield (
                 f"INPUT.MIN_SIZE_TRAIN is {sizes}; expected two numbers, the smallest and the largest, with "

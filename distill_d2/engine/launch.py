@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -74,6 +75,8 @@ def _launch_several(main: Callable, args: argparse.Namespace, processes: int) ->
     minutes = round(DEFAULT_TIMEOUT.total_seconds() / 60)
     if args.num_machines > 1:
         print(f"{machine}: waiting for the others, up to {minutes} minutes", file=sys.stderr, flush=True)
+    # It logs that it ends the other processes, which is expected after a mistake in one of them.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with forwarding_signals() as request, tempfile.TemporaryDirectory() as folder:
         message, met = Message(folder), Path(folder) / "met"
         try:

@@ -49,7 +49,7 @@ def rerun(model: nn.Module, compute: Callable[[], dict[str, torch.Tensor]]) -> s
     return (
         "\n--detect-anomaly: this batch again, with the weights and random numbers of the step, but with moving "
         "averages (batch norm statistics in evaluation, the loss normalizer of RetinaNet and FCOS) that have seen "
-        f"it once: {'; '.join(text for text in (loss, module, problem) if text)}.{where}"
+        f"it once: {'; '.join(text for text in (loss, module, problem) if text)}{where}"
     )
 
 
@@ -58,7 +58,7 @@ def _backward(losses: dict[str, torch.Tensor]) -> str:
         torch.stack([loss.float() for loss in losses.values()]).sum().backward()
     except RuntimeError as error:
         return f"backward: {error}"
-    return "backward found no operation that returns NaN"
+    return "backward found no operation that returns NaN."
 
 
 @contextlib.contextmanager

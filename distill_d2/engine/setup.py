@@ -19,6 +19,7 @@ from ..data import check_datasets
 from ..evaluation import try_evaluator
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
+from ..losses.base import keys_without_effect
 from ..plugins import ground_truth, of_student
 from ..teacher import teacher_weights
 from .config_loading import load_config, output_dir
@@ -69,6 +70,9 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
             write_configs(cfg, train=not args.eval_only)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
+    unused = keys_without_effect(cfg.MODEL.DISTILLER) if distill else []
+    if unused:
+        logger.warning(f"Without effect, since MODEL.DISTILLER.TYPES does not name their loss: {unused}")
     for detector in of_student(cfg):
         detector.check(cfg)
     if comm.is_main_process():
@@ -122,7 +126,7 @@ def choose_device(device: str, num_gpus: int) -> str:
     """The device to train on: a config's "cuda" means the CPU with --num-gpus 0.
 
     Raises:
-        ValueError: torch knows no such device, or no GPU is available.
+        ValueError: torch knows no such device, cannot use it, or no GPU is available.
     """
     try:
         kind = torch.device(device).type
@@ -130,14 +134,19 @@ def choose_device(device: str, num_gpus: int) -> str:
         raise ValueError(
             f"MODEL.DEVICE is {device!r}; expected 'cuda', 'cpu' or another of torch"
         ) from error
-    if kind != "cuda" or torch.cuda.is_available():
-        return device
-    if num_gpus == 0:
-        return "cpu"
-    raise ValueError(
-        f"--num-gpus {num_gpus} and device '{device}', but torch sees no GPU; for the CPU use "
-        "--num-gpus 0"
-    )
+    if kind == "cuda" and not torch.cuda.is_available():
+        if num_gpus == 0:
+            return "cpu"
+        raise ValueError(
+            f"--num-gpus {num_gpus} and device '{device}', but torch sees no GPU; for the CPU use "
+            "--num-gpus 0"
+        )
+    try:
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"MODEL.DEVICE is '{device}', which torch cannot use here: {reason}") from error
+    return device
 
 
 def note_imports(folder: str, names: Sequence[str], write: bool) -> None:

@@ -116,7 +116,7 @@ def _check_finite(losses: Mapping[str, float], step: _Pending) -> None:
         f"at iteration {step.iteration} these losses are not finite: {bad}; all: {dict(losses)}. "
         f"The images (height x width) were {listing}. No checkpoint of this step is written; lower "
         "SOLVER.BASE_LR or the loss's WEIGHT, raise its WARMUP_ITERS, or enable SOLVER.CLIP_GRADIENTS, and "
-        "--resume from the last checkpoint; --detect-anomaly names the operation"
+        "--resume from the last checkpoint."
     )
 
 
@@ -206,7 +206,8 @@ class TrainStep(SimpleTrainer):
         text = describe_weights(self._plain_model())
         if not self.detect_anomaly:
             late = text and self.device.type != "cpu"
-            return f"{text} On a GPU the step itself may have changed them." if late else text
+            text += " On a GPU the step itself may have changed them." if late else ""
+            return f"{text} --detect-anomaly names the operation."
 
         def compute() -> dict[str, torch.Tensor]:
             set_random_state(state)

@@ -108,6 +108,8 @@ class DistillLoss(nn.Module):
         """
         all_pairs = self.feature_pairs()
         for pairs in all_pairs:
+            if not pairs.key and "in_features" in keys_of(self.Settings):
+                pairs.key = self.config_key("in_features")
             pairs.bind(student, teacher)
         if not all_pairs:
             student.require_neck()
@@ -188,6 +190,17 @@ def build_losses(distiller: CN) -> dict[str, DistillLoss]:
             f"of {known}" + (f"; unknown: {unknown}" if unknown else "")
         )
     return {name: DISTILL_LOSS_REGISTRY.get(name).from_config(distiller) for name in names}
+
+
+def keys_without_effect(distiller: CN) -> list[str]:
+    """The keys of losses that MODEL.DISTILLER.TYPES does not name, with other values than their defaults."""
+    keys, defaults = [], CN()
+    for name, loss in DISTILL_LOSS_REGISTRY:
+        if name not in distiller.TYPES:
+            loss.add_config(defaults)
+            values, usual = loss.read_config(distiller), loss.read_config(defaults)
+            keys += [loss.config_key(each) for each in values if values[each] != usual[each]]
+    return keys
 
 
 def key_comments() -> dict[str, str]:

@@ -90,7 +90,7 @@ class FeaturePairs(nn.Module):
         if not self.in_features:
             self.in_features = _common_levels(student, teacher)
         if len(set(self.in_features)) < len(self.in_features):
-            raise ValueError(f"the levels {self.in_features} contain one name twice")
+            raise ValueError(f"the levels {self.in_features} have one name twice; expected it once")
         student_channels, teacher_channels = {}, {}  # (input, output) of a convolution, by level
         for name in self.in_features:
             of_student, of_teacher = student.require_level(name), teacher.require_level(name)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from detectron2.config import CfgNode
+
+from ..rules import Anything, Choice, Context, Integer, Number, Rule, Sequence, Text, rule_of
 
 #: Comment of a setting that names levels.
 IN_FEATURES = "Neck levels (p3) or backbone stages (res4); empty: all neck levels that both have."
@@ -36,77 +38,21 @@ class Key:
     below: float | None = None
     odd: bool = False
 
-    def expected(self, setting: Field) -> str:
-        """The allowed values of a setting in words."""
+    def rule(self, setting: Field) -> Rule:
+        """What a setting may hold: a value of its default's type or, where a default leaves that open, of its
+        annotation's."""
+        default, annotation = setting.default, str(setting.type)
         if self.choices is not None:
-            return f"one of {list(self.choices)}"
-        names = ("at_least", "above", "at_most", "below")
-        bounds = [(name.replace("_", " "), getattr(self, name)) for name in names]
-        text = " and ".join(f"{name} {bound}" for name, bound in bounds if bound is not None)
-        return ("an odd number" if self.odd else _kind(setting).value) + (", " + text if text else "")
-
-    def allows(self, value: Any, setting: Field) -> bool:
-        """Whether a setting may have this value. Its type is that of the default; numbers are finite."""
-        if self.choices is not None:
-            return value in self.choices
-        kind = _kind(setting)
-        if kind not in (_Kind.NUMBER, _Kind.INTEGER):
-            return _has_kind(value, kind)
-        return (
-            _has_kind(value, kind)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-            and (not self.odd or value % 2 == 1)
-        )
-
-
-class _Kind(enum.Enum):
-    """What a setting is, in words."""
-
-    FLAG = "True or False"
-    INTEGER = "an integer"
-    NUMBER = "a finite number"
-    TEXT = "a text"
-    NUMBERS = "a list of finite numbers"
-    TEXTS = "a list of texts"
-    ANY = "any value"
-
-
-def _kind(setting: Field) -> _Kind:
-    """Of a setting, from its default and, for what a default leaves open, its annotation."""
-    default, annotation = setting.default, str(setting.type)
-    if isinstance(default, bool):
-        return _Kind.FLAG
-    if isinstance(default, (int, float)):
-        whole = isinstance(default, int) and "float" not in annotation
-        return _Kind.INTEGER if whole else _Kind.NUMBER
-    if isinstance(default, str):
-        return _Kind.TEXT
-    if isinstance(default, tuple) and "str" in annotation:
-        return _Kind.TEXTS
-    if isinstance(default, tuple) and ("float" in annotation or "int" in annotation):
-        return _Kind.NUMBERS
-    return _Kind.ANY
-
-
-def _has_kind(value: Any, kind: _Kind) -> bool:
-    if kind in (_Kind.TEXTS, _Kind.NUMBERS):
-        item = _Kind.TEXT if kind is _Kind.TEXTS else _Kind.NUMBER
-        return (
-            isinstance(value, Sequence)
-            and not isinstance(value, str)
-            and all(_has_kind(each, item) for each in value)
-        )
-    if kind is _Kind.FLAG:
-        return isinstance(value, (bool, np.bool_))
-    if kind is _Kind.TEXT:
-        return isinstance(value, str)
-    if kind is _Kind.ANY:
-        return True
-    whole = (int, np.integer) if kind is _Kind.INTEGER else object
-    return is_finite(value) and isinstance(value, whole) and not isinstance(value, bool)
+            return Choice(self.choices)
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            bounds = {name: getattr(self, name) for name in ("at_least", "above", "at_most", "below")}
+            whole = isinstance(default, int) and "float" not in annotation
+            return Integer(**bounds, odd=self.odd) if whole else Number(**bounds)
+        if isinstance(default, tuple) and "str" in annotation:
+            return Sequence(Text())
+        if isinstance(default, tuple) and ("float" in annotation or "int" in annotation):
+            return Sequence(Number())
+        return rule_of(default) if isinstance(default, (bool, str)) else Anything()
 
 
 def is_finite(value: Any) -> bool:
@@ -164,9 +110,9 @@ class LossSettings:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            rule = each.metadata.get("key") or Key()
-            allowed = rule.allows(getattr(self, each.name), each)
-            self.require(each.name, allowed, rule.expected(each))
+            rule = (each.metadata.get("key") or Key()).rule(each)
+            expected = rule.expected(getattr(self, each.name), Context(CfgNode()))
+            self.require(each.name, not expected, expected)
         stops_later = self.stop_iter < 0 or self.stop_iter > self.start_iter
         self.require("stop_iter", stops_later, f"-1 or above START_ITER, which is {self.start_iter}")
 

@@ -7,6 +7,11 @@ engine that of a run, a plugin's ``Detector.rules`` those of its own keys; ``Los
 from .check import RuleError, check_rules, faults
 from .context import Context
 from .kinds import (
+    COUNT,
+    COUNT_OR_0,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
     Anything,
     Choice,
     Flag,
@@ -17,13 +22,17 @@ from .kinds import (
     Sequence,
     Text,
     Unused,
-    fraction,
     norm,
     rule_of,
 )
 from .model import assertions_told, check_model, default_rules, model_relations, model_rules
 
 __all__ = [
+    "COUNT",
+    "COUNT_OR_0",
+    "FRACTION",
+    "NOT_NEGATIVE",
+    "POSITIVE",
     "Anything",
     "Choice",
     "Context",
@@ -41,7 +50,6 @@ __all__ = [
     "check_rules",
     "default_rules",
     "faults",
-    "fraction",
     "model_relations",
     "model_rules",
     "norm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import abc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, ClassVar
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 #: What detectron2's get_norm builds.
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
+
+
+def is_list(value: Any) -> bool:
+    """Whether this is a list, a tuple or an omegaconf's list."""
+    return isinstance(value, abc.Sequence) and not isinstance(value, str)
 
 
 class Rule:
@@ -100,13 +106,27 @@ class Number(Rule):
 
 @dataclass(frozen=True)
 class Integer(Number):
+    """An integer within bounds.
+
+    Attributes:
+        odd: only odd numbers.
+    """
+
+    odd: bool = False
+
     name: ClassVar[str] = "an integer"
     types: ClassVar[tuple[type, ...]] = (int, np.integer)
 
+    def _within(self, value: Any) -> bool:
+        return super()._within(value) and not (self.odd and value % 2 == 0)
 
-def fraction() -> Number:
-    """A number from 0 to 1."""
-    return Number(at_least=0, at_most=1)
+    def _words(self) -> str:
+        words = super()._words()
+        return words.replace(self.name, "an odd number") if self.odd else words
+
+
+POSITIVE, NOT_NEGATIVE, FRACTION = Number(above=0), Number(at_least=0), Number(at_least=0, at_most=1)
+COUNT, COUNT_OR_0 = Integer(at_least=1), Integer(at_least=0)
 
 
 @dataclass(frozen=True)
@@ -170,7 +190,7 @@ class Sequence(Rule):
     alone: bool = False
 
     def expected(self, value: Any, context: Context) -> str:
-        if self.alone and not isinstance(value, (list, tuple)):
+        if self.alone and not is_list(value):
             return self.item.expected(value, context)
         counts = list(self.count(context) if callable(self.count) else self.count)
         if self._allows(value, counts, context):
@@ -178,7 +198,7 @@ class Sequence(Rule):
         return self._words(value, counts, context)
 
     def _allows(self, value: Any, counts: list[int], context: Context) -> bool:
-        if not isinstance(value, (list, tuple)) or len(value) < self.least:
+        if not is_list(value) or len(value) < self.least:
             return False
         if counts and len(value) not in counts:
             return False
@@ -194,7 +214,7 @@ class Sequence(Rule):
     def _words(self, value: Any, counts: list[int], context: Context) -> str:
         number = " or ".join(map(str, counts)) or (f"{self.least} or more" if self.least else "")
         text = f"a list of {number} values" if number else "a list"
-        wrong = value if isinstance(value, (list, tuple)) else (value,)
+        wrong = value if is_list(value) else (value,)
         wanted = [words for each in wrong if (words := self.item.expected(each, context))]
         text += f", each {wanted[0]}" if wanted else ""
         text += ", each above the one before" if self.rising else ""
@@ -249,6 +269,6 @@ def rule_of(default: Any) -> Rule:
         return Number()
     if isinstance(default, str):
         return Text()
-    if isinstance(default, (list, tuple)):
+    if is_list(default):
         return Sequence()
     return Anything()

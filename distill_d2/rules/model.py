@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 
 from detectron2.config import CfgNode
@@ -29,13 +30,28 @@ from PIL import Image
 from .. import plugins
 from .check import check_rules
 from .context import Context, registered
-from .kinds import Choice, Flag, Integer, Levels, Number, Rule, Sequence, Text, fraction, norm, rule_of
+from .kinds import (
+    COUNT,
+    COUNT_OR_0,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Choice,
+    Flag,
+    Integer,
+    Levels,
+    Number,
+    Rule,
+    Sequence,
+    Text,
+    norm,
+    rule_of,
+)
 
 _BOX_LOSS = Choice(("smooth_l1", "giou", "diou", "ciou"))
 _POOLERS = Choice(("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated"))
-_NOT_NEGATIVE, _POSITIVE = Number(at_least=0), Number(above=0)
-_COUNT, _COUNT_OR_0 = Integer(at_least=1), Integer(at_least=0)
-_SIZES = Sequence(_POSITIVE, least=1)
+#: A list for each level, or one for all levels.
+_ANCHORS = Sequence(Sequence(POSITIVE, least=1, alone=True), least=1)
 _STAGES = ("stem", "res2", "res3", "res4", "res5")
 _RESNETS = {
     "build_resnet_backbone",
@@ -128,8 +144,8 @@ def _roi_head(node: str, registry: object) -> dict[str, Rule]:
     return {
         f"{node}.NAME": Choice(registry),  # type: ignore[arg-type]
         f"{node}.POOLER_TYPE": _POOLERS,
-        f"{node}.POOLER_RESOLUTION": _COUNT,
-        f"{node}.POOLER_SAMPLING_RATIO": _COUNT_OR_0,
+        f"{node}.POOLER_RESOLUTION": COUNT,
+        f"{node}.POOLER_SAMPLING_RATIO": COUNT_OR_0,
     }
 
 
@@ -142,13 +158,13 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
             "MODEL.BACKBONE.NAME": Choice(BACKBONE_REGISTRY),
             "MODEL.BACKBONE.FREEZE_AT": Integer(at_least=-1),
             "MODEL.PIXEL_MEAN": Sequence(Number(), count=_channels),
-            "MODEL.PIXEL_STD": Sequence(_POSITIVE, count=_channels),
+            "MODEL.PIXEL_STD": Sequence(POSITIVE, count=_channels),
             "INPUT.FORMAT": Choice(_formats),
-            "MODEL.FPN.OUT_CHANNELS": _COUNT,
+            "MODEL.FPN.OUT_CHANNELS": COUNT,
             "MODEL.FPN.NORM": norm(),
             "MODEL.FPN.FUSE_TYPE": Choice(("sum", "avg")),
             "MODEL.FPN.IN_FEATURES": Sequence(Text(empty=False), unique=True),
-            "TEST.DETECTIONS_PER_IMAGE": _COUNT,
+            "TEST.DETECTIONS_PER_IMAGE": COUNT,
         },
     ),
     (_rcnn, {"TEST.DETECTIONS_PER_IMAGE": Integer(at_least=1, also=(-1,))}),
@@ -157,22 +173,22 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
         {
             "MODEL.RESNETS.DEPTH": Choice((18, 34, 50, 101, 152)),
             "MODEL.RESNETS.OUT_FEATURES": Sequence(Choice(_STAGES), least=1, unique=True),
-            "MODEL.RESNETS.NUM_GROUPS": _COUNT,
+            "MODEL.RESNETS.NUM_GROUPS": COUNT,
             "MODEL.RESNETS.NORM": norm(),
-            "MODEL.RESNETS.WIDTH_PER_GROUP": _COUNT,
+            "MODEL.RESNETS.WIDTH_PER_GROUP": COUNT,
             "MODEL.RESNETS.RES5_DILATION": Choice((1, 2)),
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": _COUNT,
-            "MODEL.RESNETS.STEM_OUT_CHANNELS": _COUNT,
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": COUNT,
+            "MODEL.RESNETS.STEM_OUT_CHANNELS": COUNT,
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE": Sequence(Flag(), count=(4,)),
-            "MODEL.RESNETS.DEFORM_NUM_GROUPS": _COUNT,
+            "MODEL.RESNETS.DEFORM_NUM_GROUPS": COUNT,
         },
     ),
     (
         _anchors,
         {
             "MODEL.ANCHOR_GENERATOR.NAME": Choice(ANCHOR_GENERATOR_REGISTRY),
-            "MODEL.ANCHOR_GENERATOR.SIZES": Sequence(_SIZES, least=1),
-            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": Sequence(_SIZES, least=1),
+            "MODEL.ANCHOR_GENERATOR.SIZES": _ANCHORS,
+            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _ANCHORS,
             "MODEL.ANCHOR_GENERATOR.OFFSET": Number(at_least=0, below=1),
         },
     ),
@@ -182,24 +198,24 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
             "MODEL.PROPOSAL_GENERATOR.NAME": Choice(
                 PROPOSAL_GENERATOR_REGISTRY, also=("PrecomputedProposals",)
             ),
-            "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": _NOT_NEGATIVE,
+            "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": NOT_NEGATIVE,
             "MODEL.ROI_HEADS.NAME": Choice(ROI_HEADS_REGISTRY),
-            "MODEL.ROI_HEADS.NUM_CLASSES": _COUNT,
+            "MODEL.ROI_HEADS.NUM_CLASSES": COUNT,
             "MODEL.ROI_HEADS.IN_FEATURES": Levels(),
             **_matching("MODEL.ROI_HEADS"),
-            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": _COUNT,
-            "MODEL.ROI_HEADS.POSITIVE_FRACTION": fraction(),
-            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": fraction(),
-            "MODEL.ROI_HEADS.NMS_THRESH_TEST": fraction(),
+            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": COUNT,
+            "MODEL.ROI_HEADS.POSITIVE_FRACTION": FRACTION,
+            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": FRACTION,
+            "MODEL.ROI_HEADS.NMS_THRESH_TEST": FRACTION,
             "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
-            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": _NOT_NEGATIVE,
-            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": Sequence(_POSITIVE, count=_box_sides),
-            "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": _NOT_NEGATIVE,
-            "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES": _COUNT,
-            "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER": _NOT_NEGATIVE,
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": NOT_NEGATIVE,
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": Sequence(POSITIVE, count=_box_sides),
+            "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": NOT_NEGATIVE,
+            "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES": COUNT,
+            "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER": NOT_NEGATIVE,
             "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLERS,
-            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": _COUNT,
-            "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": _COUNT_OR_0,
+            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": COUNT,
+            "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": COUNT_OR_0,
         },
     ),
     (
@@ -209,18 +225,18 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
             "MODEL.RPN.IN_FEATURES": Levels(),
             "MODEL.RPN.BOUNDARY_THRESH": Number(at_least=-1),
             **_matching("MODEL.RPN"),
-            "MODEL.RPN.BATCH_SIZE_PER_IMAGE": _COUNT,
-            "MODEL.RPN.POSITIVE_FRACTION": fraction(),
+            "MODEL.RPN.BATCH_SIZE_PER_IMAGE": COUNT,
+            "MODEL.RPN.POSITIVE_FRACTION": FRACTION,
             "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
-            "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": _NOT_NEGATIVE,
-            "MODEL.RPN.BBOX_REG_WEIGHTS": Sequence(_POSITIVE, count=_box_sides),
-            "MODEL.RPN.SMOOTH_L1_BETA": _NOT_NEGATIVE,
-            "MODEL.RPN.LOSS_WEIGHT": _NOT_NEGATIVE,
-            "MODEL.RPN.PRE_NMS_TOPK_TRAIN": _COUNT,
-            "MODEL.RPN.PRE_NMS_TOPK_TEST": _COUNT,
-            "MODEL.RPN.POST_NMS_TOPK_TRAIN": _COUNT,
-            "MODEL.RPN.POST_NMS_TOPK_TEST": _COUNT,
-            "MODEL.RPN.NMS_THRESH": fraction(),
+            "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": NOT_NEGATIVE,
+            "MODEL.RPN.BBOX_REG_WEIGHTS": Sequence(POSITIVE, count=_box_sides),
+            "MODEL.RPN.SMOOTH_L1_BETA": NOT_NEGATIVE,
+            "MODEL.RPN.LOSS_WEIGHT": NOT_NEGATIVE,
+            "MODEL.RPN.PRE_NMS_TOPK_TRAIN": COUNT,
+            "MODEL.RPN.PRE_NMS_TOPK_TEST": COUNT,
+            "MODEL.RPN.POST_NMS_TOPK_TRAIN": COUNT,
+            "MODEL.RPN.POST_NMS_TOPK_TEST": COUNT,
+            "MODEL.RPN.NMS_THRESH": FRACTION,
             "MODEL.RPN.CONV_DIMS": Sequence(Integer(at_least=1, also=(-1,)), least=1),
         },
     ),
@@ -228,10 +244,10 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
         _heads(StandardROIHeads),
         {
             "MODEL.ROI_BOX_HEAD.NAME": Choice(ROI_BOX_HEAD_REGISTRY),
-            "MODEL.ROI_BOX_HEAD.NUM_FC": _COUNT_OR_0,
-            "MODEL.ROI_BOX_HEAD.FC_DIM": _COUNT,
-            "MODEL.ROI_BOX_HEAD.NUM_CONV": _COUNT_OR_0,
-            "MODEL.ROI_BOX_HEAD.CONV_DIM": _COUNT,
+            "MODEL.ROI_BOX_HEAD.NUM_FC": COUNT_OR_0,
+            "MODEL.ROI_BOX_HEAD.FC_DIM": COUNT,
+            "MODEL.ROI_BOX_HEAD.NUM_CONV": COUNT_OR_0,
+            "MODEL.ROI_BOX_HEAD.CONV_DIM": COUNT,
             "MODEL.ROI_BOX_HEAD.NORM": norm(),
         },
     ),
@@ -240,7 +256,7 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
         {
             "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": Sequence(Number(above=0, at_most=1), least=1),
             "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": Sequence(
-                Sequence(_POSITIVE, count=(4,)),
+                Sequence(POSITIVE, count=(4,)),
                 count=lambda context: [len(context.cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)],
             ),
         },
@@ -249,8 +265,8 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
         _has_masks,
         {
             **_roi_head("ROI_MASK_HEAD", ROI_MASK_HEAD_REGISTRY),
-            "MODEL.ROI_MASK_HEAD.NUM_CONV": _COUNT_OR_0,
-            "MODEL.ROI_MASK_HEAD.CONV_DIM": _COUNT,
+            "MODEL.ROI_MASK_HEAD.NUM_CONV": COUNT_OR_0,
+            "MODEL.ROI_MASK_HEAD.CONV_DIM": COUNT,
             "MODEL.ROI_MASK_HEAD.NORM": norm(),
         },
     ),
@@ -258,10 +274,10 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
         _has_keypoints,
         {
             **_roi_head("ROI_KEYPOINT_HEAD", ROI_KEYPOINT_HEAD_REGISTRY),
-            "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": Sequence(_COUNT, least=1),
-            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": _COUNT,
-            "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": _COUNT_OR_0,
-            "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": _NOT_NEGATIVE,
+            "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": Sequence(COUNT, least=1),
+            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": COUNT,
+            "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": COUNT_OR_0,
+            "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": NOT_NEGATIVE,
         },
     ),
     (
@@ -269,32 +285,32 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
         {
             "MODEL.SEM_SEG_HEAD.NAME": Choice(SEM_SEG_HEADS_REGISTRY),
             "MODEL.SEM_SEG_HEAD.IN_FEATURES": Levels(),
-            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": _COUNT,
-            "MODEL.SEM_SEG_HEAD.CONVS_DIM": _COUNT,
-            "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": _COUNT,
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": COUNT,
+            "MODEL.SEM_SEG_HEAD.CONVS_DIM": COUNT,
+            "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": COUNT,
             "MODEL.SEM_SEG_HEAD.NORM": norm(),
-            "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": _NOT_NEGATIVE,
-            "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT": _NOT_NEGATIVE,
-            "MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH": fraction(),
-            "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": _NOT_NEGATIVE,
-            "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": fraction(),
+            "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": NOT_NEGATIVE,
+            "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT": NOT_NEGATIVE,
+            "MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH": FRACTION,
+            "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": NOT_NEGATIVE,
+            "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": FRACTION,
         },
     ),
     (
         lambda context: context.has(RetinaNet),
         {
-            "MODEL.RETINANET.NUM_CLASSES": _COUNT,
+            "MODEL.RETINANET.NUM_CLASSES": COUNT,
             "MODEL.RETINANET.IN_FEATURES": Levels(),
-            "MODEL.RETINANET.NUM_CONVS": _COUNT,
+            "MODEL.RETINANET.NUM_CONVS": COUNT,
             **_matching("MODEL.RETINANET"),
             "MODEL.RETINANET.PRIOR_PROB": Number(above=0, below=1),
-            "MODEL.RETINANET.SCORE_THRESH_TEST": fraction(),
-            "MODEL.RETINANET.TOPK_CANDIDATES_TEST": _COUNT,
-            "MODEL.RETINANET.NMS_THRESH_TEST": fraction(),
-            "MODEL.RETINANET.BBOX_REG_WEIGHTS": Sequence(_POSITIVE, count=(4,)),
-            "MODEL.RETINANET.FOCAL_LOSS_GAMMA": _NOT_NEGATIVE,
+            "MODEL.RETINANET.SCORE_THRESH_TEST": FRACTION,
+            "MODEL.RETINANET.TOPK_CANDIDATES_TEST": COUNT,
+            "MODEL.RETINANET.NMS_THRESH_TEST": FRACTION,
+            "MODEL.RETINANET.BBOX_REG_WEIGHTS": Sequence(POSITIVE, count=(4,)),
+            "MODEL.RETINANET.FOCAL_LOSS_GAMMA": NOT_NEGATIVE,
             "MODEL.RETINANET.FOCAL_LOSS_ALPHA": Number(at_least=0, at_most=1, also=(-1,)),
-            "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": _NOT_NEGATIVE,
+            "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": NOT_NEGATIVE,
             "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
             "MODEL.RETINANET.NORM": norm(),
         },
@@ -332,11 +348,20 @@ def model_relations(context: Context) -> Iterator[str]:
         levels = len(model[node].IN_FEATURES)
         for name in ("SIZES", "ASPECT_RATIOS"):
             count = len(model.ANCHOR_GENERATOR[name])
-            if count not in (1, levels):
+            lists = [isinstance(each, (list, tuple)) for each in model.ANCHOR_GENERATOR[name]]
+            if any(lists) and not (all(lists) and count in (1, levels)):
                 yield (
-                    f"MODEL.ANCHOR_GENERATOR.{name} has {count} lists; expected 1, or {levels} for "
+                    f"MODEL.ANCHOR_GENERATOR.{name} has {count} entries; expected one list, or {levels} for "
                     f"MODEL.{node}.IN_FEATURES {list(model[node].IN_FEATURES)}"
                 )
+        rotated = node == "RPN" and model.PROPOSAL_GENERATOR.NAME == "RRPN"
+        if model.ANCHOR_GENERATOR.NAME == (
+            "DefaultAnchorGenerator" if rotated else "RotatedAnchorGenerator"
+        ):
+            yield (
+                f"MODEL.ANCHOR_GENERATOR.NAME is '{model.ANCHOR_GENERATOR.NAME}'; expected rotated anchors with "
+                "MODEL.PROPOSAL_GENERATOR.NAME 'RRPN', and only there"
+            )
     if _heads(StandardROIHeads)(context) and model.ROI_BOX_HEAD.NAME == "FastRCNNConvFCHead":
         if not model.ROI_BOX_HEAD.NUM_FC + model.ROI_BOX_HEAD.NUM_CONV:
             yield "MODEL.ROI_BOX_HEAD.NUM_FC and NUM_CONV are 0; expected at least one layer"
@@ -385,8 +410,9 @@ def assertions_told(source: str) -> Iterator[None]:
     try:
         yield
     except AssertionError as error:
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(
-            f"{source} cannot be built from its config; detectron2 says: {error or 'an assertion fails'}"
+            f"{source} cannot be built from its config; detectron2 says: {reason}"
         ) from error
 
 

@@ -6,7 +6,19 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 
 from distill_d2.plugins import Detector, register_detector
-from distill_d2.rules import Choice, Integer, Levels, Number, Rule, Sequence, Unused, fraction, norm
+from distill_d2.rules import (
+    COUNT,
+    COUNT_OR_0,
+    FRACTION,
+    NOT_NEGATIVE,
+    Choice,
+    Levels,
+    Number,
+    Rule,
+    Sequence,
+    Unused,
+    norm,
+)
 
 
 def add_fcos_config(cfg: CN) -> None:
@@ -95,42 +107,41 @@ def _add_unused(cfg: CN) -> None:
     cfg.INPUT.CROP.CROP_INSTANCE = True
 
 
-_COUNT, _COUNT_OR_0, _NOT_NEGATIVE = Integer(at_least=1), Integer(at_least=0), Number(at_least=0)
 _UNUSED = "AdelaiDet's key has no effect here"
 
 #: Of the head, which CondInst has too, of the backbones, and AdelaiDet's switches.
 RULES: dict[str, Rule] = {
-    "MODEL.FCOS.NUM_CLASSES": _COUNT,
+    "MODEL.FCOS.NUM_CLASSES": COUNT,
     "MODEL.FCOS.IN_FEATURES": Levels(),
     "MODEL.FCOS.FPN_STRIDES": Sequence(
-        _COUNT, rising=True, count=lambda context: [len(context.cfg.MODEL.FCOS.IN_FEATURES)]
+        COUNT, rising=True, count=lambda context: [len(context.cfg.MODEL.FCOS.IN_FEATURES)]
     ),
     "MODEL.FCOS.TOP_LEVELS": Choice((0, 1, 2)),
-    "MODEL.FCOS.NUM_SHARE_CONVS": _COUNT_OR_0,
-    "MODEL.FCOS.NUM_CLS_CONVS": _COUNT_OR_0,
-    "MODEL.FCOS.NUM_BOX_CONVS": _COUNT_OR_0,
+    "MODEL.FCOS.NUM_SHARE_CONVS": COUNT_OR_0,
+    "MODEL.FCOS.NUM_CLS_CONVS": COUNT_OR_0,
+    "MODEL.FCOS.NUM_BOX_CONVS": COUNT_OR_0,
     "MODEL.FCOS.NORM": Choice(("GN", "NaiveGN", "BN", "SyncBN", "none")),
     "MODEL.FCOS.PRIOR_PROB": Number(above=0, below=1),
     "MODEL.FCOS.POS_RADIUS": Number(above=0),
     "MODEL.FCOS.SIZES_OF_INTEREST": Sequence(
         Number(above=0), rising=True, count=lambda context: [len(context.cfg.MODEL.FCOS.IN_FEATURES) - 1]
     ),
-    "MODEL.FCOS.LOSS_ALPHA": fraction(),
-    "MODEL.FCOS.LOSS_GAMMA": _NOT_NEGATIVE,
+    "MODEL.FCOS.LOSS_ALPHA": FRACTION,
+    "MODEL.FCOS.LOSS_GAMMA": NOT_NEGATIVE,
     "MODEL.FCOS.LOSS_NORMALIZER_CLS": Choice(("fg", "moving_fg", "all")),
-    "MODEL.FCOS.LOSS_WEIGHT_CLS": _NOT_NEGATIVE,
+    "MODEL.FCOS.LOSS_WEIGHT_CLS": NOT_NEGATIVE,
     "MODEL.FCOS.LOC_LOSS_TYPE": Choice(("giou", "iou", "linear_iou")),
     "MODEL.FCOS.BOX_QUALITY": Choice(("ctrness", "iou")),
-    "MODEL.FCOS.INFERENCE_TH_TRAIN": fraction(),
-    "MODEL.FCOS.INFERENCE_TH_TEST": fraction(),
-    "MODEL.FCOS.PRE_NMS_TOPK_TRAIN": _COUNT,
-    "MODEL.FCOS.PRE_NMS_TOPK_TEST": _COUNT,
-    "MODEL.FCOS.NMS_TH": fraction(),
-    "MODEL.FCOS.POST_NMS_TOPK_TRAIN": _COUNT,
-    "MODEL.FCOS.POST_NMS_TOPK_TEST": _COUNT,
+    "MODEL.FCOS.INFERENCE_TH_TRAIN": FRACTION,
+    "MODEL.FCOS.INFERENCE_TH_TEST": FRACTION,
+    "MODEL.FCOS.PRE_NMS_TOPK_TRAIN": COUNT,
+    "MODEL.FCOS.PRE_NMS_TOPK_TEST": COUNT,
+    "MODEL.FCOS.NMS_TH": FRACTION,
+    "MODEL.FCOS.POST_NMS_TOPK_TRAIN": COUNT,
+    "MODEL.FCOS.POST_NMS_TOPK_TEST": COUNT,
     "MODEL.FCOS.USE_RELU": Unused(True, f"{_UNUSED}: the head always has ReLU"),
-    "MODEL.BiFPN.OUT_CHANNELS": _COUNT,
-    "MODEL.BiFPN.NUM_REPEATS": _COUNT,
+    "MODEL.BiFPN.OUT_CHANNELS": COUNT,
+    "MODEL.BiFPN.NUM_REPEATS": COUNT,
     "MODEL.BiFPN.NORM": norm(),
     "MODEL.DLA.CONV_BODY": Choice(("DLA34",)),
     "MODEL.DLA.NORM": norm(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 
 from distill_d2.plugins import Detector, register_detector
-from distill_d2.rules import Choice, Integer, Rule, Sequence, Text
+from distill_d2.rules import COUNT, Choice, Rule, Sequence, Text
 
 
 def add_bottleneck_config(cfg: CN) -> None:
@@ -24,13 +24,11 @@ def add_bottleneck_config(cfg: CN) -> None:
     node.REFERENCE_BUGS = False
 
 
-_COUNT = Integer(at_least=1)
-
 RULES: dict[str, Rule] = {
     "MODEL.BOTTLENECK.BACKBONE": Text(empty=False),
-    "MODEL.BOTTLENECK.CHANNELS": _COUNT,
-    "MODEL.BOTTLENECK.ENCODER_WIDTHS": Sequence(_COUNT, count=(3,)),
-    "MODEL.BOTTLENECK.DECODER_WIDTHS": Sequence(_COUNT, count=(2,)),
+    "MODEL.BOTTLENECK.CHANNELS": COUNT,
+    "MODEL.BOTTLENECK.ENCODER_WIDTHS": Sequence(COUNT, count=(3,)),
+    "MODEL.BOTTLENECK.DECODER_WIDTHS": Sequence(COUNT, count=(2,)),
     "MODEL.BOTTLENECK.QUANT_BITS": Choice((0, 8, 16)),
 }
 

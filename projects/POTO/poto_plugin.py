@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 
 from distill_d2.plugins import Detector, register_detector
-from distill_d2.rules import Integer, Levels, Number, Rule, fraction, norm
+from distill_d2.rules import COUNT, COUNT_OR_0, FRACTION, NOT_NEGATIVE, Levels, Number, Rule, norm
 
 
 def add_poto_config(cfg: CN) -> None:
@@ -40,25 +40,23 @@ def add_poto_config(cfg: CN) -> None:
     node.TOPK_CANDIDATES_TEST = 1000
 
 
-_COUNT, _COUNT_OR_0, _NOT_NEGATIVE = Integer(at_least=1), Integer(at_least=0), Number(at_least=0)
-
 RULES: dict[str, Rule] = {
-    "MODEL.POTO.NUM_CLASSES": _COUNT,
+    "MODEL.POTO.NUM_CLASSES": COUNT,
     "MODEL.POTO.IN_FEATURES": Levels(),
-    "MODEL.POTO.NUM_CONVS": _COUNT_OR_0,
+    "MODEL.POTO.NUM_CONVS": COUNT_OR_0,
     "MODEL.POTO.NORM": norm(),
     "MODEL.POTO.PRIOR_PROB": Number(above=0, below=1),
-    "MODEL.POTO.ALPHA": fraction(),
-    "MODEL.POTO.CENTER_SAMPLING_RADIUS": _NOT_NEGATIVE,
-    "MODEL.POTO.FOCAL_ALPHA": fraction(),
-    "MODEL.POTO.FOCAL_GAMMA": _NOT_NEGATIVE,
-    "MODEL.POTO.REG_WEIGHT": _NOT_NEGATIVE,
-    "MODEL.POTO.FILTER_KERNEL_SIZE": _COUNT,
-    "MODEL.POTO.FILTER_TAU": _COUNT_OR_0,
+    "MODEL.POTO.ALPHA": FRACTION,
+    "MODEL.POTO.CENTER_SAMPLING_RADIUS": NOT_NEGATIVE,
+    "MODEL.POTO.FOCAL_ALPHA": FRACTION,
+    "MODEL.POTO.FOCAL_GAMMA": NOT_NEGATIVE,
+    "MODEL.POTO.REG_WEIGHT": NOT_NEGATIVE,
+    "MODEL.POTO.FILTER_KERNEL_SIZE": COUNT,
+    "MODEL.POTO.FILTER_TAU": COUNT_OR_0,
     "MODEL.POTO.FILTER_NORM": norm(),
-    "MODEL.POTO.AUX_TOPK": _COUNT,
-    "MODEL.POTO.SCORE_THRESH_TEST": fraction(),
-    "MODEL.POTO.TOPK_CANDIDATES_TEST": _COUNT,
+    "MODEL.POTO.AUX_TOPK": COUNT,
+    "MODEL.POTO.SCORE_THRESH_TEST": FRACTION,
+    "MODEL.POTO.TOPK_CANDIDATES_TEST": COUNT,
 }
 
 register_detector(

@@ -6,7 +6,20 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 
 from distill_d2.plugins import Detector, register_detector
-from distill_d2.rules import Choice, Context, Integer, Levels, Number, Rule, Sequence, Unused, fraction
+from distill_d2.rules import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Choice,
+    Context,
+    Integer,
+    Levels,
+    Number,
+    Rule,
+    Sequence,
+    Unused,
+)
 
 
 def add_solov2_config(cfg: CN) -> None:
@@ -65,45 +78,42 @@ def add_solov2_config(cfg: CN) -> None:
     node.TYPE_DCN = "DCN"
 
 
-_COUNT, _POSITIVE, _NOT_NEGATIVE = Integer(at_least=1), Number(above=0), Number(at_least=0)
-
-
 def _levels(context: Context) -> list[int]:
     """The number of levels."""
     return [len(context.cfg.MODEL.SOLOV2.INSTANCE_IN_FEATURES)]
 
 
 RULES: dict[str, Rule] = {
-    "MODEL.SOLOV2.NUM_CLASSES": _COUNT,
+    "MODEL.SOLOV2.NUM_CLASSES": COUNT,
     "MODEL.SOLOV2.INSTANCE_IN_FEATURES": Levels(),
-    "MODEL.SOLOV2.FPN_INSTANCE_STRIDES": Sequence(_COUNT, count=_levels),
-    "MODEL.SOLOV2.NUM_GRIDS": Sequence(_COUNT, count=_levels),
-    "MODEL.SOLOV2.FPN_SCALE_RANGES": Sequence(Sequence(_NOT_NEGATIVE, count=(2,)), count=_levels),
-    "MODEL.SOLOV2.SIGMA": _POSITIVE,
-    "MODEL.SOLOV2.INSTANCE_IN_CHANNELS": _COUNT,
-    "MODEL.SOLOV2.INSTANCE_CHANNELS": _COUNT,
-    "MODEL.SOLOV2.NUM_INSTANCE_CONVS": _COUNT,
-    "MODEL.SOLOV2.NUM_KERNELS": _COUNT,
+    "MODEL.SOLOV2.FPN_INSTANCE_STRIDES": Sequence(COUNT, count=_levels),
+    "MODEL.SOLOV2.NUM_GRIDS": Sequence(COUNT, count=_levels),
+    "MODEL.SOLOV2.FPN_SCALE_RANGES": Sequence(Sequence(NOT_NEGATIVE, count=(2,)), count=_levels),
+    "MODEL.SOLOV2.SIGMA": POSITIVE,
+    "MODEL.SOLOV2.INSTANCE_IN_CHANNELS": COUNT,
+    "MODEL.SOLOV2.INSTANCE_CHANNELS": COUNT,
+    "MODEL.SOLOV2.NUM_INSTANCE_CONVS": COUNT,
+    "MODEL.SOLOV2.NUM_KERNELS": COUNT,
     "MODEL.SOLOV2.NORM": Choice(("GN", "none")),
     "MODEL.SOLOV2.PRIOR_PROB": Number(above=0, below=1),
     "MODEL.SOLOV2.MASK_IN_FEATURES": Levels(),
-    "MODEL.SOLOV2.MASK_IN_CHANNELS": _COUNT,
-    "MODEL.SOLOV2.MASK_CHANNELS": _COUNT,
-    "MODEL.SOLOV2.NUM_MASKS": _COUNT,
+    "MODEL.SOLOV2.MASK_IN_CHANNELS": COUNT,
+    "MODEL.SOLOV2.MASK_CHANNELS": COUNT,
+    "MODEL.SOLOV2.NUM_MASKS": COUNT,
     "MODEL.SOLOV2.MAX_INSTANCES_TRAIN": Integer(at_least=1, also=(-1,)),
-    "MODEL.SOLOV2.SCORE_THR": fraction(),
-    "MODEL.SOLOV2.UPDATE_THR": fraction(),
-    "MODEL.SOLOV2.NMS_PRE": _COUNT,
-    "MODEL.SOLOV2.MAX_PER_IMG": _COUNT,
+    "MODEL.SOLOV2.SCORE_THR": FRACTION,
+    "MODEL.SOLOV2.UPDATE_THR": FRACTION,
+    "MODEL.SOLOV2.NMS_PRE": COUNT,
+    "MODEL.SOLOV2.MAX_PER_IMG": COUNT,
     "MODEL.SOLOV2.MASK_THR": Number(above=0, below=1),
     "MODEL.SOLOV2.NMS_TYPE": Choice(("matrix", "mask")),
     "MODEL.SOLOV2.NMS_KERNEL": Choice(("gaussian", "linear")),
-    "MODEL.SOLOV2.NMS_SIGMA": _POSITIVE,
+    "MODEL.SOLOV2.NMS_SIGMA": POSITIVE,
     "MODEL.SOLOV2.LOSS.FOCAL_USE_SIGMOID": Unused(True, "the classes' scores are sigmoids"),
-    "MODEL.SOLOV2.LOSS.FOCAL_ALPHA": fraction(),
-    "MODEL.SOLOV2.LOSS.FOCAL_GAMMA": _NOT_NEGATIVE,
-    "MODEL.SOLOV2.LOSS.FOCAL_WEIGHT": _NOT_NEGATIVE,
-    "MODEL.SOLOV2.LOSS.DICE_WEIGHT": _NOT_NEGATIVE,
+    "MODEL.SOLOV2.LOSS.FOCAL_ALPHA": FRACTION,
+    "MODEL.SOLOV2.LOSS.FOCAL_GAMMA": NOT_NEGATIVE,
+    "MODEL.SOLOV2.LOSS.FOCAL_WEIGHT": NOT_NEGATIVE,
+    "MODEL.SOLOV2.LOSS.DICE_WEIGHT": NOT_NEGATIVE,
     "MODEL.SOLOV2.USE_DCN_IN_INSTANCE": Unused(False, "there are no deformable convolutions"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 
 from distill_d2.plugins import Detector, register_detector
-from distill_d2.rules import Context, Integer, Number, Rule, Sequence, fraction
+from distill_d2.rules import COUNT, FRACTION, POSITIVE, Context, Number, Rule, Sequence
 
 
 def add_ssd_config(cfg: CN) -> None:
@@ -50,27 +50,24 @@ def check_ssd_config(cfg: CN) -> None:
         )
 
 
-_COUNT, _POSITIVE = Integer(at_least=1), Number(above=0)
-
-
 def _levels(context: Context) -> list[int]:
     """The number of levels."""
     return [len(context.cfg.MODEL.SSD.STRIDES)]
 
 
 RULES: dict[str, Rule] = {
-    "MODEL.SSD.NUM_CLASSES": _COUNT,
-    "MODEL.SSD.SIZE": _COUNT,
-    "MODEL.SSD.STRIDES": Sequence(_COUNT, least=1, rising=True),
-    "MODEL.SSD.MIN_SIZES": Sequence(_POSITIVE, count=_levels),
-    "MODEL.SSD.MAX_SIZES": Sequence(_POSITIVE, count=_levels),
-    "MODEL.SSD.ASPECT_RATIOS": Sequence(Sequence(_POSITIVE), count=_levels),
-    "MODEL.SSD.WIDTH": _POSITIVE,
+    "MODEL.SSD.NUM_CLASSES": COUNT,
+    "MODEL.SSD.SIZE": COUNT,
+    "MODEL.SSD.STRIDES": Sequence(COUNT, least=1, rising=True),
+    "MODEL.SSD.MIN_SIZES": Sequence(POSITIVE, count=_levels),
+    "MODEL.SSD.MAX_SIZES": Sequence(POSITIVE, count=_levels),
+    "MODEL.SSD.ASPECT_RATIOS": Sequence(Sequence(POSITIVE), count=_levels),
+    "MODEL.SSD.WIDTH": POSITIVE,
     "MODEL.SSD.IOU_THRESHOLD": Number(above=0, at_most=1),
     "MODEL.SSD.NEGATIVES_PER_POSITIVE": Number(at_least=0),
-    "MODEL.SSD.SCORE_THRESH_TEST": fraction(),
-    "MODEL.SSD.TOPK_CANDIDATES_TEST": _COUNT,
-    "MODEL.SSD.NMS_THRESH_TEST": fraction(),
+    "MODEL.SSD.SCORE_THRESH_TEST": FRACTION,
+    "MODEL.SSD.TOPK_CANDIDATES_TEST": COUNT,
+    "MODEL.SSD.NMS_THRESH_TEST": FRACTION,
 }
 
 register_detector(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 
 from distill_d2.plugins import Detector, register_detector
-from distill_d2.rules import Choice, Integer, Rule, Sequence, norm
+from distill_d2.rules import COUNT, Choice, Rule, Sequence, norm
 
 
 def add_small_resnet_config(cfg: CN) -> None:
@@ -25,12 +25,10 @@ def add_small_resnet_config(cfg: CN) -> None:
     node.NORM = "BN"
 
 
-_COUNT = Integer(at_least=1)
-
 RULES: dict[str, Rule] = {
-    "MODEL.SMALL_RESNET.STEM_WIDTH": _COUNT,
-    "MODEL.SMALL_RESNET.WIDTHS": Sequence(_COUNT, count=(4,)),
-    "MODEL.SMALL_RESNET.BLOCKS": Sequence(_COUNT, count=(4,)),
+    "MODEL.SMALL_RESNET.STEM_WIDTH": COUNT,
+    "MODEL.SMALL_RESNET.WIDTHS": Sequence(COUNT, count=(4,)),
+    "MODEL.SMALL_RESNET.BLOCKS": Sequence(COUNT, count=(4,)),
     "MODEL.SMALL_RESNET.OUT_FEATURES": Sequence(
         Choice(("res2", "res3", "res4", "res5")), least=1, unique=True
     ),

@@ -59,7 +59,7 @@ def test_detectron2_reads_proposals_through_us(tmp_path, content):
 def test_files_of_proposals_that_are_refused(tmp_path, monkeypatch, content, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"file of proposals '.*proposals.pkl'.*{words}"):
-        read_proposals(write(tmp_path, content))
+        build.load_proposals_into_dataset([], write(tmp_path, content))
     assert not (tmp_path / "made_by_a_pickle").exists()
 
 

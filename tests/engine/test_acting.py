@@ -11,6 +11,7 @@ from distill_d2.distiller.phases import TrainingPhases
 from distill_d2.engine.acting import check_acting
 from distill_d2.engine.hooks import BoundedHistories
 from distill_d2.losses import PKD, DistillLoss, InstanceConditionalDistillation
+from distill_d2.losses.base import keys_without_effect
 
 
 class OfAUser(DistillLoss):
@@ -34,10 +35,14 @@ def check(loss, max_iter, before=0):
 @pytest.mark.parametrize(
     "loss, before, expected",
     [
-        (lambda: icd(), 0, "MODEL.DISTILLER.BYPASS_DISTILL is 1000"),
+        (lambda: icd(), 0, "add MODEL.DISTILLER.BYPASS_DISTILL 0. "),
         (lambda: icd(bypass_distill=0, distill_on=0), 0, "MODEL.DISTILLER.DISTILL_ON is 0"),
         (lambda: PKD(start_iter=1000), 0, "MODEL.DISTILLER.PKD.START_ITER is 1000"),
-        (lambda: PKD(), 1000, "MODEL.DISTILLER.FIX_BACKBONE_BEFORE is 1000"),
+        (
+            lambda: PKD(),
+            1000,
+            "add MODEL.DISTILLER.FIX_BACKBONE_BEFORE 0 MODEL.DISTILLER.FIX_HEAD_BEFORE 0. ",
+        ),
     ],
 )
 def test_off_for_all_of_the_run(loss, before, expected):
@@ -75,6 +80,12 @@ def test_losses_that_act_are_not_mentioned(caplog):
     check(icd(), 90000)
     check(PKD(warmup_iters=100), 1000, before=500)
     assert not caplog.messages
+
+
+def test_keys_of_a_loss_that_is_not_used(job):
+    before = keys_without_effect(job.node)
+    job.node.FGFI.WEIGHT, job.node.PKD.WEIGHT = 0.3, 0.2
+    assert set(keys_without_effect(job.node)) - set(before) == {"MODEL.DISTILLER.FGFI.WEIGHT"}
 
 
 def test_the_run_stops(job):

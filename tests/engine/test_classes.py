@@ -68,8 +68,7 @@ def test_datasets(job, caplog, part, names, words):
     )
 
 
-@pytest.mark.parametrize("distill", [True, False])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("distill, count", [(True, 2), (False, 4)])
 def test_a_detector_that_nobody_described(job, distill, count):
     """Its number of classes is known when it is built."""
     job.config.MODEL.RETINANET.NUM_CLASSES = count

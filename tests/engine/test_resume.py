@@ -13,7 +13,7 @@ from distill_d2.engine.changes import changes, settings_of_run
 from distill_d2.testing import distiller_config, tiny_config
 
 PRECISE_BN = ["TEST.EVAL_PERIOD", 1, "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
-PERIOD = ["SOLVER.CHECKPOINT_PERIOD", 1]
+PERIOD = ["SOLVER.CHECKPOINT_PERIOD", 1, "DATASETS.TEST", "()"]
 
 
 def resumed_and_whole(job, run, name="model_0000001"):
@@ -30,10 +30,9 @@ def resumed_and_whole(job, run, name="model_0000001"):
     "opts",
     [
         ["DATALOADER.NUM_WORKERS", 2],
-        ["SEED", -1, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"],
-        ["SEED", -1, *PRECISE_BN],
+        ["SEED", -1, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", *PRECISE_BN],
     ],
-    ids=["workers", "repeat factors", "precise BN"],
+    ids=["workers", "repeat factors and precise BN"],
 )
 def test_resumed_run_equals_the_whole(job, opts):
     job.config.INPUT.MIN_SIZE_TRAIN = (48, 56, 64)

@@ -27,7 +27,7 @@ def in_folder(monkeypatch, job):
 
 def test_inference_without_the_teacher(job):
     """As a user of detectron2 does it, and with --eval-only."""
-    job.run()
+    job.run(opts=["SOLVER.MAX_ITER", 1])
     shutil.rmtree(job.folder / "teacher")
     path, weights = str(job.output / "config.yaml"), str(job.output / "model_final.pth")
     cfg = get_cfg()

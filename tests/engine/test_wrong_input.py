@@ -1,6 +1,5 @@
 """Wrong input: one clear message, before training (law 10). Most would cost hours if found late."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -32,11 +31,9 @@ def test_what_detectron2_asserts_while_it_builds_a_model_is_told(tmp_path, disti
 
 
 def test_a_wrong_value_of_a_teacher_names_its_file(job):
-    teacher = tiny_config(width=16)
-    job.use_teacher(teacher)
     path = job.node.MODEL_DISTILLER_CONFIG
-    text = Path(path).read_text().replace("PRIOR_PROB: 0.01", "PRIOR_PROB: 2.0")
-    Path(path).write_text(text)
+    text = Path(path).read_text()
+    Path(path).write_text(text.replace("  RETINANET:\n", "  RETINANET:\n    PRIOR_PROB: 2.0\n"))
     job.fails(ValueError, f"the teacher's config '{path}': MODEL.", "PRIOR_PROB is 2.0; expected")
 
 
@@ -73,10 +70,12 @@ def test_classes_of_dataset_and_model_differ(job):
 
 
 def test_dataset_that_cannot_be_evaluated(job):
-    job.run(distill=False)  # registers the dataset
-    shutil.rmtree(job.output)
-    MetadataCatalog.get(job.entry["NAME"]).__dict__["evaluator_type"] = "sem_seg"
+    job.setup()  # registers the dataset
+    metadata = MetadataCatalog.get(job.entry["NAME"]).__dict__
+    metadata["evaluator_type"] = "sem_seg"
     job.fails(ValueError, job.entry["NAME"], "'sem_seg'", "pascal_voc")
+    metadata.update(evaluator_type="coco", json_file="no.json")
+    job.fails(ValueError, job.entry["NAME"], "'no.json'", "DATASETS.CHECK none")
 
 
 def test_resume_from_another_model(job):
@@ -137,6 +136,12 @@ def test_gpu_that_is_not_there(job):
     assert choose_device("cuda", 0) == "cpu"
     with pytest.raises(ValueError, match="--num-gpus 0"):
         choose_device("cuda", 1)
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "meta"])
+def test_device_that_torch_cannot_use(device):
+    with pytest.raises(ValueError, match=f"MODEL.DEVICE is '{device}'"):
+        choose_device(device, 0)
 
 
 def test_emulated_bfloat16_is_refused(job, monkeypatch):

@@ -205,8 +205,15 @@ ROWS = [
     (
         "retinanet",
         {"MODEL__ANCHOR_GENERATOR__SIZES": [[8.0], [16.0]]},
-        ["ANCHOR_GENERATOR.SIZES", "1, or 3"],
+        ["ANCHOR_GENERATOR.SIZES", "one list, or 3"],
     ),
+    ("retinanet", {"MODEL__ANCHOR_GENERATOR__SIZES": [[8], 16, 32]}, ["ANCHOR_GENERATOR.SIZES has 3"]),
+    (
+        "retinanet",
+        {"MODEL__ANCHOR_GENERATOR__NAME": "RotatedAnchorGenerator"},
+        ["ANCHOR_GENERATOR.NAME", "'RRPN'"],
+    ),
+    ("retinanet", {"SOLVER__REFERENCE_WORLD_SIZE": 7}, ["SOLVER.REFERENCE_WORLD_SIZE is 7", "divisor"]),
     ("retinanet", {"MODEL__RETINANET__IOU_LABELS": [0, 1]}, ["MODEL.RETINANET.IOU_LABELS", "3 values"]),
     ("retinanet", {"MODEL__RETINANET__IOU_THRESHOLDS": [0.5, 0.4]}, ["none below the one before"]),
     ("retinanet", {"SOLVER__STEPS": (3, 2)}, ["SOLVER.STEPS is (3, 2)", "each above the one before"]),
@@ -277,7 +284,7 @@ ROWS = [
         ["INPUT.CROP.SIZE", "integers"],
     ),
     ("retinanet", {"TEST__EXPECTED_RESULTS": [["bbox", "AP"]]}, ["TEST.EXPECTED_RESULTS", "4 values"]),
-    ("retinanet", {"INPUT__MAPPER": "mine"}, ["INPUT.MAPPER is 'mine'", "one of ['']"]),
+    ("retinanet", {"INPUT__MAPPER": "mine"}, ["INPUT.MAPPER is 'mine'", "one of ['"]),
     ("retinanet", {"INPUT__AUGMENTATIONS": "sdd"}, ["INPUT.AUGMENTATIONS", "the closest are ['ssd']"]),
     ("retinanet", {"TEST__AUG__ENABLED": True}, ["TEST.AUG.ENABLED is True", "tools/train_net.py"]),
     ("retinanet", {"TEST__DETECTIONS_PER_IMAGE": -1}, ["TEST.DETECTIONS_PER_IMAGE is -1"]),
@@ -313,7 +320,11 @@ ROWS = [
         ["DATASETS.PROPOSAL_FILES_TRAIN names 'nowhere.pkl'"],
     ),
     ("faster", {"MODEL__ROI_BOX_HEAD__NUM_FC": 0}, ["MODEL.ROI_BOX_HEAD.NUM_FC and NUM_CONV are 0"]),
-    ("faster", {"MODEL__ROI_BOX_HEAD__USE_FED_LOSS": True}, ["USE_SIGMOID_CE True"]),
+    (
+        "faster",
+        {"MODEL__ROI_BOX_HEAD__USE_FED_LOSS": True},
+        ["USE_SIGMOID_CE True", "class_image_count"],
+    ),
     (
         "cascade",
         {"MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG": False},
@@ -367,6 +378,8 @@ def test_wrong_input(family, values, words):
         ("retinanet", {"SOLVER__OPTIMIZER": "adamw", "SOLVER__WEIGHT_DECAY_BIAS": 0.0}),
         ("retinanet", {"SOLVER__CLIP_GRADIENTS__NORM_TYPE": math.inf}),
         ("retinanet", {"INPUT__MIN_SIZE_TRAIN": 64, "INPUT__MIN_SIZE_TEST": 0}),
+        ("retinanet", {"INPUT__MIN_SIZE_TRAIN": (0,), "INPUT__MIN_SIZE_TEST": 0}),
+        ("retinanet", {"MODEL__ANCHOR_GENERATOR__SIZES": [8, 16], "SOLVER__REFERENCE_WORLD_SIZE": 1}),
         ("retinanet", {"MODEL__RETINANET__FOCAL_LOSS_ALPHA": -1.0, "DATASETS__TEST": ()}),
         ("faster", {"TEST__DETECTIONS_PER_IMAGE": -1, "MODEL__RETINANET__NUM_CLASSES": 0}),  # not read
         ("mask", {"INPUT__MASK_FORMAT": "bitmask", "MODEL__RPN__CONV_DIMS": [-1, -1]}),

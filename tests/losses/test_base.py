@@ -104,7 +104,7 @@ WRONG = [
     ("start_iter", -1, "SCALED.START_ITER is -1; expected an integer, at least 0"),
     ("stop_iter", -2, "SCALED.STOP_ITER is -2; expected an integer, at least -1"),
     ("plain", "yes", "SCALED.PLAIN is 'yes'; expected True or False"),
-    ("levels", "p3", "SCALED.LEVELS is 'p3'; expected a list of texts"),
+    ("levels", "p3", "SCALED.LEVELS is 'p3'; expected a list"),
     ("tau", 0.0, "SCALED.TAU is 0.0; expected a finite number, above 0 and at most 4"),
     ("tau", 4.1, "SCALED.TAU is 4.1; expected a finite number, above 0 and at most 4"),
     ("side", 2, "SCALED.SIDE is 2; expected an odd number, at least 1"),

@@ -59,6 +59,7 @@ def test_several_datasets(tmp_path, capsys):
         ('{"total_loss": 1.0}', "holds no evaluation"),
         ('{"segm/AP": 1.0}', "no metrics in common"),
         ("{", "line 1, is not JSON"),
+        ("[1]", "line 1, holds no numbers by name"),
     ],
 )
 def test_nothing_to_compare(tmp_path, capsys, text, message):

@@ -70,7 +70,12 @@ class InstanceConditionalDistillation(TrainedLoss):
         super().__init__(**keys)
         s = self.settings
         self.solver = solver
-        self.pairs = FeaturePairs(s.input_feats, channels=s.hidden_dim, contiguous=False)
+        self.pairs = FeaturePairs(
+            s.input_feats,
+            channels=s.hidden_dim,
+            contiguous=False,
+            key=self.config_key("input_feats"),
+        )
         on_values = s.use_pos_embedding and s.decoder_posemb_on_v
         self.decoder = ConditionalDecoder(
             s.att_layers,

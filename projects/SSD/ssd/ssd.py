@@ -110,7 +110,8 @@ class SSD(DenseDetector):
             if tuple(item["image"].shape[-2:]) != (size, size):
                 raise ValueError(
                     f"SSD takes images of {size}x{size} pixels (MODEL.SSD.SIZE), '{item.get('file_name', '')}' "
-                    f"comes with {tuple(item['image'].shape[-2:])}; set INPUT.FIXED_SIZE to [{size}, {size}]"
+                    f"comes with {tuple(item['image'].shape[-2:])}; set INPUT.FIXED_SIZE to [{size}, {size}] "
+                    "(DefaultPredictor does not read it: resize the image before)"
                 )
         return super().preprocess_image(batched_inputs)
 
