@@ -9,7 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from runs import Job
 from torch._utils import ExceptionWrapper
 
-from distill_d2.engine import launch, main
+from distill_d2.engine import argument_parser, launch, main
 from distill_d2.losses import build_losses
 from distill_d2.mistakes import Message, UnreadableRecord, ending_on_mistakes, is_mistake, message_of
 from distill_d2.testing import tiny_config
@@ -79,6 +79,7 @@ MISTAKES = {
     of_a_worker: "the image 'a.jpg' cannot be used:\nline 2",
     of_yacs: "Type mismatch",
     of_a_registry: "No object named 'RetinaNets'",
+    lambda: main(argument_parser().parse_args([]), distill=True): "--config-file is missing",
     full_disk: "No space left",
     full_gpu: "lower SOLVER.IMS_PER_BATCH",
 }

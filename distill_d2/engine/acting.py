@@ -1,4 +1,4 @@
-"""Losses that never act on the student are told: they are logged throughout, but distill nothing."""
+"""Find losses that never act on the student, although their terms are logged in every iteration."""
 
 from __future__ import annotations
 

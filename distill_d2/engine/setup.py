@@ -44,6 +44,11 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: see ``load_config``.
     """
+    if not args.config_file and not args.opts:
+        raise ValueError(
+            "--config-file is missing; give the path of a config, or the name of a packaged one such as "
+            "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+        )
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
     distill = distill and not args.eval_only
     if distill:

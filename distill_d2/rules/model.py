@@ -64,6 +64,12 @@ _RESNETS = {
 _FORMATS = {"BGR": 3, "YUV-BT.601": 3}
 
 
+def _architectures(context: Context) -> list[str]:
+    """Registered names, and those of detectors whose modules are imported only when they are used."""
+    of_detectors = {detector.architecture for detector in plugins.detectors().values()} - {""}
+    return sorted({name for name, _ in META_ARCH_REGISTRY} | of_detectors)
+
+
 def _formats(context: Context) -> list[str]:
     return [*_FORMATS, *(mode for mode in Image.MODES if ";" not in mode)]
 
@@ -154,7 +160,7 @@ TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
     (
         _always,
         {
-            "MODEL.META_ARCHITECTURE": Choice(META_ARCH_REGISTRY),
+            "MODEL.META_ARCHITECTURE": Choice(_architectures),
             "MODEL.BACKBONE.NAME": Choice(BACKBONE_REGISTRY),
             "MODEL.BACKBONE.FREEZE_AT": Integer(at_least=-1),
             "MODEL.PIXEL_MEAN": Sequence(Number(), count=_channels),
