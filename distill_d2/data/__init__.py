@@ -6,7 +6,7 @@ from .check import DataPlan, NamedReadErrors, check_dataset, check_datasets, che
 from .coco import adopt_coco_datasets
 from .custom import check_name, datasets_root, register_custom_datasets, with_absolute_paths
 from .loader import ShieldedLoader, build_train_loader, end_workers
-from .sampler import ResumableTrainingSampler, seeded
+from .sampler import ResumableTrainingSampler, sampler_of_config, seeded
 from .shapes import generate_shapes, register_shapes
 from .statistics import BoxStatistics, box_statistics
 
@@ -32,6 +32,7 @@ __all__ = [
     "register_builtin_voc",
     "register_custom_datasets",
     "register_shapes",
+    "sampler_of_config",
     "seeded",
     "with_absolute_paths",
 ]

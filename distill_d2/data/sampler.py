@@ -7,6 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Callable
 
 import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
@@ -102,3 +105,10 @@ def seeded(build: Callable[[], Iterable[int]]) -> Callable[[int], Iterable[int]]
             np.random.set_state(state)
 
     return make
+
+
+def sampler_of_config(cfg: CfgNode, dataset: Sequence[dict[str, Any]]) -> Callable[[int], Iterable[int]]:
+    """detectron2's DATALOADER.SAMPLER_TRAIN, as a function of the seed."""
+    if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+        return lambda seed: TrainingSampler(len(dataset), seed=seed)
+    return seeded(lambda: build_detection_train_loader.from_config(cfg, dataset=dataset)["sampler"])

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -30,7 +27,7 @@ from ..data import (
     build_mapper,
     build_train_loader,
     end_workers,
-    seeded,
+    sampler_of_config,
 )
 from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
@@ -38,8 +35,9 @@ from ..evaluation import build_evaluator, with_model_evaluators
 from ..rules import assertions_told
 from . import classes
 from .acting import check_acting
+from .distributed import distributed
 from .evaluate import evaluate_teacher
-from .exact import exact_gradients, exact_torchscript
+from .exact import exact_torchscript
 from .hooks import (
     BoundedHistories,
     Checkpoints,
@@ -51,8 +49,9 @@ from .hooks import (
     Writers,
 )
 from .interrupt import Interrupted, StopRequest, stop_request
+from .last_step import LastStep
 from .loss_training import LossTraining
-from .metrics import Events, MetricsFile, mend, names_at, recent_scalars, restore_scalars
+from .metrics import Events, MetricsFile
 from .optimizer import build_optimizer, optimizer_signature
 from .random_state import random_state, set_random_state
 from .run_state import RunState
@@ -111,9 +110,8 @@ class DistillTrainer(DefaultTrainer):
         self.checkpointer = self._build_checkpointer(model)
         self.stop = StopRequest()
         self._has_trained = False
-        self._scalars: dict[str, Any] = {}
-        self._evaluation_missing = False
-        self.register_hooks(self.build_hooks())
+        self._last_step = LastStep()
+        self.register_hooks([*self.build_hooks(), self._last_step])
 
     # Parts that LazyDistillTrainer builds in its own way.
 
@@ -138,7 +136,7 @@ class DistillTrainer(DefaultTrainer):
         )
         mapper = NamedReadErrors(build_mapper(cfg, is_train=True))
         sampler = ResumableTrainingSampler(
-            _sampler_of_seed(cfg, dataset),
+            sampler_of_config(cfg, dataset),
             batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
             wide=[image["width"] > image["height"] for image in dataset]
             if cfg.DATALOADER.ASPECT_RATIO_GROUPING
@@ -231,7 +229,7 @@ class DistillTrainer(DefaultTrainer):
             classes.check_preload(self.plain_model, self._checked_datasets)
             self.plain_model.preload_student()
         if resume:
-            self._continue_metrics()
+            self._last_step.continue_metrics(self.settings.output_dir, self.start_iter - 1)
 
     def _continue_from(self, loaded: dict[str, Any]) -> None:
         """Restore what depends on the checkpoint as a whole.
@@ -245,15 +243,6 @@ class DistillTrainer(DefaultTrainer):
         self.start_iter = self.iter + 1
         self._check_length()
         self._run_state.restore(self.start_iter)
-
-    def _continue_metrics(self) -> None:
-        """Drop what metrics.json holds after the checkpoint, and see whether it lacks an evaluation that
-        follows the checkpoint's iteration."""
-        last, missing = self.start_iter - 1, False
-        if comm.is_main_process():
-            logged = mend(self.settings.output_dir, last)
-            missing = not logged - names_at(self._scalars, last) - {"iteration"}
-        self._evaluation_missing = comm.all_gather(missing)[0]
 
     def evaluate_teacher(self) -> None:
         """Evaluate the teacher before a fresh run, if MODEL.DISTILLER.EVAL_TEACHER is True.
@@ -313,26 +302,11 @@ class DistillTrainer(DefaultTrainer):
     def before_train(self) -> None:
         super().before_train()
         self._run_state.restore_random_state()
-        if self.start_iter:
-            self._complete_last_step(self.start_iter - 1)
 
     def after_train(self) -> None:
-        self.iter = min(self.iter, self.max_iter)  # TrainerBase counts one step where none was left
+        if self.start_iter >= self.max_iter:
+            self.iter = self.max_iter  # TrainerBase counts a step where none was left
         super().after_train()
-
-    def _complete_last_step(self, last: int) -> None:
-        """Do what follows a checkpoint in its iteration, as far as the resumed run did not come to it."""
-        self.iter = self.storage.iter = last
-        restore_scalars(self.storage, self._scalars)
-        for hook in self._hooks:
-            if isinstance(hook, EvalHook) and hook.is_due(last) and self._evaluation_missing:
-                logger.info(
-                    f"The evaluation after iteration {last} is missing in metrics.json; it follows"
-                )
-                hook.evaluate()
-            elif isinstance(hook, Writers):
-                hook.complete(last)
-        self.iter = self.storage.iter = self.start_iter
 
     def note_stop_request(self) -> None:
         """Tell the step whether this process was asked to stop; the processes then agree."""
@@ -363,8 +337,6 @@ class DistillTrainer(DefaultTrainer):
         state["optimizer_kind"] = optimizer_signature(self._trainer.optimizer)
         state.update(self.loss_training.state_dict())
         state.update(self._run_state.state_dict())
-        if hasattr(self, "storage"):  # in a training
-            state["scalars"] = recent_scalars(self.storage)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -379,7 +351,6 @@ class DistillTrainer(DefaultTrainer):
         super().load_state_dict(state_dict)
         self.loss_training.load_state_dict(state_dict)
         self._run_state.load_state_dict(state_dict)
-        self._scalars = state_dict.get("scalars", {})
 
     def _check_length(self) -> None:
         if self.start_iter < self.max_iter:
@@ -440,25 +411,3 @@ class DistillTrainer(DefaultTrainer):
         if self.iter < self.max_iter:  # afterwards model_final is there
             self.save(f"model_{self.iter:07d}")
         raise Interrupted
-
-
-def distributed(model: nn.Module, **options: Any) -> nn.Module:
-    """``model`` in DistributedDataParallel where there are several processes, on GPU or CPU.
-
-    Args:
-        options: of detectron2's create_ddp_model, fp16_compression for one.
-    """
-    options = {"broadcast_buffers": False, "find_unused_parameters": False, **options}
-    if next(model.parameters()).is_cuda:
-        return create_ddp_model(model, **options)
-    model = create_ddp_model(model, **options, device_ids=None)
-    if not options.get("fp16_compression"):
-        exact_gradients(model)
-    return model
-
-
-def _sampler_of_seed(cfg: CfgNode, dataset: Sequence[dict[str, Any]]) -> Callable[[int], Iterable[int]]:
-    """detectron2's DATALOADER.SAMPLER_TRAIN, as a function of the seed."""
-    if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
-        return lambda seed: TrainingSampler(len(dataset), seed=seed)
-    return seeded(lambda: build_detection_train_loader.from_config(cfg, dataset=dataset)["sampler"])

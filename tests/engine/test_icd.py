@@ -12,8 +12,8 @@ from runs import ROOT, Job, assert_equal, changed, checkpoint, metrics, rewind
 
 from distill_d2.data import register_custom_datasets
 from distill_d2.engine import load_config
+from distill_d2.engine.distributed import distributed
 from distill_d2.engine.solvers import LossSolver
-from distill_d2.engine.trainer import distributed
 from distill_d2.losses import build_losses
 from distill_d2.losses.icd.queries import InstanceQueries
 from distill_d2.losses.settings import keys_of

@@ -6,7 +6,7 @@ import torch
 from detectron2.utils import comm
 from pool import same_everywhere
 
-from distill_d2.engine.trainer import distributed
+from distill_d2.engine.distributed import distributed
 from distill_d2.testing import Cell, families, recipes, step
 
 CELLS = [
