@@ -53,6 +53,7 @@ class DataPlan:
         need_annotations: whether training needs at least one.
         need_files: whether each record must name a file; a user's mapper may do without.
         keypoints: the number that the model learns.
+        min_keypoints: visible ones of an image that is trained on.
         skip_empty: whether images without objects are left out of training.
         mapper: builds the mapper of training; None: not known.
         needs: what the model needs of its output.
@@ -68,6 +69,7 @@ class DataPlan:
     need_annotations: bool = True
     need_files: bool = True
     keypoints: int = 0
+    min_keypoints: int = 0
     skip_empty: bool = True
     mapper: Callable[[], Callable[[dict[str, Any]], Any]] | None = None
     needs: MapperNeeds = MapperNeeds()
@@ -109,6 +111,7 @@ def check_datasets(
         need_annotations=_need_annotations(cfg),
         need_files=not cfg.INPUT.MAPPER,
         keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE,
         skip_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         mapper=lambda: build_mapper(cfg, is_train=True),
         needs=_needs(cfg),
@@ -149,7 +152,7 @@ def _check_and_try(name: str, plan: DataPlan, like: str) -> None:
         like=like,
     )
     if trained_on and plan.keypoints:
-        check_keypoints(name, plan.keypoints)
+        check_keypoints(name, records, plan.keypoints, plan.min_keypoints)
     if trained_on and plan.mapper and plan.check_images:
         _try_mapper(name, records, plan)
     if name in plan.test and plan.try_evaluation:
@@ -313,6 +316,10 @@ def _check_registered(name: str, key: str) -> None:
 def _load(name: str) -> list[dict[str, Any]]:
     try:
         return DatasetCatalog.get(name)
+    except ImportError as error:
+        raise ImportError(
+            f"dataset '{name}' needs a Python package that is not installed: {error}", name=error.name
+        ) from error
     except FileNotFoundError as error:
         root = datasets_root()
         found = sorted(os.listdir(root))[:20] if os.path.isdir(root) else "does not exist"

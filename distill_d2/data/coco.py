@@ -14,7 +14,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_first_n
 
-from .coco_content import CocoContent, CocoSource, describe, read_coco
+from .coco_content import CocoContent, CocoSource, read_coco
 from .keypoints import set_keypoint_metadata
 
 _COPIED = ("iscrowd", "bbox", "keypoints", "category_id")
@@ -84,19 +84,7 @@ def load_coco(
     numbers = {category["id"]: index for index, category in enumerate(categories)}
     metadata.thing_dataset_id_to_contiguous_id = numbers
     set_keypoint_metadata(name, categories, keypoints, flips)
-    _check_keypoints(name, found, metadata.get("keypoint_names"))
     return _records(found, source, numbers)
-
-
-def _check_keypoints(name: str, found: CocoContent, names: Sequence[str] | None) -> None:
-    items = [item for item in found.annotations if names and item.get("keypoints")]
-    wrong = [item for item in items if len(item["keypoints"]) != 3 * len(names or ())]
-    if wrong:
-        raise ValueError(
-            f"dataset '{name}': {len(wrong)} of {len(items)} annotations do not have x, y and visibility of the "
-            f"{len(names or ())} keypoints {list(names or ())[:5]}, the first is {describe(wrong[0])} with "
-            f"{len(wrong[0]['keypoints'])} numbers"
-        )
 
 
 def _records(found: CocoContent, source: CocoSource, numbers: dict[Any, int]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -57,13 +58,16 @@ class CocoContent:
     def annotations(self) -> list[dict[str, Any]]:
         return self.content.get("annotations") or []
 
+    def note(self, count: int, change: str) -> None:
+        """Note a change, in words with a place {} for how many there are, if there are any."""
+        if count:
+            self.changes.append(change.format(count))
+
     def keep(self, kept: Iterable[bool], change: str) -> None:
         """Drop the other annotations, and note how many these are."""
         before = len(self.annotations)
-        found = [item for item, keep in zip(self.annotations, kept) if keep]
-        if len(found) < before:
-            self.content["annotations"] = found
-            self.changes.append(change.format(before - len(found)))
+        self.content["annotations"] = [item for item, keep in zip(self.annotations, kept) if keep]
+        self.note(before - len(self.annotations), change)
 
 
 @contextlib.contextmanager
@@ -209,8 +213,7 @@ def _mend_sizes(found: CocoContent, source: CocoSource) -> None:
         if None in sides:
             sides = list(image_size(os.path.join(source.images, item["file_name"])))
         item["height"], item["width"] = sides
-    if count:
-        found.changes.append(f"{count} image sizes were missing or no whole numbers")
+    found.note(count, "{} image sizes were missing or no whole numbers")
 
 
 def _whole(value: Any) -> int | None:
@@ -306,6 +309,7 @@ def describe(item: dict[str, Any]) -> str:
 
 
 def _check_rle(item: dict[str, Any], mask: dict[str, Any]) -> None:
+    """pycocotools waits forever for runs that do not fill the image."""
     size, counts = mask.get("size"), mask.get("counts")
     right = isinstance(size, list) and [type(edge) for edge in size] == [int, int]
     if right and isinstance(counts, list):
@@ -320,10 +324,10 @@ def _check_rle(item: dict[str, Any], mask: dict[str, Any]) -> None:
 
 
 def _mend_masks(found: CocoContent) -> None:
-    """Polygons of fewer than three points; as in detectron2, an instance without another one is dropped,
-    but its box stays where no annotation has a mask."""
+    """Polygons nested otherwise or of fewer than three points; as in detectron2, an instance without another
+    polygon is dropped, but its box stays where no annotation has a mask."""
     masks = [item for item in found.annotations if item.get("segmentation")]
-    flat, shortened, without = 0, 0, set()
+    nested, shortened, without = 0, 0, set()
     for item in masks:
         mask = item["segmentation"]
         if isinstance(mask, dict):
@@ -333,24 +337,39 @@ def _mend_masks(found: CocoContent) -> None:
             raise ValueError(
                 f"{describe(item)} has the segmentation {mask!r}; expected polygons or an RLE"
             )
-        if not isinstance(mask[0], list):
-            mask, flat = [mask], flat + 1
-        right = [polygon for polygon in mask if _is_polygon(polygon)]
-        shortened += len(mask) - len(right)
+        polygons = _polygons(mask)
+        nested += polygons != mask
+        right = [
+            each for each in polygons if len(each) >= 6 and not len(each) % 2 and _are_numbers(each)
+        ]
+        shortened += len(polygons) - len(right)
         item["segmentation"] = right
         if not right:
             without.add(id(item))
-    if flat:
-        found.changes.append(f"{flat} polygons without an outer list were given one")
-    if shortened:
-        found.changes.append(f"{shortened} polygons of fewer than 3 points were ignored")
+    found.note(nested, "{} polygons of another nesting were flattened")
+    found.note(shortened, "{} polygons of fewer than 3 points, or not of numbers, were ignored")
     if len(without) < len(masks):
         kept = [id(item) not in without for item in found.annotations]
         found.keep(kept, "{} annotations without another polygon were dropped")
 
 
-def _is_polygon(polygon: Any) -> bool:
-    return len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(math.isfinite, polygon))
+def _polygons(mask: list) -> list[list]:
+    """Lists of numbers [x, y, ...] of a mask that is one, or has pairs [x, y] in it."""
+    if not isinstance(mask[0], list):
+        return [mask]
+    if len(mask) >= 3 and all(isinstance(each, list) and len(each) == 2 for each in mask):
+        return [list(itertools.chain(*mask))]
+    return [
+        list(itertools.chain(*each)) if each and isinstance(each[0], list) else each for each in mask
+    ]
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    """Whether all are finite numbers."""
+    try:
+        return all(map(math.isfinite, values))
+    except TypeError:
+        return False
 
 
 def _mend_boxes(found: CocoContent, corners: bool) -> None:
@@ -360,8 +379,7 @@ def _mend_boxes(found: CocoContent, corners: bool) -> None:
         if not item.get("segmentation"):
             raise ValueError(f"{describe(item)} has an empty bbox or none, and no mask: {sorted(item)}")
         item["bbox"] = _box_of_mask(item["segmentation"])
-    if lacking:
-        found.changes.append(f"{len(lacking)} boxes were missing, those of the masks are used")
+    found.note(len(lacking), "{} boxes were missing, those of the masks are used")
     boxes = _as_array(found)
     wrong = ~np.isfinite(boxes).all(axis=1)
     if wrong.any():
@@ -436,24 +454,28 @@ def _mend_numbers(found: CocoContent) -> None:
     lacking = [item for item in items if not _is_area(item.get("area"))]
     for item in lacking:
         item["area"] = area(item)
-    if lacking:
-        found.changes.append(f"{len(lacking)} areas were missing, those of the masks or boxes are used")
-    lacking = [item for item in items if item.get("keypoints") and "num_keypoints" not in item]
+    found.note(len(lacking), "{} areas were missing, those of the masks or boxes are used")
+    with_points = [item for item in items if item.get("keypoints")]
+    wrong = [item for item in with_points if not _are_numbers(item["keypoints"])]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(with_points)} annotations have keypoints that are no numbers, the first is "
+            f"{describe(wrong[0])} with {str(wrong[0]['keypoints'])[:80]}; expected x, y, visibility, ..."
+        )
+    lacking = [item for item in with_points if type(item.get("num_keypoints")) is not int]
     for item in lacking:
         item["num_keypoints"] = sum(visible > 0 for visible in item["keypoints"][2::3])
-    if lacking:
-        found.changes.append(f"{len(lacking)} num_keypoints were missing and are counted")
+    found.note(len(lacking), "{} num_keypoints were missing and are counted")
 
 
 def _mend_crowds(found: CocoContent) -> None:
-    lacking = [item for item in found.annotations if type(item.get("iscrowd")) is not int]
+    lacking = [item for item in found.annotations if item.get("iscrowd") not in (0, 1)]
     for item in lacking:
         flag = item.get("iscrowd")
-        if flag not in (None, "", "0", "1", False, True, 0, 1):
+        if flag not in (None, "", "0", "1"):
             raise ValueError(f"{describe(item)} has iscrowd {flag!r}; expected 0 or 1")
         item["iscrowd"] = int(flag or 0)
-    if lacking:
-        found.changes.append(f"{len(lacking)} iscrowd were missing or no numbers (missing: 0)")
+    found.note(len(lacking), "{} iscrowd were missing or no numbers (missing: 0)")
 
 
 def _is_area(value: Any) -> bool:

@@ -231,16 +231,7 @@ def _register_coco(name: str, entry: dict[str, Any]) -> None:
     share = None if split is None else Share.of_entry(name, split)
     source = CocoSource(json_file, images, corners="BOXES" in entry, share=share)
     others = [entry.get(key) for key in ("CLASSES", "KEYPOINTS", "FLIPS")]
-
-    def load() -> list[dict[str, Any]]:
-        dicts = load_coco(name, source, *others)
-        if not any(record["annotations"] for record in dicts):
-            raise ValueError(
-                f"dataset '{name}' has no annotations: '{json_file}' holds {len(dicts)} images and no boxes"
-            )
-        return dicts
-
-    DatasetCatalog.register(name, load)
+    DatasetCatalog.register(name, lambda: load_coco(name, source, *others))
     MetadataCatalog.get(name).set(
         json_file=json_file, image_root=images, coco_source=source, evaluator_type="coco"
     )

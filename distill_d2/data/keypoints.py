@@ -7,6 +7,8 @@ from typing import Any
 
 from detectron2.data import MetadataCatalog
 
+from .sample import has
+
 _SIDES = (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT"))
 
 
@@ -56,15 +58,17 @@ def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def check_keypoints(dataset: str, count: int) -> None:
-    """Check that a training dataset names the keypoints that a model with MODEL.KEYPOINT_ON learns.
+def check_keypoints(dataset: str, records: Sequence[dict[str, Any]], count: int, least: int) -> None:
+    """Check that a training dataset names and has the keypoints that a model with MODEL.KEYPOINT_ON learns.
 
     Args:
         dataset: its name.
+        records: its detectron2 dicts.
         count: the model's number of keypoints.
+        least: visible keypoints of an image that is trained on: MIN_KEYPOINTS_PER_IMAGE.
 
     Raises:
-        ValueError: names or pairs are missing, or the number is not the model's.
+        ValueError: names or pairs are missing, the number is not the model's, or no image has enough of them.
     """
     metadata = MetadataCatalog.get(dataset)
     names = metadata.get("keypoint_names")
@@ -89,4 +93,23 @@ def check_keypoints(dataset: str, count: int) -> None:
     if unknown:
         raise ValueError(
             f"dataset '{dataset}': keypoint_flip_map names {unknown}; its keypoints are {list(names)}"
+        )
+    _check_points(dataset, records, count, least)
+
+
+def _check_points(dataset: str, records: Sequence[dict[str, Any]], count: int, least: int) -> None:
+    most = 0
+    for record in records:
+        points = [i["keypoints"] for i in record.get("annotations") or () if has(i, "keypoints")]
+        wrong = next((each for each in points if len(each) != 3 * count), None)
+        if wrong is not None:
+            raise ValueError(
+                f"dataset '{dataset}': an object of the image '{record.get('file_name')}' has {len(wrong)} "
+                f"numbers as keypoints; expected x, y and visibility of {count}, {3 * count} numbers"
+            )
+        most = max(most, sum(visible > 0 for each in points for visible in each[2::3]))
+    if most < least:
+        raise ValueError(
+            f"dataset '{dataset}': no image has more than {most} visible keypoints; images of fewer than "
+            f"MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE ({least}) are not trained on"
         )

@@ -10,7 +10,7 @@ from typing import Any, Callable
 import numpy as np
 import torch
 
-from .sample import objects, varied_sample
+from .sample import has, objects, varied_sample
 
 _IMAGES = 24
 
@@ -151,8 +151,8 @@ def _missing(
             f"{count} of {_count(records)} objects of dataset '{name}' have no segmentation; a detector of masks "
             "needs one for each object, others need MODEL.MASK_ON False"
         )
-    if needs.keypoints and not all(item.get("keypoints") for item in items):
-        count = _count(records, lambda item: not item.get("keypoints"))
+    if needs.keypoints and not all(has(item, "keypoints") for item in items):
+        count = _count(records, lambda item: not has(item, "keypoints"))
         return (
             f"{count} of {_count(records)} objects of dataset '{name}' have no keypoints; set MODEL.KEYPOINT_ON "
             "to False, or use a dataset with keypoints"

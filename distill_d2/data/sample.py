@@ -29,14 +29,14 @@ def record_kind(record: dict[str, Any]) -> Hashable:
     """What a mapper may treat differently: the suffix of the image, and whether it has objects, crowds, masks
     (polygons or RLE, of all or some objects) and keypoints."""
     found = objects(record)
-    masks = {type(item.get("segmentation")).__name__ for item in found if _has(item, "segmentation")}
+    masks = {type(item.get("segmentation")).__name__ for item in found if has(item, "segmentation")}
     return (
         os.path.splitext(str(record.get("file_name")))[1].lower(),
         len(found) > 0,
         len(found) < len(record.get("annotations") or ()),
         tuple(sorted(masks)),
-        tuple({_has(item, "segmentation") for item in found}),
-        tuple({_has(item, "keypoints") for item in found}),
+        tuple({has(item, "segmentation") for item in found}),
+        tuple({has(item, "keypoints") for item in found}),
     )
 
 
@@ -49,6 +49,7 @@ def has_objects(record: dict[str, Any]) -> bool:
     return bool(objects(record))
 
 
-def _has(item: dict[str, Any], key: str) -> bool:
+def has(item: dict[str, Any], key: str) -> bool:
+    """Whether an annotation has a mask or keypoints, as a list, dict or array, that are not empty."""
     value = item.get(key)
     return value is not None and len(value) > 0

@@ -13,12 +13,11 @@ from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
+from detectron2.utils.logger import log_first_n
 
 from .images import IMAGE_SUFFIXES
 from .lists import files_by_id, read_list
 from .split import Share
-
-logger = logging.getLogger(__name__)
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _DECLARATION = re.compile(rb"^\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.-]+)[\"']")
@@ -179,7 +178,11 @@ def load_voc(name: str, folder: VocFolder, classes: Sequence[str]) -> list[dict[
     _check_classes(name, ids, images, classes)
     without_area = sum(image.without_area for image in images)
     if without_area:
-        logger.warning(f"Dataset '{name}': dropped {without_area} boxes without area")
+        log_first_n(
+            logging.WARNING,
+            f"Dataset '{name}': dropped {without_area} boxes without area",
+            key="message",
+        )
     files = _ImageFiles(folder.images)
     return [
         {
@@ -263,7 +266,7 @@ def _check_classes(
         )
     absent = [label for label in classes if label not in first_image]
     if absent:
-        logger.warning(f"Dataset '{name}': no box of {absent}")
+        log_first_n(logging.WARNING, f"Dataset '{name}': no box of {absent}", key="message")
 
 
 def _instance(item: VocObject, classes: Sequence[str]) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from typing import Any
 
 import yaml
 from detectron2.structures import BoxMode
+from detectron2.utils.logger import log_first_n
 
 from .images import IMAGE_SUFFIXES, image_size
 from .lists import files_by_id, read_list
 from .split import Share
 from .text import read_lines, read_text
-
-logger = logging.getLogger(__name__)
 
 _NAMES_FILES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml", "classes.txt", "obj.names")
 _LEVELS = 3  # folders above the images in which the classes are looked for
@@ -126,8 +125,10 @@ def load_yolo(name: str, folder: YoloFolder, classes: Sequence[str]) -> list[dic
             f"'{os.path.join(folder.labels, ids[0])}.txt'; LABELS names their folder"
         )
     if without:
-        logger.warning(
-            f"Dataset '{name}': {without} of {len(ids)} images have no text file, thus no objects"
+        log_first_n(
+            logging.WARNING,
+            f"Dataset '{name}': {without} of {len(ids)} images have no text file, thus no objects",
+            key="message",
         )
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
         sizes = list(pool.map(image_size, paths))
@@ -207,4 +208,6 @@ def _drop_without_area(name: str, records: list[dict[str, Any]]) -> None:
         kept = [i for i in items if i["bbox"][2] > i["bbox"][0] and i["bbox"][3] > i["bbox"][1]]
         record["annotations"], count = kept, count + len(items) - len(kept)
     if count:
-        logger.warning(f"Dataset '{name}': dropped {count} boxes without area")
+        log_first_n(
+            logging.WARNING, f"Dataset '{name}': dropped {count} boxes without area", key="message"
+        )

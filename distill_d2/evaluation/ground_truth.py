@@ -15,6 +15,7 @@ from detectron2.structures import BoxMode
 
 from ..data.coco import coco_source
 from ..data.coco_content import area, is_right, read_coco
+from ..data.sample import has
 
 #: Of ``of_records``; None: all.
 _RECORDS: Sequence[dict[str, Any]] | None = None
@@ -48,7 +49,8 @@ def with_ground_truth(name: str, folder: str) -> str:
     source = coco_source(name)
     if source is None:
         return _described(name, folder, _content(name))
-    if _RECORDS is not None:
+    own = os.fspath(MetadataCatalog.get(name).json_file) == source.json_file
+    if _RECORDS is not None and own:
         return _described(name, folder, _part(read_coco(source).content, _RECORDS))
     if is_right(source):
         return name
@@ -125,10 +127,10 @@ def _annotation(item: dict[str, Any], image_id: int | str, number: int) -> dict[
         w, h = w - x, h - y
     found: dict[str, Any] = {"id": number, "image_id": image_id, "category_id": int(item["category_id"])}
     found.update(bbox=[x, y, w, h], iscrowd=int(item.get("iscrowd", 0)))
-    if item.get("segmentation"):
+    if has(item, "segmentation"):
         found["segmentation"] = item["segmentation"]
     found["area"] = area(found)
-    if item.get("keypoints"):
+    if has(item, "keypoints"):
         # COCO's keypoints are indices of pixels, detectron2's coordinates: a pixel's center is at 0.5.
         points = [number - 0.5 * (i % 3 != 2) for i, number in enumerate(item["keypoints"])]
         found.update(keypoints=points, num_keypoints=sum(visible > 0 for visible in points[2::3]))

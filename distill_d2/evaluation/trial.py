@@ -19,7 +19,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 from pycocotools import mask as rle
 
-from ..data.sample import objects, varied_sample
+from ..data.sample import has, objects, varied_sample
 from ..quiet import quiet, tell
 from .ground_truth import of_records
 
@@ -85,6 +85,8 @@ class _Trial:
             results = self._score(self.sample)
         except Exception as error:  # an evaluator may raise anything
             raise _failure(self.name, error, self._unknown_ids() or self._failing()) from error
+        if not results and not any(record.get("annotations") for record in self.sample):
+            _warn(f"dataset '{self.name}' has no annotations: its detections will not be scored")
         for task, metrics in results.items():
             if isinstance(metrics, dict) and "AP" in metrics:
                 ap = float(metrics["AP"])
@@ -246,7 +248,7 @@ def _detections(record: dict[str, Any], masks: bool, keypoints: bool) -> Instanc
 
 def _points(item: dict[str, Any], box: Sequence[float]) -> list[float]:
     """The keypoints of an object; the center of the box (XYXY) for each, where none is labeled."""
-    points = list(item.get("keypoints") or [0.0] * 51)
+    points = list(item["keypoints"]) if has(item, "keypoints") else [0.0] * 51
     if any(points[2::3]):
         return points
     return [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2, 0.0] * (len(points) // 3)

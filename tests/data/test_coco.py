@@ -13,13 +13,20 @@ from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
-from distill_d2.data import adopt_coco_datasets, check_dataset, check_datasets, register_custom_datasets
+from distill_d2.data import (
+    adopt_coco_datasets,
+    check_dataset,
+    check_datasets,
+    coco_content,
+    register_custom_datasets,
+)
 from distill_d2.evaluation import build_evaluator
-from distill_d2.evaluation.ground_truth import with_ground_truth
+from distill_d2.evaluation.ground_truth import of_records, with_ground_truth
 from distill_d2.testing.tiny import tiny_config
 
 _numbers = itertools.count()
 SQUARE = [5, 5, 25, 5, 25, 15, 5, 15]
+PAIRS = [[5, 5], [25, 5], [25, 15], [5, 15]]
 RLE = {"size": [40, 60], "counts": [200, 10, 2190]}
 #: Right in every respect: two images, three annotations.
 CONTENT = {
@@ -113,7 +120,7 @@ def test_a_right_json_is_what_detectron2_reads(entry, tmp_path, caplog):
     "changes, text, count",
     [
         ([everywhere("annotations", lambda item: item.pop("iscrowd"))], "3 iscrowd were missing", 3),
-        ([changed("annotations", 1, iscrowd=False)], "1 iscrowd were", 3),
+        ([changed("annotations", 1, iscrowd="0")], "1 iscrowd were", 3),
         ([everywhere("annotations", lambda item: item.pop("area"))], "3 areas were missing", 3),
         ([changed("annotations", 1, area=float("nan"))], "1 areas were missing", 3),
         (
@@ -131,7 +138,10 @@ def test_a_right_json_is_what_detectron2_reads(entry, tmp_path, caplog):
         ([changed("annotations", 0, bbox=[5, 5, -20, 10])], "dropped 1 boxes without area", 2),
         ([changed("annotations", 0, segmentation=[[5, 5, 25, 15]])], "1 annotations without another", 2),
         ([changed("annotations", 0, segmentation=[SQUARE, [5, 5]])], "1 polygons of fewer than 3", 3),
-        ([changed("annotations", 0, segmentation=SQUARE)], "1 polygons without an outer list", 3),
+        ([changed("annotations", 0, segmentation=SQUARE)], "1 polygons of another nesting", 3),
+        ([changed("annotations", 0, segmentation=PAIRS)], "1 polygons of another nesting", 3),
+        ([changed("annotations", 0, segmentation=[PAIRS])], "1 polygons of another nesting", 3),
+        ([changed("annotations", 0, segmentation=[["5"] * 8])], "or not of numbers", 2),
         (
             [everywhere("annotations", lambda item: item.update(segmentation=[[5, 5, 25, 15]]))],
             "3 polygons of fewer",
@@ -195,8 +205,8 @@ def test_what_can_be_mended_is_mended_for_training_and_evaluation(
             ["id 3", "the number of pixels"],
         ),
         (
-            [changed("annotations", 1, **KEYPOINTS), changed("categories", 0, keypoints=["a"])],
-            ["9 numbers"],
+            [changed("annotations", 1, keypoints=[1, None, 2])],
+            ["1 of 1 annotations have keypoints that are no numbers", "id 2", "[1, None, 2]"],
         ),
     ],
 )
@@ -204,7 +214,7 @@ def test_what_cannot_be_mended_is_told(entry, changes, texts):
     write(entry, *changes)
     with pytest.raises(ValueError) as caught:
         load(entry)
-    assert all(text in str(caught.value) for text in ["a.json" * ("9 n" not in texts[0]), *texts])
+    assert all(text in str(caught.value) for text in ["a.json", *texts])
 
 
 def test_boxes_of_corners(entry, tmp_path):
@@ -298,6 +308,11 @@ def test_keypoints_are_named_before_training(entry):
             ({"KEYPOINTS": names}, 3, "add FLIPS"),
             ({"KEYPOINTS": names, "FLIPS": []}, 17, "NUM_KEYPOINTS is 17; set it to 3"),
             ({"KEYPOINTS": names, "FLIPS": [["nose", "eye"]]}, 3, r"keypoints \['eye'\]"),
+            (
+                {"KEYPOINTS": names[:2], "FLIPS": []},
+                2,
+                "has 9 numbers as keypoints; expected .* 6 numbers",
+            ),
             ({"KEYPOINTS": names, "FLIPS": [["nose", "ear"]]}, 3, None),
         ]
     ):
@@ -310,3 +325,24 @@ def test_keypoints_are_named_before_training(entry):
         else:
             with pytest.raises(ValueError, match=text):
                 check_datasets(cfg)
+    cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE = 5
+    with pytest.raises(ValueError, match="no image has more than 4 visible keypoints.*PER_IMAGE"):
+        check_datasets(cfg)
+
+
+def test_checks_read_a_json_once_and_score_a_part_of_it(entry, tmp_path, monkeypatch):
+    reads, parse = [], coco_content._parse
+    monkeypatch.setattr(coco_content, "_parse", lambda file: reads.append(file) or parse(file))
+    write(entry, everywhere("annotations", lambda item: item.pop("iscrowd")))
+    register_custom_datasets([entry])
+
+    def ids():
+        with open(
+            MetadataCatalog.get(with_ground_truth(entry["NAME"], str(tmp_path))).json_file
+        ) as file:
+            content = json.load(file)
+        return [[item["id"] for item in content[key]] for key in ("images", "annotations")]
+
+    with coco_content.kept_content(), of_records(DatasetCatalog.get(entry["NAME"])[1:]):
+        assert ids() == [[2], [2, 3]] and len(reads) == 1
+    assert ids() == [[1, 2], [1, 2, 3]] and len(reads) == 2

@@ -12,7 +12,7 @@ from detectron2.data.datasets import load_voc_instances
 from detectron2.structures import BoxMode
 from small_datasets import OBJECT, assert_fails, load, write_voc
 
-from distill_d2.data import register_custom_datasets
+from distill_d2.data import check_dataset, register_custom_datasets
 
 _numbers = itertools.count()
 
@@ -207,11 +207,15 @@ def test_no_annotations(root):
     assert_fails(voc_entry(), "no annotations", str(root), "2 images")
     (root / "ImageSets" / "Main" / "empty.txt").write_text("\n")
     assert_fails(voc_entry(SPLIT="empty"), "no annotations", "0 images")
-    write_coco(root, annotations=[])
-    assert_fails(coco_entry(), "no annotations", "train.json")
-    content = {key: value for key, value in COCO.items() if key != "annotations"}
-    (root / "train.json").write_text(json.dumps(content))
-    assert_fails(coco_entry(), "no annotations", "train.json")
+    lacking = {key: value for key, value in COCO.items() if key != "annotations"}
+    for content in (lacking, {**lacking, "annotations": []}):  # images to test on
+        write_coco(root)
+        (root / "train.json").write_text(json.dumps(content))
+        entry = coco_entry()
+        assert [record["annotations"] for record in load(entry)] == [[]]
+        check_dataset(entry["NAME"], need_annotations=False, tested=True)
+        with pytest.raises(ValueError, match="no annotations: 1 images and no boxes"):
+            check_dataset(entry["NAME"])
 
 
 SIZE = "<annotation><size><width>{}</width><height>4</height></size>{}</annotation>"
