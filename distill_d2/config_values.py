@@ -21,8 +21,8 @@ _EXPECTED = {
     int: "an integer",
     float: "a number",
     bool: "True or False",
-    list: "a list, such as [a, b]",
-    tuple: "a list, such as [a, b]",
+    list: "a list, such as [a, b], or [] for none",
+    tuple: "a list, such as [a, b], or [] for none",
 }
 
 

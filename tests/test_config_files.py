@@ -295,7 +295,7 @@ def test_value_on_the_command_line(key, text, value):
         ("SEED", "None", "SEED is empty .*; expected an integer"),
         ("MODEL.WEIGHTS", "None", "MODEL.WEIGHTS is empty .*; expected text"),
         ("EXTRA_CFG", "nowhere.yaml", "EXTRA_CFG: config 'nowhere.yaml' does not exist"),
-        ("DATASETS.TRAIN", "mine", "DATASETS.TRAIN is 'mine'; expected a list"),
+        ("DATASETS.TRAIN", "mine", "DATASETS.TRAIN is 'mine'; expected a list.*for none"),
         ("SOLVER.STEPS", "[1, 2", r"SOLVER.STEPS is '\[1, 2'; expected a list"),
         (
             "SOLVER.STEPS",

@@ -58,13 +58,16 @@ class CocoContent:
     def annotations(self) -> list[dict[str, Any]]:
         return self.content.get("annotations") or []
 
+    def note(self, count: int, change: str) -> None:
+        """Note a change, in words with a place {} for how many there are, if there are any."""
+        if count:
+            self.changes.append(change.format(count))
+
     def keep(self, kept: Iterable[bool], change: str) -> None:
         """Drop the other annotations, and note how many these are."""
         before = len(self.annotations)
-        found = [item for item, keep in zip(self.annotations, kept) if keep]
-        if len(found) < before:
-            self.content["annotations"] = found
-            self.changes.append(change.format(before - len(found)))
+        self.content["annotations"] = [item for item, keep in zip(self.annotations, kept) if keep]
+        self.note(before - len(self.annotations), change)
 
 
 @contextlib.contextmanager
@@ -210,8 +213,7 @@ def _mend_sizes(found: CocoContent, source: CocoSource) -> None:
         if None in sides:
             sides = list(image_size(os.path.join(source.images, item["file_name"])))
         item["height"], item["width"] = sides
-    if count:
-        found.changes.append(f"{count} image sizes were missing or no whole numbers")
+    found.note(count, "{} image sizes were missing or no whole numbers")
 
 
 def _whole(value: Any) -> int | None:
@@ -344,12 +346,8 @@ def _mend_masks(found: CocoContent) -> None:
         item["segmentation"] = right
         if not right:
             without.add(id(item))
-    for count, what in (
-        (nested, "polygons of another nesting were flattened"),
-        (shortened, "polygons of fewer than 3 points, or not of numbers, were ignored"),
-    ):
-        if count:
-            found.changes.append(f"{count} {what}")
+    found.note(nested, "{} polygons of another nesting were flattened")
+    found.note(shortened, "{} polygons of fewer than 3 points, or not of numbers, were ignored")
     if len(without) < len(masks):
         kept = [id(item) not in without for item in found.annotations]
         found.keep(kept, "{} annotations without another polygon were dropped")
@@ -381,8 +379,7 @@ def _mend_boxes(found: CocoContent, corners: bool) -> None:
         if not item.get("segmentation"):
             raise ValueError(f"{describe(item)} has an empty bbox or none, and no mask: {sorted(item)}")
         item["bbox"] = _box_of_mask(item["segmentation"])
-    if lacking:
-        found.changes.append(f"{len(lacking)} boxes were missing, those of the masks are used")
+    found.note(len(lacking), "{} boxes were missing, those of the masks are used")
     boxes = _as_array(found)
     wrong = ~np.isfinite(boxes).all(axis=1)
     if wrong.any():
@@ -457,8 +454,7 @@ def _mend_numbers(found: CocoContent) -> None:
     lacking = [item for item in items if not _is_area(item.get("area"))]
     for item in lacking:
         item["area"] = area(item)
-    if lacking:
-        found.changes.append(f"{len(lacking)} areas were missing, those of the masks or boxes are used")
+    found.note(len(lacking), "{} areas were missing, those of the masks or boxes are used")
     with_points = [item for item in items if item.get("keypoints")]
     wrong = [item for item in with_points if not _are_numbers(item["keypoints"])]
     if wrong:
@@ -469,8 +465,7 @@ def _mend_numbers(found: CocoContent) -> None:
     lacking = [item for item in with_points if type(item.get("num_keypoints")) is not int]
     for item in lacking:
         item["num_keypoints"] = sum(visible > 0 for visible in item["keypoints"][2::3])
-    if lacking:
-        found.changes.append(f"{len(lacking)} num_keypoints were missing and are counted")
+    found.note(len(lacking), "{} num_keypoints were missing and are counted")
 
 
 def _mend_crowds(found: CocoContent) -> None:
@@ -480,8 +475,7 @@ def _mend_crowds(found: CocoContent) -> None:
         if flag not in (None, "", "0", "1"):
             raise ValueError(f"{describe(item)} has iscrowd {flag!r}; expected 0 or 1")
         item["iscrowd"] = int(flag or 0)
-    if lacking:
-        found.changes.append(f"{len(lacking)} iscrowd were missing or no numbers (missing: 0)")
+    found.note(len(lacking), "{} iscrowd were missing or no numbers (missing: 0)")
 
 
 def _is_area(value: Any) -> bool:

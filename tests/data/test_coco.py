@@ -13,9 +13,15 @@ from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
-from distill_d2.data import adopt_coco_datasets, check_dataset, check_datasets, register_custom_datasets
+from distill_d2.data import (
+    adopt_coco_datasets,
+    check_dataset,
+    check_datasets,
+    coco_content,
+    register_custom_datasets,
+)
 from distill_d2.evaluation import build_evaluator
-from distill_d2.evaluation.ground_truth import with_ground_truth
+from distill_d2.evaluation.ground_truth import of_records, with_ground_truth
 from distill_d2.testing.tiny import tiny_config
 
 _numbers = itertools.count()
@@ -322,3 +328,21 @@ def test_keypoints_are_named_before_training(entry):
     cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE = 5
     with pytest.raises(ValueError, match="no image has more than 4 visible keypoints.*PER_IMAGE"):
         check_datasets(cfg)
+
+
+def test_checks_read_a_json_once_and_score_a_part_of_it(entry, tmp_path, monkeypatch):
+    reads, parse = [], coco_content._parse
+    monkeypatch.setattr(coco_content, "_parse", lambda file: reads.append(file) or parse(file))
+    write(entry, everywhere("annotations", lambda item: item.pop("iscrowd")))
+    register_custom_datasets([entry])
+
+    def ids():
+        with open(
+            MetadataCatalog.get(with_ground_truth(entry["NAME"], str(tmp_path))).json_file
+        ) as file:
+            content = json.load(file)
+        return [[item["id"] for item in content[key]] for key in ("images", "annotations")]
+
+    with coco_content.kept_content(), of_records(DatasetCatalog.get(entry["NAME"])[1:]):
+        assert ids() == [[2], [2, 3]] and len(reads) == 1
+    assert ids() == [[1, 2], [1, 2, 3]] and len(reads) == 2

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 from runs import checkpoint, metrics
 
-from distill_d2.engine import lazy, settings, trainer
+from distill_d2.engine import distributed, lazy, settings
 
 
 def test_distils_evaluates_and_resumes(lazy_job):
@@ -87,7 +87,9 @@ def test_keys_that_the_distiller_dict_leaves_out_can_be_overridden():
 def test_options_of_several_processes(lazy_job, monkeypatch):
     """train.ddp is what detectron2's own script gives to create_ddp_model."""
     seen = []
-    monkeypatch.setattr(trainer, "create_ddp_model", lambda model, **given: seen.append(given) or model)
+    monkeypatch.setattr(
+        distributed, "create_ddp_model", lambda model, **given: seen.append(given) or model
+    )
     plain = {"broadcast_buffers": False, "find_unused_parameters": False, "device_ids": None}
     changed = {"broadcast_buffers": True, "fp16_compression": True}
     lazy_job.run("train.max_iter=1")
