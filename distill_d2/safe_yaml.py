@@ -79,7 +79,7 @@ class _Refused(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    # Without this, a date such as OUTPUT_DIR: 2024-05-01 is no text.
+    # Without this, a date such as OUTPUT_DIR: 2024-05-01 would not be text.
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != _DATE]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -71,7 +71,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if choice.found and not choice.path:
             raise ValueError(
                 f"--resume: no checkpoint in '{self.save_dir}' can be continued from: "
-                f"{'; '.join(choice.problems)}. Use another OUTPUT_DIR, or start anew with --overwrite"
+                f"{'; '.join(choice.problems)}. Use another OUTPUT_DIR, or start again with --overwrite"
             )
         if choice.problems:
             self.logger.warning(

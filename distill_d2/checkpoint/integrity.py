@@ -1,4 +1,4 @@
-"""Whether a file is whole, and what it is if it is no checkpoint."""
+"""Whether a file is whole, and what it is if it is not a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHUNK = 1 << 20
 # torch.save packs nothing, so that the records of a file are about as large as the file.
 _MOST_UNPACKED = 10
 _ADVICE = "save its state_dict() with torch.save"
-# What files that are no checkpoints begin with, in lower case.
+# What files that are not checkpoints begin with, in lower case.
 _BEGINNINGS = (
     (b"version https://git-lfs", "it is a pointer of Git LFS; fetch the file with 'git lfs pull'"),
     (b"<", "it is a web page; download the file itself"),
@@ -93,13 +93,14 @@ def check_weights(weights: Any) -> None:
     if wrong or not weights:
         raise Refused(
             'it holds no weights of a model: expected tensors by name, alone or as the entry "model"; found '
-            f"{sorted(map(str, weights))[:5]}, of which {list(map(str, wrong))[:5]} are no tensors"
+            f"{sorted(map(str, weights))[:5]}, of which {list(map(str, wrong))[:5]} are not tensors"
         )
 
 
 def check_finite(entries: Mapping[str, Any]) -> None:
     """Raises Refused if tensors of a checkpoint (weights, optimizers' states) hold NaN or infinity."""
-    bad, todo = [], [("", entries)]
+    bad: list[str] = []
+    todo: list[tuple[str, Any]] = [("", entries)]
     while todo:
         name, value = todo.pop()
         if isinstance(value, (Mapping, list, tuple)):

@@ -210,7 +210,7 @@ def check_dataset(
     if like:
         advice = (
             "Give all datasets the same categories (of COCO: in the order of their ids), those without objects "
-            "included"
+            "included; DATASETS.CUSTOM adds those that a json lacks, if CLASSES names them all"
         )
         check_same_classes(
             f"dataset '{like}'", classes_of([like]), f"dataset '{name}'", classes_of([name]), advice
@@ -371,7 +371,9 @@ def _check_files_exist(name: str, files: Sequence[str]) -> None:
             missing.append(file)
     if missing:
         folder = os.path.dirname(missing[0])
-        address = " (an address below a folder is no file; download the images)" * ("://" in missing[0])
+        address = " (an address below a folder is not a file; download the images)" * (
+            "://" in missing[0]
+        )
         raise FileNotFoundError(
             f"dataset '{name}': {len(missing)} of {len(files)} images do not exist, the first is "
             f"'{missing[0]}'{address}; its folder holds {sorted(listings[folder])[:3]}, {len(listings[folder])} "

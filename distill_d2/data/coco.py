@@ -33,7 +33,7 @@ def adopt_coco_datasets(names: Iterable[str]) -> None:
 
 
 def coco_source(name: str) -> CocoSource | None:
-    """Where a registered dataset's annotations are; None if its metadata names no json."""
+    """Where a registered dataset's annotations are; None if its metadata does not name a json."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("coco_source"):
         return metadata.coco_source
@@ -45,7 +45,6 @@ def coco_source(name: str) -> CocoSource | None:
 def load_coco(
     name: str,
     source: CocoSource,
-    classes: Sequence[str] | None = None,
     keypoints: Sequence[str] | None = None,
     flips: Sequence[Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
@@ -55,12 +54,11 @@ def load_coco(
     Args:
         name: of the dataset.
         source: the json and the images.
-        classes: expected names of the categories, in the order of their ids; None: any.
         keypoints: their names, where the json lacks them.
         flips: pairs of those that a horizontal flip exchanges; None: those of "left" and "right".
 
     Raises:
-        ValueError: it cannot be read or mended, or holds other classes than ``classes``.
+        ValueError: it cannot be read or mended, or holds other classes than ``source.classes``.
     """
     found = read_coco(source)
     if found.changes:
@@ -68,10 +66,10 @@ def load_coco(
         log_first_n(logging.WARNING, text, key="message")
     categories = sorted(found.content["categories"], key=lambda category: category["id"])
     names = [category["name"] for category in categories]
-    if classes is not None and list(classes) != names:
+    if source.classes is not None and list(source.classes) != names:
         raise ValueError(
-            f"dataset '{name}': CLASSES is {list(classes)}, but the categories of '{source.json_file}', in "
-            f"the order of their ids, are {names}"
+            f"dataset '{name}': CLASSES is {list(source.classes)}, but the categories of '{source.json_file}', "
+            f"in the order of their ids, are {names}"
         )
     metadata = MetadataCatalog.get(name)
     given = metadata.get("thing_classes")

@@ -34,12 +34,14 @@ class CocoSource:
         images: the folder that its file names are relative to.
         corners: whether its boxes are x0, y0, x1, y1 instead of COCO's x, y, width, height.
         share: the part of the images that belongs to the dataset; None: all.
+        classes: names of all categories in the order of their ids; the json may lack some. None: any.
     """
 
     json_file: str
     images: str
     corners: bool = False
     share: Share | None = None
+    classes: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -85,7 +87,7 @@ def read_coco(source: CocoSource) -> CocoContent:
     """Read and mend a json. Do not change what it returns.
 
     Raises:
-        ValueError: it is no json, or lacks what cannot be mended; the message names the file and the id.
+        ValueError: it is not json, or lacks what cannot be mended; the message names the file and the id.
     """
     stamp = _stamp(source.json_file)
     if _KEPT and source in _KEPT and _KEPT[source][0] == stamp:
@@ -98,6 +100,8 @@ def read_coco(source: CocoSource) -> CocoContent:
             _take_share(found, source.share)
         if found.annotations:
             _mend_links(found)
+        _complete_categories(found, source.classes)
+        if found.annotations:
             _mend_masks(found)
             _mend_boxes(found, source.corners)
             _mend_numbers(found)
@@ -133,14 +137,14 @@ def _parse(file: str) -> CocoContent:
     except json.JSONDecodeError as error:
         raise ValueError(f"JSONDecodeError: {error}") from error
     except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"it is no json: {error}") from error
+        raise ValueError(f"it is not json: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, expected {{images: [...], ...}}")
     for key in ("categories", "images"):
         if not isinstance(content.get(key), list):
             raise ValueError(f"it has no list '{key}'; it holds {sorted(content)[:10]}")
     if not isinstance(content.get("annotations", []), list):
-        raise ValueError("its 'annotations' are no list")
+        raise ValueError("its 'annotations' are not a list")
     for key in ("categories", "images", "annotations"):
         wrong = [item for item in content.get(key, ()) if not isinstance(item, dict)]
         if wrong:
@@ -172,6 +176,23 @@ def _mend_categories(found: CocoContent) -> None:
         if not isinstance(item["name"], str):
             item["name"] = str(item["name"])
             found.changes.append(f"the category's name {item['name']} is taken as text")
+
+
+def _complete_categories(found: CocoContent, classes: Sequence[str] | None) -> None:
+    """Add the categories of ``classes`` that the json lacks; the order of ids stays that of ``classes``."""
+    items = {
+        item["name"]: item for item in sorted(found.content["categories"], key=lambda item: item["id"])
+    }
+    lacking = [name for name in classes or () if name not in items]
+    if not lacking or [name for name in classes or () if name in items] != list(items):
+        return
+    numbers = {items[name]["id"]: number for number, name in enumerate(classes or ()) if name in items}
+    for item in found.annotations:
+        item["category_id"] = numbers[item["category_id"]]
+    found.content["categories"] = [
+        {**items.get(name, {"name": name}), "id": number} for number, name in enumerate(classes or ())
+    ]
+    found.changes.append(f"its categories lack {lacking[:10]} of CLASSES")
 
 
 def _short(category: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +234,7 @@ def _mend_sizes(found: CocoContent, source: CocoSource) -> None:
         if None in sides:
             sides = list(image_size(os.path.join(source.images, item["file_name"])))
         item["height"], item["width"] = sides
-    found.note(count, "{} image sizes were missing or no whole numbers")
+    found.note(count, "{} image sizes were missing or not integers")
 
 
 def _whole(value: Any) -> int | None:
@@ -312,10 +333,11 @@ def _check_rle(item: dict[str, Any], mask: dict[str, Any]) -> None:
     """pycocotools waits forever for runs that do not fill the image."""
     size, counts = mask.get("size"), mask.get("counts")
     right = isinstance(size, list) and [type(edge) for edge in size] == [int, int]
-    if right and isinstance(counts, list):
-        right = all(type(run) is int and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]
-    elif right:
-        right = isinstance(counts, str)
+    if isinstance(counts, list):
+        whole = all(type(run) is int and run >= 0 for run in counts)
+        right = right and whole and sum(counts) == math.prod(size or ())
+    else:
+        right = right and isinstance(counts, str)
     if not right:
         raise ValueError(
             f"{describe(item)} has the RLE {mask!r:.80}; expected a size of height and width, and counts: a text, "
@@ -459,7 +481,7 @@ def _mend_numbers(found: CocoContent) -> None:
     wrong = [item for item in with_points if not _are_numbers(item["keypoints"])]
     if wrong:
         raise ValueError(
-            f"{len(wrong)} of {len(with_points)} annotations have keypoints that are no numbers, the first is "
+            f"{len(wrong)} of {len(with_points)} annotations have keypoints that are not numbers, the first is "
             f"{describe(wrong[0])} with {str(wrong[0]['keypoints'])[:80]}; expected x, y, visibility, ..."
         )
     lacking = [item for item in with_points if type(item.get("num_keypoints")) is not int]
@@ -475,7 +497,7 @@ def _mend_crowds(found: CocoContent) -> None:
         if flag not in (None, "", "0", "1"):
             raise ValueError(f"{describe(item)} has iscrowd {flag!r}; expected 0 or 1")
         item["iscrowd"] = int(flag or 0)
-    found.note(len(lacking), "{} iscrowd were missing or no numbers (missing: 0)")
+    found.note(len(lacking), "{} iscrowd were missing or not numbers (missing: 0)")
 
 
 def _is_area(value: Any) -> bool:

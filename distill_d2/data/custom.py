@@ -229,9 +229,10 @@ def _register_coco(name: str, entry: dict[str, Any]) -> None:
     json_file, images = _require(entry["JSON"], name, os.path.isfile), _require(entry["IMAGES"], name)
     split = entry.get("SPLIT")
     share = None if split is None else Share.of_entry(name, split)
-    source = CocoSource(json_file, images, corners="BOXES" in entry, share=share)
-    others = [entry.get(key) for key in ("CLASSES", "KEYPOINTS", "FLIPS")]
-    DatasetCatalog.register(name, lambda: load_coco(name, source, *others))
+    classes = tuple(entry["CLASSES"]) if "CLASSES" in entry else None
+    source = CocoSource(json_file, images, corners="BOXES" in entry, share=share, classes=classes)
+    keypoints, flips = entry.get("KEYPOINTS"), entry.get("FLIPS")
+    DatasetCatalog.register(name, lambda: load_coco(name, source, keypoints, flips))
     MetadataCatalog.get(name).set(
         json_file=json_file, image_root=images, coco_source=source, evaluator_type="coco"
     )

@@ -79,7 +79,7 @@ def read_proposals(path: str) -> dict[str, Any]:
 def _check_lengths(proposals: dict[str, Any], path: str) -> None:
     lists = {key: proposals[key] for key in _KEYS}
     lengths = {
-        key: len(v) if isinstance(v, (list, tuple, np.ndarray)) else f"no list, but {v!r:.50}"
+        key: len(v) if isinstance(v, (list, tuple, np.ndarray)) else f"not a list, but {v!r:.50}"
         for key, v in lists.items()
     }
     if len(set(lengths.values())) > 1 or not isinstance(lengths["ids"], int):

@@ -112,7 +112,7 @@ def _check_ids(name: str, dicts: Sequence[dict[str, Any]]) -> None:
     strange = [value for value in ids if not isinstance(value, (int, str))]
     if strange:
         raise ValueError(
-            f"dataset '{name}': {len(strange)} image ids are no int or str, the first is {strange[0]!r}; convert "
+            f"dataset '{name}': {len(strange)} image ids are not int or str, the first is {strange[0]!r}; convert "
             "them, since evaluators write them to json files"
         )
     if len(set(ids)) == len(ids):
@@ -161,9 +161,7 @@ class _Annotations:
             isinstance(label, (int, np.integer)) or (isinstance(label, float) and label.is_integer())
             for label in labels
         ]
-        self._refuse(
-            ~np.array(whole), "have a category_id that is no whole number", "convert it", labels
-        )
+        self._refuse(~np.array(whole), "have a category_id that is not an integer", "convert it", labels)
         classes = np.array(labels, dtype=np.int64)
         things = MetadataCatalog.get(self.name).get("thing_classes")
         count = len(things) if things is not None else num_classes
@@ -181,7 +179,7 @@ class _Annotations:
         boxes = self._numbers(rows, _LENGTHS[mode])
         arrays = np.array([not isinstance(self.items[row]["bbox"], (list, tuple)) for row in rows])
         if mode != BoxMode.XYXY_ABS:  # other modes are converted
-            what = f"have a bbox in BoxMode.{BoxMode(mode).name} that is no list"
+            what = f"have a bbox in BoxMode.{BoxMode(mode).name} that is not a list"
             self._refuse(
                 arrays,
                 what,

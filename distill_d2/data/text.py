@@ -23,7 +23,7 @@ def read_text(file: str) -> str:
     try:
         return content.decode(_encoding(content))
     except UnicodeDecodeError as error:
-        raise ValueError(f"'{file}' is no text in UTF-8 or UTF-16: {error}") from error
+        raise ValueError(f"'{file}' is not text in UTF-8 or UTF-16: {error}") from error
 
 
 def _encoding(content: bytes) -> str:

@@ -83,7 +83,7 @@ def read_classes(file: str) -> list[str]:
         try:
             content = yaml.safe_load(read_text(file))
         except yaml.YAMLError as error:
-            raise ValueError(f"'{file}' is no yaml: {error}") from error
+            raise ValueError(f"'{file}' is not yaml: {error}") from error
         names = content.get("names") if isinstance(content, dict) else None
         if isinstance(names, dict) and sorted(map(str, names)) == sorted(map(str, range(len(names)))):
             names = [names[key] for key in sorted(names, key=int)]

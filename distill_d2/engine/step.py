@@ -188,7 +188,7 @@ class TrainStep(SimpleTrainer):
             raise FloatingPointError(str(error) + self._explain(data, state)) from None
         self._update(optimizers)
 
-    def _forward(self, data: Any) -> dict[str, torch.Tensor]:
+    def _forward(self, data: Any) -> dict[str, Any]:
         try:
             with self._autocast():
                 return self.model(data)

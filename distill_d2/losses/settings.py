@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
@@ -126,7 +125,6 @@ class LossSettings:
             raise SettingError(name, getattr(self, name), expected)
 
 
-@functools.cache
 def keys_of(settings: type[LossSettings]) -> dict[str, Key]:
     """The Key of each setting that is a config key, by its name."""
     keys = {each.name: each.metadata.get("key", Key()) for each in fields(settings)}

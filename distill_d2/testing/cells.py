@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from detectron2.utils.events import EventStorage
@@ -19,7 +20,8 @@ from distill_d2 import Distiller, DistillLoss, Teacher
 from .family import Family
 from .recipes import Recipe
 
-Terms = dict[str, torch.Tensor]
+#: Scalar tensors by name, or those of a state.
+Terms = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,8 @@ def step(model: nn.Module, batch: list[dict]) -> Terms:
     """The losses of a training step; afterwards the parameters have their gradients."""
     model.zero_grad()
     losses = losses_of(model, batch)
-    sum(losses.values()).backward()
+    total: Any = sum(losses.values())
+    total.backward()
     return {name: loss.detach() for name, loss in losses.items()}
 
 

@@ -206,7 +206,7 @@ def test_what_can_be_mended_is_mended_for_training_and_evaluation(
         ),
         (
             [changed("annotations", 1, keypoints=[1, None, 2])],
-            ["1 of 1 annotations have keypoints that are no numbers", "id 2", "[1, None, 2]"],
+            ["1 of 1 annotations have keypoints that are not numbers", "id 2", "[1, None, 2]"],
         ),
     ],
 )
@@ -223,6 +223,17 @@ def test_boxes_of_corners(entry, tmp_path):
         load(entry)
     entry.update(NAME=entry["NAME"] + "_corners", BOXES="corners")
     assert load(entry)[0]["annotations"][0]["bbox"] == [25, 15, 30, 20]
+    assert score_truth(entry["NAME"], tmp_path / "out") > 99.9
+
+
+def test_categories_that_the_json_lacks(entry, tmp_path, caplog):
+    """A test set may lack a class; the others keep their numbers, and are evaluated."""
+    write(entry)
+    dicts = load({**entry, "CLASSES": ["ant", "cat", "cow", "dog"]})
+    assert "lack ['ant', 'cow'] of CLASSES" in caplog.text
+    labels = [item["category_id"] for record in dicts for item in record["annotations"]]
+    assert labels == [1, 3, 1]
+    assert MetadataCatalog.get(entry["NAME"]).thing_classes == ["ant", "cat", "cow", "dog"]
     assert score_truth(entry["NAME"], tmp_path / "out") > 99.9
 
 
