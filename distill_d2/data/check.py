@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .. import plugins
-from ..mistakes import UnreadableRecord
 from ..quiet import quiet
-from .augmentation import BoxAwareMapper, build_mapper
+from .augmentation import build_mapper
 from .builtin_voc import builtin_voc_places
 from .classes import check_same_classes, classes_of
 from .coco_content import kept_content
 from .custom import check_name, datasets_root
-from .images import check_image, refuse_deep_image
+from .images import check_image
 from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
 from .proposals import read_proposals
@@ -239,26 +238,6 @@ def _check_images(name: str, sample: Sequence[dict[str, Any]], deep: bool) -> No
         logger.warning(
             f"Dataset '{name}': {len(files)} of {len(sample)} images {text}, the first is '{files[0]}'"
         )
-
-
-class NamedReadErrors:
-    """A dataset mapper whose errors name the image."""
-
-    def __init__(self, mapper: Callable[[dict[str, Any]], Any]):
-        self.mapper = mapper
-        self.reads_as_detectron2 = type(mapper) in (DatasetMapper, BoxAwareMapper)
-
-    def __call__(self, record: dict[str, Any]) -> Any:
-        """Call the mapper; its errors become an UnreadableRecord, with the original as the cause."""
-        try:
-            if self.reads_as_detectron2:
-                refuse_deep_image(record["file_name"])
-            return self.mapper(record)
-        except Exception as error:
-            raise UnreadableRecord(
-                f"the image '{record.get('file_name')}' or its annotations cannot be used: "
-                f"{type(error).__name__}: {error}"
-            ) from error
 
 
 def _need_annotations(cfg: CfgNode) -> bool:

@@ -1,0 +1,46 @@
+"""Errors of reading an image or its annotations name the image."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from detectron2.data import DatasetMapper
+
+from .augmentation import BoxAwareMapper
+from .images import refuse_deep_image
+
+
+class UnreadableRecord(ValueError):
+    """An image or its annotations cannot be read.
+
+    A worker of a data loader hands its error over as text, from which torch makes this exception again.
+
+    Attributes:
+        of_worker: the worker's traceback; "" if the training process itself read the image.
+    """
+
+    def __init__(self, message: str):
+        name = f"{type(self).__module__}.{type(self).__name__}: "
+        of_worker, _, own = message.rpartition(name)
+        self.of_worker = of_worker
+        super().__init__(own.strip())
+
+
+class NamedReadErrors:
+    """A dataset mapper whose errors name the image."""
+
+    def __init__(self, mapper: Callable[[dict[str, Any]], Any]):
+        self.mapper = mapper
+        self.reads_as_detectron2 = type(mapper) in (DatasetMapper, BoxAwareMapper)
+
+    def __call__(self, record: dict[str, Any]) -> Any:
+        """Call the mapper; its errors become an UnreadableRecord, with the original as the cause."""
+        try:
+            if self.reads_as_detectron2:
+                refuse_deep_image(record["file_name"])
+            return self.mapper(record)
+        except Exception as error:
+            raise UnreadableRecord(
+                f"the image '{record.get('file_name')}' or its annotations cannot be used: "
+                f"{type(error).__name__}: {error}"
+            ) from error
