@@ -11,6 +11,8 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable
 
+from .messages import shortened
+
 MOST_CHARACTERS = 2000
 _MOST_ELEMENTS = 10_000
 _DEEPEST = 40
@@ -43,12 +45,12 @@ def calculate(text: str) -> Any:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
-            f"'{_short(text)}' is not an expression: {getattr(error, 'msg', error)}"
+            f"'{shortened(text)}' is not an expression: {getattr(error, 'msg', error)}"
         ) from error
     try:
         return _Calculation(text).value(tree.body, {}, 0)
     except (ArithmeticError, TypeError) as error:
-        raise ValueError(f"'{_short(text)}' has no value: {error}") from error
+        raise ValueError(f"'{shortened(text)}' has no value: {error}") from error
 
 
 class _Calculation:
@@ -62,7 +64,7 @@ class _Calculation:
         self._count(1)
         if depth > _DEEPEST:
             raise ValueError(
-                f"'{_short(self.text)}' is nested too deeply; expected at most {_DEEPEST} levels"
+                f"'{shortened(self.text)}' is nested too deeply; expected at most {_DEEPEST} levels"
             )
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
             return self._bounded(node.value)
@@ -99,7 +101,7 @@ class _Calculation:
         if _is_number(value):
             return self._bounded(value)
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"'{_short(self.text)}' has a complex number")
+            raise ValueError(f"'{shortened(self.text)}' has a complex number")
         self._count(_elements(value))
         return value
 
@@ -151,19 +153,19 @@ class _Calculation:
 
     def _bounded(self, value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"'{_short(self.text)}' has a number that is not finite")
+            raise ValueError(f"'{shortened(self.text)}' has a number that is not finite")
         if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-            raise ValueError(f"'{_short(self.text)}' has an integer of more than {_MOST_BITS} bits")
+            raise ValueError(f"'{shortened(self.text)}' has an integer of more than {_MOST_BITS} bits")
         return value
 
     def _count(self, steps: int) -> None:
         self.steps += steps
         if self.steps > _MOST_ELEMENTS:
-            raise ValueError(f"'{_short(self.text)}' has more than {_MOST_ELEMENTS} elements")
+            raise ValueError(f"'{shortened(self.text)}' has more than {_MOST_ELEMENTS} elements")
 
     def _refused(self, node: ast.expr) -> ValueError:
         part = ast.get_source_segment(self.text.strip(), node) or type(node).__name__
-        return ValueError(f"'{_short(part)}' is not read; arithmetic may have {ALLOWED}")
+        return ValueError(f"'{shortened(part)}' is not read; arithmetic may have {ALLOWED}")
 
 
 def _is_call_of(node: ast.Call, name: str) -> bool:
@@ -178,7 +180,3 @@ def _is_number(value: Any) -> bool:
 def _elements(value: Any) -> int:
     """The numbers and lists in a value, as often as they would be printed."""
     return 1 + sum(map(_elements, value)) if isinstance(value, (list, tuple)) else 1
-
-
-def _short(text: str, most: int = 80) -> str:
-    return text if len(text) <= most else text[:most] + "..."

@@ -11,19 +11,12 @@ from typing import Any, Callable
 
 from detectron2.config import CfgNode, get_cfg
 
+from .messages import shortened
+from .rules import kind_of
 from .safe_yaml import LARGEST_INTEGER, read_yaml
 
 MOST_CHARACTERS = 50_000
 _LONGEST_TEXT = 5_000
-_NODE = "{name: value, ...}"
-_EXPECTED = {
-    str: 'text ("" for none)',
-    int: "an integer",
-    float: "a number",
-    bool: "True or False",
-    list: "a list, such as [a, b], or [] for none",
-    tuple: "a list, such as [a, b], or [] for none",
-}
 
 
 def set_values(
@@ -94,12 +87,6 @@ def config_keys(node: CfgNode, prefix: str = "") -> list[str]:
         if isinstance(value, CfgNode):
             keys += config_keys(value, f"{prefix}{name}.")
     return keys
-
-
-def shortened(value: Any, most: int = 80) -> str:
-    """A value as text for a message."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _set(
@@ -208,10 +195,10 @@ def _mismatch(value: Any, current: Any, key: str, source: str) -> ValueError:
 
 
 def _wrong(found: str, current: Any, key: str) -> str:
-    expected = (
-        _NODE if isinstance(current, CfgNode) else _EXPECTED.get(type(current), type(current).__name__)
+    is_node = isinstance(current, CfgNode)
+    return (
+        f"{key} is {shortened(found)}; expected {'{name: value, ...}' if is_node else kind_of(current)}"
     )
-    return f"{key} is {shortened(found)}; expected {expected}"
 
 
 def _unknown_key(cfg: CfgNode, key: str, source: str) -> KeyError:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .config_values import shortened
+from .messages import shortened
 
 _MISSING = object()
 # hydra needs seconds to refuse longer ones.

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import torch
 
-from .data.reading import UnreadableRecord
+from .data.read_errors import UnreadableRecord
 from .imports import imported_modules
 
 #: As argparse's, for wrong arguments.

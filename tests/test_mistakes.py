@@ -9,7 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from runs import Job
 from torch._utils import ExceptionWrapper
 
-from distill_d2.data.reading import UnreadableRecord
+from distill_d2.data.read_errors import UnreadableRecord
 from distill_d2.engine import argument_parser, launch, main
 from distill_d2.losses import build_losses
 from distill_d2.mistakes import Message, ending_on_mistakes, is_mistake, message_of

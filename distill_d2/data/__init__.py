@@ -6,7 +6,7 @@ from .check import DataPlan, check_dataset, check_datasets, check_plan
 from .coco import adopt_coco_datasets
 from .custom import check_name, datasets_root, register_custom_datasets, with_absolute_paths
 from .loader import ShieldedLoader, build_train_loader, end_workers
-from .reading import NamedReadErrors
+from .read_errors import NamedReadErrors
 from .sampler import ResumableTrainingSampler, sampler_of_config, seeded
 from .shapes import generate_shapes, register_shapes
 from .statistics import BoxStatistics, box_statistics

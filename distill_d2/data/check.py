@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import logging
 import os
-import random
-import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -22,21 +18,15 @@ from ..quiet import quiet
 from .augmentation import build_mapper
 from .builtin_voc import builtin_voc_places
 from .classes import check_same_classes, classes_of
-from .coco_content import kept_content
+from .coco_reading import kept_content
 from .custom import check_name, datasets_root
-from .images import check_image
+from .image_files import check_image_files, is_local
 from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
 from .proposals import read_proposals
 from .records import check_records
 from .sample import has_objects
 from .voc import check_evaluated_ids
-
-logger = logging.getLogger(__name__)
-
-_DECODERS = 4  # threads
-_SEED = 0
-_ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -169,8 +159,6 @@ def check_dataset(
 ) -> list[dict[str, Any]]:
     """Check that a dataset is registered, has annotations and images, and fits the model.
 
-    Folders are listed to see whether all image files exist: one call per folder, not per file.
-
     Args:
         name: of the dataset.
         classes: config key and value of the model's number of classes; None: not known.
@@ -218,26 +206,8 @@ def check_dataset(
     check_records(name, dicts, classes and classes[1], tested, need_files)
     if tested and MetadataCatalog.get(name).get("evaluator_type") == "pascal_voc":
         check_evaluated_ids(name, [record["image_id"] for record in dicts])
-    local = [record for record in dicts if "file_name" in record and _is_local(record)]
-    if len(local) < len(dicts):
-        _tell_addresses(name, dicts)
-    _check_files_exist(name, [os.fspath(record["file_name"]) for record in local])
-    sample = random.Random(_SEED).sample(local, min(check_images, len(local)))
-    _check_images(name, sample, deep=not need_files)
+    check_image_files(name, dicts, check_images, deep=not need_files)
     return dicts
-
-
-def _check_images(name: str, sample: Sequence[dict[str, Any]], deep: bool) -> None:
-    with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
-        found = list(pool.map(functools.partial(check_image, deep=deep), sample))
-    remarks: dict[str, list[str]] = {}
-    for record, texts in zip(sample, found):
-        for text in texts:
-            remarks.setdefault(text, []).append(os.fspath(record["file_name"]))
-    for text, files in remarks.items():
-        logger.warning(
-            f"Dataset '{name}': {len(files)} of {len(sample)} images {text}, the first is '{files[0]}'"
-        )
 
 
 def _need_annotations(cfg: CfgNode) -> bool:
@@ -264,7 +234,7 @@ def _needs(cfg: CfgNode) -> MapperNeeds:
 
 
 def _try_mapper(name: str, records: list[dict[str, Any]], plan: DataPlan) -> None:
-    trained_on = [record for record in records if _is_local(record)]
+    trained_on = [record for record in records if is_local(record)]
     if plan.skip_empty:
         trained_on = [record for record in trained_on if has_objects(record)]
     needs = dataclasses.replace(plan.needs, num_classes=len(classes_of([name]) or ()))
@@ -314,47 +284,12 @@ def _check_classes(name: str, classes: tuple[str, int] | None) -> None:
     things = classes_of([name])
     if classes is None or things is None or len(things) == classes[1]:
         return
-    shown = ", ".join(things[:10]) + (", ..." if len(things) > 10 else "")
     raise ValueError(
-        f"dataset '{name}' has {len(things)} classes ({shown}), but {classes[0]} is {classes[1]}; set "
-        f"it to {len(things)}"
+        f"dataset '{name}' has {len(things)} classes ({', '.join(things[:10])}), but {classes[0]} is "
+        f"{classes[1]}; set it to {len(things)}"
     )
 
 
 def _classes_key(cfg: CfgNode) -> tuple[str, int] | None:
     keys = [d.num_classes_key for d in plugins.of_student(cfg) if d.num_classes_key]
     return (keys[0], functools.reduce(getattr, keys[0].split("."), cfg)) if keys else None
-
-
-def _tell_addresses(name: str, records: Sequence[dict[str, Any]]) -> None:
-    files = [os.fspath(record["file_name"]) for record in records if not _is_local(record)]
-    if files:
-        logger.warning(
-            f"dataset '{name}': {len(files)} file names are addresses, the first is '{files[0]}'; they are "
-            "not checked, and fetched when training comes to them"
-        )
-
-
-def _is_local(record: dict[str, Any]) -> bool:
-    return not _ADDRESS.match(os.fspath(record.get("file_name", "")))
-
-
-def _check_files_exist(name: str, files: Sequence[str]) -> None:
-    listings: dict[str, set] = {}
-    missing: list[str] = []
-    for file in files:
-        folder, base = os.path.split(file)
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if base not in listings[folder]:
-            missing.append(file)
-    if missing:
-        folder = os.path.dirname(missing[0])
-        address = " (an address below a folder is not a file; download the images)" * (
-            "://" in missing[0]
-        )
-        raise FileNotFoundError(
-            f"dataset '{name}': {len(missing)} of {len(files)} images do not exist, the first is "
-            f"'{missing[0]}'{address}; its folder holds {sorted(listings[folder])[:3]}, {len(listings[folder])} "
-            "files in all"
-        )

@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_first_n
 
-from .coco_content import CocoContent, CocoSource, read_coco
+from .coco_content import CocoContent, CocoSource
+from .coco_masks import compressed
+from .coco_reading import read_coco
 from .keypoints import set_keypoint_metadata
 
 _COPIED = ("iscrowd", "bbox", "keypoints", "category_id")
@@ -58,7 +59,7 @@ def load_coco(
         flips: pairs of those that a horizontal flip exchanges; None: those of "left" and "right".
 
     Raises:
-        ValueError: it cannot be read or mended, or holds other classes than ``source.classes``.
+        ValueError: it cannot be read or corrected, or holds other classes than ``source.classes``.
     """
     found = read_coco(source)
     if found.changes:
@@ -89,17 +90,16 @@ def _records(found: CocoContent, source: CocoSource, numbers: dict[Any, int]) ->
     by_image = collections.defaultdict(list)
     for item in found.annotations:
         by_image[item["image_id"]].append(item)
-    records = []
-    for image in sorted(found.content["images"], key=lambda image: image["id"]):
-        record = {
+    return [
+        {
             "file_name": os.path.join(source.images, image["file_name"]),
             "height": image["height"],
             "width": image["width"],
             "image_id": image["id"],
             "annotations": [_instance(item, numbers) for item in by_image[image["id"]]],
         }
-        records.append(record)
-    return records
+        for image in sorted(found.content["images"], key=lambda image: image["id"])
+    ]
 
 
 def _instance(item: dict[str, Any], numbers: dict[Any, int]) -> dict[str, Any]:
@@ -108,9 +108,7 @@ def _instance(item: dict[str, Any], numbers: dict[Any, int]) -> dict[str, Any]:
     found["category_id"] = numbers[item["category_id"]]
     mask = item.get("segmentation")
     if mask:
-        if isinstance(mask, dict) and isinstance(mask["counts"], list):
-            mask = mask_util.frPyObjects(mask, *mask["size"])
-        found["segmentation"] = mask
+        found["segmentation"] = compressed(mask) if isinstance(mask, dict) else mask
     if item.get("keypoints"):
         # COCO's keypoints are indices of pixels, detectron2's coordinates: a pixel's center is at 0.5.
         found["keypoints"] = [x + 0.5 * (i % 3 != 2) for i, x in enumerate(item["keypoints"])]

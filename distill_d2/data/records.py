@@ -140,11 +140,11 @@ class _Annotations:
         self.owners = np.repeat(np.arange(len(dicts)), counts)
         for key in ("bbox", "bbox_mode", "category_id"):
             lacking = np.array([item.get(key) is None for item in self.items])
-            self._refuse(lacking, f"have no '{key}'", "add it")
+            self._refuse(lacking, f"have no '{key}'", "add it", key)
         modes = [item["bbox_mode"] for item in self.items]
         known = np.array([isinstance(m, (int, np.integer)) and int(m) in _LENGTHS for m in modes])
-        self._refuse(~known, "have a bbox_mode that detectron2 does not read",
-                     "expected BoxMode.XYXY_ABS, XYWH_ABS or XYWHA_ABS", modes)  # fmt: skip
+        advice = "expected BoxMode.XYXY_ABS, XYWH_ABS or XYWHA_ABS"
+        self._refuse(~known, "have a bbox_mode that detectron2 does not read", advice, "bbox_mode")
         self.modes = np.array(modes, dtype=np.int64)
 
     def check(self, num_classes: int | None) -> None:
@@ -161,18 +161,15 @@ class _Annotations:
             isinstance(label, (int, np.integer)) or (isinstance(label, float) and label.is_integer())
             for label in labels
         ]
-        self._refuse(~np.array(whole), "have a category_id that is not an integer", "convert it", labels)
+        what = "have a category_id that is not an integer"
+        self._refuse(~np.array(whole), what, "convert it", "category_id")
         classes = np.array(labels, dtype=np.int64)
         things = MetadataCatalog.get(self.name).get("thing_classes")
         count = len(things) if things is not None else num_classes
         wrong = (classes < 0) | (classes >= (count or np.inf))
-        self._refuse(
-            wrong,
-            "have a category_id out of range",
-            f"classes count from 0 to {'the number of classes' if count is None else count} - 1, in the order "
-            "of thing_classes in the dataset's metadata",
-            labels,
-        )
+        last = "the number of classes" if count is None else count
+        advice = f"classes count from 0 to {last} - 1, in the order of thing_classes in the dataset's metadata"
+        self._refuse(wrong, "have a category_id out of range", advice, "category_id")
 
     def _check_boxes(self, mode: int, rows: np.ndarray, sizes: np.ndarray) -> None:
         """The boxes of one mode, in images of these sizes (N, 2): width, height."""
@@ -180,20 +177,10 @@ class _Annotations:
         arrays = np.array([not isinstance(self.items[row]["bbox"], (list, tuple)) for row in rows])
         if mode != BoxMode.XYXY_ABS:  # other modes are converted
             what = f"have a bbox in BoxMode.{BoxMode(mode).name} that is not a list"
-            self._refuse(
-                arrays,
-                what,
-                "detectron2 takes an array for several boxes: write bbox.tolist()",
-                None,
-                rows,
-            )
-        self._refuse(
-            ~np.isfinite(boxes).all(axis=1),
-            "have a box with NaN or inf",
-            "remove or mend them",
-            [self.items[row]["bbox"] for row in rows],
-            rows,
-        )
+            advice = "detectron2 takes an array for several boxes: write bbox.tolist()"
+            self._refuse(arrays, what, advice, "bbox", rows)
+        wrong = ~np.isfinite(boxes).all(axis=1)
+        self._refuse(wrong, "have a box with NaN or inf", "remove or correct them", "bbox", rows)
         if mode == _ROTATED:
             return
         if mode == BoxMode.XYWH_ABS:
@@ -235,7 +222,7 @@ class _Annotations:
                 for box in shapes
             ]
             what = f"have a box that is not {length} numbers"
-            self._refuse(~np.array(right), what, "write numbers", boxes, rows)
+            self._refuse(~np.array(right), what, "write numbers", "bbox", rows)
         return found.astype(np.float64)
 
     def _refuse_corners(self, boxes: np.ndarray, sizes: np.ndarray) -> None:
@@ -252,22 +239,17 @@ class _Annotations:
             )
 
     def _refuse(
-        self,
-        wrong: np.ndarray,
-        what: str,
-        advice: str,
-        values: Sequence[Any] | None = None,
-        rows: np.ndarray | None = None,
+        self, wrong: np.ndarray, what: str, advice: str, key: str, rows: np.ndarray | None = None
     ) -> None:
-        """Raises ValueError if an annotation (of ``rows``, by default all) is wrong."""
+        """Raises ValueError if an annotation (of ``rows``, by default all) is wrong: how many, the first with its
+        ``key``, and what to do."""
         if not wrong.any():
             return
         first = int(wrong.argmax())
         row = first if rows is None else int(rows[first])
-        value = "" if values is None else f": {values[first]!r}"
         raise ValueError(
             f"dataset '{self.name}': {wrong.sum()} of {len(wrong)} annotations {what}, the first is "
-            f"{self._describe(row)}{value}; {advice}"
+            f"{self._describe(row)}, {key} {self.items[row].get(key)!r}; {advice}"
         )
 
     def _describe(self, row: int) -> str:

@@ -74,7 +74,7 @@ class VocFolder:
 
     @classmethod
     def of_dataset(cls, name: str) -> VocFolder:
-        """Of a registered dataset; Raises ValueError if its metadata does not say it."""
+        """Of a registered dataset. Raises ValueError if its metadata does not say it."""
         metadata = MetadataCatalog.get(name)
         lacking = [
             key for key in ("dirname", "split", "year", "thing_classes") if metadata.get(key) is None
@@ -178,11 +178,8 @@ def load_voc(name: str, folder: VocFolder, classes: Sequence[str]) -> list[dict[
     _check_classes(name, ids, images, classes)
     without_area = sum(image.without_area for image in images)
     if without_area:
-        log_first_n(
-            logging.WARNING,
-            f"Dataset '{name}': dropped {without_area} boxes without area",
-            key="message",
-        )
+        text = f"Dataset '{name}': dropped {without_area} boxes without area"
+        log_first_n(logging.WARNING, text, key="message")
     files = _ImageFiles(folder.images)
     return [
         {
@@ -218,9 +215,8 @@ class _ImageFiles:
 
     def __init__(self, folder: str):
         self.folder = folder
-        self.by_id = files_by_id(
-            folder, IMAGE_SUFFIXES
-        )  # empty without the folder, which is reported elsewhere
+        # Empty without the folder, which is reported elsewhere.
+        self.by_id = files_by_id(folder, IMAGE_SUFFIXES)
 
     def find(self, key: str, named: str) -> str:
         """The file of an image, relative to the folder.

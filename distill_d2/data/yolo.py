@@ -111,8 +111,8 @@ def load_yolo(name: str, folder: YoloFolder, classes: Sequence[str]) -> list[dic
     twice = [files[key] for key in ids if len(files[key]) > 1]
     if twice:
         raise ValueError(
-            f"dataset '{name}': '{folder.images}' holds {len(twice)} names with several images, first {twice[0]}, "
-            "which would share their labels; remove the others"
+            f"dataset '{name}': '{folder.images}' holds {len(twice)} names with several images, the first is "
+            f"{twice[0]}; they would share their labels: remove the others"
         )
     if not ids:
         raise ValueError(f"dataset '{name}': '{folder.images}' holds no images of this split")
@@ -125,11 +125,8 @@ def load_yolo(name: str, folder: YoloFolder, classes: Sequence[str]) -> list[dic
             f"'{os.path.join(folder.labels, ids[0])}.txt'; LABELS names their folder"
         )
     if without:
-        log_first_n(
-            logging.WARNING,
-            f"Dataset '{name}': {without} of {len(ids)} images have no text file, thus no objects",
-            key="message",
-        )
+        text = f"Dataset '{name}': {without} of {len(ids)} images have no text file, thus no objects"
+        log_first_n(logging.WARNING, text, key="message")
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
         sizes = list(pool.map(image_size, paths))
     records = [
@@ -182,7 +179,7 @@ def _problem(row: list[float], classes: Sequence[str]) -> str:
             f"class {row[0]:g}; expected 0 to {len(classes) - 1}, for the classes {list(classes)[:10]}"
         )
     if min(row[1:]) < -_BEYOND or max(row[1:]) > 1 + _BEYOND:
-        return "expected fractions of the image's width and height, 0 to 1 (no pixels)"
+        return "expected fractions of the image's width and height, 0 to 1, not pixels"
     return ""
 
 
@@ -208,6 +205,5 @@ def _drop_without_area(name: str, records: list[dict[str, Any]]) -> None:
         kept = [i for i in items if i["bbox"][2] > i["bbox"][0] and i["bbox"][3] > i["bbox"][1]]
         record["annotations"], count = kept, count + len(items) - len(kept)
     if count:
-        log_first_n(
-            logging.WARNING, f"Dataset '{name}': dropped {count} boxes without area", key="message"
-        )
+        text = f"Dataset '{name}': dropped {count} boxes without area"
+        log_first_n(logging.WARNING, text, key="message")

@@ -15,7 +15,7 @@ _MOST = 0.5  # of a run
 
 
 def check_acting(losses: Mapping[str, DistillLoss], phases: TrainingPhases, max_iter: int) -> None:
-    """Log a line on each loss that does not act on the student for most of the run.
+    """Log a line on each loss that does not act on the student for most of the run, and on parts that stay fixed.
 
     Args:
         losses: those of the Distiller, by name.
@@ -25,6 +25,13 @@ def check_acting(losses: Mapping[str, DistillLoss], phases: TrainingPhases, max_
     Raises:
         ValueError: a loss never acts, although its weight is not 0.
     """
+    parts = {"BACKBONE": phases.fix_backbone_before, "HEAD": phases.fix_head_before}
+    for part, start in parts.items():
+        if start >= max_iter:
+            logger.warning(
+                f"MODEL.DISTILLER.FIX_{part}_BEFORE is {start}: this part of the student is not trained in the "
+                f"{max_iter} iterations of this run"
+            )
     for name, loss in losses.items():
         _check(name, loss, phases, max_iter)
 

@@ -18,6 +18,7 @@ from ..data.augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY
 from ..losses import DISTILL_LOSS_REGISTRY, key_comments
 from ..plugins import detectors
 from ..rules import (
+    ARCHITECTURE,
     COUNT,
     COUNT_OR_0,
     FRACTION,
@@ -41,8 +42,14 @@ from ..teacher import AUTOCAST_CHOICES
 from .optimizer import CLIPPERS, optimizer_types
 from .settings import distiller_node
 
-_NAMES = Sequence(Text(empty=False), unique=True)
-_WARMUP = Choice(("linear", "constant"))
+_NAME, _SEED = Text(empty=False), Integer(at_most=2**32 - 1)
+_NAMES = Sequence(_NAME)
+_LOSSES = Choice(lambda context: sorted(name for name, _ in DISTILL_LOSS_REGISTRY))
+_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR")
+_NO_AUG = (
+    "test-time augmentation is not part of this package. Evaluate the checkpoint, which holds a plain detectron2 "
+    "model, with detectron2's tools/train_net.py --eval-only"
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ def _solver(node: str) -> dict[str, Rule]:
         "NUM_DECAYS": COUNT,
         "WARMUP_FACTOR": NOT_NEGATIVE,
         "WARMUP_ITERS": COUNT_OR_0,
-        "WARMUP_METHOD": _WARMUP,
+        "WARMUP_METHOD": Choice(("linear", "constant")),
         "CLIP_GRADIENTS.CLIP_TYPE": Choice(tuple(CLIPPERS)),
         "CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
         "CLIP_GRADIENTS.NORM_TYPE": Number(above=0, also=(float("inf"),)),
@@ -109,8 +116,8 @@ def _keypoints(context: Context) -> list[int]:
 #: Of every run.
 COMMON: dict[str, Rule] = {
     "MODEL.WEIGHTS": Text(),
-    "OUTPUT_DIR": Text(empty=False),
-    "SEED": Integer(at_most=2**32 - 1),
+    "OUTPUT_DIR": _NAME,
+    "SEED": _SEED,
     "VIS_PERIOD": COUNT_OR_0,
     "INPUT.MIN_SIZE_TEST": COUNT_OR_0,
     "INPUT.MAX_SIZE_TEST": COUNT,
@@ -118,17 +125,13 @@ COMMON: dict[str, Rule] = {
     "INPUT.MASK_FORMAT": Choice(("polygon", "bitmask")),
     "INPUT.MAPPER": Choice(DATASET_MAPPER_REGISTRY, also=("",)),
     "DATALOADER.NUM_WORKERS": COUNT_OR_0,
-    "DATASETS.TEST": _NAMES,
-    "DATASETS.PROPOSAL_FILES_TEST": Sequence(Text(empty=False), count=_files("TEST")),
+    "DATASETS.TEST": Sequence(_NAME, unique=True),
+    "DATASETS.PROPOSAL_FILES_TEST": Sequence(_NAME, count=_files("TEST")),
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": COUNT,
     "DATASETS.CHECK": Choice(("all", "none")),
     "TEST.KEYPOINT_OKS_SIGMAS": Sequence(POSITIVE, count=_keypoints),
     "TEST.EXPECTED_RESULTS": Sequence(Sequence(count=(4,))),
-    "TEST.AUG.ENABLED": Unused(
-        False,
-        "test-time augmentation is not part of this package. Evaluate the checkpoint, which holds a plain "
-        "detectron2 model, with detectron2's tools/train_net.py --eval-only",
-    ),
+    "TEST.AUG.ENABLED": Unused(False, _NO_AUG),
 }
 
 #: Of training.
@@ -142,17 +145,15 @@ TRAINING: dict[str, Rule] = {
     "INPUT.AUGMENTATIONS": Choice(AUGMENTATION_REGISTRY, also=("default",)),
     "INPUT.SSD.EXPAND_MAX_RATIO": Number(at_least=1),
     "INPUT.SSD.CROP_MIN_IOUS": Sequence(FRACTION),
-    "DATASETS.TRAIN": Sequence(Text(empty=False), least=1, unique=True),
-    "DATASETS.PROPOSAL_FILES_TRAIN": Sequence(Text(empty=False), count=_files("TRAIN")),
+    "DATASETS.TRAIN": Sequence(_NAME, least=1, unique=True),
+    "DATASETS.PROPOSAL_FILES_TRAIN": Sequence(_NAME, count=_files("TRAIN")),
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": COUNT,
     "DATASETS.CHECK_IMAGES": COUNT_OR_0,
     "DATALOADER.SAMPLER_TRAIN": Choice(_samplers),
     "DATALOADER.REPEAT_THRESHOLD": FRACTION,
     "SOLVER.MAX_ITER": COUNT,
     "SOLVER.STEPS": Sequence(COUNT_OR_0, rising=True),
-    "SOLVER.LR_SCHEDULER_NAME": Choice(
-        ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
-    ),
+    "SOLVER.LR_SCHEDULER_NAME": Choice((*_SCHEDULERS, "WarmupStepWithFixedGammaLR")),
     "SOLVER.IMS_PER_BATCH": COUNT,
     "SOLVER.REFERENCE_WORLD_SIZE": COUNT_OR_0,
     "SOLVER.CHECKPOINT_PERIOD": COUNT_OR_0,
@@ -164,23 +165,21 @@ TRAINING: dict[str, Rule] = {
 
 #: Of MODEL.DISTILLER; its nodes of losses have LossSettings.
 DISTILLATION: dict[str, Rule] = {
-    "TYPES": Sequence(
-        Choice(lambda context: sorted(name for name, _ in DISTILL_LOSS_REGISTRY)), least=1, unique=True
-    ),
-    "TASK_LOSS_WEIGHT": NOT_NEGATIVE,
-    "FREEZE": Sequence(Text(empty=False)),
-    "MODEL_DISTILLER_CONFIG": Text(empty=False),
-    "TEACHER_WEIGHTS": Text(),
-    "TEACHER_ALLOW_MISSING": Sequence(Text(empty=False)),
-    "TEACHER_AUTOCAST": Choice(AUTOCAST_CHOICES),
-    "PRELOAD_NAMES": Sequence(Text(empty=False)),
-    "PRELOAD_TEACHER": Text(),
-    "PRELOAD_TYPE": Choice(("all", "teacher_only")),
-    "PRETRAIN_TEACHER_ITERS": COUNT_OR_0,
-    "FIX_BACKBONE_BEFORE": COUNT_OR_0,
-    "FIX_HEAD_BEFORE": COUNT_OR_0,
-    **_solver("SOLVER"),
-    "SOLVER.LR_SCHEDULER_NAME": Choice(("WarmupMultiStepLR", "WarmupCosineLR")),
+    "MODEL.DISTILLER.TYPES": Sequence(_LOSSES, least=1, unique=True),
+    "MODEL.DISTILLER.TASK_LOSS_WEIGHT": NOT_NEGATIVE,
+    "MODEL.DISTILLER.FREEZE": _NAMES,
+    "MODEL.DISTILLER.MODEL_DISTILLER_CONFIG": _NAME,
+    "MODEL.DISTILLER.TEACHER_WEIGHTS": Text(),
+    "MODEL.DISTILLER.TEACHER_ALLOW_MISSING": _NAMES,
+    "MODEL.DISTILLER.TEACHER_AUTOCAST": Choice(AUTOCAST_CHOICES),
+    "MODEL.DISTILLER.PRELOAD_NAMES": _NAMES,
+    "MODEL.DISTILLER.PRELOAD_TEACHER": Text(),
+    "MODEL.DISTILLER.PRELOAD_TYPE": Choice(("all", "teacher_only")),
+    "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS": COUNT_OR_0,
+    "MODEL.DISTILLER.FIX_BACKBONE_BEFORE": COUNT_OR_0,
+    "MODEL.DISTILLER.FIX_HEAD_BEFORE": COUNT_OR_0,
+    **_solver("MODEL.DISTILLER.SOLVER"),
+    "MODEL.DISTILLER.SOLVER.LR_SCHEDULER_NAME": Choice(_SCHEDULERS),
 }
 
 #: Of a LazyConfig.
@@ -190,9 +189,12 @@ LAZY: dict[str, Rule] = {
     "train.checkpointer.period": COUNT_OR_0,
     "train.log_period": COUNT,
     "train.amp.enabled": Flag(),
-    "train.seed": Integer(at_most=2**32 - 1),
-    "train.output_dir": Text(empty=False),
+    "train.seed": _SEED,
+    "train.output_dir": _NAME,
     "train.init_checkpoint": Text(),
+    "dataloader.train.num_workers": COUNT_OR_0,
+    "dataloader.train.total_batch_size": COUNT,
+    "dataloader.test.num_workers": COUNT_OR_0,
 }
 
 
@@ -211,6 +213,13 @@ def check_keys(cfg: CfgNode, train: bool = True) -> None:
     check_rules(Context(student_config(cfg)), run_rules(cfg, train), relations)
 
 
+def check_student_name(cfg: CfgNode) -> None:
+    """Check the name of a student that MODEL.DISTILLER names itself. Raises ValueError."""
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        student_config(cfg)  # raises if it is empty
+        check_rules(Context(cfg), {"MODEL.DISTILLER.STUDENT_META_ARCH": ARCHITECTURE})
+
+
 def run_rules(cfg: CfgNode, train: bool = True) -> dict[str, Rule]:
     """The rules of all keys that a run with this config reads; arguments of ``check_keys``."""
     known = (*(name for name, _ in DISTILL_LOSS_REGISTRY), *detectors())
@@ -218,7 +227,7 @@ def run_rules(cfg: CfgNode, train: bool = True) -> dict[str, Rule]:
     if train:
         rules.update(TRAINING)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
-        rules.update({f"MODEL.DISTILLER.{name}": rule for name, rule in DISTILLATION.items()})
+        rules.update(DISTILLATION)
     return rules
 
 
@@ -227,8 +236,7 @@ def check_lazy_keys(cfg: DictConfig) -> None:
     check_rules(Context(cfg), LAZY)
     if "distiller" in cfg:
         node = CfgNode({"MODEL": CfgNode({"DISTILLER": distiller_node(cfg.distiller)})})
-        rules = {f"MODEL.DISTILLER.{name}": rule for name, rule in DISTILLATION.items()}
-        check_rules(Context(node), rules)
+        check_rules(Context(node), DISTILLATION)
 
 
 @functools.lru_cache(maxsize=1)
@@ -250,85 +258,78 @@ def _relations(context: Context, train: bool) -> Iterator[str]:
     yield from model_relations(context)
     splits = ("TRAIN", "TEST") if train else ("TEST",)
     if not cfg.INPUT.MAPPER and not cfg.INPUT.FIXED_SIZE:
-        yield from _size_relations(cfg.INPUT, splits)
-    yield from _proposal_relations(cfg, splits)
-    results = cfg.TEST.EXPECTED_RESULTS
-    if results and not cfg.DATASETS.TEST:
-        yield f"TEST.EXPECTED_RESULTS is {results!r}, but DATASETS.TEST is empty; expected []"
-    if not train:
-        return
-    crop, solver = cfg.INPUT.CROP, cfg.SOLVER
-    if solver.REFERENCE_WORLD_SIZE and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
-        yield (
-            f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE}; expected 0, or a divisor of "
-            f"IMS_PER_BATCH, {solver.IMS_PER_BATCH}"
-        )
-    if crop.ENABLED and crop.TYPE.startswith("relative") and max(crop.SIZE) > 1:
-        yield f"INPUT.CROP.SIZE is {crop.SIZE}; expected parts of an image, at most 1 for TYPE '{crop.TYPE}'"
-    if crop.ENABLED and crop.TYPE.startswith("absolute") and not all(type(n) is int for n in crop.SIZE):
-        yield f"INPUT.CROP.SIZE is {crop.SIZE}; expected integers, pixels, for TYPE '{crop.TYPE}'"
-    if crop.ENABLED and crop.TYPE == "absolute_range" and crop.SIZE[0] > crop.SIZE[1]:
-        yield f"INPUT.CROP.SIZE is {crop.SIZE}; expected the smallest side, then the largest"
-    cosine = solver.LR_SCHEDULER_NAME == "WarmupCosineLR"
-    if cosine and not (solver.BASE_LR and solver.BASE_LR_END <= solver.BASE_LR):
-        yield (
-            f"SOLVER.BASE_LR is {solver.BASE_LR} and BASE_LR_END {solver.BASE_LR_END}; expected a BASE_LR above "
-            "0, and an end that is not above it, for WarmupCosineLR"
-        )
-    if solver.RESCALE_INTERVAL and solver.WARMUP_ITERS >= solver.MAX_ITER:
-        yield (
-            f"SOLVER.WARMUP_ITERS is {solver.WARMUP_ITERS}; expected below MAX_ITER, {solver.MAX_ITER}, with "
-            "RESCALE_INTERVAL True"
-        )
-    if cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS and context.has(GeneralizedRCNN):
-        for name in cfg.DATASETS.TRAIN:
-            if not hasattr(MetadataCatalog.get(name), "class_image_count"):
-                yield (
-                    f"MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True; expected False, since the metadata of dataset "
-                    f"'{name}' has no class_image_count (LVIS has it)"
-                )
-    if solver.OPTIMIZER.lower() == "sgd" and solver.NESTEROV and not solver.MOMENTUM:
-        yield "SOLVER.NESTEROV is True; expected False, or a MOMENTUM above 0"
+        yield from _size_relations(context, splits)
+    yield from _proposal_relations(context, splits)
+    if cfg.TEST.EXPECTED_RESULTS and not cfg.DATASETS.TEST:
+        yield context.wrong("TEST.EXPECTED_RESULTS", "[], since DATASETS.TEST is empty")
+    if train:
+        yield from _solver_relations(context)
+        if cfg.INPUT.CROP.ENABLED:
+            yield from _crop_relations(context)
+        if cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS and context.has(GeneralizedRCNN):
+            for name in cfg.DATASETS.TRAIN:
+                if not hasattr(MetadataCatalog.get(name), "class_image_count"):
+                    reason = f"the metadata of dataset '{name}' has no class_image_count (LVIS has it)"
+                    yield context.wrong("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", f"False, since {reason}")
 
 
-def _size_relations(node: CfgNode, splits: Iterable[str]) -> Iterator[str]:
+def _solver_relations(context: Context) -> Iterator[str]:
+    node, wrong = context.cfg.SOLVER, context.wrong
+    if node.REFERENCE_WORLD_SIZE and node.IMS_PER_BATCH % node.REFERENCE_WORLD_SIZE:
+        divisor = f"0, or a divisor of IMS_PER_BATCH, {node.IMS_PER_BATCH}"
+        yield wrong("SOLVER.REFERENCE_WORLD_SIZE", divisor)
+    if node.LR_SCHEDULER_NAME == "WarmupCosineLR":
+        if not node.BASE_LR:
+            yield wrong("SOLVER.BASE_LR", "above 0 for WarmupCosineLR")
+        elif node.BASE_LR_END > node.BASE_LR:
+            yield wrong("SOLVER.BASE_LR_END", f"at most BASE_LR, {node.BASE_LR}, for WarmupCosineLR")
+    if node.RESCALE_INTERVAL and node.WARMUP_ITERS >= node.MAX_ITER:
+        expected = f"below MAX_ITER, {node.MAX_ITER}, with RESCALE_INTERVAL True"
+        yield wrong("SOLVER.WARMUP_ITERS", expected)
+    if node.OPTIMIZER.lower() == "sgd" and node.NESTEROV and not node.MOMENTUM:
+        yield wrong("SOLVER.NESTEROV", "False, or a MOMENTUM above 0")
+
+
+def _crop_relations(context: Context) -> Iterator[str]:
+    size, kind = context.cfg.INPUT.CROP.SIZE, context.cfg.INPUT.CROP.TYPE
+    if kind.startswith("relative") and max(size) > 1:
+        yield context.wrong("INPUT.CROP.SIZE", f"parts of an image, at most 1, for TYPE '{kind}'")
+    if kind.startswith("absolute") and not all(type(side) is int for side in size):
+        yield context.wrong("INPUT.CROP.SIZE", f"integers, pixels, for TYPE '{kind}'")
+    if kind == "absolute_range" and size[0] > size[1]:
+        yield context.wrong("INPUT.CROP.SIZE", "the smallest side, then the largest")
+
+
+def _size_relations(context: Context, splits: Iterable[str]) -> Iterator[str]:
+    node, wrong = context.cfg.INPUT, context.wrong
     for split in splits:
-        sizes, largest = node[f"MIN_SIZE_{split}"], node[f"MAX_SIZE_{split}"]
-        sizes = [sizes] if isinstance(sizes, int) else list(sizes)
-        if min(sizes) > largest:
-            yield (
-                f"INPUT.MAX_SIZE_{split} is {largest}; expected at least INPUT.MIN_SIZE_{split}, {min(sizes)}: an "
-                "image's longest side is not below its shortest"
-            )
+        sizes = node[f"MIN_SIZE_{split}"]
+        least = sizes if isinstance(sizes, int) else min(sizes)
+        if least > node[f"MAX_SIZE_{split}"]:
+            yield wrong(f"INPUT.MAX_SIZE_{split}", f"at least INPUT.MIN_SIZE_{split}, {least}")
     if "TRAIN" not in splits:
         return
-    sizes = node.MIN_SIZE_TRAIN
-    if node.MIN_SIZE_TEST and (sizes == 0 or not isinstance(sizes, int) and 0 in sizes):
-        yield (
-            f"INPUT.MIN_SIZE_TRAIN is {sizes}; expected at least 1. To resize no images, 0 here and in "
-            "MIN_SIZE_TEST"
-        )
-    if node.MIN_SIZE_TRAIN_SAMPLING == "range":
-        if isinstance(sizes, int) or len(sizes) != 2 or sizes[0] > sizes[1]:
-            yield (
-                f"INPUT.MIN_SIZE_TRAIN is {sizes}; expected two numbers, the smallest and the largest, with "
-                "MIN_SIZE_TRAIN_SAMPLING 'range'"
-            )
+    sizes = [node.MIN_SIZE_TRAIN] if isinstance(node.MIN_SIZE_TRAIN, int) else node.MIN_SIZE_TRAIN
+    if node.MIN_SIZE_TEST and 0 in sizes:
+        expected = "at least 1. To resize no images, 0 here and in MIN_SIZE_TEST"
+        yield wrong("INPUT.MIN_SIZE_TRAIN", expected)
+    if node.MIN_SIZE_TRAIN_SAMPLING == "range" and (len(sizes) != 2 or sizes[0] > sizes[1]):
+        expected = "two numbers, the smallest and the largest, with MIN_SIZE_TRAIN_SAMPLING 'range'"
+        yield wrong("INPUT.MIN_SIZE_TRAIN", expected)
 
 
-def _proposal_relations(cfg: CfgNode, splits: Iterable[str]) -> Iterator[str]:
+def _proposal_relations(context: Context, splits: Iterable[str]) -> Iterator[str]:
     """Files of proposals exist, and are read by the model."""
-    given = cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals"
-    if cfg.MODEL.LOAD_PROPOSALS is not given:
-        yield (
-            f"MODEL.LOAD_PROPOSALS is {cfg.MODEL.LOAD_PROPOSALS}; expected {given}, since "
-            f"MODEL.PROPOSAL_GENERATOR.NAME is '{cfg.MODEL.PROPOSAL_GENERATOR.NAME}' (files of proposals are for "
-            "'PrecomputedProposals')"
-        )
+    model = context.cfg.MODEL
+    given = model.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals"
+    if model.LOAD_PROPOSALS is not given:
+        reason = f"since MODEL.PROPOSAL_GENERATOR.NAME is '{model.PROPOSAL_GENERATOR.NAME}'"
+        yield context.wrong("MODEL.LOAD_PROPOSALS", f"{given}, {reason}")
     for split in splits:
-        names = cfg.DATASETS[f"PROPOSAL_FILES_{split}"]
-        if names and not cfg.MODEL.LOAD_PROPOSALS:
-            yield f"DATASETS.PROPOSAL_FILES_{split} is {names!r}, which needs MODEL.LOAD_PROPOSALS True"
-        for name in names if cfg.MODEL.LOAD_PROPOSALS else ():
+        key = f"DATASETS.PROPOSAL_FILES_{split}"
+        files = context.value(key)
+        if files and not model.LOAD_PROPOSALS:
+            yield context.wrong(key, "(), or MODEL.LOAD_PROPOSALS True")
+        for name in files if model.LOAD_PROPOSALS else ():
             if "://" not in name and not os.path.isfile(name):
-                yield f"DATASETS.PROPOSAL_FILES_{split} names '{name}', which does not exist"
+                yield f"{key} names '{name}', which does not exist"

@@ -24,7 +24,7 @@ from ..plugins import ground_truth, of_student
 from ..teacher import teacher_weights
 from .config_loading import load_config, output_dir
 from .config_writing import check_is_no_student_config, write_configs
-from .key_rules import check_keys
+from .key_rules import check_keys, check_student_name
 from .output_dir import claim, kept
 from .random_state import random_state, set_random_state
 from .settings import RunSettings
@@ -62,6 +62,7 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     if args.resume or args.eval_only:
         check_note(cfg.OUTPUT_DIR)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
+    check_student_name(cfg)
     cfg = _with_distiller(cfg) if distill else student_config(cfg)
     check_keys(cfg, train=not args.eval_only)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
@@ -75,15 +76,26 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
             write_configs(cfg, train=not args.eval_only)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
-    unused = keys_without_effect(cfg.MODEL.DISTILLER) if distill else []
-    if unused:
-        logger.warning(f"Without effect, since MODEL.DISTILLER.TYPES does not name their loss: {unused}")
+    log_without_effect(cfg, distill)
     for detector in of_student(cfg):
         detector.check(cfg)
     if comm.is_main_process():
         _check_data(cfg, trainer, train=not args.eval_only)
     comm.synchronize()
     return cfg
+
+
+def log_without_effect(cfg: CfgNode, distill: bool) -> None:
+    """Log the keys that this student, or its losses, do not read although they are set."""
+    unused = keys_without_effect(cfg.MODEL.DISTILLER) if distill else []
+    if unused:
+        logger.warning(f"Without effect, since MODEL.DISTILLER.TYPES does not name their loss: {unused}")
+    for key, kind in (("MASK_ON", "masks"), ("KEYPOINT_ON", "keypoints")):
+        students = [detector.name for detector in of_student(cfg) if cfg.MODEL[key]]
+        if students and kind not in ground_truth(cfg):
+            logger.warning(
+                f"MODEL.{key} is True: without effect, since {students[0]} predicts no {kind}"
+            )
 
 
 def _check_data(cfg: CfgNode, trainer: type[DistillTrainer], train: bool) -> None:
@@ -115,7 +127,6 @@ def _with_distiller(cfg: CfgNode) -> CfgNode:
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
         cfg.MODEL.DISTILLER.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
         cfg.MODEL.META_ARCHITECTURE = "Distiller"
-    student_config(cfg)  # raises if STUDENT_META_ARCH is empty
     return cfg
 
 

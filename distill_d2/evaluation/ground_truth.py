@@ -14,7 +14,8 @@ from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.structures import BoxMode
 
 from ..data.coco import coco_source
-from ..data.coco_content import area, is_right, read_coco
+from ..data.coco_masks import area
+from ..data.coco_reading import is_right, read_coco
 from ..data.sample import has
 
 #: Of ``of_records``; None: all.
@@ -34,7 +35,7 @@ def of_records(records: Sequence[dict[str, Any]]) -> Iterator[None]:
 
 def with_ground_truth(name: str, folder: str) -> str:
     """The name of metadata from which detectron2's COCOEvaluator evaluates a dataset: the dataset's own where
-    its json needs no mending. Otherwise what training reads is written to ``folder``/ground_truth.json.
+    its json needs no correction. Otherwise what training reads is written to ``folder``/ground_truth.json.
 
     detectron2 itself would write the annotations of a dataset without a json once, and use that file in
     later runs whatever the annotations are by then.
@@ -44,7 +45,7 @@ def with_ground_truth(name: str, folder: str) -> str:
         folder: for the file.
 
     Raises:
-        ValueError: the json cannot be read or mended.
+        ValueError: the json cannot be read or corrected.
     """
     source = coco_source(name)
     if source is None:
@@ -88,8 +89,8 @@ def _described(name: str, folder: str, content: dict[str, Any]) -> str:
 
 
 def _content(name: str) -> dict[str, Any]:
-    """The records of a dataset as COCO's content, as detectron2's ``convert_to_coco_dict`` makes it one annotation
-    at a time (7 s for 10,000 images)."""
+    """The records of a dataset as COCO's content, as detectron2's ``convert_to_coco_dict`` makes it, one by one
+    (7 s for 10,000 images)."""
     records = DatasetCatalog.get(name) if _RECORDS is None else _RECORDS
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:

@@ -19,6 +19,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 from pycocotools import mask as rle
 
+from ..data.coco_masks import compressed
 from ..data.sample import has, objects, varied_sample
 from ..quiet import quiet, tell
 from .ground_truth import of_records
@@ -203,7 +204,7 @@ class _Trial:
         if MetadataCatalog.get(self.name).get("thing_dataset_id_to_contiguous_id"):
             return ""
         return (
-            f". The categories of its json have the ids {ids[:5]}, not 0, 1, ...: its metadata need "
+            f". The categories of its json have the ids {ids[:5]}, not 0, 1, ...: its metadata needs "
             "thing_dataset_id_to_contiguous_id, {id: number of the class}"
         )
 
@@ -260,10 +261,9 @@ def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
         return segmentation.astype(np.uint8)
     if not segmentation:
         return np.zeros((height, width), np.uint8)
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return rle.decode(segmentation)
-    encoded = rle.frPyObjects(segmentation, height, width)
-    return rle.decode(rle.merge(encoded) if isinstance(encoded, list) else encoded)
+    if isinstance(segmentation, dict):
+        return rle.decode(compressed(segmentation))
+    return rle.decode(rle.merge(rle.frPyObjects(segmentation, height, width)))
 
 
 def _rounded(box: Sequence[float]) -> list[float]:
@@ -284,7 +284,7 @@ def _failure(name: str, error: Exception, place: str = "") -> Exception:
     text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
     return ValueError(
         f"dataset '{name}' cannot be evaluated: its evaluator, given the ground truth as detections, fails: "
-        f"{text}{place}. Mend the annotations; {_SKIP}"
+        f"{text}{place}. Correct the annotations; {_SKIP}"
     )
 
 

@@ -1,7 +1,11 @@
-"""What config keys may hold: one table per part of a config, and its check before anything is built.
+"""What config keys may hold: tables of rules, which are checked before anything is built.
 
-A table maps the full name of a key to a rule (``kinds``). ``model`` has the table of detectron2's detectors, the
-engine that of a run, a plugin's ``Detector.rules`` those of its own keys; ``LossSettings`` has the losses' keys.
+A table maps the full name of a key to a rule. A plugin gives its own as ``Detector.rules``, for example
+
+    {"MODEL.MY_DETECTOR.SCALE": Number(above=0), "MODEL.MY_DETECTOR.IN_FEATURES": Levels()}
+
+Keys without a rule keep the type of their default. ``model`` has the table of detectron2's detectors, the engine
+that of a run; losses state the rules of their keys in ``LossSettings``. A new kind of rule derives from ``Rule``.
 """
 
 from .check import RuleError, check_rules, faults
@@ -9,9 +13,13 @@ from .context import Context
 from .kinds import (
     COUNT,
     COUNT_OR_0,
+    COUNT_OR_ALL,
     FRACTION,
+    NORM,
     NOT_NEGATIVE,
+    OVERLAP,
     POSITIVE,
+    PROBABILITY,
     Anything,
     Choice,
     Flag,
@@ -22,17 +30,29 @@ from .kinds import (
     Sequence,
     Text,
     Unused,
-    norm,
+    kind_of,
     rule_of,
 )
-from .model import assertions_told, check_model, default_rules, model_relations, model_rules
+from .model import (
+    ARCHITECTURE,
+    assertions_told,
+    check_model,
+    default_rules,
+    model_relations,
+    model_rules,
+)
 
 __all__ = [
+    "ARCHITECTURE",
     "COUNT",
     "COUNT_OR_0",
+    "COUNT_OR_ALL",
     "FRACTION",
+    "NORM",
     "NOT_NEGATIVE",
+    "OVERLAP",
     "POSITIVE",
+    "PROBABILITY",
     "Anything",
     "Choice",
     "Context",
@@ -52,6 +72,6 @@ __all__ = [
     "faults",
     "model_relations",
     "model_rules",
-    "norm",
+    "kind_of",
     "rule_of",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from .context import Context
 from .kinds import Levels, Rule
@@ -53,16 +52,5 @@ def _message(problems: list[str], source: str) -> str:
 def faults(context: Context, rules: Mapping[str, Rule]) -> Iterator[str]:
     """A message for each value that is not allowed."""
     for key, rule in rules.items():
-        try:
-            value = context.value(key)
-        except KeyError:
-            continue
-        expected = rule.expected(value, context)
-        if expected:
-            yield f"{key} is {shown(value)}; expected {expected}"
-
-
-def shown(value: Any) -> str:
-    """A value for a message, not too long."""
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."
+        if context.has_key(key) and (expected := rule.expected(context.value(key), context)):
+            yield context.wrong(key, expected)

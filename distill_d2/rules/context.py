@@ -11,6 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
 from fvcore.common.registry import Registry
 
+from ..messages import shortened
+
 
 class Context:
     """A config, and what several rules want to know about it.
@@ -25,6 +27,18 @@ class Context:
     def value(self, key: str) -> Any:
         """The value of a key by its full name. Raises KeyError."""
         return functools.reduce(lambda node, name: node[name], key.split("."), self.cfg)
+
+    def has_key(self, key: str) -> bool:
+        """Whether the config has this key, by its full name."""
+        try:
+            self.value(key)
+        except (KeyError, TypeError, ValueError):  # a LazyConfig may have a list, or None, on the way
+            return False
+        return True
+
+    def wrong(self, key: str, expected: str) -> str:
+        """The message about the value of a key."""
+        return f"{key} is {shortened(repr(self.value(key)), 200)}; expected {expected}"
 
     @functools.cached_property
     def architecture(self) -> type | None:

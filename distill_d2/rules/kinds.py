@@ -7,16 +7,13 @@ import math
 from collections import abc
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, ClassVar
+from typing import Any, Callable, ClassVar
 
 import numpy as np
+from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 
-if TYPE_CHECKING:
-    from .context import Context
-
-#: What detectron2's get_norm builds.
-NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
+from .context import Context
 
 
 def is_list(value: Any) -> bool:
@@ -58,7 +55,7 @@ class Text(Rule):
 
     def expected(self, value: Any, context: Context) -> str:
         right = isinstance(value, str) and (self.empty or bool(value))
-        return "" if right else "a text" + ("" if self.empty else " that is not empty")
+        return "" if right else 'text ("" for none)' if self.empty else "text that is not empty"
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,12 @@ class Integer(Number):
 
 
 POSITIVE, NOT_NEGATIVE, FRACTION = Number(above=0), Number(at_least=0), Number(at_least=0, at_most=1)
-COUNT, COUNT_OR_0 = Integer(at_least=1), Integer(at_least=0)
+PROBABILITY, OVERLAP = Number(above=0, below=1), Number(above=0, at_most=1)
+COUNT, COUNT_OR_0, COUNT_OR_ALL = (
+    Integer(at_least=1),
+    Integer(at_least=0),
+    Integer(at_least=1, also=(-1,)),
+)
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,8 @@ class Choice(Rule):
         return [*self.also, *choices]
 
 
-def norm(*more: str) -> Choice:
-    """A normalization of detectron2's ``get_norm``, or one of ``more``."""
-    return Choice((*NORMS, *more))
+#: What detectron2's get_norm builds.
+NORM = Choice(("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN"))
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Sequence(Rule):
         item: the rule of its items.
         count: how many there are: numbers, or a function from a context to them.
         least: how many there are at least.
-        rising: each is above the one before; "or equal".
+        rising, not_falling: each is above the one before, or not below it.
         unique: none is repeated.
         alone: one item may stand without a list.
     """
@@ -193,25 +194,23 @@ class Sequence(Rule):
         if self.alone and not is_list(value):
             return self.item.expected(value, context)
         counts = list(self.count(context) if callable(self.count) else self.count)
-        if self._allows(value, counts, context):
-            return ""
-        return self._words(value, counts, context)
+        return "" if self._allows(value, counts, context) else self._words(value, counts, context)
 
     def _allows(self, value: Any, counts: list[int], context: Context) -> bool:
-        if not is_list(value) or len(value) < self.least:
-            return False
-        if counts and len(value) not in counts:
+        if not is_list(value) or len(value) < self.least or (counts and len(value) not in counts):
             return False
         if any(self.item.expected(each, context) for each in value):
             return False
         pairs = list(zip(value, value[1:]))
-        if self.rising and not all(a < b for a, b in pairs):
-            return False
-        if self.not_falling and not all(a <= b for a, b in pairs):
-            return False
-        return not self.unique or len(set(value)) == len(value)
+        return (
+            (not self.rising or all(a < b for a, b in pairs))
+            and (not self.not_falling or all(a <= b for a, b in pairs))
+            and (not self.unique or len(set(value)) == len(value))
+        )
 
     def _words(self, value: Any, counts: list[int], context: Context) -> str:
+        if self == Sequence():
+            return "a list, such as [a, b], or [] for none"
         number = " or ".join(map(str, counts)) or (f"{self.least} or more" if self.least else "")
         text = f"a list of {number} values" if number else "a list"
         wrong = value if is_list(value) else (value,)
@@ -224,16 +223,10 @@ class Sequence(Rule):
 
 @dataclass(frozen=True)
 class Levels(Rule):
-    """Names of outputs of the backbone.
-
-    Attributes:
-        least: how many there are at least.
-    """
-
-    least: int = 1
+    """Names of outputs of the backbone, one or more."""
 
     def expected(self, value: Any, context: Context) -> str:
-        plain = Sequence(Text(empty=False), least=self.least, unique=True).expected(value, context)
+        plain = Sequence(Text(empty=False), least=1, unique=True).expected(value, context)
         if plain:
             return plain
         known = context.levels
@@ -272,3 +265,8 @@ def rule_of(default: Any) -> Rule:
     if is_list(default):
         return Sequence()
     return Anything()
+
+
+def kind_of(default: Any) -> str:
+    """In words, the type that the values of a key have."""
+    return rule_of(default).expected(None, Context(CfgNode())) or type(default).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from detectron2.config import CfgNode
 from detectron2.modeling import (
@@ -33,9 +33,13 @@ from .context import Context, registered
 from .kinds import (
     COUNT,
     COUNT_OR_0,
+    COUNT_OR_ALL,
     FRACTION,
+    NORM,
     NOT_NEGATIVE,
+    OVERLAP,
     POSITIVE,
+    PROBABILITY,
     Choice,
     Flag,
     Integer,
@@ -44,11 +48,13 @@ from .kinds import (
     Rule,
     Sequence,
     Text,
-    norm,
+    is_list,
     rule_of,
 )
 
 _BOX_LOSS = Choice(("smooth_l1", "giou", "diou", "ciou"))
+_WEIGHTS = Sequence(POSITIVE, count=(4,))
+_PROPOSALS = Choice(PROPOSAL_GENERATOR_REGISTRY, also=("PrecomputedProposals",))
 _POOLERS = Choice(("ROIAlign", "ROIAlignV2", "ROIPool", "ROIAlignRotated"))
 #: A list for each level, or one for all levels.
 _ANCHORS = Sequence(Sequence(POSITIVE, least=1, alone=True), least=1)
@@ -60,6 +66,7 @@ _RESNETS = {
     "build_fcos_resnet_fpn_backbone",
     "build_fcos_resnet_bifpn_backbone",
 }
+Condition = Callable[[Context], bool]
 #: Forms of an image that detectron2 makes in addition to those of Pillow.
 _FORMATS = {"BGR": 3, "YUV-BT.601": 3}
 
@@ -67,7 +74,10 @@ _FORMATS = {"BGR": 3, "YUV-BT.601": 3}
 def _architectures(context: Context) -> list[str]:
     """Registered names, and those of detectors whose modules are imported only when they are used."""
     of_detectors = {detector.architecture for detector in plugins.detectors().values()} - {""}
-    return sorted({name for name, _ in META_ARCH_REGISTRY} | of_detectors)
+    return sorted({name for name, _ in META_ARCH_REGISTRY} - {"Distiller"} | of_detectors)
+
+
+ARCHITECTURE = Choice(_architectures)
 
 
 def _formats(context: Context) -> list[str]:
@@ -90,8 +100,17 @@ def _labels(node: str) -> Callable[[Context], list[int]]:
 def _matching(node: str) -> dict[str, Rule]:
     """Of detectron2's Matcher."""
     return {
-        f"{node}.IOU_THRESHOLDS": Sequence(Number(above=0, at_most=1), least=1, not_falling=True),
+        f"{node}.IOU_THRESHOLDS": Sequence(OVERLAP, least=1, not_falling=True),
         f"{node}.IOU_LABELS": Sequence(Choice((-1, 0, 1)), count=_labels(node)),
+    }
+
+
+def _pooler(node: str) -> dict[str, Rule]:
+    """Of detectron2's ROIPooler."""
+    return {
+        f"{node}.POOLER_TYPE": _POOLERS,
+        f"{node}.POOLER_RESOLUTION": COUNT,
+        f"{node}.POOLER_SAMPLING_RATIO": COUNT_OR_0,
     }
 
 
@@ -100,27 +119,38 @@ def _box_sides(context: Context) -> list[int]:
     return [5] if context.cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RRPN" else [4]
 
 
-def _rpn(context: Context) -> bool:
-    generator = context.cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    return context.has(GeneralizedRCNN, ProposalNetwork) and generator in ("RPN", "RRPN")
+def _cascade_stages(context: Context) -> list[int]:
+    return [len(context.cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)]
 
 
-def _anchors(context: Context) -> bool:
-    return context.has(RetinaNet) or _rpn(context)
+def _always(context: Context) -> bool:
+    return True
+
+
+def _retinanet(context: Context) -> bool:
+    return context.has(RetinaNet)
 
 
 def _rcnn(context: Context) -> bool:
     return context.has(GeneralizedRCNN)
 
 
-def _heads(*kinds: type) -> Callable[[Context], bool]:
-    """Whether the regions' heads are of one of these classes."""
+def _rpn(context: Context) -> bool:
+    generator = context.cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    return context.has(GeneralizedRCNN, ProposalNetwork) and generator in ("RPN", "RRPN")
 
-    def holds(context: Context) -> bool:
-        found = registered(ROI_HEADS_REGISTRY, context.cfg.MODEL.ROI_HEADS.NAME)
-        return _rcnn(context) and found is not None and issubclass(found, kinds)
 
-    return holds
+def _anchors(context: Context) -> bool:
+    return _retinanet(context) or _rpn(context)
+
+
+def _standard_heads(context: Context, kind: type = StandardROIHeads) -> bool:
+    found = registered(ROI_HEADS_REGISTRY, context.cfg.MODEL.ROI_HEADS.NAME)
+    return _rcnn(context) and found is not None and issubclass(found, kind)
+
+
+def _cascade_heads(context: Context) -> bool:
+    return _standard_heads(context, CascadeROIHeads)
 
 
 def _resnet(context: Context) -> bool:
@@ -141,194 +171,142 @@ def _has_segmentation(context: Context) -> bool:
     return context.has(PanopticFPN, SemanticSegmentor)
 
 
-def _always(context: Context) -> bool:
-    return True
-
-
-def _roi_head(node: str, registry: object) -> dict[str, Rule]:
-    node = f"MODEL.{node}"
-    return {
-        f"{node}.NAME": Choice(registry),  # type: ignore[arg-type]
-        f"{node}.POOLER_TYPE": _POOLERS,
-        f"{node}.POOLER_RESOLUTION": COUNT,
-        f"{node}.POOLER_SAMPLING_RATIO": COUNT_OR_0,
-    }
-
-
-#: Rules, each group with the condition that its keys are read.
-TABLE: list[tuple[Callable[[Context], bool], Mapping[str, Rule]]] = [
-    (
-        _always,
-        {
-            "MODEL.META_ARCHITECTURE": Choice(_architectures),
-            "MODEL.BACKBONE.NAME": Choice(BACKBONE_REGISTRY),
-            "MODEL.BACKBONE.FREEZE_AT": Integer(at_least=-1),
-            "MODEL.PIXEL_MEAN": Sequence(Number(), count=_channels),
-            "MODEL.PIXEL_STD": Sequence(POSITIVE, count=_channels),
-            "INPUT.FORMAT": Choice(_formats),
-            "MODEL.FPN.OUT_CHANNELS": COUNT,
-            "MODEL.FPN.NORM": norm(),
-            "MODEL.FPN.FUSE_TYPE": Choice(("sum", "avg")),
-            "MODEL.FPN.IN_FEATURES": Sequence(Text(empty=False), unique=True),
-            "TEST.DETECTIONS_PER_IMAGE": COUNT,
-        },
-    ),
-    (_rcnn, {"TEST.DETECTIONS_PER_IMAGE": Integer(at_least=1, also=(-1,))}),
-    (
-        _resnet,
-        {
-            "MODEL.RESNETS.DEPTH": Choice((18, 34, 50, 101, 152)),
-            "MODEL.RESNETS.OUT_FEATURES": Sequence(Choice(_STAGES), least=1, unique=True),
-            "MODEL.RESNETS.NUM_GROUPS": COUNT,
-            "MODEL.RESNETS.NORM": norm(),
-            "MODEL.RESNETS.WIDTH_PER_GROUP": COUNT,
-            "MODEL.RESNETS.RES5_DILATION": Choice((1, 2)),
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": COUNT,
-            "MODEL.RESNETS.STEM_OUT_CHANNELS": COUNT,
-            "MODEL.RESNETS.DEFORM_ON_PER_STAGE": Sequence(Flag(), count=(4,)),
-            "MODEL.RESNETS.DEFORM_NUM_GROUPS": COUNT,
-        },
-    ),
-    (
-        _anchors,
-        {
-            "MODEL.ANCHOR_GENERATOR.NAME": Choice(ANCHOR_GENERATOR_REGISTRY),
-            "MODEL.ANCHOR_GENERATOR.SIZES": _ANCHORS,
-            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _ANCHORS,
-            "MODEL.ANCHOR_GENERATOR.OFFSET": Number(at_least=0, below=1),
-        },
-    ),
-    (
-        _rcnn,
-        {
-            "MODEL.PROPOSAL_GENERATOR.NAME": Choice(
-                PROPOSAL_GENERATOR_REGISTRY, also=("PrecomputedProposals",)
-            ),
-            "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": NOT_NEGATIVE,
-            "MODEL.ROI_HEADS.NAME": Choice(ROI_HEADS_REGISTRY),
-            "MODEL.ROI_HEADS.NUM_CLASSES": COUNT,
-            "MODEL.ROI_HEADS.IN_FEATURES": Levels(),
-            **_matching("MODEL.ROI_HEADS"),
-            "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": COUNT,
-            "MODEL.ROI_HEADS.POSITIVE_FRACTION": FRACTION,
-            "MODEL.ROI_HEADS.SCORE_THRESH_TEST": FRACTION,
-            "MODEL.ROI_HEADS.NMS_THRESH_TEST": FRACTION,
-            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
-            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": NOT_NEGATIVE,
-            "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": Sequence(POSITIVE, count=_box_sides),
-            "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": NOT_NEGATIVE,
-            "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES": COUNT,
-            "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER": NOT_NEGATIVE,
-            "MODEL.ROI_BOX_HEAD.POOLER_TYPE": _POOLERS,
-            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": COUNT,
-            "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": COUNT_OR_0,
-        },
-    ),
-    (
-        _rpn,
-        {
-            "MODEL.RPN.HEAD_NAME": Choice(RPN_HEAD_REGISTRY),
-            "MODEL.RPN.IN_FEATURES": Levels(),
-            "MODEL.RPN.BOUNDARY_THRESH": Number(at_least=-1),
-            **_matching("MODEL.RPN"),
-            "MODEL.RPN.BATCH_SIZE_PER_IMAGE": COUNT,
-            "MODEL.RPN.POSITIVE_FRACTION": FRACTION,
-            "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
-            "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": NOT_NEGATIVE,
-            "MODEL.RPN.BBOX_REG_WEIGHTS": Sequence(POSITIVE, count=_box_sides),
-            "MODEL.RPN.SMOOTH_L1_BETA": NOT_NEGATIVE,
-            "MODEL.RPN.LOSS_WEIGHT": NOT_NEGATIVE,
-            "MODEL.RPN.PRE_NMS_TOPK_TRAIN": COUNT,
-            "MODEL.RPN.PRE_NMS_TOPK_TEST": COUNT,
-            "MODEL.RPN.POST_NMS_TOPK_TRAIN": COUNT,
-            "MODEL.RPN.POST_NMS_TOPK_TEST": COUNT,
-            "MODEL.RPN.NMS_THRESH": FRACTION,
-            "MODEL.RPN.CONV_DIMS": Sequence(Integer(at_least=1, also=(-1,)), least=1),
-        },
-    ),
-    (
-        _heads(StandardROIHeads),
-        {
-            "MODEL.ROI_BOX_HEAD.NAME": Choice(ROI_BOX_HEAD_REGISTRY),
-            "MODEL.ROI_BOX_HEAD.NUM_FC": COUNT_OR_0,
-            "MODEL.ROI_BOX_HEAD.FC_DIM": COUNT,
-            "MODEL.ROI_BOX_HEAD.NUM_CONV": COUNT_OR_0,
-            "MODEL.ROI_BOX_HEAD.CONV_DIM": COUNT,
-            "MODEL.ROI_BOX_HEAD.NORM": norm(),
-        },
-    ),
-    (
-        _heads(CascadeROIHeads),
-        {
-            "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": Sequence(Number(above=0, at_most=1), least=1),
-            "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": Sequence(
-                Sequence(POSITIVE, count=(4,)),
-                count=lambda context: [len(context.cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)],
-            ),
-        },
-    ),
-    (
-        _has_masks,
-        {
-            **_roi_head("ROI_MASK_HEAD", ROI_MASK_HEAD_REGISTRY),
-            "MODEL.ROI_MASK_HEAD.NUM_CONV": COUNT_OR_0,
-            "MODEL.ROI_MASK_HEAD.CONV_DIM": COUNT,
-            "MODEL.ROI_MASK_HEAD.NORM": norm(),
-        },
-    ),
-    (
-        _has_keypoints,
-        {
-            **_roi_head("ROI_KEYPOINT_HEAD", ROI_KEYPOINT_HEAD_REGISTRY),
-            "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": Sequence(COUNT, least=1),
-            "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": COUNT,
-            "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": COUNT_OR_0,
-            "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": NOT_NEGATIVE,
-        },
-    ),
-    (
-        _has_segmentation,
-        {
-            "MODEL.SEM_SEG_HEAD.NAME": Choice(SEM_SEG_HEADS_REGISTRY),
-            "MODEL.SEM_SEG_HEAD.IN_FEATURES": Levels(),
-            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": COUNT,
-            "MODEL.SEM_SEG_HEAD.CONVS_DIM": COUNT,
-            "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": COUNT,
-            "MODEL.SEM_SEG_HEAD.NORM": norm(),
-            "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": NOT_NEGATIVE,
-            "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT": NOT_NEGATIVE,
-            "MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH": FRACTION,
-            "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": NOT_NEGATIVE,
-            "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": FRACTION,
-        },
-    ),
-    (
-        lambda context: context.has(RetinaNet),
-        {
-            "MODEL.RETINANET.NUM_CLASSES": COUNT,
-            "MODEL.RETINANET.IN_FEATURES": Levels(),
-            "MODEL.RETINANET.NUM_CONVS": COUNT,
-            **_matching("MODEL.RETINANET"),
-            "MODEL.RETINANET.PRIOR_PROB": Number(above=0, below=1),
-            "MODEL.RETINANET.SCORE_THRESH_TEST": FRACTION,
-            "MODEL.RETINANET.TOPK_CANDIDATES_TEST": COUNT,
-            "MODEL.RETINANET.NMS_THRESH_TEST": FRACTION,
-            "MODEL.RETINANET.BBOX_REG_WEIGHTS": Sequence(POSITIVE, count=(4,)),
-            "MODEL.RETINANET.FOCAL_LOSS_GAMMA": NOT_NEGATIVE,
-            "MODEL.RETINANET.FOCAL_LOSS_ALPHA": Number(at_least=0, at_most=1, also=(-1,)),
-            "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": NOT_NEGATIVE,
-            "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
-            "MODEL.RETINANET.NORM": norm(),
-        },
-    ),
-]
+#: Rules of keys, by the condition that a model reads them.
+TABLE: dict[Condition, dict[str, Rule]] = {
+    _always: {
+        "MODEL.META_ARCHITECTURE": ARCHITECTURE,
+        "MODEL.BACKBONE.NAME": Choice(BACKBONE_REGISTRY),
+        "MODEL.BACKBONE.FREEZE_AT": Integer(at_least=-1),
+        "MODEL.PIXEL_MEAN": Sequence(Number(), count=_channels),
+        "MODEL.PIXEL_STD": Sequence(POSITIVE, count=_channels),
+        "INPUT.FORMAT": Choice(_formats),
+        "MODEL.FPN.OUT_CHANNELS": COUNT,
+        "MODEL.FPN.NORM": NORM,
+        "MODEL.FPN.FUSE_TYPE": Choice(("sum", "avg")),
+        "MODEL.FPN.IN_FEATURES": Sequence(Text(empty=False), unique=True),
+        "TEST.DETECTIONS_PER_IMAGE": COUNT,
+    },
+    _resnet: {
+        "MODEL.RESNETS.DEPTH": Choice((18, 34, 50, 101, 152)),
+        "MODEL.RESNETS.OUT_FEATURES": Sequence(Choice(_STAGES), least=1, unique=True),
+        "MODEL.RESNETS.NUM_GROUPS": COUNT,
+        "MODEL.RESNETS.NORM": NORM,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": COUNT,
+        "MODEL.RESNETS.RES5_DILATION": Choice((1, 2)),
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": COUNT,
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": COUNT,
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE": Sequence(Flag(), count=(4,)),
+        "MODEL.RESNETS.DEFORM_NUM_GROUPS": COUNT,
+    },
+    _anchors: {
+        "MODEL.ANCHOR_GENERATOR.NAME": Choice(ANCHOR_GENERATOR_REGISTRY),
+        "MODEL.ANCHOR_GENERATOR.SIZES": _ANCHORS,
+        "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": _ANCHORS,
+        "MODEL.ANCHOR_GENERATOR.OFFSET": Number(at_least=0, below=1),
+    },
+    _rcnn: {
+        "MODEL.PROPOSAL_GENERATOR.NAME": _PROPOSALS,
+        "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": NOT_NEGATIVE,
+        "TEST.DETECTIONS_PER_IMAGE": COUNT_OR_ALL,
+        "MODEL.ROI_HEADS.NAME": Choice(ROI_HEADS_REGISTRY),
+        "MODEL.ROI_HEADS.NUM_CLASSES": COUNT,
+        "MODEL.ROI_HEADS.IN_FEATURES": Levels(),
+        **_matching("MODEL.ROI_HEADS"),
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": COUNT,
+        "MODEL.ROI_HEADS.POSITIVE_FRACTION": FRACTION,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": FRACTION,
+        "MODEL.ROI_HEADS.NMS_THRESH_TEST": FRACTION,
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT": NOT_NEGATIVE,
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": Sequence(POSITIVE, count=_box_sides),
+        "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": NOT_NEGATIVE,
+        "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES": COUNT,
+        "MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER": NOT_NEGATIVE,
+        **_pooler("MODEL.ROI_BOX_HEAD"),
+    },
+    _rpn: {
+        "MODEL.RPN.HEAD_NAME": Choice(RPN_HEAD_REGISTRY),
+        "MODEL.RPN.IN_FEATURES": Levels(),
+        "MODEL.RPN.BOUNDARY_THRESH": Number(at_least=-1),
+        **_matching("MODEL.RPN"),
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": COUNT,
+        "MODEL.RPN.POSITIVE_FRACTION": FRACTION,
+        "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
+        "MODEL.RPN.BBOX_REG_LOSS_WEIGHT": NOT_NEGATIVE,
+        "MODEL.RPN.BBOX_REG_WEIGHTS": Sequence(POSITIVE, count=_box_sides),
+        "MODEL.RPN.SMOOTH_L1_BETA": NOT_NEGATIVE,
+        "MODEL.RPN.LOSS_WEIGHT": NOT_NEGATIVE,
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": COUNT,
+        "MODEL.RPN.PRE_NMS_TOPK_TEST": COUNT,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": COUNT,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": COUNT,
+        "MODEL.RPN.NMS_THRESH": FRACTION,
+        "MODEL.RPN.CONV_DIMS": Sequence(COUNT_OR_ALL, least=1),
+    },
+    _standard_heads: {
+        "MODEL.ROI_BOX_HEAD.NAME": Choice(ROI_BOX_HEAD_REGISTRY),
+        "MODEL.ROI_BOX_HEAD.NUM_FC": COUNT_OR_0,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": COUNT,
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": COUNT_OR_0,
+        "MODEL.ROI_BOX_HEAD.CONV_DIM": COUNT,
+        "MODEL.ROI_BOX_HEAD.NORM": NORM,
+    },
+    _cascade_heads: {
+        "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": Sequence(OVERLAP, least=1),
+        "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": Sequence(_WEIGHTS, count=_cascade_stages),
+    },
+    _has_masks: {
+        "MODEL.ROI_MASK_HEAD.NAME": Choice(ROI_MASK_HEAD_REGISTRY),
+        **_pooler("MODEL.ROI_MASK_HEAD"),
+        "MODEL.ROI_MASK_HEAD.NUM_CONV": COUNT_OR_0,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": COUNT,
+        "MODEL.ROI_MASK_HEAD.NORM": NORM,
+    },
+    _has_keypoints: {
+        "MODEL.ROI_KEYPOINT_HEAD.NAME": Choice(ROI_KEYPOINT_HEAD_REGISTRY),
+        **_pooler("MODEL.ROI_KEYPOINT_HEAD"),
+        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": Sequence(COUNT, least=1),
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": COUNT,
+        "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": COUNT_OR_0,
+        "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": NOT_NEGATIVE,
+    },
+    _has_segmentation: {
+        "MODEL.SEM_SEG_HEAD.NAME": Choice(SEM_SEG_HEADS_REGISTRY),
+        "MODEL.SEM_SEG_HEAD.IN_FEATURES": Levels(),
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": COUNT,
+        "MODEL.SEM_SEG_HEAD.CONVS_DIM": COUNT,
+        "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": COUNT,
+        "MODEL.SEM_SEG_HEAD.NORM": NORM,
+        "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": NOT_NEGATIVE,
+        "MODEL.PANOPTIC_FPN.INSTANCE_LOSS_WEIGHT": NOT_NEGATIVE,
+        "MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH": FRACTION,
+        "MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT": NOT_NEGATIVE,
+        "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH": FRACTION,
+    },
+    _retinanet: {
+        "MODEL.RETINANET.NUM_CLASSES": COUNT,
+        "MODEL.RETINANET.IN_FEATURES": Levels(),
+        "MODEL.RETINANET.NUM_CONVS": COUNT,
+        **_matching("MODEL.RETINANET"),
+        "MODEL.RETINANET.PRIOR_PROB": PROBABILITY,
+        "MODEL.RETINANET.SCORE_THRESH_TEST": FRACTION,
+        "MODEL.RETINANET.TOPK_CANDIDATES_TEST": COUNT,
+        "MODEL.RETINANET.NMS_THRESH_TEST": FRACTION,
+        "MODEL.RETINANET.BBOX_REG_WEIGHTS": _WEIGHTS,
+        "MODEL.RETINANET.FOCAL_LOSS_GAMMA": NOT_NEGATIVE,
+        "MODEL.RETINANET.FOCAL_LOSS_ALPHA": Number(at_least=0, at_most=1, also=(-1,)),
+        "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": NOT_NEGATIVE,
+        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSS,
+        "MODEL.RETINANET.NORM": NORM,
+    },
+}
 
 
 #: Norms of heads, the condition that they are read, and the channels that a group norm divides.
 _GROUPS = 32
-_GROUPED: list[tuple[Callable[[Context], bool], str, str]] = [
-    (lambda context: context.has(RetinaNet), "MODEL.RETINANET.NORM", "MODEL.FPN.OUT_CHANNELS"),
-    (_heads(StandardROIHeads), "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_BOX_HEAD.CONV_DIM"),
+_GROUPED: list[tuple[Condition, str, str]] = [
+    (_retinanet, "MODEL.RETINANET.NORM", "MODEL.FPN.OUT_CHANNELS"),
+    (_standard_heads, "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_BOX_HEAD.CONV_DIM"),
     (_has_masks, "MODEL.ROI_MASK_HEAD.NORM", "MODEL.ROI_MASK_HEAD.CONV_DIM"),
     (_has_segmentation, "MODEL.SEM_SEG_HEAD.NORM", "MODEL.SEM_SEG_HEAD.CONVS_DIM"),
 ]
@@ -337,8 +315,8 @@ _GROUPED: list[tuple[Callable[[Context], bool], str, str]] = [
 def model_rules(context: Context) -> dict[str, Rule]:
     """The rules of all keys that the config's model reads, those of its plugins included."""
     rules: dict[str, Rule] = {}
-    for read, group in TABLE:
-        if read(context):
+    for is_read, group in TABLE.items():
+        if is_read(context):
             rules.update(group)
     for detector in plugins.detectors().values():
         if detector.names & context.names:
@@ -348,48 +326,41 @@ def model_rules(context: Context) -> dict[str, Rule]:
 
 def model_relations(context: Context) -> Iterator[str]:
     """What is wrong between keys of MODEL, a message each."""
-    model = context.cfg.MODEL
+    model, wrong = context.cfg.MODEL, context.wrong
     if _anchors(context):
-        node = "RETINANET" if context.has(RetinaNet) else "RPN"
-        levels = len(model[node].IN_FEATURES)
-        for name in ("SIZES", "ASPECT_RATIOS"):
-            count = len(model.ANCHOR_GENERATOR[name])
-            lists = [isinstance(each, (list, tuple)) for each in model.ANCHOR_GENERATOR[name]]
-            if any(lists) and not (all(lists) and count in (1, levels)):
-                yield (
-                    f"MODEL.ANCHOR_GENERATOR.{name} has {count} entries; expected one list, or {levels} for "
-                    f"MODEL.{node}.IN_FEATURES {list(model[node].IN_FEATURES)}"
-                )
-        rotated = node == "RPN" and model.PROPOSAL_GENERATOR.NAME == "RRPN"
-        if model.ANCHOR_GENERATOR.NAME == (
-            "DefaultAnchorGenerator" if rotated else "RotatedAnchorGenerator"
-        ):
-            yield (
-                f"MODEL.ANCHOR_GENERATOR.NAME is '{model.ANCHOR_GENERATOR.NAME}'; expected rotated anchors with "
-                "MODEL.PROPOSAL_GENERATOR.NAME 'RRPN', and only there"
-            )
-    if _heads(StandardROIHeads)(context) and model.ROI_BOX_HEAD.NAME == "FastRCNNConvFCHead":
+        yield from _anchor_relations(context)
+    if _standard_heads(context) and model.ROI_BOX_HEAD.NAME == "FastRCNNConvFCHead":
         if not model.ROI_BOX_HEAD.NUM_FC + model.ROI_BOX_HEAD.NUM_CONV:
             yield "MODEL.ROI_BOX_HEAD.NUM_FC and NUM_CONV are 0; expected at least one layer"
-    for read, norm_key, channels_key in _GROUPED:
-        channels = context.value(channels_key)
-        if read(context) and context.value(norm_key) == "GN" and channels % _GROUPS:
-            yield f"{channels_key} is {channels}; expected a multiple of {_GROUPS} for {norm_key} 'GN'"
+    for is_read, norm, channels in _GROUPED:
+        if is_read(context) and context.value(norm) == "GN" and context.value(channels) % _GROUPS:
+            yield wrong(channels, f"a multiple of {_GROUPS} for {norm} 'GN'")
     if _rcnn(context) and model.ROI_BOX_HEAD.USE_FED_LOSS and not model.ROI_BOX_HEAD.USE_SIGMOID_CE:
-        yield "MODEL.ROI_BOX_HEAD.USE_FED_LOSS is True; expected USE_SIGMOID_CE True as well"
-    if _heads(CascadeROIHeads)(context):
-        yield from _cascade_relations(model)
+        yield wrong("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", "False, or USE_SIGMOID_CE True")
+    if _cascade_heads(context):
+        if not model.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+            yield wrong("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True for CascadeROIHeads")
+        first = model.ROI_HEADS.IOU_THRESHOLDS[0]
+        if model.ROI_BOX_CASCADE_HEAD.IOUS[0] != first:
+            start = f"to start with {first}, as MODEL.ROI_HEADS.IOU_THRESHOLDS"
+            yield wrong("MODEL.ROI_BOX_CASCADE_HEAD.IOUS", start)
 
 
-def _cascade_relations(model: CfgNode) -> Iterator[str]:
-    if not model.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
-        yield "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG is False; expected True for CascadeROIHeads"
-    first, wanted = model.ROI_BOX_CASCADE_HEAD.IOUS[0], model.ROI_HEADS.IOU_THRESHOLDS[0]
-    if first != wanted:
-        yield (
-            f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS starts with {first}; expected {wanted}, the first of "
-            "MODEL.ROI_HEADS.IOU_THRESHOLDS"
-        )
+def _anchor_relations(context: Context) -> Iterator[str]:
+    model = context.cfg.MODEL
+    node = "RETINANET" if _retinanet(context) else "RPN"
+    levels = list(model[node].IN_FEATURES)
+    for name in ("SIZES", "ASPECT_RATIOS"):
+        lists = [is_list(each) for each in model.ANCHOR_GENERATOR[name]]
+        if any(lists) and not (all(lists) and len(lists) in (1, len(levels))):
+            expected = f"one list, or {len(levels)} for MODEL.{node}.IN_FEATURES {levels}"
+            yield f"MODEL.ANCHOR_GENERATOR.{name} has {len(lists)} entries; expected {expected}"
+    rotated = node == "RPN" and model.PROPOSAL_GENERATOR.NAME == "RRPN"
+    if model.ANCHOR_GENERATOR.NAME == (
+        "DefaultAnchorGenerator" if rotated else "RotatedAnchorGenerator"
+    ):
+        expected = "rotated anchors with MODEL.PROPOSAL_GENERATOR.NAME 'RRPN', and only there"
+        yield context.wrong("MODEL.ANCHOR_GENERATOR.NAME", expected)
 
 
 def check_model(cfg: CfgNode, source: str = "") -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 
 from distill_d2.plugins import Detector, register_detector
-from distill_d2.rules import COUNT, Integer, Levels, Rule, Unused, norm
+from distill_d2.rules import COUNT, COUNT_OR_0, COUNT_OR_ALL, NORM, Levels, Rule, Unused
 
 
 def add_condinst_config(cfg: CN) -> None:
@@ -37,20 +37,18 @@ def add_condinst_config(cfg: CN) -> None:
     head.USE_FP16 = False
 
 
-_COUNT_OR_ALL = Integer(at_least=1, also=(-1,))
-
 RULES: dict[str, Rule] = {
     "MODEL.CONDINST.MASK_OUT_STRIDE": COUNT,
-    "MODEL.CONDINST.MAX_PROPOSALS": _COUNT_OR_ALL,
-    "MODEL.CONDINST.TOPK_PROPOSALS_PER_IM": _COUNT_OR_ALL,
+    "MODEL.CONDINST.MAX_PROPOSALS": COUNT_OR_ALL,
+    "MODEL.CONDINST.TOPK_PROPOSALS_PER_IM": COUNT_OR_ALL,
     "MODEL.CONDINST.MASK_HEAD.CHANNELS": COUNT,
     "MODEL.CONDINST.MASK_HEAD.NUM_LAYERS": COUNT,
     "MODEL.CONDINST.MASK_HEAD.MAX_INSTANCES_PER_PASS": COUNT,
     "MODEL.CONDINST.MASK_BRANCH.IN_FEATURES": Levels(),
     "MODEL.CONDINST.MASK_BRANCH.CHANNELS": COUNT,
     "MODEL.CONDINST.MASK_BRANCH.OUT_CHANNELS": COUNT,
-    "MODEL.CONDINST.MASK_BRANCH.NUM_CONVS": Integer(at_least=0),
-    "MODEL.CONDINST.MASK_BRANCH.NORM": norm(),
+    "MODEL.CONDINST.MASK_BRANCH.NUM_CONVS": COUNT_OR_0,
+    "MODEL.CONDINST.MASK_BRANCH.NORM": NORM,
     "MODEL.CONDINST.BOTTOM_PIXELS_REMOVED": Unused(-1, "no pixels are removed"),
     "MODEL.CONDINST.MASK_HEAD.USE_FP16": Unused(False, "use SOLVER.AMP.ENABLED"),
 }

@@ -10,14 +10,16 @@ from distill_d2.rules import (
     COUNT,
     COUNT_OR_0,
     FRACTION,
+    NORM,
     NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
     Choice,
+    Context,
     Levels,
-    Number,
     Rule,
     Sequence,
     Unused,
-    norm,
 )
 
 
@@ -109,23 +111,29 @@ def _add_unused(cfg: CN) -> None:
 
 _UNUSED = "AdelaiDet's key has no effect here"
 
+
+def _levels(context: Context) -> list[int]:
+    """The number of levels."""
+    return [len(context.cfg.MODEL.FCOS.IN_FEATURES)]
+
+
+def _between_levels(context: Context) -> list[int]:
+    return [len(context.cfg.MODEL.FCOS.IN_FEATURES) - 1]
+
+
 #: Of the head, which CondInst has too, of the backbones, and AdelaiDet's switches.
 RULES: dict[str, Rule] = {
     "MODEL.FCOS.NUM_CLASSES": COUNT,
     "MODEL.FCOS.IN_FEATURES": Levels(),
-    "MODEL.FCOS.FPN_STRIDES": Sequence(
-        COUNT, rising=True, count=lambda context: [len(context.cfg.MODEL.FCOS.IN_FEATURES)]
-    ),
+    "MODEL.FCOS.FPN_STRIDES": Sequence(COUNT, rising=True, count=_levels),
     "MODEL.FCOS.TOP_LEVELS": Choice((0, 1, 2)),
     "MODEL.FCOS.NUM_SHARE_CONVS": COUNT_OR_0,
     "MODEL.FCOS.NUM_CLS_CONVS": COUNT_OR_0,
     "MODEL.FCOS.NUM_BOX_CONVS": COUNT_OR_0,
     "MODEL.FCOS.NORM": Choice(("GN", "NaiveGN", "BN", "SyncBN", "none")),
-    "MODEL.FCOS.PRIOR_PROB": Number(above=0, below=1),
-    "MODEL.FCOS.POS_RADIUS": Number(above=0),
-    "MODEL.FCOS.SIZES_OF_INTEREST": Sequence(
-        Number(above=0), rising=True, count=lambda context: [len(context.cfg.MODEL.FCOS.IN_FEATURES) - 1]
-    ),
+    "MODEL.FCOS.PRIOR_PROB": PROBABILITY,
+    "MODEL.FCOS.POS_RADIUS": POSITIVE,
+    "MODEL.FCOS.SIZES_OF_INTEREST": Sequence(POSITIVE, rising=True, count=_between_levels),
     "MODEL.FCOS.LOSS_ALPHA": FRACTION,
     "MODEL.FCOS.LOSS_GAMMA": NOT_NEGATIVE,
     "MODEL.FCOS.LOSS_NORMALIZER_CLS": Choice(("fg", "moving_fg", "all")),
@@ -142,9 +150,9 @@ RULES: dict[str, Rule] = {
     "MODEL.FCOS.USE_RELU": Unused(True, f"{_UNUSED}: the head always has ReLU"),
     "MODEL.BiFPN.OUT_CHANNELS": COUNT,
     "MODEL.BiFPN.NUM_REPEATS": COUNT,
-    "MODEL.BiFPN.NORM": norm(),
+    "MODEL.BiFPN.NORM": NORM,
     "MODEL.DLA.CONV_BODY": Choice(("DLA34",)),
-    "MODEL.DLA.NORM": norm(),
+    "MODEL.DLA.NORM": NORM,
     "MODEL.MOBILENET": Unused(False, f"{_UNUSED}: there is no MobileNet backbone"),
     "MODEL.BACKBONE.ANTI_ALIAS": Unused(False, f"{_UNUSED}: there is no anti-aliased backbone"),
     "MODEL.RESNETS.DEFORM_INTERVAL": Unused(1, _UNUSED),

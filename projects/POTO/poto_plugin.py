@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 
 from distill_d2.plugins import Detector, register_detector
-from distill_d2.rules import COUNT, COUNT_OR_0, FRACTION, NOT_NEGATIVE, Levels, Number, Rule, norm
+from distill_d2.rules import COUNT, COUNT_OR_0, FRACTION, NORM, NOT_NEGATIVE, PROBABILITY, Levels, Rule
 
 
 def add_poto_config(cfg: CN) -> None:
@@ -44,8 +44,8 @@ RULES: dict[str, Rule] = {
     "MODEL.POTO.NUM_CLASSES": COUNT,
     "MODEL.POTO.IN_FEATURES": Levels(),
     "MODEL.POTO.NUM_CONVS": COUNT_OR_0,
-    "MODEL.POTO.NORM": norm(),
-    "MODEL.POTO.PRIOR_PROB": Number(above=0, below=1),
+    "MODEL.POTO.NORM": NORM,
+    "MODEL.POTO.PRIOR_PROB": PROBABILITY,
     "MODEL.POTO.ALPHA": FRACTION,
     "MODEL.POTO.CENTER_SAMPLING_RADIUS": NOT_NEGATIVE,
     "MODEL.POTO.FOCAL_ALPHA": FRACTION,
@@ -53,7 +53,7 @@ RULES: dict[str, Rule] = {
     "MODEL.POTO.REG_WEIGHT": NOT_NEGATIVE,
     "MODEL.POTO.FILTER_KERNEL_SIZE": COUNT,
     "MODEL.POTO.FILTER_TAU": COUNT_OR_0,
-    "MODEL.POTO.FILTER_NORM": norm(),
+    "MODEL.POTO.FILTER_NORM": NORM,
     "MODEL.POTO.AUX_TOPK": COUNT,
     "MODEL.POTO.SCORE_THRESH_TEST": FRACTION,
     "MODEL.POTO.TOPK_CANDIDATES_TEST": COUNT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 
 from distill_d2.plugins import Detector, register_detector
-from distill_d2.rules import COUNT, FRACTION, POSITIVE, Context, Number, Rule, Sequence
+from distill_d2.rules import COUNT, FRACTION, NOT_NEGATIVE, OVERLAP, POSITIVE, Context, Rule, Sequence
 
 
 def add_ssd_config(cfg: CN) -> None:
@@ -63,8 +63,8 @@ RULES: dict[str, Rule] = {
     "MODEL.SSD.MAX_SIZES": Sequence(POSITIVE, count=_levels),
     "MODEL.SSD.ASPECT_RATIOS": Sequence(Sequence(POSITIVE), count=_levels),
     "MODEL.SSD.WIDTH": POSITIVE,
-    "MODEL.SSD.IOU_THRESHOLD": Number(above=0, at_most=1),
-    "MODEL.SSD.NEGATIVES_PER_POSITIVE": Number(at_least=0),
+    "MODEL.SSD.IOU_THRESHOLD": OVERLAP,
+    "MODEL.SSD.NEGATIVES_PER_POSITIVE": NOT_NEGATIVE,
     "MODEL.SSD.SCORE_THRESH_TEST": FRACTION,
     "MODEL.SSD.TOPK_CANDIDATES_TEST": COUNT,
     "MODEL.SSD.NMS_THRESH_TEST": FRACTION,

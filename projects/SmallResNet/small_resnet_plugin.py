@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode as CN
 
 from distill_d2.plugins import Detector, register_detector
-from distill_d2.rules import COUNT, Choice, Rule, Sequence, norm
+from distill_d2.rules import COUNT, NORM, Choice, Rule, Sequence
 
 
 def add_small_resnet_config(cfg: CN) -> None:
@@ -25,14 +25,14 @@ def add_small_resnet_config(cfg: CN) -> None:
     node.NORM = "BN"
 
 
+_STAGES = Choice(("res2", "res3", "res4", "res5"))
+
 RULES: dict[str, Rule] = {
     "MODEL.SMALL_RESNET.STEM_WIDTH": COUNT,
     "MODEL.SMALL_RESNET.WIDTHS": Sequence(COUNT, count=(4,)),
     "MODEL.SMALL_RESNET.BLOCKS": Sequence(COUNT, count=(4,)),
-    "MODEL.SMALL_RESNET.OUT_FEATURES": Sequence(
-        Choice(("res2", "res3", "res4", "res5")), least=1, unique=True
-    ),
-    "MODEL.SMALL_RESNET.NORM": norm(),
+    "MODEL.SMALL_RESNET.OUT_FEATURES": Sequence(_STAGES, least=1, unique=True),
+    "MODEL.SMALL_RESNET.NORM": NORM,
 }
 
 register_detector(

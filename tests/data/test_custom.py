@@ -239,7 +239,7 @@ def test_malformed_xml_is_named(voc, content, text):
     "content, text",
     [
         ('{"images": [', "JSONDecodeError"),
-        (json.dumps(COCO).replace('"category_id": 7', '"category_id": 4'), "category_id=4"),
+        (json.dumps(COCO).replace('"category_id": 7', '"category_id": 4'), "category_id 4"),
         ("[]", "train.json"),
         ("{}", "categories"),
     ],

@@ -104,7 +104,7 @@ def test_addresses_are_told(tmp_path, caplog):
     for name, file_name in names.items():
         DatasetCatalog.register(name, lambda file_name=file_name: [{**record, "file_name": file_name}])
     try:
-        with pytest.raises(FileNotFoundError, match="an address below a folder is no file"):
+        with pytest.raises(FileNotFoundError, match="an address below a folder is not a file"):
             check_dataset("below", need_annotations=False)
         check_dataset("alone", need_annotations=False)
     finally:

@@ -68,28 +68,20 @@ def test_what_detectron2_reads_is_right(paths, changes, of_item, caplog):
         ({"height": None}, {}, ["no 'height'", "3.png"]),
         ({"annotations": None}, {}, ["1 of 3 records have no 'annotations'", "empty list"]),
         ({"width": "64"}, {}, ["width is '64' (str)", "3.png"]),
-        ({"width": [64]}, {}, ["width is [64] (list)"]),
         ({"width": 10**9}, {}, ["width is 1000000000"]),
-        ({"width": 0}, {}, ["width is 0 (int)"]),
         ({"width": NAN}, {}, ["width is nan (float)"]),
         ({}, {"bbox": None}, ["1 of 6 annotations have no 'bbox'", "number 1 (from 0) of", "3.png"]),
         ({}, {"bbox_mode": None}, ["no 'bbox_mode'"]),
         ({}, {"bbox_mode": BoxMode.XYXY_REL}, ["a bbox_mode that", "XYXY_REL"]),
         ({}, {"bbox_mode": "XYXY_ABS"}, ["a bbox_mode that", "'XYXY_ABS'"]),
-        ({}, {"category_id": 2}, ["category_id out of range", ": 2;", "0 to 2 - 1"]),
+        ({}, {"category_id": 2}, ["category_id out of range", "category_id 2;", "0 to 2 - 1"]),
         ({}, {"category_id": -1}, ["category_id out of range"]),
         ({}, {"category_id": "1"}, ["not an integer", "'1'"]),
         ({}, {"category_id": 0.5}, ["not an integer"]),
         ({}, {"bbox": [1, 2, NAN, 4]}, ["1 of 6 annotations have a box with NaN or inf", "nan"]),
-        ({}, {"bbox": [1, 2, 3, float("inf")]}, ["NaN or inf"]),
-        (
-            {},
-            {"bbox": np.array([1, 2, 3, 4])},
-            ["XYWH_ABS that is not a list", "3.png", "bbox.tolist()"],
-        ),
+        ({}, {"bbox": np.array([1, 2, 3, 4])}, ["XYWH_ABS that is not a list", "bbox.tolist()"]),
         ({}, {"bbox": [1, 2, 3]}, ["a box that is not 4 numbers", "[1, 2, 3]"]),
         ({}, {"bbox": ["1", "2", "3", "4"]}, ["a box that is not 4 numbers", "3.png"]),
-        ({}, {"bbox": [1, 2, None, 4]}, ["a box that is not 4 numbers"]),
     ],
 )
 def test_what_it_cannot_read_is_told(paths, changes, of_item, texts):
@@ -107,7 +99,7 @@ def test_boxes_that_are_not_trained_on_are_counted(paths, bbox, text, caplog):
     assert text in caplog.text and "3.png" in caplog.text
 
 
-def test_what_is_no_list_of_dicts_is_told(paths):
+def test_what_is_not_a_list_of_dicts_is_told(paths):
     for dicts, text in (
         (["a.png"], "returned .*a.png.*; expected a list"),
         (iter(()), "expected a list of dicts"),
@@ -144,5 +136,5 @@ def test_boxes_that_are_all_alike_wrong_are_told(paths):
             check(dicts)
         assert all(text in str(caught.value) for text in texts), caught.value
     for record in dicts:
-        record["annotations"][1]["bbox"] = [20, 6, 10, 30]  # no corners: x1 < x0
+        record["annotations"][1]["bbox"] = [20, 6, 10, 30]  # not corners: x1 < x0
     check(dicts)

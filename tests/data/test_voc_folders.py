@@ -71,7 +71,7 @@ def test_unclear_and_missing_lines_are_told(root):
     write(root, ["img", "img 1"], "img 2\nnone.jpg\n")
     assert_fails(entry(), "1 of 2 lines", "train.txt' name nothing in", "'none.jpg'", "['img', 'img 1']")
     write(root, ["img"], "\xff\n", "latin-1")
-    assert_fails(entry(), "train.txt' is no text in UTF-8")
+    assert_fails(entry(), "train.txt' is not text in UTF-8")
     write(root, ["img"], "\n")
     assert_fails(entry(), "no annotations", "0 images")
 

@@ -76,6 +76,13 @@ def test_off_for_most_of_the_run(caplog, loss, max_iter, expected):
     assert expected in line
 
 
+def test_a_part_that_stays_fixed(caplog):
+    check_acting({}, TrainingPhases(nn.Linear(1, 1), {}, fix_backbone_before=10), 10)
+    assert [line.partition(":")[0] for line in caplog.messages] == [
+        "MODEL.DISTILLER.FIX_BACKBONE_BEFORE is 10"
+    ]
+
+
 def test_losses_that_act_are_not_mentioned(caplog):
     check(icd(), 90000)
     check(PKD(warmup_iters=100), 1000, before=500)

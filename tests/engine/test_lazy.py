@@ -61,6 +61,7 @@ def test_nothing_to_distil(lazy_job):
         (ValueError, "train.max_iter=0", "train.max_iter is 0"),
         (ValueError, "optimizer.lr=abc", "'optimizer' of the LazyConfig cannot be built"),
         (ValueError, "train.checkpointer.period=-1", "checkpointer.period is -1; expected"),
+        (ValueError, "dataloader.train.num_workers=-1", "train.num_workers is -1; expected an integer"),
         (ValueError, "distiller.TASK_LOSS_WEIGHT=-1.0", "TASK_LOSS_WEIGHT is -1.0; expected"),
         (ValueError, "distiller.FREEZE=[res7]", "MODEL.DISTILLER.FREEZE: 'res7' matches no name"),
         (ValueError, "+distiller.GID.GI_MODE=positive", "GID.GI_MODE is 'positive'"),

@@ -1,4 +1,4 @@
-"""Errors of reading an image or its annotations name the image."""
+"""Errors of reading a record name its image."""
 
 from __future__ import annotations
 
