@@ -5,6 +5,7 @@ Each filter names one message, so a warning about the user's model or data is ne
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 _HARMLESS = (
@@ -24,3 +25,9 @@ def silence_known_warnings() -> None:
     for message, categories in _HARMLESS:
         for category in categories if isinstance(categories, tuple) else (categories,):
             warnings.filterwarnings("ignore", message=message, category=category)
+    logging.getLogger("detectron2.config.compat").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """A config without VERSION is of the latest; only an older one is news."""
+    return "no VERSION. Assuming it to be compatible with latest" not in record.getMessage()

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import torch
 
+from .data.read_errors import UnreadableRecord
 from .imports import imported_modules
 
 #: As argparse's, for wrong arguments.
@@ -31,22 +32,6 @@ _CHECKING = ("distill_d2", "detectron2", "yacs", "fvcore.common.registry")
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
 _INSTALLED = {"site-packages", "dist-packages"}
 _LIBRARY = sysconfig.get_path("stdlib")
-
-
-class UnreadableRecord(ValueError):
-    """An image or its annotations cannot be read.
-
-    A worker of a data loader hands its error over as text, from which torch makes this exception again.
-
-    Attributes:
-        of_worker: the worker's traceback; "" if the training process itself read the image.
-    """
-
-    def __init__(self, message: str):
-        name = f"{type(self).__module__}.{type(self).__name__}: "
-        of_worker, _, own = message.rpartition(name)
-        self.of_worker = of_worker
-        super().__init__(own.strip())
 
 
 def is_mistake(error: BaseException) -> bool:
@@ -97,7 +82,7 @@ class Message:
             file.write(text)
 
     def read(self) -> str:
-        """The text; "" if there is none."""
+        """The text; "" if none was written."""
         return self._path.read_text(encoding="utf-8") if self._path.exists() else ""
 
 

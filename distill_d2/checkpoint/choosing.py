@@ -22,16 +22,15 @@ class Choice:
     """The checkpoint to continue from, and why not others.
 
     Attributes:
-        path: "" if there is none.
+        path: "" for none.
         iteration: of its last step; -1 if it holds none.
-        problems: what is wrong with ``last_checkpoint`` and with newer files, one text each.
-        found: whether there are files of a run at all.
+        problems: what is wrong with ``last_checkpoint`` and with other files, one text each; none in a folder
+            without a run.
     """
 
     path: str
     iteration: int
     problems: list[str]
-    found: bool
 
 
 def run_checkpoints(folder: str) -> list[str]:
@@ -52,9 +51,8 @@ def choose(folder: str, with_trainer: bool) -> Choice:
         with_trainer: weights without a trainer's state do not count.
     """
     named, problem = _named(folder)
-    paths = list(dict.fromkeys([*run_checkpoints(folder), *([named] if named else [])]))
     problems, iterations = [problem] if problem else [], {}
-    for path in paths:
+    for path in dict.fromkeys([*run_checkpoints(folder), *([named] if named else [])]):
         try:
             iterations[path] = _iteration(path, with_trainer)
         except (ValueError, OSError) as error:
@@ -66,8 +64,8 @@ def choose(folder: str, with_trainer: bool) -> Choice:
         except (ValueError, OSError) as error:
             problems.append(str(error))
         else:
-            return Choice(path, iterations[path], problems, True)
-    return Choice("", -1, problems, bool(paths) or os.path.exists(os.path.join(folder, LAST)))
+            return Choice(path, iterations[path], problems)
+    return Choice("", -1, problems)
 
 
 def _order(iterations: dict[str, int], folder: str, named: str) -> list[str]:
@@ -102,10 +100,13 @@ def _iteration(path: str, with_trainer: bool) -> int:
     with errors_name_file(path):
         entries = _entries(path)
         check_weights(entries.get("model"))
-        iteration = _number(entries.get("trainer", entries))
-        if with_trainer and iteration < 0:
+        state = entries.get("trainer", entries)
+        iteration = state.get("iteration") if isinstance(state, dict) else None
+        if isinstance(iteration, int) and iteration >= 0:
+            return iteration
+        if with_trainer:
             raise Refused("it holds weights without the state of a training (iteration, optimizer)")
-        return iteration
+        return -1
 
 
 def _entries(path: str) -> dict[str, Any]:
@@ -113,8 +114,3 @@ def _entries(path: str) -> dict[str, Any]:
         return read_torch(path)
     entries = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return entries if isinstance(entries, dict) else {}
-
-
-def _number(state: Any) -> int:
-    iteration = state.get("iteration") if isinstance(state, dict) else None
-    return iteration if isinstance(iteration, int) else -1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,11 +25,11 @@ def write_whole(path: str, write: Callable[[Any], Any]) -> None:
     Raises:
         OSError: the message names the file, and on a full disk the needed and the free bytes.
     """
-    partial, sink = f"{path}{PARTIAL}", None
+    partial, sink = f"{path}{PARTIAL}", _Sink()
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(partial, "wb") as file:
-            sink = _Sink(file)
+            sink.file = file
             write(sink)
             file.flush()
             os.fsync(file.fileno())
@@ -36,8 +37,7 @@ def write_whole(path: str, write: Callable[[Any], Any]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(partial)
-        # torch tells an error of writing in words of its own.
-        cause = (sink.error if sink is not None else None) or error
+        cause = sink.error or error  # torch tells an error of writing in its own words
         if not isinstance(cause, OSError):
             raise
         raise OSError(_message(path, cause, write)) from error
@@ -83,33 +83,28 @@ def told_when_full(folder: str) -> Iterator[None]:
 class _Sink:
     """A file for torch.save that remembers why writing failed."""
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self.error: OSError | None = None
+    file: BinaryIO
+    error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
-            return self._file.write(data)
+            return self.file.write(data)
         except OSError as error:
             self.error = error
             raise
 
     def flush(self) -> None:
-        self._file.flush()
+        self.file.flush()
 
 
-class _Counter:
+class _Counter(io.RawIOBase):
     """Counts bytes."""
 
-    def __init__(self) -> None:
-        self.size = 0
+    size = 0
 
     def write(self, data: Any) -> int:
         self.size += len(data)
         return len(data)
-
-    def flush(self) -> None:
-        pass
 
 
 def _message(path: str, error: OSError, write: Callable[[Any], Any]) -> str:

@@ -31,14 +31,14 @@ def _add_in_order(model: nn.Module) -> None:
     """Gradients of three and more processes are added in the order of the processes: a resumed run on a CPU has
     the same bits.
 
-    DistributedDataParallel orders gradients in memory anew after its first step, and gloo adds those of several
+    DistributedDataParallel moves gradients in memory after its first step, and gloo adds those of several
     processes in an order that depends on their place in memory. A sum of two is the same in any order.
     """
     if isinstance(model, DistributedDataParallel) and comm.get_world_size() > 2:
         model.register_comm_hook(None, _mean)
 
 
-def _mean(_, bucket):  # DistributedDataParallel reads annotations, and knows none that are strings
+def _mean(_, bucket):  # without annotations: DistributedDataParallel refuses those that are strings
     """A Future of the mean of the processes' gradients in a dist.GradBucket."""
     own = bucket.buffer()
     parts = [torch.empty_like(own) for _ in range(comm.get_world_size())]

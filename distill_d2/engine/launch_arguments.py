@@ -18,7 +18,7 @@ def check_processes(args: argparse.Namespace) -> int:
     """The number of processes on this machine.
 
     Raises:
-        ValueError: a number of processes, GPUs or machines cannot be.
+        ValueError: a number of processes, GPUs or machines is wrong.
     """
     if args.num_procs < 1 or args.num_gpus < 0:
         raise ValueError(
@@ -95,6 +95,6 @@ def _check_port(url: str, port: int) -> None:
             listener.bind(("", port))
         except OSError as error:
             raise OSError(
-                f"--dist-url {url}: port {port} cannot be used on this machine ({error.strerror}), by an earlier "
-                "run's process perhaps; name another one, on all machines"
+                f"--dist-url {url}: port {port} cannot be used on this machine ({error.strerror}); perhaps a "
+                "process of an earlier run has it. Give another port, on all machines"
             ) from error

@@ -33,7 +33,7 @@ def check_lazy_data(cfg: DictConfig, student: DictConfig, train: bool) -> None:
     if check not in ("all", "none"):
         raise ValueError(f"dataloader.check is {check!r}; expected 'all' or 'none'")
     settings = RunSettings.from_lazy(cfg)
-    needs = _needs(cfg, student)
+    needs, mapper = _needs(cfg, student), OmegaConf.select(cfg, "dataloader.train.mapper")
 
     def try_evaluation(name: str, records: list[dict[str, Any]]) -> None:
         try_evaluator(
@@ -54,7 +54,7 @@ def check_lazy_data(cfg: DictConfig, student: DictConfig, train: bool) -> None:
             check_images=_CHECK_IMAGES,
             need_annotations=False,
             skip_empty=OmegaConf.select(cfg, "dataloader.train.dataset.filter_empty", default=True),
-            mapper=(lambda: instantiate(cfg.dataloader.train.mapper)) if _has_mapper(cfg) else None,
+            mapper=None if mapper is None else lambda: instantiate(mapper),
             needs=needs,
             try_evaluation=try_evaluation,
         )
@@ -65,8 +65,9 @@ def check_lazy_data(cfg: DictConfig, student: DictConfig, train: bool) -> None:
 def _needs(cfg: DictConfig, student: DictConfig) -> MapperNeeds:
     mean = OmegaConf.select(student, "pixel_mean")
     mapper = "dataloader.train.mapper"
+    task_loss_weights = ("distiller.TASK_LOSS_WEIGHT", "model.task_loss_weight")
     return MapperNeeds(
-        instances=not _distills_alone(cfg),
+        instances=all(OmegaConf.select(cfg, key, default=1.0) != 0 for key in task_loss_weights),
         masks=OmegaConf.select(student, "roi_heads.mask_head") is not None,
         keypoints=OmegaConf.select(student, "roi_heads.keypoint_head") is not None,
         num_keypoints=OmegaConf.select(student, "roi_heads.keypoint_head.num_keypoints", default=17),
@@ -74,15 +75,6 @@ def _needs(cfg: DictConfig, student: DictConfig) -> MapperNeeds:
         masks_read=bool(OmegaConf.select(cfg, f"{mapper}.use_instance_mask", default=False)),
         mask_format=OmegaConf.select(cfg, f"{mapper}.instance_mask_format", default="polygon"),
     )
-
-
-def _distills_alone(cfg: DictConfig) -> bool:
-    weights = ("distiller.TASK_LOSS_WEIGHT", "model.task_loss_weight")
-    return any(OmegaConf.select(cfg, weight, default=1.0) == 0 for weight in weights)
-
-
-def _has_mapper(cfg: DictConfig) -> bool:
-    return OmegaConf.select(cfg, "dataloader.train.mapper") is not None
 
 
 def _with_folder(evaluator: DictConfig, folder: str) -> DictConfig:

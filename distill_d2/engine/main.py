@@ -45,7 +45,8 @@ def main(args: argparse.Namespace, distill: bool) -> Any:
             if args.eval_only:
                 return evaluate(cfg, trainer_type, args.resume, with_teacher=distill)
             trainer = trainer_type(cfg)
-            trainer.detect_anomaly = args.detect_anomaly
+            if args.detect_anomaly:
+                trainer.detect_anomaly()
             trainer.resume_or_load(resume=args.resume)
             if args.overwrite and comm.is_main_process():
                 remove_run(folder)  # only now: what this run reads is loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from types import SimpleNamespace
 from typing import Any
 
 from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
@@ -23,16 +24,16 @@ class MetricsFile(JSONWriter):
 
     def __init__(self, folder: str):
         self._path = os.path.join(folder, METRICS)
-        self._file_handle: Any = _Lines()
         self._window_size = _WINDOW
         self._last_write = last_iteration(folder)
 
     def write(self) -> None:
         """Raises OSError if the file cannot be written; the message names it."""
+        lines: list[str] = []
+        self._file_handle: Any = SimpleNamespace(write=lines.append, flush=lambda: None)
         super().write()
-        text = self._file_handle.take()
-        if text:
-            append_whole(self._path, text.encode())
+        if lines:
+            append_whole(self._path, "".join(lines).encode())
 
     def close(self) -> None:
         pass
@@ -47,7 +48,7 @@ class Events(TensorboardXWriter):
 
 
 def last_iteration(folder: str) -> int:
-    """The last iteration in a folder's metrics.json; -1 if there is none."""
+    """The last iteration in a folder's metrics.json; -1 for an empty or missing file."""
     return max((entry["iteration"] for entry in map(_entry, _lines(folder)) if entry), default=-1)
 
 
@@ -97,23 +98,6 @@ def restore_scalars(storage: EventStorage, scalars: dict[str, Any]) -> None:
 def names_at(scalars: dict[str, Any], iteration: int) -> set[str]:
     """Names of those of ``recent_scalars`` whose last value is of this iteration."""
     return {name for name, saved in scalars.items() if saved["values"][-1][1] == iteration}
-
-
-class _Lines:
-    """Collects the lines of a JSONWriter, in place of a file."""
-
-    def __init__(self) -> None:
-        self._text = ""
-
-    def write(self, text: str) -> None:
-        self._text += text
-
-    def flush(self) -> None:
-        pass
-
-    def take(self) -> str:
-        text, self._text = self._text, ""
-        return text
 
 
 def _lines(folder: str) -> list[bytes]:

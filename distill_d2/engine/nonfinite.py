@@ -16,8 +16,10 @@ from ..distiller import Distiller
 
 def describe_weights(model: nn.Module) -> str:
     """A sentence on the weights of student and teacher that are not finite; "" if all are."""
-    parts = _parts(model)
-    bad = {who: _bad_tensors(part) for who, part in parts.items()}
+    bad = {
+        who: [name for name, tensor in part.state_dict().items() if not is_finite(tensor)]
+        for who, part in _parts(model).items()
+    }
     return "".join(
         f" {len(names)} tensors of the {who} hold NaN or infinity: {', '.join(names[:5])}."
         for who, names in bad.items()
@@ -90,20 +92,9 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     return {"teacher": model.teacher.model, "student": model.student, "losses": model.losses}
 
 
-def _bad_tensors(part: nn.Module) -> list[str]:
-    state = part.state_dict()
-    return [
-        name for name, tensor in state.items() if tensor.is_floating_point() and not is_finite(tensor)
-    ]
-
-
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
     if isinstance(output, torch.Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
+        yield output
+    elif isinstance(output, (dict, list, tuple)):
+        for value in output.values() if isinstance(output, dict) else output:
             yield from _tensors(value)

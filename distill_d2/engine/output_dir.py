@@ -22,17 +22,19 @@ logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 _PROBE_BYTES = 1 << 16
+_BEGUN = (f"model_*.pth{PARTIAL}", LAST + PARTIAL, METRICS + PARTIAL)  # what a kill may leave
+_FILES = (_LOCK, METRICS, LAST, "log.txt", "config.yaml", *_BEGUN)
+_FOLDERS = ("inference", "teacher", "teacher/inference")
 _BUSY = (errno.EACCES, errno.EAGAIN)  # another process has the lock
 _PATIENCE = 15.0  # seconds in which the processes of a killed run end
 # What else a run writes, beside checkpoints and metrics; its log and config are kept, and continued.
 _WRITTEN = (
     "events.out.tfevents.*",
-    "inference/**/coco_instances_results.json",
-    "inference/**/instances_predictions.pth",
-    "inference/**/*_coco_format.json",
-    "teacher/inference/**/coco_instances_results.json",
-    "teacher/inference/**/instances_predictions.pth",
-    "teacher/inference/**/*_coco_format.json",
+    *(
+        f"{folder}/**/{name}"
+        for folder in ("inference", "teacher/inference")
+        for name in ("coco_instances_results.json", "instances_predictions.pth", "*_coco_format.json")
+    ),
 )
 _held: dict[str, TextIO] = {}
 
@@ -48,20 +50,19 @@ def claim(folder: str, key: str, args: Any, weights: Callable[[], Iterable[str]]
 
     Raises:
         ValueError: another run's checkpoints or metrics are there, and neither --resume nor --overwrite is
-            given; another run is writing there.
+            given; another run is writing there; a folder has the name of one of a run's files, or a file
+            that of a folder.
         OSError: nothing can be written there.
     """
     if args.resume and args.overwrite:
         raise ValueError(
             "--resume continues the run in a folder, --overwrite removes it; give one of them"
         )
-    if args.eval_only:
-        check_writable(folder, key)
-        return
-    if not args.resume:
+    if not (args.resume or args.eval_only):
         _check_used(folder, key, args.overwrite, weights)
+    _check_kinds(folder, key)
     check_writable(folder, key)
-    if comm.is_main_process():
+    if comm.is_main_process() and not args.eval_only:
         _lock(folder, key, _PATIENCE if args.resume else 0.0)
         _remove_partial(folder)
 
@@ -116,6 +117,15 @@ def _check_used(folder: str, key: str, overwrite: bool, weights: Callable[[], It
             f"{key} '{folder}' holds {', '.join(found[:3])}{', ...' * (len(found) > 3)} of another run. Give "
             "--resume to continue that run, --overwrite to remove its files, or another folder"
         )
+
+
+def _check_kinds(folder: str, key: str) -> None:
+    folders = [path for name in _FILES for path in _matches(folder, name) if os.path.isdir(path)]
+    files = [path for name in _FOLDERS for path in _matches(folder, name) if os.path.isfile(path)]
+    wrong = [f"'{path}' is a folder; a run writes a file" for path in folders]
+    wrong += [f"'{path}' is a file; a run writes a folder" for path in files]
+    if wrong:
+        raise ValueError(f"{key}: {wrong[0]} of this name. Move it, or use another folder")
 
 
 def check_writable(path: str, key: str) -> None:
@@ -173,13 +183,15 @@ def _lock_within(file: TextIO, seconds: float) -> None:
 
 def _remove_partial(folder: str) -> None:
     """Remove what a killed run had begun to write."""
-    for name in ("model_*.pth", LAST, METRICS):
-        for path in glob.glob(os.path.join(glob.escape(folder), name + PARTIAL)):
+    for name in _BEGUN:
+        for path in _matches(folder, name):
             os.remove(path)
 
 
 def _of_a_run(folder: str) -> list[str]:
-    single = [os.path.join(folder, name) for name in (LAST, METRICS)]
-    pattern = os.path.join(glob.escape(folder), "")
-    others = [path for name in _WRITTEN for path in sorted(glob.glob(pattern + name, recursive=True))]
-    return [*run_checkpoints(folder), *(path for path in [*single, *others] if os.path.isfile(path))]
+    others = [path for name in (LAST, METRICS, *_WRITTEN) for path in _matches(folder, name)]
+    return [*run_checkpoints(folder), *filter(os.path.isfile, others)]
+
+
+def _matches(folder: str, pattern: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True))

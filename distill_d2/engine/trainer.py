@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import verify_results
@@ -67,9 +64,8 @@ class DistillTrainer(DefaultTrainer):
     Beyond DefaultTrainer: several CPU processes, mixed precision on CPU too, exact resume (data
     order, random state, the losses' parameters), a checkpoint on SIGINT and SIGTERM, checkpoints
     whose "model" is the plain student, losses with a solver of their own, and the training phases
-    of MODEL.DISTILLER (PRETRAIN_TEACHER_ITERS, FIX_BACKBONE_BEFORE, FIX_HEAD_BEFORE). Like
-    DefaultTrainer it is built from a config;
-    ``trainer.resume_or_load(resume)`` and ``trainer.train()`` follow.
+    of MODEL.DISTILLER (PRETRAIN_TEACHER_ITERS, FIX_BACKBONE_BEFORE, FIX_HEAD_BEFORE). Like DefaultTrainer it is
+    built from a config; ``trainer.resume_or_load(resume)`` and ``trainer.train()`` follow.
 
     Attributes:
         settings: the settings that it read from the config.
@@ -179,13 +175,11 @@ class DistillTrainer(DefaultTrainer):
         ret += [Checkpoints(self.settings.checkpoint_period), StopOnRequest()]
         ret.append(EvalHook(self.settings.eval_period, self._evaluate))
         if comm.is_main_process():
-            ret.append(Writers(self._all_writers, self.settings.log_period))
+            period = self.settings.log_period
+            ret.append(Writers(lambda: self.build_writers() + self.loss_training.writers(), period))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())
         return [*ret, BoundedHistories()]
-
-    def _all_writers(self) -> list[EventWriter]:
-        return self.build_writers() + self.loss_training.writers()
 
     def _precise_bn(self) -> list[HookBase]:
         if not self.settings.precise_bn_iters:
@@ -312,14 +306,9 @@ class DistillTrainer(DefaultTrainer):
         """Tell the step whether this process was asked to stop; the processes then agree."""
         self._trainer.stop_requested = bool(self.stop)
 
-    @property
-    def detect_anomaly(self) -> bool:
-        """Whether a step whose losses are not finite is repeated, to name the operation."""
-        return self._trainer.detect_anomaly
-
-    @detect_anomaly.setter
-    def detect_anomaly(self, value: bool) -> None:
-        self._trainer.detect_anomaly = value
+    def detect_anomaly(self) -> None:
+        """From now on, repeat a step whose losses are not finite, to name the operation."""
+        self._trainer.detect_anomaly = True
 
     @property
     def stop_agreed(self) -> bool:
@@ -380,12 +369,8 @@ class DistillTrainer(DefaultTrainer):
     def _build_checkpointer(self, model: nn.Module) -> SafeCheckpointer:
         """Law 9: "model" is the plain student; the losses' own parameters are "distiller"."""
         extra = {"distiller": model.losses} if isinstance(model, Distiller) else {}
-        return SafeCheckpointer(
-            self._student(),
-            self.settings.output_dir,
-            trainer=weakref.proxy(self),
-            **extra,
-        )
+        folder = self.settings.output_dir
+        return SafeCheckpointer(self._student(), folder, trainer=weakref.proxy(self), **extra)
 
     def _all_have_checkpoint(self) -> bool:
         seen = comm.all_gather(self.checkpointer.has_checkpoint())

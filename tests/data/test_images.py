@@ -11,7 +11,7 @@ from small_datasets import assert_fails, load
 
 from distill_d2.data import NamedReadErrors, check_dataset
 from distill_d2.data.images import check_image, load_images
-from distill_d2.mistakes import UnreadableRecord
+from distill_d2.data.read_errors import UnreadableRecord
 from distill_d2.testing.tiny import tiny_config
 
 _numbers = itertools.count()

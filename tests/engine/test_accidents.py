@@ -11,7 +11,7 @@ import torch
 from detectron2.utils.events import EventStorage
 from runs import Job, assert_equal, checkpoint, metrics
 
-from distill_d2.engine import output_dir, settings
+from distill_d2.engine import argument_parser, output_dir, settings
 from distill_d2.engine.metrics import MetricsFile, mend, restore_scalars
 from distill_d2.engine.step import TrainStep
 
@@ -78,6 +78,16 @@ def test_a_used_folder_is_not_written_to(used):
         with pytest.raises(ValueError, match="--overwrite would remove '.*model_final.pth'.*copy it"):
             used.run("--overwrite", opts=[key, used.output / "model_final.pth"])
     assert content(used.output) == before
+
+
+@pytest.mark.parametrize(
+    "name, kind", [(".lock", "folder"), ("model_1.pth.partial", "folder"), ("inference", "file")]
+)
+def test_a_name_of_a_run_in_another_use(tmp_path, name, kind):
+    path = tmp_path / name
+    path.mkdir() if kind == "folder" else path.touch()
+    with pytest.raises(ValueError, match=f"OUTPUT_DIR: '{path}' is a {kind}; .* another folder"):
+        output_dir.claim(str(tmp_path), "OUTPUT_DIR", argument_parser().parse_args([]), tuple)
 
 
 def test_evaluation_leaves_the_run_as_it_is(used):

@@ -101,7 +101,6 @@ def test_each_process_resumes_with_its_own_state(pool, tmp_path):
             ["MODEL.DISTILLER.TYPES", ["PKD", "FGFI"]],
             "TYPES is [PKD, FGFI], in the checkpoint [PKD]: it",
         ),
-        (["MODEL.DISTILLER.PKD.WEIGHT", 9.0], "PKD.WEIGHT is 9.0, in the checkpoint"),
         (["OUTPUT_DIR", "elsewhere", "TEST.EVAL_PERIOD", 7], ""),
     ],
     ids=str,
@@ -168,7 +167,7 @@ def test_killed_run(job, processes, workers):
 
 
 def in_session(number):
-    """Processes of a session; only zombies are none."""
+    """Processes of a session, without zombies."""
     listed = subprocess.run(
         ["ps", "-o", "pid=,stat=", "-s", str(number)], capture_output=True, text=True
     )
