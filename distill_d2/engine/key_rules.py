@@ -44,7 +44,6 @@ from .settings import distiller_node
 
 _NAME, _SEED = Text(empty=False), Integer(at_most=2**32 - 1)
 _NAMES = Sequence(_NAME)
-_LOSSES = Choice(lambda context: sorted(name for name, _ in DISTILL_LOSS_REGISTRY))
 _SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR")
 _NO_AUG = (
     "test-time augmentation is not part of this package. Evaluate the checkpoint, which holds a plain detectron2 "
@@ -165,7 +164,7 @@ TRAINING: dict[str, Rule] = {
 
 #: Of MODEL.DISTILLER; its nodes of losses have LossSettings.
 DISTILLATION: dict[str, Rule] = {
-    "MODEL.DISTILLER.TYPES": Sequence(_LOSSES, least=1, unique=True),
+    "MODEL.DISTILLER.TYPES": Sequence(Choice(DISTILL_LOSS_REGISTRY), least=1, unique=True),
     "MODEL.DISTILLER.TASK_LOSS_WEIGHT": NOT_NEGATIVE,
     "MODEL.DISTILLER.FREEZE": _NAMES,
     "MODEL.DISTILLER.MODEL_DISTILLER_CONFIG": _NAME,
