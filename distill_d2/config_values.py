@@ -13,10 +13,11 @@ from detectron2.config import CfgNode, get_cfg
 
 from .messages import shortened
 from .rules import kind_of
-from .safe_yaml import LARGEST_INTEGER, read_yaml
+from .safe_yaml import read_yaml
 
 MOST_CHARACTERS = 50_000
 _LONGEST_TEXT = 5_000
+_LARGEST_INTEGER = 2**63
 
 
 def set_values(
@@ -112,6 +113,7 @@ def _set(
         elif isinstance(current, CfgNode):
             _set(current, value, cfg, f"{key}.", source_of)
         elif name not in node:
+            _check_range(value, f"{source}{key}")
             node[name] = CfgNode(copy.deepcopy(dict(value)))
         else:
             raise _mismatch(value, current, key, source)
@@ -139,10 +141,10 @@ def _fitted(value: Any, current: Any, key: str, source: str) -> Any:
 
 def _check_range(value: Any, what: str) -> None:
     """Refuse what torch's numbers and the names of files cannot hold."""
-    if isinstance(value, (list, tuple)):
-        for item in value:
+    if isinstance(value, (list, tuple, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             _check_range(item, what)
-    elif isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
+    elif isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
         raise ValueError(f"{what} has an integer of more than 64 bits")
     elif isinstance(value, str) and "\0" in value:
         raise ValueError(f"{what} has a text with a zero byte")

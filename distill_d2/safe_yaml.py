@@ -13,7 +13,6 @@ from .arithmetic import calculate
 
 MOST_CHARACTERS = 1_000_000
 _DEEPEST = 50
-LARGEST_INTEGER = 2**63
 # A number of more characters is none that a config needs; Python needs quadratic time to read it.
 _LONGEST_NUMBER = 100
 _PYTHON = "tag:yaml.org,2002:python/"
@@ -101,16 +100,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        is_integer = node.tag.endswith(":int")
         if len(node.value) > _LONGEST_NUMBER:
             raise _Refused(f"a number of {len(node.value)} characters", node)
         try:
-            value = self.construct_yaml_int(node) if is_integer else self.construct_yaml_float(node)
+            is_integer = node.tag.endswith(":int")
+            return self.construct_yaml_int(node) if is_integer else self.construct_yaml_float(node)
         except (ValueError, OverflowError) as error:
             raise _Refused(f"'{node.value}' is not a number", node) from error
-        if is_integer:
-            _check_integers(value, node)
-        return value
 
     def construct_expression(self, node: yaml.Node) -> Any:
         values = self.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else []
@@ -119,11 +115,9 @@ class _Loader(yaml.SafeLoader):
                 '!!python/object/apply:eval needs one text in a list, such as ["2 * 3"]', node
             )
         try:
-            value = calculate(values[0])
+            return calculate(values[0])
         except ValueError as error:
             raise _Refused(str(error), node) from error
-        _check_integers(value, node)
-        return value
 
     def construct_tuple(self, node: yaml.Node) -> tuple[Any, ...]:
         if not isinstance(node, yaml.SequenceNode):
@@ -198,14 +192,6 @@ def _check_keys(node: yaml.MappingNode) -> None:
                 f"the key {key.value} stands here and in line {first[key.value]}; remove one", key
             )
         first.setdefault(key.value, key.start_mark.line + 1)
-
-
-def _check_integers(value: Any, node: yaml.Node) -> None:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            _check_integers(item, node)
-    elif isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
-        raise _Refused("an integer of more than 64 bits", node)
 
 
 def _decoded(content: bytes, path: str) -> str:

@@ -2,9 +2,11 @@
 
 from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_mapper
 from .builtin_voc import register_builtin_voc
-from .check import DataPlan, check_dataset, check_datasets, check_plan
+from .check import DataPlan, check_dataset, check_plan
+from .check_config import check_datasets
 from .coco import adopt_coco_datasets
-from .custom import check_name, datasets_root, register_custom_datasets, with_absolute_paths
+from .custom import register_custom_datasets
+from .custom_entries import check_name, datasets_root, with_absolute_paths
 from .loader import ShieldedLoader, build_train_loader, end_workers
 from .read_errors import NamedReadErrors
 from .sampler import ResumableTrainingSampler, sampler_of_config, seeded

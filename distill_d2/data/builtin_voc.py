@@ -7,7 +7,7 @@ import os
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin, register_pascal_voc
 
-from .custom import datasets_root
+from .custom_entries import datasets_root
 from .voc import VocFolder, load_voc
 
 _SPLITS = {2007: ("trainval", "train", "val", "test"), 2012: ("trainval", "train", "val")}

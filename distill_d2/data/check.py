@@ -1,29 +1,24 @@
-"""Find what is wrong with the datasets of a config before training starts."""
+"""Find what is wrong with the datasets of a run before it starts."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Callable
 
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .. import plugins
 from ..quiet import quiet
-from .augmentation import build_mapper
 from .builtin_voc import builtin_voc_places
 from .classes import check_same_classes, classes_of
 from .coco_reading import kept_content
-from .custom import check_name, datasets_root
+from .custom_entries import check_name, datasets_root
 from .image_files import check_image_files, is_local
 from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
-from .proposals import read_proposals
 from .records import check_records
 from .sample import has_objects
 from .voc import check_evaluated_ids
@@ -63,50 +58,6 @@ class DataPlan:
     mapper: Callable[[], Callable[[dict[str, Any]], Any]] | None = None
     needs: MapperNeeds = MapperNeeds()
     try_evaluation: Callable[[str, list[dict[str, Any]]], None] | None = None
-
-
-def check_datasets(
-    cfg: CfgNode,
-    train: bool = True,
-    try_evaluation: Callable[[str, list[dict[str, Any]]], None] | None = None,
-) -> None:
-    """Check all datasets of a run: see ``check_plan``. Call it once, in one process, after all datasets are
-    registered.
-
-    Args:
-        cfg: a complete config.
-        train: also those of DATASETS.TRAIN.
-        try_evaluation: tries the evaluator of a test dataset, given by name and dicts.
-
-    Raises:
-        ValueError: a dataset does not fit the config or the model; see ``check_plan``.
-        OSError: annotations or images do not exist or cannot be read.
-    """
-    if train and not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty; name at least one dataset")
-    if cfg.DATASETS.CHECK_IMAGES < 0:
-        raise ValueError(
-            f"DATASETS.CHECK_IMAGES is {cfg.DATASETS.CHECK_IMAGES}; expected 0 (decode none) or more"
-        )
-    for part in ("TRAIN", "TEST")[not train :] if cfg.MODEL.LOAD_PROPOSALS else ():
-        for path in cfg.DATASETS[f"PROPOSAL_FILES_{part}"]:
-            read_proposals(path)
-    plan = DataPlan(
-        train=tuple(cfg.DATASETS.TRAIN) if train else (),
-        test=tuple(cfg.DATASETS.TEST),
-        check=cfg.DATASETS.CHECK == "all",
-        check_images=cfg.DATASETS.CHECK_IMAGES,
-        classes=_classes_key(cfg),
-        need_annotations=_need_annotations(cfg),
-        need_files=not cfg.INPUT.MAPPER,
-        keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE,
-        skip_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        mapper=lambda: build_mapper(cfg, is_train=True),
-        needs=_needs(cfg),
-        try_evaluation=try_evaluation,
-    )
-    check_plan(plan)
 
 
 def check_plan(plan: DataPlan) -> None:
@@ -210,29 +161,6 @@ def check_dataset(
     return dicts
 
 
-def _need_annotations(cfg: CfgNode) -> bool:
-    """Whether training needs annotations: for task losses, or because images without are filtered out."""
-    distills_alone = (
-        cfg.MODEL.META_ARCHITECTURE == "Distiller" and not cfg.MODEL.DISTILLER.TASK_LOSS_WEIGHT
-    )
-    return not distills_alone or cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-
-
-def _needs(cfg: CfgNode) -> MapperNeeds:
-    instances = _need_annotations(cfg)
-    truth = plugins.ground_truth(cfg) if instances else set()
-    return MapperNeeds(
-        instances=instances,
-        masks="masks" in truth,
-        keypoints="keypoints" in truth,
-        segmentation="semantic segmentation" in truth,
-        num_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS,
-        channels=len(cfg.MODEL.PIXEL_MEAN),
-        masks_read=cfg.MODEL.MASK_ON,
-        mask_format=cfg.INPUT.MASK_FORMAT,
-    )
-
-
 def _try_mapper(name: str, records: list[dict[str, Any]], plan: DataPlan) -> None:
     trained_on = [record for record in records if is_local(record)]
     if plan.skip_empty:
@@ -288,8 +216,3 @@ def _check_classes(name: str, classes: tuple[str, int] | None) -> None:
         f"dataset '{name}' has {len(things)} classes ({', '.join(things[:10])}), but {classes[0]} is "
         f"{classes[1]}; set it to {len(things)}"
     )
-
-
-def _classes_key(cfg: CfgNode) -> tuple[str, int] | None:
-    keys = [d.num_classes_key for d in plugins.of_student(cfg) if d.num_classes_key]
-    return (keys[0], functools.reduce(getattr, keys[0].split("."), cfg)) if keys else None

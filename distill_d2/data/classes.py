@@ -12,7 +12,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .custom import datasets_root
+from .custom_entries import datasets_root
 
 logger = logging.getLogger(__name__)
 

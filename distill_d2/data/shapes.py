@@ -20,7 +20,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from iopath.common.file_io import file_lock
 
-from .custom import datasets_root
+from .custom_entries import datasets_root
 
 logger = logging.getLogger(__name__)
 

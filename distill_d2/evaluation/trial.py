@@ -6,23 +6,18 @@ import contextlib
 import inspect
 import logging
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable
 
-import numpy as np
-import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import Boxes, BoxMode, Instances
-from detectron2.utils import comm
-from pycocotools import mask as rle
 
-from ..data.coco_masks import compressed
-from ..data.sample import has, objects, varied_sample
+from ..data.sample import objects, varied_sample
 from ..quiet import quiet, tell
+from .as_detections import as_detections
 from .ground_truth import of_records
+from .isolation import single_process, work_folder
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +55,7 @@ def try_evaluator(
         ValueError: the evaluator fails, or finds less than half of the ground truth; the message names the
             image and the objects.
     """
-    with quiet(), _single_process(), _work_folder(name) as folder:
+    with quiet(), single_process(), work_folder(name) as folder:
         sample = _sample(records, masks, keypoints)
         with _told(name), of_records(sample):
             built = build(folder)
@@ -118,7 +113,7 @@ class _Trial:
         self.evaluator.reset()
         for record in records:
             inputs = {key: value for key, value in record.items() if key != "annotations"}
-            found = _detections(record, self.masks, self.keypoints)
+            found = as_detections(record, self.masks, self.keypoints)
             self.evaluator.process([inputs], [{"instances": found if only is None else found[[only]]}])
         if self.whole and len(records) == len(self.sample):
             return self.evaluator.evaluate() or {}
@@ -173,19 +168,16 @@ class _Trial:
             return ""
         items = objects(record)
         lost = [item for i, item in enumerate(items) if not self._ap50(task, record, i) > 0]
+        listed = ", ".join(f"{self._label(item)} at {_rounded(item['bbox'])}" for item in lost[:3])
+        found = [f": {len(lost)} of its {len(items)} objects are not found: {listed}"] if lost else []
         of_json = self._annotations_of_json(record, lost)
-        listed = [f"{self._label(item)} at {_rounded(item['bbox'])}" for item in lost[:3]]
-        found = (
-            f"{len(lost)} of its {len(items)} objects are not found: {', '.join(listed)}" if lost else ""
-        )
-        what = "; ".join(part for part in (found, of_json) if part)
-        return f". The first image at fault is {_where(record)}" + (f": {what}" if what else "")
+        return "; ".join([f". The first image at fault is {_where(record)}" + "".join(found), *of_json])
 
-    def _annotations_of_json(self, record: dict[str, Any], lost: Sequence[dict[str, Any]]) -> str:
+    def _annotations_of_json(self, record: dict[str, Any], lost: Sequence[dict[str, Any]]) -> list[str]:
         """The ids of the annotations in a COCO json that the dataset lacks, or that are ``lost``."""
         coco = getattr(self.evaluator, "_coco_api", None)
         if coco is None:
-            return ""
+            return []
         items = [item for item in coco.imgToAnns.get(record["image_id"], []) if not item.get("iscrowd")]
         known = [_rounded(item["bbox"]) for item in objects(record)]
         gone = [_rounded(item["bbox"]) for item in lost]
@@ -194,7 +186,7 @@ class _Trial:
             for item in items
             if _rounded(item["bbox"]) not in known or _rounded(item["bbox"]) in gone
         ]
-        return f"the annotations with ids {ids[:10]} are concerned" if ids else ""
+        return [f"the annotations with ids {ids[:10]} are concerned"] if ids else []
 
     def _unmapped(self) -> str:
         """Whether the ids of a json's categories are taken for numbers of classes."""
@@ -228,42 +220,6 @@ def _sample(records: Sequence[dict[str, Any]], masks: bool, keypoints: bool) -> 
 def _has_equal_boxes(record: dict[str, Any]) -> bool:
     boxes = [(item.get("category_id"), *map(float, item.get("bbox", ()))) for item in objects(record)]
     return len(set(boxes)) < len(boxes)
-
-
-def _detections(record: dict[str, Any], masks: bool, keypoints: bool) -> Instances:
-    """A record's objects as a detector would return them, with equal scores."""
-    items, size = objects(record), (record.get("height", 0), record.get("width", 0))
-    boxes = [BoxMode.convert(list(item["bbox"]), item["bbox_mode"], BoxMode.XYXY_ABS) for item in items]
-    found = Instances(size)
-    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    found.scores = torch.ones(len(items))
-    found.pred_classes = torch.tensor([item["category_id"] for item in items], dtype=torch.int64)
-    if masks:
-        drawn = [_mask(item.get("segmentation"), *size) for item in items]
-        found.pred_masks = torch.from_numpy(np.stack(drawn)) if drawn else torch.zeros(0, *size)
-    if keypoints:
-        points = [_points(item, box) for item, box in zip(items, boxes)]
-        found.pred_keypoints = torch.tensor(points, dtype=torch.float32).reshape(len(items), -1, 3)
-    return found
-
-
-def _points(item: dict[str, Any], box: Sequence[float]) -> list[float]:
-    """The keypoints of an object; the center of the box (XYXY) for each, where none is labeled."""
-    points = list(item["keypoints"]) if has(item, "keypoints") else [0.0] * 51
-    if any(points[2::3]):
-        return points
-    return [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2, 0.0] * (len(points) // 3)
-
-
-def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A mask (height, width), uint8; zeros for an object without."""
-    if isinstance(segmentation, np.ndarray):
-        return segmentation.astype(np.uint8)
-    if not segmentation:
-        return np.zeros((height, width), np.uint8)
-    if isinstance(segmentation, dict):
-        return rle.decode(compressed(segmentation))
-    return rle.decode(rle.merge(rle.frPyObjects(segmentation, height, width)))
 
 
 def _rounded(box: Sequence[float]) -> list[float]:
@@ -300,30 +256,3 @@ def _told(name: str) -> Iterator[None]:
 
 def _warn(text: str) -> None:
     tell(logger, text[0].upper() + text[1:])
-
-
-@contextlib.contextmanager
-def _single_process() -> Iterator[None]:
-    """Let evaluators, which wait for all processes and gather their detections, run in this one alone."""
-    world_size, synchronize = comm.get_world_size, comm.synchronize
-    comm.get_world_size, comm.synchronize = lambda: 1, lambda: None
-    try:
-        yield
-    finally:
-        comm.get_world_size, comm.synchronize = world_size, synchronize
-
-
-@contextlib.contextmanager
-def _work_folder(name: str) -> Iterator[str]:
-    """A folder for an evaluator. Its conversion of a dataset to COCO's format is forgotten with it."""
-    metadata = MetadataCatalog.get(name)
-    had_json = "json_file" in metadata.as_dict()
-    with tempfile.TemporaryDirectory(prefix="distill_d2_") as folder:
-        try:
-            yield folder
-        finally:
-            if not had_json and "json_file" in metadata.as_dict():
-                del metadata.json_file
-            for other in MetadataCatalog.list():
-                if folder in other:
-                    MetadataCatalog.remove(other)

@@ -31,15 +31,11 @@ def check_rules(
     of_levels = {key: rule for key, rule in rules.items() if isinstance(rule, Levels)}
     others = {key: rule for key, rule in rules.items() if key not in of_levels}
     # A backbone, whose levels are asked for, can be built only from right values.
-    steps: tuple[Callable[[], Iterable[str]], ...] = (
-        lambda: faults(context, others),
-        lambda: faults(context, of_levels),
-        lambda: relations(context),
+    problems = (
+        list(faults(context, others)) or list(faults(context, of_levels)) or list(relations(context))
     )
-    for step in steps:
-        problems = list(step())
-        if problems:
-            raise RuleError(_message(problems, source))
+    if problems:
+        raise RuleError(_message(problems, source))
 
 
 def _message(problems: list[str], source: str) -> str:
