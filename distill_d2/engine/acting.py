@@ -10,7 +10,6 @@ from ..losses import DistillLoss
 
 logger = logging.getLogger(__name__)
 
-_POINTS = 1000  # iterations that are looked at; all, if the loss is off in these
 _MOST = 0.5  # of a run
 
 
@@ -41,11 +40,8 @@ def _check(name: str, loss: DistillLoss, phases: TrainingPhases, max_iter: int) 
         logger.warning(f"{name} distills nothing: {_keys(loss, [loss.weight_setting])}")
         return
     frozen_before = min(phases.fix_backbone_before, phases.fix_head_before)
-    stride = max(1, max_iter // _POINTS)
-    acting = [i for i in range(0, max_iter, stride) if i >= frozen_before and reaches_student(loss, i)]
-    share = len(acting) * stride / max_iter
-    if not acting and stride > 1:
-        acting = [i for i in range(frozen_before, max_iter) if reaches_student(loss, i)]
+    acting = [i for i in range(frozen_before, max_iter) if reaches_student(loss, i)]
+    share = len(acting) / max_iter
     causes = _keys(loss, loss.schedule)
     if frozen_before:
         causes += (

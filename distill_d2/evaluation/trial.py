@@ -6,19 +6,18 @@ import contextlib
 import inspect
 import logging
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 
 from ..data.sample import objects, varied_sample
 from ..quiet import quiet, tell
 from .as_detections import as_detections
 from .ground_truth import of_records
+from .isolation import single_process, work_folder
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ def try_evaluator(
         ValueError: the evaluator fails, or finds less than half of the ground truth; the message names the
             image and the objects.
     """
-    with quiet(), _single_process(), _work_folder(name) as folder:
+    with quiet(), single_process(), work_folder(name) as folder:
         sample = _sample(records, masks, keypoints)
         with _told(name), of_records(sample):
             built = build(folder)
@@ -257,30 +256,3 @@ def _told(name: str) -> Iterator[None]:
 
 def _warn(text: str) -> None:
     tell(logger, text[0].upper() + text[1:])
-
-
-@contextlib.contextmanager
-def _single_process() -> Iterator[None]:
-    """Let evaluators, which wait for all processes and gather their detections, run in this one alone."""
-    world_size, synchronize = comm.get_world_size, comm.synchronize
-    comm.get_world_size, comm.synchronize = lambda: 1, lambda: None
-    try:
-        yield
-    finally:
-        comm.get_world_size, comm.synchronize = world_size, synchronize
-
-
-@contextlib.contextmanager
-def _work_folder(name: str) -> Iterator[str]:
-    """A folder for an evaluator. Its conversion of a dataset to COCO's format is forgotten with it."""
-    metadata = MetadataCatalog.get(name)
-    had_json = "json_file" in metadata.as_dict()
-    with tempfile.TemporaryDirectory(prefix="distill_d2_") as folder:
-        try:
-            yield folder
-        finally:
-            if not had_json and "json_file" in metadata.as_dict():
-                del metadata.json_file
-            for other in MetadataCatalog.list():
-                if folder in other:
-                    MetadataCatalog.remove(other)
