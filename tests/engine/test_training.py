@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from runs import Job, assert_equal, checkpoint, metrics, rewind
@@ -48,6 +48,25 @@ def test_resumed_run_equals_uninterrupted(tmp_path):
     results = job.run("--resume")  # a finished run trains no more
     assert "AP" in results["bbox"]
     assert_equal(whole["model"], checkpoint(job.output)["model"])
+
+
+class CountFilesAndThreads(HookBase):
+    def __init__(self):
+        self.counts = []
+
+    def after_step(self):
+        self.counts.append([len(os.listdir(f"/proc/self/{kind}")) for kind in ("fd", "task")])
+
+
+def test_files_and_threads_do_not_add_up(job, monkeypatch):
+    """With a line, a checkpoint and an evaluation in every second iteration, of which the first may open some."""
+    monkeypatch.setattr(settings, "LOG_PERIOD", 2)
+    options = ["SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2]
+    trainer = job.trainer(opts=options)
+    count = CountFilesAndThreads()
+    trainer.register_hooks([count])
+    trainer.train()
+    assert len(count.counts) == 8 and count.counts[3] == count.counts[5] == count.counts[7]
 
 
 def test_what_training_leaves_behind(job):

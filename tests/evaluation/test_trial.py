@@ -171,11 +171,16 @@ def test_usable_data_pass_without_a_word(data, caplog, capfd, change, options):
 
 
 def test_voc(tmp_path, caplog):
-    images = {"a/1": [("a", 1, 1, 20, 20)] * 2, "2": [("a", 1.0, 1.0, 21.0, 20.0), ("b", 5, 5, 30, 30)]}
+    """Also with ids that have folders, spaces and braces, in a folder with braces."""
+    root = tmp_path / "voc{1}"
+    images = {
+        "a/1": [("a", 1, 1, 20, 20)] * 2,
+        "x {0}": [("a", 1.0, 1.0, 21.0, 20.0), ("b", 5, 5, 30, 30)],
+    }
     for key in ("JPEGImages", "Annotations"):
-        (tmp_path / key / "a").mkdir(parents=True)
-    write_voc(tmp_path, images)
-    entry = {"NAME": f"trial_{next(_NUMBERS)}", "FORMAT": "voc", "ROOT": str(tmp_path), "SPLIT": "train"}
+        (root / key / "a").mkdir(parents=True)
+    write_voc(root, images)
+    entry = {"NAME": f"trial_{next(_NUMBERS)}", "FORMAT": "voc", "ROOT": str(root), "SPLIT": "train"}
     records = load({**entry, "CLASSES": ["a", "b"]})
     name = entry["NAME"]
     try_evaluator(name, records, functools.partial(build_evaluator, name))

@@ -23,6 +23,7 @@ def steps_of(recipe, family, weight, rank, wrap):
 
     Args:
         weight: of the student's own losses.
+        rank: of the images.
         wrap: what DistributedDataParallel does to a model.
     """
     kind = families()[family]
@@ -38,6 +39,10 @@ def steps_of(recipe, family, weight, rank, wrap):
 
 def steps_of_this_process(recipe, family, weight):
     return steps_of(recipe, family, weight, comm.get_rank(), distributed)
+
+
+def steps_on_equal_images(family):
+    return steps_of("PKD", family, 1.0, 0, distributed)
 
 
 @pytest.mark.parametrize("recipe, family", CELLS)
@@ -61,3 +66,10 @@ def test_all_is_trained_alike(pool, family):
         gradients = [gradients for _, gradients in both]
         assert same_everywhere(gradients)
         assert all(gradient.isfinite().all() for gradient in gradients[0].values())
+
+
+@pytest.mark.parametrize("family", families())
+def test_equal_images_give_the_bits_of_one_process(pool, family):
+    alone = steps_of("PKD", family, 1.0, 0, lambda model: model)
+    for found in pool.run(steps_on_equal_images, family):
+        torch.testing.assert_close(found, alone, rtol=0, atol=0)
