@@ -61,9 +61,9 @@ def paired(above: list[float], below: list[float]) -> list[float]:
     return [a / b for a, b in zip(above, below)]
 
 
-def facts(args: Any, cfg: CfgNode, meter: Meter) -> dict[str, Any]:
+def facts(args: Any, size: tuple[int, int], cfg: CfgNode, meter: Meter) -> dict[str, Any]:
     """What the numbers depend on."""
-    node, height, width = cfg.MODEL.DISTILLER, *args.size
+    node, (height, width) = cfg.MODEL.DISTILLER, size
     return {
         "config": " ".join([args.config_file, *args.opts]),
         "teacher": f"{node.MODEL_DISTILLER_CONFIG}, "

@@ -11,11 +11,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from distill_d2.checkpoint import read_checkpoint, write_whole
-from distill_d2.config import student_config
-from distill_d2.config_values import check_pairs
-from distill_d2.engine import load_config
-from distill_d2.mistakes import add_debug_argument, ending_on_mistakes
+from ..checkpoint import read_checkpoint, write_whole
+from ..config import student_config
+from ..engine import load_config
 
 Weights = dict[str, torch.Tensor]
 
@@ -28,62 +26,30 @@ class ConversionError(ValueError):
     """The input cannot be converted; the message says what was found and expected."""
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser of INPUT, OUTPUT.pth and KEY VALUE pairs, to which a program adds its options."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("input", metavar="INPUT", help="path or URL of the weights")
-    parser.add_argument("output", metavar="OUTPUT.pth", help="an older file of that name is replaced")
-    add_debug_argument(parser)
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of the detector")
-    return parser
-
-
-def make_detector_parser(description: str | None, backbone: str) -> argparse.ArgumentParser:
-    """The parser of a program that needs the detector's config; ``backbone``: the help of --backbone."""
-    parser = make_parser(description)
-    parser.add_argument("--config-file", metavar="CONFIG", required=True, help="of the detector")
-    parser.add_argument("--backbone", action="store_true", help=backbone)
-    return parser
-
-
-def parse_arguments(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
-) -> argparse.Namespace:
-    """Options may stand between INPUT, OUTPUT and KEY VALUE; exits where these cannot be right."""
-    args = parser.parse_intermixed_args(arguments)
-    _check_paths(parser, args.input, args.output)
-    try:
-        check_pairs(args.opts)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
 def convert_detector(
-    program: str,
     args: argparse.Namespace,
     author: str,
     convert: Callable[[Weights, CfgNode], tuple[Weights, list[str]]],
     finish: Callable[[Weights], Weights] = dict,
 ) -> tuple[Weights, list[str]]:
-    """Convert INPUT and write the result, if it fits the detector of CONFIG; otherwise exit with a message.
+    """Convert INPUT and write the result, if it fits the detector of CONFIG.
 
     Args:
-        args: of ``make_detector_parser``.
+        args: of ``distill-d2 convert``.
         convert: from INPUT's weights and the config to the detector's weights and the dropped names.
         finish: applied to weights that fit, before they are written.
 
     Returns:
         the written weights, and the dropped names.
+
+    Raises:
+        ConversionError, KeyError, OSError, ValueError: nothing was written; the message says why.
     """
-    with ending_on_mistakes(f"{program}: nothing was written: ", debug=args.debug):
-        cfg = student_config(load_config(args.config_file, args.opts))
-        weights, dropped = convert(state_dict_of(read_checkpoint(args.input, stubs=NUMPY_SCALARS)), cfg)
-        check_agreement(weights, cfg, args.config_file, partial=args.backbone)
-        weights = finish(weights)
-        write(args.output, weights, author)
+    cfg = student_config(load_config(args.config_file, args.opts))
+    weights, dropped = convert(state_dict_of(read_checkpoint(args.input, stubs=NUMPY_SCALARS)), cfg)
+    check_agreement(weights, cfg, args.config_file, partial=args.backbone)
+    weights = finish(weights)
+    write(args.output, weights, author)
     return weights, dropped
 
 
@@ -103,17 +69,21 @@ def print_result(
     print(f"Wrote {args.output}. To use it: {use} {args.output}")
 
 
-def _check_paths(parser: argparse.ArgumentParser, source: str, target: str) -> None:
-    """Exits with a message if the result could not, or must not, be written to ``target``."""
+def check_paths(source: str, target: str) -> None:
+    """Check OUTPUT before the work.
+
+    Raises:
+        ConversionError: the result could not, or must not, be written to ``target``.
+    """
     folder = os.path.dirname(os.path.abspath(target))
     if not target.endswith(".pth"):
-        parser.error(f"OUTPUT is '{target}'; expected a name that ends with .pth")
+        raise ConversionError(f"OUTPUT is '{target}'; expected a name that ends with .pth")
     if os.path.realpath(source) == os.path.realpath(target):
-        parser.error(f"INPUT and OUTPUT are the same file, '{target}'; expected another OUTPUT")
+        raise ConversionError(f"INPUT and OUTPUT are the same file, '{target}'; expected another OUTPUT")
     if not os.path.isdir(folder):
-        parser.error(f"the folder of OUTPUT, '{folder}', does not exist")
+        raise ConversionError(f"the folder of OUTPUT, '{folder}', does not exist")
     if os.path.isdir(target):
-        parser.error(f"OUTPUT '{target}' is a folder; expected the name of a file")
+        raise ConversionError(f"OUTPUT '{target}' is a folder; expected the name of a file")
 
 
 def state_dict_of(entries: dict[str, Any]) -> Weights:

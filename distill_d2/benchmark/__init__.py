@@ -1,6 +1,6 @@
-"""What distillation costs: the modules behind tools/benchmark.py.
+"""What distillation costs: the modules behind ``distill-d2 benchmark``.
 
-main      arguments, and the order of the work
+measure   the order of the work
 inputs    generated images with objects
 subjects  student, teachers, losses and training steps
 rows      what each round measures
