@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -85,69 +86,84 @@ def config_of(name: str, dataset: str) -> str:
     return f"quickstart/{dataset}_{RUNS[name][1]}.yaml"
 
 
-def start(name: str, args: argparse.Namespace) -> subprocess.Popen:
+@dataclass
+class Run:
+    """A running training, and the file of its output."""
+
+    process: subprocess.Popen
+    output: Path
+
+    def lines(self) -> list[str]:
+        return self.output.read_text(errors="replace").splitlines()
+
+
+def start(name: str, args: argparse.Namespace) -> Run:
     """Start one training; its output goes to OUTPUT/<name>.out."""
     command_name, _, options = RUNS[name]
-    output = Path(args.output)
+    folder = Path(args.output)
     command = [command_name, "--num-gpus", str(args.num_gpus)]
     command += ["--overwrite", "--config-file", config_of(name, args.dataset), *options, *args.opts]
-    command += ["SEED", str(args.seed), "OUTPUT_DIR", str(output / name)]
+    command += ["SEED", str(args.seed), "OUTPUT_DIR", str(folder / name)]
     if name in METHODS:
-        command += ["MODEL.DISTILLER.TEACHER_WEIGHTS", str(output / "teacher" / "model_final.pth")]
-    output.mkdir(parents=True, exist_ok=True)
+        command += ["MODEL.DISTILLER.TEACHER_WEIGHTS", str(folder / "teacher" / "model_final.pth")]
+    folder.mkdir(parents=True, exist_ok=True)
     print(f"$ distill-d2 {shlex.join(command)}", flush=True)
-    log = open(output / f"{name}.out", "w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distill_d2", *command],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=child_environment(),
-    )
-    process.log_file = log.name
-    return process
+    output = folder / f"{name}.out"
+    with open(output, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distill_d2", *command],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=child_environment(),
+        )
+    return Run(process, output)
 
 
 def child_environment() -> dict[str, str]:
-    """For a process with this package, wherever it lies. One thread per process: two runs share a machine without
-    slowing each other down."""
+    """For a process with this package, wherever it lies. One thread per process: two runs share a machine
+    without slowing each other down."""
     path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
-def wait_for(processes: list[subprocess.Popen]) -> None:
+def wait_for(runs: list[Run]) -> None:
     """Wait for all; on a failure, or Ctrl-C, stop the others and leave."""
-    shown, failed = time.time(), []
+    shown = time.time()
     try:
-        while not failed and any(process.poll() is None for process in processes):
+        while True:
+            running = [run for run in runs if run.process.poll() is None]
+            failed = [run for run in runs if run.process.poll()]
+            if failed or not running:
+                break
             if time.time() - shown > SECONDS_BETWEEN_NEWS:
                 shown = time.time()
-                print("  " + "; ".join(progress(process) for process in processes), flush=True)
+                print("  " + "; ".join(map(progress, runs)), flush=True)
             time.sleep(0.5)
-            failed = [process for process in processes if process.poll()]
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+        for run in runs:
+            if run.process.poll() is None:
+                run.process.terminate()
+                run.process.wait()
     if failed:
         stop(failed[0])
 
 
-def stop(process: subprocess.Popen) -> NoReturn:
-    """End with a failed run's status, after the end of its output; of a mistake, status 2, its message."""
-    lines = Path(process.log_file).read_text(errors="replace").splitlines()
-    mistake = process.returncode == EXIT_STATUS
-    print("\n".join(lines[-1 if mistake else -20 :]), file=sys.stderr)
-    print(f"failed; the whole output is in {process.log_file}", file=sys.stderr)
-    sys.exit(process.returncode if process.returncode > 0 else 1)
+def stop(run: Run) -> NoReturn:
+    """End with a failed run's status, after the end of its output; of a mistake, status 2, after its message."""
+    lines, status = run.lines(), run.process.returncode
+    first = max(0, len(lines) - 20)
+    if status == EXIT_STATUS:
+        first = max([i for i, line in enumerate(lines) if line.startswith("distill-d2 ")], default=first)
+    print("\n".join(lines[first:]), file=sys.stderr)
+    print(f"failed; the whole output is in {run.output}", file=sys.stderr)
+    sys.exit(max(status, 1))  # a signal's is negative
 
 
-def progress(process: subprocess.Popen) -> str:
+def progress(run: Run) -> str:
     """Where a run is: the last line of its log that tells an iteration."""
-    lines = Path(process.log_file).read_text(errors="replace").splitlines()
-    told = [line.partition("iter: ")[2].split() for line in lines if "iter: " in line]
+    told = [line.partition("iter: ")[2].split() for line in run.lines() if "iter: " in line]
     where = f"iteration {told[-1][0]}" if told else "starting"
-    return f"{Path(process.log_file).stem}: {where}"
+    return f"{run.output.stem}: {where}"
 
 
 def print_comparison(output: Path, methods: list[str], seconds: float) -> None:
@@ -159,8 +175,10 @@ def print_comparison(output: Path, methods: list[str], seconds: float) -> None:
     rows = [[name, *(results[score] for score in scores)] for name, results in found.items()]
     header = ["", *scores]
     print(tabulate(rows, headers=header, tablefmt="pipe", floatfmt=".1f"))
-    gains = [found[name][scores[0]] - found["student"][scores[0]] for name in methods]
-    gains = ", ".join(f"{name} - student: {gain:+.1f} AP" for name, gain in zip(methods, gains))
+    student = found["student"][scores[0]]
+    gains = ", ".join(
+        f"{name} - student: {found[name][scores[0]] - student:+.1f} AP" for name in methods
+    )
     print(f"{gains}; {seconds / 60:.1f} minutes in all")
 
 

@@ -1,4 +1,4 @@
-"""Install detectron2 into the running environment, without a compiler: the work of ``distill-d2 install-detectron2``.
+"""Install detectron2 into the running environment, without a compiler: ``distill-d2 install-detectron2``.
 
 Needs neither detectron2 nor torch, and runs as a script, too, where this package is not installed: only the
 standard library, pip, and the package wheel.
@@ -71,21 +71,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--wheel", type=Path, metavar="FILE", help=f"a wheel of {SOURCE}; default: download it"
+        "--wheel", type=existing_file, metavar="FILE", help=f"a wheel of {SOURCE}; default: download it"
     )
     parser.add_argument(
         "--target", type=Path, metavar="DIR", help="install into this folder, for PYTHONPATH"
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Install, as the arguments say.
+def existing_file(text: str) -> Path:
+    """The type of an argument of argparse."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return path
 
-    Raises:
-        SystemExit: it failed; the message says what was found, what was expected and what to do.
-    """
-    if args.wheel and not args.wheel.is_file():
-        raise failure(f"--wheel {args.wheel}: no such file")
+
+def run(args: argparse.Namespace) -> None:
+    """Install, as the arguments say; raises: see ``install``."""
     install(args.wheel, args.target and args.target.absolute())
 
 

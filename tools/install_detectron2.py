@@ -4,5 +4,7 @@
 import runpy
 from pathlib import Path
 
+PROGRAM = Path(__file__).resolve().parents[1] / "distill_d2" / "install_detectron2.py"
+
 if __name__ == "__main__":
-    runpy.run_path(str(Path(__file__).resolve().parents[1] / "distill_d2" / "install_detectron2.py"), run_name="__main__")
+    runpy.run_path(str(PROGRAM), run_name="__main__")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from detectron2.utils.events import EventStorage
 
+from ..commands.arguments import chosen_device
 from ..engine import load_config
-from ..engine.setup import choose_device
 from ..imports import import_modules
 from .meter import Meter, Sample
 from .report import facts, print_report, summarize
@@ -51,7 +51,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--config-file {args.config_file}: only yaml configs can be measured")
     import_modules(args.imports)
     cfg = load_config(args.config_file, args.opts)
-    cfg.MODEL.DEVICE = args.device or choose_device(cfg.MODEL.DEVICE, num_gpus=0)
+    cfg.MODEL.DEVICE = chosen_device(args)
     subjects = build_subjects(cfg, size, args.batch, args.objects, args.seed)
     with EventStorage(subjects.iteration):
         tasks = build_tasks(subjects, args.against_naive)

@@ -25,8 +25,8 @@ learning rate 0, so that every round does the same work. Each round runs, after 
 The headline is the ratio distilled step / (student step + teacher part, plain), taken in each round.
 Beside "<loss> alone" runs "<loss> alone, naive formula", and time and peak memory of the two are
 compared: always for PKD, whose formula takes a few lines; with --against-naive also where it is slower
-(distill_d2/benchmark/naive.py): DeFeat, GID of RetinaNets, and InstanceConditionalDistillation (about twice the time of the
-loss), whose naive version is in tests/, which only a checkout has.
+(distill_d2/benchmark/naive.py): DeFeat, GID of RetinaNets, and InstanceConditionalDistillation (about twice the
+time of the loss), whose naive versions are in tests/, which only a checkout has.
 On a CPU ratios are of process time, which other work on the machine disturbs least; on a GPU they
 are of the time between two events of its stream.
 """
@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import add_config_arguments
+from .arguments import add_config_arguments, add_device_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--objects", type=int, default=8, help="objects per image")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
-    parser.add_argument("--device", default="", help="default: MODEL.DEVICE, or cpu without a GPU")
+    add_device_argument(parser)
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0: as it chooses")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--against-naive", action="store_true", help="time the slow naive versions of losses too"
     )
-    parser.add_argument("--json", default="", help="also write the measurements of every round here")
+    parser.add_argument("--json", metavar="FILE", help="also write the measurements of every round here")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -31,10 +31,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from typing import Any
 
 SOURCES = ("adet", "ssd", "torchdistill")
 # Options that not all sources have, and their defaults.
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "adet": {"config_file": None, "backbone": False, "to": "projects"},
     "ssd": {"config_file": None, "backbone": False},
     "torchdistill": {"config_file": None, "frozen_bn_eps": 0.0},
@@ -68,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frozen-bn-eps",
         type=float,
         metavar="EPS",
-        help="torchdistill: eps of the frozen batch norms in INPUT (default: 0). 0 is that of torchvision's COCO_V1 "
-        "detectors and of the checkpoints released in 2020. 1e-5, detectron2's own, is that of models "
+        help="torchdistill: eps of the frozen batch norms in INPUT (default: 0). 0 is that of torchvision's "
+        "COCO_V1 detectors and of the checkpoints released in 2020. 1e-5, detectron2's own, is that of models "
         "trained from an ImageNet backbone by today's torchvision without setting it to 0, such as "
         "the current torch.hub students of GHND",
     )

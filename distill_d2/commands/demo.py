@@ -20,8 +20,21 @@ from ..demo import DATASETS, METHODS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", choices=DATASETS, default="shapes", help="default: shapes")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["pkd"], help="default: pkd")
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        choices=DATASETS,
+        default="shapes",
+        help=f"{', '.join(DATASETS)} (default: shapes)",
+    )
+    parser.add_argument(
+        "--methods",
+        metavar="NAME",
+        nargs="+",
+        choices=METHODS,
+        default=["pkd"],
+        help=f"{', '.join(METHODS)} (default: pkd)",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of all runs (default: 1)")
     parser.add_argument("--output", metavar="FOLDER", default="output/demo", help="for the runs")
     parser.add_argument("--num-gpus", type=int, default=0, help="default: 0, the CPU")

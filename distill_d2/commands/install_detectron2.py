@@ -11,8 +11,6 @@ again and lets pip install it. Only the compiled part (`detectron2._C`) is missi
 
 from __future__ import annotations
 
-import argparse
-
 from ..install_detectron2 import add_arguments, run
 
 __all__ = ["add_arguments", "run"]

@@ -18,15 +18,15 @@ After `distill-d2 demo`:
 The method replaces MODEL.DISTILLER.TYPES; its settings are the config's. MODEL.WEIGHTS is a checkpoint of the
 student; parameters of the loss (ICD's decoder, adapters) come from the same file, or, where it has none, from
 MODEL.DISTILLER.PRELOAD_TEACHER. Each image is a batch of its own, with the size of the evaluation and without
-augmentation. One file per image: OUTPUT/<image>_<method>.png; with --overwrite it may replace an older one. Configs
-are yaml: LazyConfigs, and so detectron2's FCOS, cannot be drawn yet.
+augmentation. One file per image: OUTPUT/<image>_<method>.png; with --overwrite it may replace an older one.
+Configs are yaml: LazyConfigs, and so detectron2's FCOS, cannot be drawn yet.
 """
 
 from __future__ import annotations
 
 import argparse
 
-from .arguments import add_config_arguments
+from .arguments import add_config_arguments, add_device_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", required=True, help="defeat, fgfi, gid, icd, mimic or pkd")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures of the same names")
-    parser.add_argument("--images", type=int, default=4, help="how many, spread over DATASETS.TEST (default: 4)")
+    add_device_argument(parser)
+    parser.add_argument(
+        "--images", type=int, default=4, help="how many, spread over DATASETS.TEST (default: 4)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

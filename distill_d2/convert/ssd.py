@@ -1,5 +1,5 @@
-"""Public checkpoints of SSD (amdegroot/ssd.pytorch, qfgaohao/pytorch-ssd, SSD-Knowledge-Distillation) as checkpoints
-of projects/SSD. The background becomes the last class.
+"""Public checkpoints of SSD (amdegroot/ssd.pytorch, qfgaohao/pytorch-ssd, SSD-Knowledge-Distillation) as
+checkpoints of projects/SSD. The background becomes the last class.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Torchvision's Faster, Mask and Keypoint R-CNN R*-FPN, and GHND's students of them as torchdistill and its authors'
-repositories released them, as detectron2 checkpoints.
+"""Torchvision's Faster, Mask and Keypoint R-CNN R*-FPN, and GHND's students of them as torchdistill and its
+authors' repositories released them, as detectron2 checkpoints.
 
 Key names of torchvision before and since 0.13, GHND's encoder one or two levels deep. Depth, classes and the
 bottleneck's widths follow from INPUT.
@@ -303,7 +303,7 @@ def infer_depth(weights: Weights) -> int:
     # res2 may be a bottleneck.
     pattern = re.compile(rf"{re.escape(_BOTTOM_UP)}\.res([345])\.\d+\.conv1\.weight")
     stages = [found[1] for found in map(pattern.fullmatch, weights) if found]
-    blocks = tuple(stages.count(stage) for stage in "345")
+    blocks = (stages.count("3"), stages.count("4"), stages.count("5"))
     three = f"{_BOTTOM_UP}.res3.0.conv3.weight" in weights
     if (*blocks, three) not in DEPTHS:
         raise ConversionError(

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.structures.masks import polygons_to_bitmask
+from torch import nn
+
 from distill_d2.projects.condinst.mask_branch import aligned_bilinear
 from distill_d2.projects.condinst.mask_head import DynamicMaskHead, dice_losses
 from distill_d2.projects.condinst.truth import mask_truth
-from torch import nn
 
 from . import Fixture, FixtureError, golden_kind
 from .adet import (

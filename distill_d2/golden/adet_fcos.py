@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from distill_d2.projects.fcos.losses import centerness_of, smoothed_ious
 from torch import nn
+
+from distill_d2.projects.fcos.losses import centerness_of, smoothed_ious
 
 from . import Fixture, FixtureError, golden_kind
 from .adet import (

@@ -14,12 +14,12 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
-from distill_d2.projects.poto import POTO
-from distill_d2.projects.poto.poto import Rows, Targets
 
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.model_zoo import get_config_file
+from distill_d2.projects.poto import POTO
+from distill_d2.projects.poto.poto import Rows, Targets
 
 from . import Fixture, golden_kind
 from .adet import by_recipe

@@ -16,14 +16,14 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
-from distill_d2.projects.solov2 import SOLOv2
-from distill_d2.projects.solov2.losses import dice_loss
-from distill_d2.projects.solov2.nms import mask_ious, mask_nms, matrix_nms, point_nms
-from distill_d2.projects.solov2.targets import centers, downscale
 
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.model_zoo import get_config_file
+from distill_d2.projects.solov2 import SOLOv2
+from distill_d2.projects.solov2.losses import dice_loss
+from distill_d2.projects.solov2.nms import mask_ious, mask_nms, matrix_nms, point_nms
+from distill_d2.projects.solov2.targets import centers, downscale
 
 from . import Fixture, FixtureError, golden_kind
 from .adet import by_recipe

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from distill_d2.projects.ghnd import BottleneckStage
-from distill_d2.projects.ghnd.quantizer import quantize
 from torch import nn
 
 from distill_d2 import Distiller, Teacher, add_distill_config
@@ -27,6 +25,8 @@ from distill_d2.engine.optimizer import build_optimizer
 from distill_d2.losses.base import build_losses
 from distill_d2.losses.ghnd import GHND
 from distill_d2.model_zoo import get_config_file
+from distill_d2.projects.ghnd import BottleneckStage
+from distill_d2.projects.ghnd.quantizer import quantize
 from distill_d2.taps import Taps
 from distill_d2.testing import compare, intercepted, step
 from distill_d2.views import Batch, DetectorView

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from distill_d2.projects.ssd import SSD
-from distill_d2.projects.ssd.names import from_public, name_of
 
 from distill_d2 import add_distill_config
 from distill_d2.config import load_yaml
 from distill_d2.model_zoo import get_config_file
+from distill_d2.projects.ssd import SSD
+from distill_d2.projects.ssd.names import from_public, name_of
 
 from . import Fixture, FixtureError, golden_kind
 

@@ -19,7 +19,6 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, build_model
 from detectron2.structures import Boxes, Instances
-from distill_d2.projects.ssd import SSD
 from torch import nn
 
 from distill_d2 import add_distill_config
@@ -33,6 +32,7 @@ from distill_d2.losses.ssd_kd.terms import (
     targets_of,
 )
 from distill_d2.model_zoo import get_config_file
+from distill_d2.projects.ssd import SSD
 from distill_d2.views import Batch, DetectorView, build_view
 
 from . import Fixture, FixtureError, golden_kind

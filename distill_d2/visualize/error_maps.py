@@ -13,7 +13,7 @@ from . import ColorScale, Picture, Row
 
 def standardize(feature: torch.Tensor, dims: Sequence[int], unbiased: bool) -> torch.Tensor:
     """A map (N, C, H, W) with mean 0 and deviation 1 over ``dims``."""
-    deviation, mean = torch.std_mean(feature, dims, unbiased=unbiased, keepdim=True)
+    deviation, mean = torch.std_mean(feature, list(dims), unbiased=unbiased, keepdim=True)
     return (feature - mean) / (deviation + 1e-6)
 
 

@@ -37,13 +37,13 @@ def icd(
     cells = [height * width for height, width in geometry.level_sizes]
     rows = []
     for rank, index in enumerate(largest, start=1):
-        levels = [
+        maps = [
             level.view(size) for level, size in zip(attention[index].split(cells), geometry.level_sizes)
         ]
         name = picture.class_name(int(queries.classes[0, index]))
         title = f"{name}, {rank} of {len(boxes)} by size"
         panels = [_among_others(title, boxes, index, name, picture)]
-        levels = dict(zip(loss.pairs.in_features, levels))
+        levels = dict(zip(loss.pairs.in_features, maps))
         rows.append(_with_levels(panels, levels, boxes[index].tolist(), batch, picture))
     return rows
 

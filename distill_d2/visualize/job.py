@@ -19,11 +19,11 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import SafeCheckpointer
+from ..commands.arguments import chosen_device
 from ..data import NamedReadErrors, build_mapper, check_datasets
 from ..distiller import Distiller
 from ..engine import load_config
 from ..engine.output_dir import check_writable
-from ..engine.setup import choose_device
 from ..imports import import_modules
 from ..losses import DISTILL_LOSS_REGISTRY
 from ..losses.settings import keys_of
@@ -82,6 +82,7 @@ def prepare(args: argparse.Namespace) -> Job:
     method = methods[args.method]
     import_modules(args.imports)
     cfg = read_config(args.config_file, args.opts, method)
+    cfg.MODEL.DEVICE = chosen_device(args)
     check_writable(args.output, "--output")
     check_datasets(cfg, train=False)
     items = load_items(cfg, args.images)
@@ -104,7 +105,6 @@ def read_config(config_file: str, opts: list[str], method: Method) -> CfgNode:
     if config_file.endswith(".py"):
         raise ValueError(f"--config-file {config_file}: a LazyConfig; only yaml configs can be drawn")
     cfg = load_config(config_file, opts)
-    cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, num_gpus=0)
     node = cfg.MODEL.DISTILLER
     if cfg.MODEL.META_ARCHITECTURE != "Distiller":
         node.STUDENT_META_ARCH = cfg.MODEL.META_ARCHITECTURE
@@ -138,15 +138,15 @@ def load_items(cfg: CfgNode, count: int) -> dict[str, dict[str, Any]]:
         )
     count = min(count, len(records))
     records = [records[index * len(records) // count] for index in range(count)]
-    augmentations = build_mapper(cfg, is_train=False).augmentations.augs
-    mapper = DatasetMapper(cfg, True, augmentations=augmentations, recompute_boxes=False)
+    evaluation: Any = build_mapper(cfg, is_train=False)
+    mapper = DatasetMapper(cfg, True, augmentations=evaluation.augmentations.augs, recompute_boxes=False)
     read = NamedReadErrors(mapper)
     return {name: read(record) for name, record in zip(file_stems(records), records)}
 
 
 def file_stems(records: list[dict[str, Any]]) -> list[str]:
     """The names of the images' files; with a number where several are called the same."""
-    stems, seen = [Path(record["file_name"]).stem for record in records], Counter()
+    stems, seen = [Path(record["file_name"]).stem for record in records], Counter[str]()
     for index, stem in enumerate(stems):
         seen[stem] += 1
         stems[index] = stem if seen[stem] == 1 else f"{stem}_{seen[stem]}"

@@ -73,7 +73,7 @@ def _draw(axes: Axes, panel: Panel, scale: ColorScale | None, inches: float) -> 
             extent=(0, padded_width, padded_height, 0),
             cmap=COLOR_MAP,
             vmin=0.0,
-            vmax=scale.top,
+            vmax=scale.top if scale else None,
             alpha=HEAT,
             interpolation="nearest",  # the level's own cells
         )
@@ -85,8 +85,10 @@ def _draw(axes: Axes, panel: Panel, scale: ColorScale | None, inches: float) -> 
         if mark.label:
             place = _free_place(mark, taken, (height, width), inches)
             taken = torch.cat([taken, place[None]])
+            x, y = place[:2].tolist()
             axes.text(
-                *place[:2].tolist(),
+                x,
+                y,
                 mark.label,
                 size=_FONT_SIZE,
                 color=mark.color,

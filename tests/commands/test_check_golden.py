@@ -1,4 +1,4 @@
-"""tools/check_golden.py on fixtures of two small kinds; tests/test_golden.py has the real ones."""
+"""distill-d2 check-golden on fixtures of two small kinds; tests/test_golden.py has the real ones."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import check_golden as tool
-import golden
 import numpy as np
 import pytest
+
+from distill_d2 import cli, golden
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -43,7 +43,7 @@ def check(folder, *fixtures):
     paths = [folder / f"{index}.npz" for index in range(len(fixtures))]
     for path, content in zip(paths, fixtures):
         np.savez(path, **content)
-    return tool.main([str(path) for path in paths])
+    return cli.main(["check-golden", *map(str, paths)])
 
 
 def test_good_fixtures_pass_array_by_array(tmp_path, capsys):
@@ -99,7 +99,7 @@ def test_unreadable_files(tmp_path, capsys):
     np.savez(pickled, code=np.array([object()], dtype=object))
     capsys.readouterr()
     for path in paths:
-        assert tool.main([str(path)]) == 2
+        assert cli.main(["check-golden", str(path)]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"{path}: ") and len(error.splitlines()) == 1
     assert f"{none}: does not exist\n" == error

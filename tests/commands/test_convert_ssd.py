@@ -1,13 +1,13 @@
-"""tools/convert_ssd.py on networks of a few channels, under the public names."""
+"""distill-d2 convert ssd on networks of a few channels, under the public names."""
 
 import re
 
-import convert_ssd as tool
 import pytest
 import torch
 from detectron2.modeling import build_model
 from distill_d2.projects.ssd.names import name_of
 
+from distill_d2 import cli
 from distill_d2.checkpoint import SafeCheckpointer
 from distill_d2.engine import load_config
 
@@ -56,7 +56,7 @@ def public_state(model, network):
 def converted(tmp_path, weights, *options, entry=None):
     source, target = tmp_path / "public.pth", tmp_path / "converted.pth"
     torch.save({entry: weights} if entry else weights, source)
-    tool.main([str(source), str(target), *options, *SMALL])
+    cli.main(["convert", "ssd", str(source), str(target), *options, *SMALL])
     return target
 
 
@@ -99,6 +99,6 @@ def test_what_does_not_fit_is_listed(tmp_path, remove, add, message):
     weights = public_state(small_ssd("ssd300"), "ssd300")
     weights = {name: tensor for name, tensor in weights.items() if name not in remove}
     weights.update(dict.fromkeys(add, torch.zeros(1)))
-    with pytest.raises(SystemExit, match=f"(?s)convert_ssd: nothing was written.*{message}"):
+    with pytest.raises(SystemExit, match=f"(?s)distill-d2 convert: .*{message}"):
         converted(tmp_path, weights, "--config-file", CONFIGS["ssd300"])
     assert not (tmp_path / "converted.pth").exists()

@@ -1,7 +1,8 @@
-"""tools/visualize_distillation.py: that pictures show what the losses say, where they say it."""
+"""distill-d2 visualize: that pictures show what the losses say, where they say it."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,14 +10,23 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import visualize_distillation as tool
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
-from visualize import error_maps, mimic, pkd, regions, sheet
-from visualize.gid import selection_row
-from visualize.picture import (
+
+from distill_d2 import cli
+from distill_d2.commands.visualize import add_arguments
+from distill_d2.config import student_config
+from distill_d2.losses.feature_mimic import FeatureMimic
+from distill_d2.losses.gid import GeneralInstances
+from distill_d2.losses.pkd import PKD
+from distill_d2.testing import distiller_config, save_teacher, tiny_config, use_dataset, write_dataset
+from distill_d2.views import Batch
+from distill_d2.visualize import error_maps, mimic, pkd, regions, sheet
+from distill_d2.visualize import job as tool
+from distill_d2.visualize.gid import selection_row
+from distill_d2.visualize.picture import (
     GREEN,
     SKY,
     VERMILION,
@@ -28,13 +38,6 @@ from visualize.picture import (
     Picture,
     Row,
 )
-
-from distill_d2.config import student_config
-from distill_d2.losses.feature_mimic import FeatureMimic
-from distill_d2.losses.gid import GeneralInstances
-from distill_d2.losses.pkd import PKD
-from distill_d2.testing import distiller_config, save_teacher, tiny_config, use_dataset, write_dataset
-from distill_d2.views import Batch
 
 METHODS = {
     "defeat": "DeFeat",
@@ -79,13 +82,19 @@ def config(write_config):
     return write_config()
 
 
+def parsed(words):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([*words[:6], "--device", "cpu", *words[6:]])
+
+
 @pytest.fixture
 def make_job(config, tmp_path):
     """Builds what the program draws."""
 
     def make(method, *opts, config_file=config):
         arguments = ["--config-file", config_file, "--method", method, "--output", str(tmp_path)]
-        return tool.prepare(tool.parse_arguments([*arguments, "--images", "2", *opts]))
+        return tool.prepare(parsed([*arguments, "--images", "2", *opts]))
 
     return make
 
@@ -101,7 +110,8 @@ def make_picture(height=48, width=64, boxes=(), classes=()):
 
 
 def run(config, method, output, *more):
-    return tool.main(["--config-file", config, "--method", method, "--output", str(output), *more])
+    words = ["--config-file", config, "--method", method, "--output", str(output), *more]
+    return cli.main(["visualize", "--device", "cpu", *words])
 
 
 @pytest.mark.parametrize(
@@ -110,9 +120,9 @@ def run(config, method, output, *more):
 )
 def test_writes_a_picture_per_image(config, method, images, tmp_path, capsys):
     more = ["--images", str(len(images)), *(ICD_OPTIONS if method == "icd" else [])]
-    files = run(config, method, tmp_path / "new" / "folder", *more)
+    assert run(config, method, tmp_path / "new" / "folder", *more) == 0
+    files = capsys.readouterr().out.splitlines()[-len(images) :]
     assert [Path(file).name for file in files] == [f"{index}_{method}.png" for index in images]
-    assert capsys.readouterr().out.splitlines()[-len(images) :] == files
     color = np.array(to_rgb(SKY if method == "icd" else GREEN)) * 255
     for file in files:
         assert (np.abs(cv2.imread(file)[..., ::-1] - color).max(axis=-1) < 12).sum() > 500
@@ -139,19 +149,26 @@ def refused(config, *more, method="pkd", output):
 )
 def test_wrong_input(config, tmp_path, options, expected):
     message = refused(config, *options, output=tmp_path)
-    assert message.startswith("visualize_distillation: ") and expected in message
+    assert message.startswith("distill-d2 visualize: ") and expected in message
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_wrong_arguments(config, tmp_path, capsys):
-    refused(config, method="nothing", output=tmp_path)
-    message = capsys.readouterr().err
+def test_wrong_arguments(config, tmp_path):
+    message = refused(config, method="nothing", output=tmp_path)
     assert all(name in message for name in ("nothing", *METHODS))
-    refused(config, "--images", "0", output=tmp_path)
-    assert "--images 0: expected at least 1" in capsys.readouterr().err
+    assert "--images 0: expected at least 1" in refused(config, "--images", "0", output=tmp_path)
     (tmp_path / "file").write_text("")
     message = refused(config, output=tmp_path / "file" / "folder")
     assert "--output" in message and "cannot be written to" in message
+
+
+def test_pictures_are_replaced_on_request_alone(config, tmp_path):
+    (tmp_path / "3_pkd.png").write_text("mine")
+    message = refused(config, "--images", "2", output=tmp_path)
+    assert "1 of 2 pictures exist" in message and "--overwrite" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["3_pkd.png"]
+    run(config, "pkd", tmp_path, "--overwrite", "--images", "2")
+    assert (tmp_path / "3_pkd.png").stat().st_size > 1000
 
 
 # Images and detectors.

@@ -1,4 +1,4 @@
-"""tools/convert_torchdistill.py: torchvision's detectors and GHND's students, the same in detectron2."""
+"""distill-d2 convert torchdistill: torchvision's detectors and GHND's students, the same in detectron2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 
-import convert_torchdistill as tool
 import numpy as np
 import pytest
 import torch
@@ -22,8 +21,10 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
+from distill_d2 import cli
 from distill_d2.checkpoint import SafeCheckpointer, read_checkpoint
 from distill_d2.config import student_config
+from distill_d2.convert import torchdistill as tool
 from distill_d2.engine import argument_parser, load_config
 
 CLASSES = {
@@ -129,7 +130,7 @@ def run(folder, data, *options):
     source, target, printed = folder / "input.pth", folder / "output.pth", io.StringIO()
     torch.save(data, source)
     with contextlib.redirect_stdout(printed):
-        tool.main([str(source), str(target), *options])
+        cli.main(["convert", "torchdistill", str(source), str(target), *options])
     assert sorted(os.listdir(folder)) == ["input.pth", "output.pth"]
     return target, printed.getvalue()
 
@@ -137,7 +138,7 @@ def run(folder, data, *options):
 def printed_config(output):
     """The config of the printed command."""
     command = shlex.split(output.partition("To evaluate it:\n")[2].splitlines()[0])
-    assert command[:3] == ["python", "train_baseline.py", "--eval-only"]
+    assert command[:2] == ["distill-d2", "evaluate"]
     args = argument_parser().parse_args(command[2:])
     assert args.opts[0] == "MODEL.WEIGHTS"
     cfg = student_config(load_config(args.config_file, args.opts))
@@ -327,7 +328,7 @@ def test_all_names_give_the_same(pair, tmp_path):
     assert_equal(read_checkpoint(str(path))["model"], pair.weights)
     lines = output.splitlines()
     name = "Distillation-GHND/torchvision_faster_rcnn_R_50_FPN_ghnd.yaml"
-    assert shlex.split(lines[-1])[4:] == [name, "MODEL.WEIGHTS", str(path)]
+    assert shlex.split(lines[-1])[3:] == [name, "MODEL.WEIGHTS", str(path)]
     reason = "the classifier of ImageNet, which a detector does not use"
     assert f"  dropped 1 ({reason}): backbone.body.fc.bias" in lines
     (line,) = [line for line in lines if "neural filter" in line]
@@ -465,7 +466,7 @@ def refused(folder, data, capsys, *options):
         torch.save(data, source)
     target.write_text("older")
     with pytest.raises(SystemExit) as stop:
-        tool.main([str(source), str(target), *options])
+        cli.main(["convert", "torchdistill", str(source), str(target), *options])
     assert target.read_text() == "older"
     assert set(os.listdir(folder)) <= {"input.pth", "output.pth"}
     assert stop.value.code == 2
@@ -593,7 +594,7 @@ def test_wrong_paths(tmp_path, capsys):
         (tmp_path / "folder.pth", "is a folder; expected the name of a file"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            tool.main([str(source), str(target)])
+            cli.main(["convert", "torchdistill", str(source), str(target)])
         assert text in capsys.readouterr().err
     assert source.read_text() == "input"
 

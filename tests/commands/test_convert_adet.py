@@ -1,8 +1,7 @@
-"""tools/convert_adet.py on networks of a few channels, under the names of all ages."""
+"""distill-d2 convert adet on networks of a few channels, under the names of all ages."""
 
 import re
 
-import convert_adet as tool
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,7 @@ from detectron2.modeling import FCOS, build_backbone, build_model
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.utils.events import EventStorage
 
+from distill_d2 import cli
 from distill_d2.checkpoint import SafeCheckpointer
 from distill_d2.engine import load_config
 from distill_d2.teacher import load_teacher_weights
@@ -48,7 +48,7 @@ def convert(folder, entries, *more, config=CONFIG, **keys):
     """The path of the result."""
     torch.save(entries, folder / "input.pth")
     arguments = [str(folder / "input.pth"), str(folder / "output.pth"), "--config-file", config]
-    tool.main([*arguments, *more, *options(**keys)])
+    cli.main(["convert", "adet", *arguments, *more, *options(**keys)])
     return str(folder / "output.pth")
 
 
@@ -184,6 +184,6 @@ def test_detectron2s_own(tmp_path, capsys, to, scale):
 def test_heads_that_detectron2_does_not_have(tmp_path, keys, message):
     keys = {"FCOS__USE_SCALE": not keys, **keys}
     source = model_of(**keys)
-    with pytest.raises(SystemExit, match=f"nothing was written: {message}"):
+    with pytest.raises(SystemExit, match=f"distill-d2 convert: {message}"):
         convert(tmp_path, source.state_dict(), "--to", "detectron2", **keys)
     assert not (tmp_path / "output.pth").exists()

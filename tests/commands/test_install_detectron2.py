@@ -1,4 +1,4 @@
-"""tools/install_detectron2.py with a small synthetic wheel of LabGym; nothing is downloaded."""
+"""distill-d2 install-detectron2 with a small synthetic wheel of LabGym; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import install_detectron2 as tool
 import pytest
 import wheel
 from wheel.wheelfile import WheelFile
+
+from distill_d2 import install_detectron2 as tool
 
 SOURCES = {
     "LabGym/__init__.py": "raise RuntimeError('LabGym itself must not be taken')\n",
@@ -112,7 +113,7 @@ def test_another_file_or_a_failing_program(make_wheel, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="`pip .*LabGym==3.1.2` failed: ERROR: .*LabGym==3.1.2"):
         tool.main(["--target", str(target)])
     with pytest.raises(SystemExit, match="no module surely_missing; `pip install surely_missing`"):
-        tool.run("surely_missing")
+        tool.run_module("surely_missing")
 
 
 def test_install_and_uninstall_with_pip(make_wheel, tmp_path):
