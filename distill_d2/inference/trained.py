@@ -65,7 +65,7 @@ class Trained:
         return [self._predict(image) for image in images]
 
     def inputs(self, image: np.ndarray) -> dict[str, Any]:
-        """The model's input for an image (H, W, 3), uint8, BGR: a dict with "image" (C, H', W'), "height", "width".
+        """The model's input for an image (H, W, 3), uint8, BGR: "image" (C, H', W'), "height" and "width".
 
         Raises:
             ValueError: the image has another form.

@@ -12,7 +12,7 @@ from distill_d2.inference import load_trained
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """OUTPUT_DIR of a distillation whose data and teacher are gone; its images; the detections of its evaluation."""
+    """OUTPUT_DIR of a distillation whose data and teacher are gone, its images, its own detections."""
     job = Job(tmp_path_factory.mktemp("run"))
     job.config.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
     job.config.INPUT.FIXED_SIZE = [64, 96]
