@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -47,7 +47,7 @@ class Trained:
     cfg: CfgNode | DictConfig
     classes: list[str]
     source: str
-    mapper: Callable[[dict[str, Any]], Any]
+    mapper: Any
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Instances]:
         """Find objects; each image is a batch of its own, resized as in the evaluation.
@@ -164,7 +164,7 @@ def _classes(loaded: dict[str, Any], source: Source, model: nn.Module) -> list[s
     return [str(number) for number in range(count)]
 
 
-def _mapper(config: CfgNode | DictConfig) -> Callable[[dict[str, Any]], Any]:
+def _mapper(config: CfgNode | DictConfig) -> Any:
     if isinstance(config, CfgNode):
         return build_mapper(config, is_train=False)
     node = OmegaConf.select(config, "dataloader.test.mapper")
