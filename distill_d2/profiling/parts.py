@@ -12,8 +12,8 @@ from torch import nn
 
 from .timing import clock
 
-#: ``neck`` is what a backbone has around its ``bottom_up`` network, ``head`` all other modules with parameters, and
-#: the rest normalizes images, decodes boxes and suppresses double ones.
+#: ``neck`` is what a backbone has around its ``bottom_up`` network, ``head`` all other modules with parameters,
+#: and the rest normalizes images, decodes boxes and suppresses double ones.
 PARTS = ("backbone", "neck", "head")
 REST = "pre- and post-processing"
 
