@@ -20,8 +20,15 @@ from .mistakes import add_debug_argument, ending_on_mistakes
 
 # In the order of the list that --help prints. A dash in a name is an underscore in its module's.
 COMMANDS = (
-    *("demo", "train", "baseline", "evaluate", "visualize"),
-    *("convert", "benchmark", "check-golden", "install-detectron2"),
+    "demo",
+    "train",
+    "baseline",
+    "evaluate",
+    "visualize",
+    "convert",
+    "benchmark",
+    "check-golden",
+    "install-detectron2",
 )
 
 
