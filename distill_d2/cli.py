@@ -24,6 +24,7 @@ COMMANDS = (
     "train",
     "baseline",
     "evaluate",
+    "predict",
     "visualize",
     "convert",
     "benchmark",
