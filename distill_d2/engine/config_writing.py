@@ -14,9 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from ..checkpoint import write_whole
 from ..config import EXTRA_KEY, add_distill_config, dump, student_config
 from ..data import with_absolute_paths
-
-STUDENT_FILE = "config.yaml"
-DISTILLATION_FILE = "distill_config.yaml"
+from ..run_files import DISTILLATION_FILE, STUDENT_FILE
 
 _STUDENT_COMMENT = """\
 # The student of this run. For inference, MODEL.WEIGHTS is this folder's model_final.pth.
