@@ -19,7 +19,7 @@ from types import ModuleType
 from .mistakes import add_debug_argument, ending_on_mistakes
 
 # In the order of the list that --help prints. A dash in a name is an underscore in its module's.
-COMMANDS = ("train", "baseline", "evaluate")
+COMMANDS = ("train", "baseline", "evaluate", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
