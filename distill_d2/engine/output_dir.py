@@ -30,6 +30,8 @@ _PATIENCE = 15.0  # seconds in which the processes of a killed run end
 # What else a run writes, beside checkpoints and metrics; its log and config are kept, and continued.
 _WRITTEN = (
     "events.out.tfevents.*",
+    "wandb_id.txt",
+    "mlflow_id.txt",
     *(
         f"{folder}/**/{name}"
         for folder in ("inference", "teacher/inference")

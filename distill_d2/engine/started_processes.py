@@ -18,7 +18,7 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch import distributed as dist
 
-from ..mistakes import EXIT_STATUS, ending_on_mistakes
+from ..mistakes import EXIT_STATUS, Message, ending_on_mistakes
 
 _TORCHRUN = {
     "rank": "RANK",
@@ -168,7 +168,7 @@ def _gpu(place: Place) -> int:
     )
 
 
-class _SharedMessage:
+class _SharedMessage(Message):
     """The message of the first process that ends on a mistake; the others stay silent. It lies in the store
     through which all machines' processes met."""
 
