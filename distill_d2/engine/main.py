@@ -17,6 +17,7 @@ from .notes import note_command
 from .output_dir import release, remove_run
 from .settings import RunSettings
 from .setup import setup
+from .started_processes import find_place
 from .trainer import DistillTrainer
 
 
@@ -57,6 +58,6 @@ def main(args: argparse.Namespace, distill: bool) -> Any:
             results = trainer.train()
     finally:
         release(folder)
-    if trainer.stop and comm.get_world_size() == 1:  # among several, launch() exits
+    if trainer.stop and (comm.get_world_size() == 1 or find_place()):  # among several, launch() exits
         sys.exit(trainer.stop.exit_code)
     return results

@@ -35,6 +35,8 @@ _WRITTEN = (
     f"{TEACHER_FOLDER}/{EVALUATIONS}",
     GRADIENTS,
     COMMANDS,
+    "wandb_id.txt",
+    "mlflow_id.txt",
     *(
         f"{folder}/**/{name}"
         for folder in _INFERENCE
