@@ -14,9 +14,9 @@ from torch import nn
 from ..checkpoint import SafeCheckpointer
 from ..data import end_workers
 from ..data.classes import classes_in
+from ..run_files import TEACHER_FOLDER
 from ..teacher import Teacher, teacher_of
 from ..views import build_view
-from ..run_files import TEACHER_FOLDER
 from .classes import check_checkpoint, check_number, check_tested_teacher
 from .notes import note_evaluation
 from .settings import RunSettings, in_subfolder

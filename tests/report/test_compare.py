@@ -23,7 +23,9 @@ def tables(capsys, *arguments):
 def test_classes_side_by_side(tmp_path, capsys):
     """The last evaluation of each run counts, the difference is to the first, and classes have a table of their
     own, which names their metric."""
-    first = run_of(tmp_path / "student", evaluation(9.0), {"iteration": 2, "total_loss": 1.0}, evaluation())
+    first = run_of(
+        tmp_path / "student", evaluation(9.0), {"iteration": 2, "total_loss": 1.0}, evaluation()
+    )
     second = run_of(tmp_path / "distilled", evaluation(1.5, APs=3.0), {"total_loss": 0.5})
     found = tables(capsys, first, second)
     assert list(found) == ["bbox", "bbox, AP50 per class"]
@@ -57,7 +59,9 @@ def test_several_seeds_are_one_column(tmp_path, capsys):
 def test_training_comes_before_a_later_evaluation(tmp_path, capsys):
     """Unless the file is named; equal names become paths."""
     run = run_of(tmp_path / "run", evaluation())
-    run_of(tmp_path / "run", {"time": "2026-01-01", "weights": "w.pth", "bbox/AP": 10.0}, name=EVALUATIONS)
+    run_of(
+        tmp_path / "run", {"time": "2026-01-01", "weights": "w.pth", "bbox/AP": 10.0}, name=EVALUATIONS
+    )
     header, rows = tables(capsys, run, f"{run}/{EVALUATIONS}")["bbox"]
     assert header[:2] == [run, f"{run}/{EVALUATIONS}"] and rows["AP"] == ["40.00", "10.00", "-30.00"]
 
