@@ -14,9 +14,7 @@ from ..run_files import COMMANDS, DISTILLATION_FILE, EVALUATIONS, GRADIENTS, MET
 from ..safe_yaml import read_yaml_file
 
 Metrics = dict[str, float]  # of one task, by name: "AP", "AP50-dog"
-Results = dict[
-    str, Metrics
-]  # of one evaluation, by task: "bbox", or "voc_2007_test/bbox" where several datasets are
+Results = dict[str, Metrics]  # by task: "bbox"; "voc_2007_test/bbox" where there are several datasets
 
 
 @dataclass(frozen=True)
