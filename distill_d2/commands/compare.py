@@ -1,7 +1,9 @@
 """Show the last evaluations of runs side by side, class by class.
 
 RUN is the OUTPUT_DIR of a training, or of an evaluation alone; also one of its files: metrics.json, and
-evaluations.json, which --eval-only writes. RUN/teacher is the teacher, where EVAL_TEACHER evaluated it. Several seeds of one training are one column, with mean and standard deviation: join them by commas, or give a pattern in quotes. NAME=RUN names a column.
+evaluations.json, which --eval-only writes. RUN/teacher is the teacher, where EVAL_TEACHER evaluated it.
+Several seeds of one training are one column, with mean and standard deviation: join them by commas, or give a
+pattern in quotes. NAME=RUN names a column.
 
     distill-d2 compare output/student output/distilled
     distill-d2 compare alone=output/student-1,output/student-2 'PKD=output/pkd-*'
