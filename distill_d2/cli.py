@@ -26,6 +26,7 @@ COMMANDS = (
     "evaluate",
     "predict",
     "visualize",
+    "compare",
     "convert",
     "benchmark",
     "check-golden",
