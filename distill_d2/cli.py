@@ -25,6 +25,7 @@ COMMANDS = (
     "baseline",
     "evaluate",
     "predict",
+    "profile",
     "visualize",
     "compare",
     "convert",
