@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from detectron2.utils import comm
 
 from ..checkpoint import LAST, PARTIAL, run_checkpoints, write_whole
+from .best import BEST
 from .metrics import METRICS
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ _PATIENCE = 15.0  # seconds in which the processes of a killed run end
 # What else a run writes, beside checkpoints and metrics; its log and config are kept, and continued.
 _WRITTEN = (
     "events.out.tfevents.*",
+    f"{BEST}.pth",
     "wandb_id.txt",
     "mlflow_id.txt",
     *(
