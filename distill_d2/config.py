@@ -86,7 +86,7 @@ def add_distill_config(cfg: CN) -> None:
 
     # Metrics in Weights & Biases too (--wandb does the same), where it is installed; NAME "": OUTPUT_DIR's.
     cfg.WANDB = CN({"ENABLED": False, "PROJECT": "distill_d2", "NAME": ""})
-    # And in MLflow; TRACKING_URI "": where its environment variable says, or in ./mlruns.
+    # And in MLflow; TRACKING_URI "": where its environment variable says, or its default.
     cfg.MLFLOW = CN({"ENABLED": False, "EXPERIMENT": "distill_d2", "NAME": "", "TRACKING_URI": ""})
 
     cfg.MODEL.DISTILLER = distiller = CN()

@@ -15,11 +15,10 @@ from detectron2.utils import comm
 
 from ..checkpoint import read_checkpoint
 from ..messages import shortened
+from ..run_files import BEST
 from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
-
-BEST = "model_best"
 
 
 class EndedEarly(BaseException):
@@ -40,7 +39,7 @@ class BestCheckpoint(HookBase):
         self._metric = metric_in_results(settings.keep_best, settings.test_datasets)
         self._datasets = list(settings.test_datasets)
         self._patience = settings.patience
-        self._path = os.path.join(settings.output_dir, f"{BEST}.pth")
+        self._path = os.path.join(settings.output_dir, BEST)
         self._written = -math.inf
         self._values: dict[int, float] = {}
 

@@ -14,9 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from ..checkpoint import write_whole
 from ..config import EXTRA_KEY, add_distill_config, dump, student_config
 from ..data import with_absolute_paths
-
-STUDENT_FILE = "config.yaml"
-DISTILLATION_FILE = "distill_config.yaml"
+from ..run_files import DISTILLATION_FILE, STUDENT_FILE
 
 _OF_TRAINING = ("WANDB", "MLFLOW")
 

@@ -11,10 +11,10 @@ from typing import Any
 from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
 
 from ..checkpoint import append_whole, write_whole
+from ..run_files import METRICS
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.json"
 WINDOW = 20  # iterations whose median is logged, as in detectron2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections import defaultdict
-from typing import Any
+from typing import Any, Callable
 
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
@@ -26,16 +26,25 @@ def build_trackers(cfg: Any, folder: str) -> list[EventWriter]:
 
     Args:
         cfg: of the whole run; its values are noted as the run's parameters.
-        folder: OUTPUT_DIR; a resumed run continues the tracker's run, whose name is kept there.
+        folder: OUTPUT_DIR; a resumed run continues the tracker's run, whose id is kept there.
+
+    Raises:
+        ValueError: the tracker does not start.
     """
-    writers: list[EventWriter] = []
     if not isinstance(cfg, CfgNode):  # a LazyConfig has no such nodes
-        return writers
-    if cfg.WANDB.ENABLED:
-        writers.append(WandbWriter(cfg, folder))
-    if cfg.MLFLOW.ENABLED:
-        writers.append(MlflowWriter(cfg, folder))
-    return writers
+        return []
+    kinds: dict[str, Callable[..., EventWriter]] = {"WANDB": WandbWriter, "MLFLOW": MlflowWriter}
+    return [_start(key, kind, cfg, folder) for key, kind in kinds.items() if cfg[key].ENABLED]
+
+
+def _start(key: str, kind: Callable[..., EventWriter], cfg: CfgNode, folder: str) -> EventWriter:
+    try:
+        return kind(cfg, folder)
+    except Exception as error:  # of its client or its server
+        raise ValueError(
+            f"{key}.ENABLED is True, but no run can be started there: {error}. Mend its settings, or set "
+            f"{key}.ENABLED to False"
+        ) from error
 
 
 class _Tracker(EventWriter):
@@ -96,7 +105,7 @@ class WandbWriter(_Tracker):
 
 
 class MlflowWriter(_Tracker):
-    """To MLflow; without MLFLOW.TRACKING_URI where its environment variable says, or into ./mlruns."""
+    """To MLflow; without MLFLOW.TRACKING_URI where its environment variable says, or its default."""
 
     note = "mlflow_id.txt"
 
