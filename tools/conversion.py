@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 
 from distill_d2.checkpoint import read_checkpoint, write_whole
 from distill_d2.config import student_config
-from distill_d2.config_values import check_pairs
+from distill_d2.config_values import pairs_of
 from distill_d2.engine import load_config
 from distill_d2.mistakes import add_debug_argument, ending_on_mistakes
 
@@ -55,7 +55,7 @@ def parse_arguments(
     args = parser.parse_intermixed_args(arguments)
     _check_paths(parser, args.input, args.output)
     try:
-        check_pairs(args.opts)
+        args.opts = pairs_of(args.opts)
     except ValueError as error:
         parser.error(str(error))
     return args
