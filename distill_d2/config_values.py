@@ -12,6 +12,7 @@ from typing import Any, Callable
 from detectron2.config import CfgNode, get_cfg
 
 from .messages import shortened
+from .pairs import pairs_of
 from .rules import kind_of
 from .safe_yaml import read_yaml
 
@@ -57,31 +58,6 @@ def set_options(cfg: CfgNode, words: Sequence[str]) -> None:
         node = functools.reduce(getattr, parents, cfg)
         value = _value_of(text, node[name], key)
         _set(node, {name: value}, cfg, key[: -len(name)], lambda key: "")
-
-
-def pairs_of(words: Sequence[str]) -> list[str]:
-    """The end of a command line, KEY VALUE KEY=VALUE ..., as KEY VALUE KEY VALUE ...
-
-    Raises:
-        ValueError: an option stands where a key is expected; the last key has no value.
-    """
-    pairs: list[str] = []
-    for word in words:
-        if len(pairs) % 2:
-            pairs.append(word)
-        elif word.startswith("-"):
-            raise ValueError(
-                f"{shortened(word)} stands after a KEY VALUE pair; options must come before"
-            )
-        else:
-            key, equals, value = word.partition("=")  # no key has a "="
-            pairs += [key, value] if equals else [key]
-    if len(pairs) % 2:
-        raise ValueError(
-            f"the KEY VALUE pairs are incomplete: {shortened(' '.join(words), 300)}; expected a value after "
-            f"the key {shortened(pairs[-1])}"
-        )
-    return pairs
 
 
 def config_keys(node: CfgNode, prefix: str = "") -> list[str]:

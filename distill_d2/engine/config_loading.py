@@ -11,8 +11,9 @@ from detectron2.config import CfgNode, get_cfg
 from .. import model_zoo
 from ..config import EXTRA_KEY, add_distill_config, load_yaml
 from ..config_files import MOST_FILES, check_chain, read_config
-from ..config_values import pairs_of, set_options
+from ..config_values import set_options
 from ..data import adopt_coco_datasets, register_builtin_voc, register_custom_datasets, register_shapes
+from ..pairs import pairs_of
 from ..teacher import in_official_zoo
 
 
@@ -74,8 +75,8 @@ def option(opts: Sequence[str], key: str) -> str:
 
 
 def is_official(config: str, official: bool, folders: Sequence[str]) -> bool:
-    """Whether a teacher's config is that of detectron2's model zoo: MODEL_LOAD_OFFICIAL, unless the zoo has none of
-    this name, and a file has.
+    """Whether a teacher's config is that of detectron2's model zoo: MODEL_LOAD_OFFICIAL, unless the zoo has none
+    of this name and a file has.
 
     Args:
         folders: of the configs that name it.

@@ -20,9 +20,8 @@ class COCOEvaluatorOfAny(COCOEvaluator):
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, *args: Any, **kwargs: Any) -> Any:
         if coco_eval is None:
             logger.warning(
-                "The model detects nothing in these images, at any score that it reports, so AP is 0: usual after a "
-                "few iterations, otherwise a sign of other classes, of images unlike those of the training, or of "
-                "weights that were not loaded"
+                "The model detects nothing in these images, so AP is 0: usual after a few iterations, otherwise a "
+                "sign of wrong weights, or of images unlike those of the training"
             )
             coco_eval = _of_no_detections(self._coco_api, iou_type)
         return super()._derive_coco_results(coco_eval, iou_type, *args, **kwargs)
