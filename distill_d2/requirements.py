@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 MISSING = (
-    "distill_d2 needs detectron2, which pip cannot install from the package index; `distill-d2 install-detectron2` "
-    "(or `python -m distill_d2 install-detectron2`) installs it"
+    "distill_d2 needs detectron2, which is not on the package index; `distill-d2 install-detectron2` installs it "
+    "(or `python -m distill_d2 install-detectron2`)"
 )
 
 

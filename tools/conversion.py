@@ -13,9 +13,9 @@ from detectron2.modeling import build_model
 
 from distill_d2.checkpoint import read_checkpoint, write_whole
 from distill_d2.config import student_config
-from distill_d2.pairs import pairs_of
 from distill_d2.engine import load_config
 from distill_d2.mistakes import add_debug_argument, ending_on_mistakes
+from distill_d2.pairs import pairs_of
 
 Weights = dict[str, torch.Tensor]
 
