@@ -22,12 +22,13 @@ from ..imports import check_note, imported, write_note
 from ..losses import build_losses
 from ..losses.base import keys_without_effect
 from ..plugins import ground_truth, of_student
+from ..random_state import random_state, set_random_state
 from ..teacher import teacher_weights
 from .config_loading import load_config, output_dir
 from .config_writing import check_is_no_student_config, write_configs
+from .epochs import in_iterations
 from .key_rules import check_keys, check_student_name
 from .output_dir import claim, kept
-from .random_state import random_state, set_random_state
 from .settings import RunSettings
 from .trainer import DistillTrainer
 
@@ -66,6 +67,7 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
         build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
     claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, lambda: weights_read(cfg, distill))
+    schedule = "" if args.eval_only else in_iterations(cfg)
     cfg.freeze()
     with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
         default_setup(cfg, args)
@@ -73,6 +75,8 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
             write_configs(cfg, train=not args.eval_only)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
+    if schedule:
+        logger.info(schedule)
     log_without_effect(cfg, distill)
     for detector in of_student(cfg):
         detector.check(cfg)
