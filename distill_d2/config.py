@@ -74,6 +74,14 @@ def add_distill_config(cfg: CN) -> None:
     cfg.DATASETS.CHECK = "all"
     # How many images of each dataset are decoded then to find unreadable ones (0: none, nor is the mapper tried).
     cfg.DATASETS.CHECK_IMAGES = 500
+    # Decode every image first, and leave those out that do not exist or cannot be read; OUTPUT_DIR/
+    # unreadable_images.txt lists them. In an evaluation their objects count as missed.
+    cfg.DATASETS.SKIP_UNREADABLE = False
+
+    # Metrics in Weights & Biases too (--wandb does the same), where it is installed; NAME "": OUTPUT_DIR's.
+    cfg.WANDB = CN({"ENABLED": False, "PROJECT": "distill_d2", "NAME": ""})
+    # And in MLflow; TRACKING_URI "": where its environment variable says, or its default.
+    cfg.MLFLOW = CN({"ENABLED": False, "EXPERIMENT": "distill_d2", "NAME": "", "TRACKING_URI": ""})
 
     cfg.MODEL.DISTILLER = distiller = CN()
     # The student's meta-architecture, when MODEL.META_ARCHITECTURE is "Distiller".

@@ -120,6 +120,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="repeat a step whose loss is not finite, and name the operation; slower on a GPU",
     )
+    parser.add_argument(
+        "--wandb", action="store_true", help="log to Weights & Biases, too: WANDB.ENABLED True"
+    )
     parser.add_argument("opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help=OPTS_HELP)
     # As detectron2's: fixed per user. For several machines; one machine takes a free port, so that two runs
     # do not collide.

@@ -77,6 +77,8 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     Raises:
         FileNotFoundError, ValueError, OSError: the message names the key or file.
     """
+    if args.wandb:
+        raise ValueError("--wandb works with yaml configs only; leave it out")
     args.config_file = model_zoo.find_config(args.config_file)
     check_note(os.path.dirname(args.config_file))
     cfg = load_lazy_config(

@@ -16,7 +16,7 @@ from detectron2.utils.logger import setup_logger
 from .. import model_zoo
 from ..commands.arguments import check_config_arguments
 from ..config import student_config
-from ..data import check_datasets
+from ..data import check_datasets, skip_unreadable
 from ..evaluation import try_evaluator
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
@@ -30,6 +30,7 @@ from .epochs import in_iterations
 from .key_rules import check_keys, check_student_name
 from .output_dir import claim, kept
 from .settings import RunSettings
+from .trackers import check_trackers
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,9 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     if args.resume or args.eval_only:
         check_note(cfg.OUTPUT_DIR)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
+    cfg.WANDB.ENABLED = cfg.WANDB.ENABLED or args.wandb
+    if not args.eval_only:
+        check_trackers(cfg)
     check_student_name(cfg)
     cfg = _with_distiller(cfg) if distill else student_config(cfg)
     check_keys(cfg, train=not args.eval_only)
@@ -80,6 +84,9 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     log_without_effect(cfg, distill)
     for detector in of_student(cfg):
         detector.check(cfg)
+    if cfg.DATASETS.SKIP_UNREADABLE:
+        names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+        skip_unreadable(names, cfg.OUTPUT_DIR)
     if comm.is_main_process():
         _check_data(cfg, trainer, train=not args.eval_only)
     comm.synchronize()

@@ -55,6 +55,7 @@ from .optimizer import build_optimizer, optimizer_signature
 from .run_state import RunState
 from .settings import RunSettings
 from .step import TrainStep
+from .trackers import build_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +161,8 @@ class DistillTrainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         folder = self.settings.output_dir
-        return [CommonMetricPrinter(self.max_iter), MetricsFile(folder), Events(folder)]
+        writers = [CommonMetricPrinter(self.max_iter), MetricsFile(folder), Events(folder)]
+        return writers + build_trackers(self.cfg, folder)
 
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
