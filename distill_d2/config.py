@@ -104,7 +104,8 @@ def add_distill_config(cfg: CN) -> None:
     # The teacher's config: a name in detectron2's model zoo, or a .yaml or .py file of your own.
     distiller.MODEL_DISTILLER_CONFIG = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
     # True: the config is a model zoo name, and its published weights are used. False: a file, found
-    # beside the config that names it, in configs/, or by absolute path, with its own weights.
+    # beside the config that names it, in configs/, or by absolute path, with its own weights. A file whose name
+    # the zoo does not have needs no False.
     distiller.MODEL_LOAD_OFFICIAL = True
     # The teacher's weights, a path or URL; empty: those that its config names.
     distiller.TEACHER_WEIGHTS = ""

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .. import model_zoo
+from ..commands.arguments import check_config_arguments
 from ..config import student_config
 from ..data import check_datasets, skip_unreadable
 from ..evaluation import try_evaluator
@@ -47,11 +48,7 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: see ``load_config``.
     """
-    if not args.config_file and not args.opts:
-        raise ValueError(
-            "--config-file is missing; give the path of a config, or the name of a packaged one such as "
-            "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-        )
+    check_config_arguments(args)
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
     distill = distill and not args.eval_only
     if distill:
