@@ -27,6 +27,7 @@ COMMANDS = (
     "predict",
     "visualize",
     "compare",
+    "report",
     "convert",
     "benchmark",
     "check-golden",
