@@ -5,6 +5,7 @@ Each filter names one message, so a warning about the user's model or data is ne
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 
@@ -34,4 +35,8 @@ def silence_known_warnings() -> None:
         for category in categories if isinstance(categories, tuple) else (categories,):
             warnings.filterwarnings("ignore", message=message, category=category)
     for name, text in _NO_NEWS:
-        logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
+        logging.getLogger(name).addFilter(functools.partial(_is_news, text))
+
+
+def _is_news(known: str, record: logging.LogRecord) -> bool:
+    return known not in record.getMessage()

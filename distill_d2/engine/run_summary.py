@@ -88,9 +88,10 @@ def _times(period: int) -> str:
 
 def _epochs(loader: Any, iterations: int) -> str:
     """Of one of our loaders the batch size and the number of epochs."""
+    stream: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, ShieldedLoader) or not loader.loader.batch_size:
         return ""
-    batch, images = loader.loader.batch_size * comm.get_world_size(), len(loader.dataset.dataset)
+    batch, images = loader.loader.batch_size * comm.get_world_size(), len(stream.dataset)
     return f" of {batch} images, {iterations * batch / images:.3g} epochs of {images}"
 
 
