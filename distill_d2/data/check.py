@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,12 @@ from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
 from .records import check_records
 from .sample import has_objects
+from .summary import DatasetSummary, summarize, summary_table
 from .voc import check_evaluated_ids
+
+logger = logging.getLogger(__name__)
+
+_CHECK_KEY = "DATASETS.CHECK, of a LazyConfig dataloader.check, is 'none'"
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ class DataPlan:
 
 def check_plan(plan: DataPlan) -> None:
     """Check each dataset with ``check_dataset``, that all have the same classes in the same order, that the mapper
-    of training gives what the model needs, and that the evaluator of each test dataset works.
+    of training gives what the model needs, and that the evaluator of each test dataset works; log a table of what
+    they hold.
 
     Raises:
         ValueError: a dataset is not registered or does not fit the model, or another one.
@@ -71,16 +78,25 @@ def check_plan(plan: DataPlan) -> None:
     for key, names in zip(plan.keys, (plan.train, plan.test)):
         for name in names:
             _check_registered(name, key)
+    names = list(dict.fromkeys((*plan.train, *plan.test)))
     if not plan.check:
+        logger.info(f"Data: {', '.join(names)}; neither checked nor counted ({_CHECK_KEY})")
         return
-    like = ""
-    for name in dict.fromkeys((*plan.train, *plan.test)):
+    like, rows = "", []
+    for name in names:
         with kept_content():
-            _check_and_try(name, plan, like)
+            summary = _check_and_try(name, plan, like)
+        rows.append((summary, ", ".join(_uses(name, plan))))
         like = like or (name if classes_of([name]) else "")
+    if rows:
+        logger.info(f"Data:\n{summary_table(rows)}")
 
 
-def _check_and_try(name: str, plan: DataPlan, like: str) -> None:
+def _uses(name: str, plan: DataPlan) -> list[str]:
+    return [use for use, names in (("train", plan.train), ("test", plan.test)) if name in names]
+
+
+def _check_and_try(name: str, plan: DataPlan, like: str) -> DatasetSummary:
     trained_on = name in plan.train
     records = check_dataset(
         name,
@@ -97,6 +113,7 @@ def _check_and_try(name: str, plan: DataPlan, like: str) -> None:
         _try_mapper(name, records, plan)
     if name in plan.test and plan.try_evaluation:
         plan.try_evaluation(name, records)
+    return summarize(name, records)
 
 
 def check_dataset(

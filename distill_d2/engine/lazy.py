@@ -24,7 +24,6 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -42,12 +41,14 @@ from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
 from ..lazy_config import apply_overrides, load_lazy_config
-from .config_loading import locate_teacher
+from .config_loading import is_official, locate_teacher
 from .epochs import LAZY_IN_EPOCHS, lazy_in_iterations, lazy_options_decide
 from .key_rules import check_lazy_keys
 from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
 from .output_dir import claim, kept
+from .run_log import start_log
+from .run_summary import log_environment
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
 from .setup import choose_device, note_imports, weights_read
 from .trainer import DistillTrainer
@@ -67,6 +68,8 @@ _REQUIRED = (
     "train.log_period",
     "train.amp.enabled",
 )
+# ... what it reads where it is there ...
+_OPTIONAL = ("train.keep_best", "train.patience")
 # ... and what a training reads, too.
 _REQUIRED_TO_TRAIN = ("optimizer", "lr_multiplier", "dataloader.train")
 
@@ -107,9 +110,9 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     register_builtin_voc()
     schedule = "" if args.eval_only else lazy_in_iterations(cfg)
     with kept(os.path.join(cfg.train.output_dir, "config.yaml"), args.eval_only):
+        start_log(cfg.train.output_dir)
+        log_environment(args.config_file, cfg.train.output_dir)
         default_setup(cfg, args)
-    rank = comm.get_rank()
-    setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
     logger.info(f"Ran the code of {args.config_file}, a LazyConfig")
     if schedule:
         logger.info(schedule)
@@ -214,7 +217,7 @@ def _resumable_loader(node: DictConfig) -> ShieldedLoader | None:
 def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
     # A key of MODEL.DISTILLER that the file leaves at its default is known, too.
     known = config_keys(distiller_node({}), "distiller.") if "distiller" in cfg else []
-    known += LAZY_IN_EPOCHS.values()
+    known += [*LAZY_IN_EPOCHS.values(), *_OPTIONAL]
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
@@ -228,7 +231,11 @@ def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
 def _locate_teacher(cfg: DictConfig, folder: str, needed: bool) -> None:
     """Make the teacher's file absolute: later code does not know where the config is."""
     node = cfg.get("distiller")
-    if node and "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
+    if not node or not isinstance(node.get("MODEL_DISTILLER_CONFIG"), str):
+        return
+    official = node.get("MODEL_LOAD_OFFICIAL", True)
+    node.MODEL_LOAD_OFFICIAL = is_official(node.MODEL_DISTILLER_CONFIG, official, [folder])
+    if not node.MODEL_LOAD_OFFICIAL:
         node.MODEL_DISTILLER_CONFIG = locate_teacher(node.MODEL_DISTILLER_CONFIG, [folder], needed)
 
 

@@ -217,12 +217,17 @@ def _plan(name: str, official: bool) -> _Plan:
     return _Plan(path, config, weights, input_format, folders)
 
 
-def _official_config(name: str) -> str:
+def in_official_zoo(name: str) -> bool:
+    """Whether detectron2's model zoo has a config of this name."""
     folder = (Path(detectron2_zoo.__file__).parent / "configs").resolve()
     path = (folder / name).resolve()
-    if folder not in path.parents or not path.is_file():
+    return folder in path.parents and path.is_file()
+
+
+def _official_config(name: str) -> str:
+    if not in_official_zoo(name):
         raise _unofficial(name, f"{name} not available in Model Zoo!")
-    return str(path)
+    return str((Path(detectron2_zoo.__file__).parent / "configs" / name).resolve())
 
 
 def _official_weights(name: str) -> str:
@@ -235,8 +240,8 @@ def _official_weights(name: str) -> str:
 def _unofficial(name: str, problem: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"MODEL.DISTILLER.MODEL_DISTILLER_CONFIG '{name}': {problem} With MODEL_LOAD_OFFICIAL True it must be a "
-        "config of detectron2's model zoo with published weights; for a file of your own set "
-        "MODEL.DISTILLER.MODEL_LOAD_OFFICIAL False"
+        "config of detectron2's model zoo with published weights, or a file of your own that exists; set "
+        "MODEL.DISTILLER.MODEL_LOAD_OFFICIAL False to see where that is looked for"
     )
 
 
