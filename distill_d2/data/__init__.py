@@ -7,7 +7,7 @@ from .check_config import check_datasets
 from .coco import adopt_coco_datasets
 from .custom import register_custom_datasets
 from .custom_entries import check_name, datasets_root, with_absolute_paths
-from .loader import ShieldedLoader, build_train_loader, end_workers
+from .loader import ShieldedLoader, build_train_loader, end_workers, example_batch
 from .read_errors import NamedReadErrors
 from .sampler import ResumableTrainingSampler, sampler_of_config, seeded
 from .shapes import generate_shapes, register_shapes
@@ -31,6 +31,7 @@ __all__ = [
     "check_plan",
     "datasets_root",
     "end_workers",
+    "example_batch",
     "generate_shapes",
     "register_builtin_voc",
     "register_custom_datasets",

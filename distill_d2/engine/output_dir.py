@@ -16,14 +16,16 @@ from typing import Any, TextIO
 from detectron2.utils import comm
 
 from ..checkpoint import LAST, PARTIAL, run_checkpoints, write_whole
+from .gradient_log import GRADIENTS
 from .metrics import METRICS
 
 logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 _PROBE_BYTES = 1 << 16
-_BEGUN = (f"model_*.pth{PARTIAL}", LAST + PARTIAL, METRICS + PARTIAL)  # what a kill may leave
-_FILES = (_LOCK, METRICS, LAST, "log.txt", "config.yaml", *_BEGUN)
+# What a kill may leave.
+_BEGUN = tuple(name + PARTIAL for name in ("model_*.pth", LAST, METRICS, GRADIENTS))
+_FILES = (_LOCK, METRICS, GRADIENTS, LAST, "log.txt", "config.yaml", *_BEGUN)
 _FOLDERS = ("inference", "teacher", "teacher/inference")
 _BUSY = (errno.EACCES, errno.EAGAIN)  # another process has the lock
 _PATIENCE = 15.0  # seconds in which the processes of a killed run end
@@ -189,7 +191,7 @@ def _remove_partial(folder: str) -> None:
 
 
 def _of_a_run(folder: str) -> list[str]:
-    others = [path for name in (LAST, METRICS, *_WRITTEN) for path in _matches(folder, name)]
+    others = [path for name in (LAST, METRICS, GRADIENTS, *_WRITTEN) for path in _matches(folder, name)]
     return [*run_checkpoints(folder), *filter(os.path.isfile, others)]
 
 

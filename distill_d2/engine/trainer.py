@@ -36,6 +36,7 @@ from .acting import check_acting
 from .distributed import distributed
 from .evaluate import evaluate_teacher
 from .exact import exact_torchscript
+from .gradient_log import GradientLog
 from .hooks import (
     BoundedHistories,
     Checkpoints,
@@ -93,6 +94,7 @@ class DistillTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self._run_state = RunState(cfg, model, self._student(), data_loader)
+        self._gradients = GradientLog(model, data_loader, self.settings)
         self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
@@ -295,6 +297,8 @@ class DistillTrainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
+        if not self.start_iter:
+            self._gradients.start()
         self._run_state.restore_random_state()
 
     def after_train(self) -> None:
@@ -386,6 +390,7 @@ class DistillTrainer(DefaultTrainer):
         with self.model.register_forward_pre_hook(lambda *_: self._leave_evaluation()):
             self._last_eval_results = self.test(self.cfg, self.model)
         set_random_state(state)
+        self._gradients.after(min(self.iter + 1, self.max_iter))
         return self._last_eval_results
 
     def _leave_evaluation(self) -> None:
