@@ -20,11 +20,11 @@ from ..data import example_batch
 from ..distiller import Distiller
 from ..gradients import TermGradients, term_gradients
 from ..random_state import unchanged_random_state
+from ..run_files import GRADIENTS
 from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
-GRADIENTS = "gradients.jsonl"
 _IMAGES = 4  # per process
 
 
