@@ -2,7 +2,7 @@
 
 from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_mapper
 from .builtin_voc import register_builtin_voc
-from .check import DataPlan, check_dataset, check_plan
+from .check import DataPlan, check_dataset, check_plan, raised
 from .check_config import check_datasets
 from .coco import adopt_coco_datasets
 from .custom import register_custom_datasets
@@ -40,6 +40,7 @@ __all__ = [
     "end_workers",
     "example_batch",
     "generate_shapes",
+    "raised",
     "register_builtin_voc",
     "register_custom_datasets",
     "register_shapes",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -60,24 +61,41 @@ class DataPlan:
     try_evaluation: Callable[[str, list[dict[str, Any]]], None] | None = None
 
 
-def check_plan(plan: DataPlan) -> None:
+def raised(error: Exception) -> None:
+    """Raises the error."""
+    raise error
+
+
+def check_plan(plan: DataPlan, told: Callable[[Exception], None] = raised) -> None:
     """Check each dataset with ``check_dataset``, that all have the same classes in the same order, that the mapper
     of training gives what the model needs, and that the evaluator of each test dataset works.
+
+    Args:
+        told: is called with the error of a dataset; if it returns, the others are checked, too.
 
     Raises:
         ValueError: a dataset is not registered or does not fit the model, or another one.
         OSError: annotations or images do not exist or cannot be read.
     """
+    found: list[str] = []
     for key, names in zip(plan.keys, (plan.train, plan.test)):
         for name in names:
-            _check_registered(name, key)
-    if not plan.check:
-        return
+            with _telling(told):
+                _check_registered(name, key)
+                found.append(name)
     like = ""
-    for name in dict.fromkeys((*plan.train, *plan.test)):
-        with kept_content():
+    for name in dict.fromkeys(found if plan.check else ()):
+        with _telling(told), kept_content():
             _check_and_try(name, plan, like)
-        like = like or (name if classes_of([name]) else "")
+            like = like or (name if classes_of([name]) else "")
+
+
+@contextlib.contextmanager
+def _telling(told: Callable[[Exception], None]) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        told(error)
 
 
 def _check_and_try(name: str, plan: DataPlan, like: str) -> None:
