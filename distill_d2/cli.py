@@ -27,6 +27,7 @@ COMMANDS = (
     "evaluate",
     "check",
     "predict",
+    "profile",
     "visualize",
     "compare",
     "convert",

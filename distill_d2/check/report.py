@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
+from ..data.summary import summarize, summary_table
 from ..distiller import Distiller
 from ..duration import evaluations_of, expected_duration, spoken
 from ..engine import DistillTrainer, RunSettings
 from ..gradients import TermGradients
 from ..messages import shortened
-from .data import describe_classes, summarize
 from .faults import Faults, noted
 from .run import build_trainer, check_data, read
 from .steps import StepCost, evaluation_seconds, measure_gradients, measure_steps
@@ -69,11 +70,12 @@ def _print_list(title: str, lines: list[str]) -> None:
 
 
 def _data_table(settings: RunSettings) -> str:
-    summaries = summarize(settings.train_datasets, settings.test_datasets)
-    rows = [(s.name, s.use, s.images, s.empty, sum(s.objects.values())) for s in summaries]
-    header = ["dataset", "used to", "images", "without objects", "objects"]
-    classes = [f"{s.name}: {describe_classes(s)}" for s in summaries]
-    return "\n".join(["Data", tabulate(rows, header, tablefmt="pipe"), *classes])
+    uses: dict[str, list[str]] = {}
+    for use, names in (("train", settings.train_datasets), ("test", settings.test_datasets)):
+        for name in names:
+            uses.setdefault(name, []).append(use)
+    rows = [(summarize(name, DatasetCatalog.get(name)), ", ".join(use)) for name, use in uses.items()]
+    return f"Data:\n{summary_table(rows)}" if rows else ""
 
 
 def _models(trainer: DistillTrainer) -> str:

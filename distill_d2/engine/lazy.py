@@ -24,7 +24,6 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -48,6 +47,8 @@ from .key_rules import check_lazy_keys
 from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
 from .output_dir import claim, kept
+from .run_log import start_log
+from .run_summary import log_environment
 from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
 from .setup import choose_device, note_imports, weights_read
 from .trainer import DistillTrainer
@@ -84,9 +85,9 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     claim(cfg.train.output_dir, "train.output_dir", args, lambda: weights_read(cfg, distill))
     schedule = "" if args.eval_only else lazy_in_iterations(cfg)
     with kept(os.path.join(cfg.train.output_dir, "config.yaml"), args.eval_only):
+        start_log(cfg.train.output_dir)
+        log_environment(args.config_file, cfg.train.output_dir)
         default_setup(cfg, args)
-    rank = comm.get_rank()
-    setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
     logger.info(f"Ran the code of {args.config_file}, a LazyConfig")
     if schedule:
         logger.info(schedule)

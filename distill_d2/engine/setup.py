@@ -11,7 +11,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from .. import model_zoo
 from ..commands.arguments import check_config_arguments
@@ -30,6 +29,8 @@ from .config_writing import check_is_no_student_config, write_configs
 from .epochs import in_iterations
 from .key_rules import check_keys, check_student_name
 from .output_dir import claim, kept
+from .run_log import start_log
+from .run_summary import log_environment
 from .settings import RunSettings
 from .trackers import check_trackers
 from .trainer import DistillTrainer
@@ -58,10 +59,11 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     schedule = "" if args.eval_only else in_iterations(cfg)
     cfg.freeze()
     with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
+        start_log(cfg.OUTPUT_DIR)
+        log_environment(args.config_file, cfg.OUTPUT_DIR)
         default_setup(cfg, args)
         if comm.is_main_process():
             write_configs(cfg, train=not args.eval_only)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
     if schedule:
         logger.info(schedule)

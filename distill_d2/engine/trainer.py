@@ -56,6 +56,7 @@ from .metrics import Events, MetricsFile
 from .optimizer import build_optimizer, optimizer_signature
 from .resume_checks import all_have_checkpoint, check_length, check_optimizer, check_trainer
 from .run_state import RunState
+from .run_summary import log_schedule, log_student
 from .settings import RunSettings
 from .step import TrainStep
 from .trackers import build_trackers
@@ -257,6 +258,11 @@ class DistillTrainer(DefaultTrainer):
         state = random_state()
         evaluate_teacher(self.cfg, type(self), model.teacher, model.student)
         set_random_state(state)
+
+    def log_start(self) -> None:
+        """Log what is trained, from which weights, and how long, once weights are loaded."""
+        log_student(self._student(), self.settings, self.start_iter)
+        log_schedule(self.cfg, self.start_iter, self.max_iter, self._trainer.data_loader)
 
     def train(self) -> dict[str, Any] | None:
         """Run to the last iteration; on SIGINT or SIGTERM save, log how to resume, and return.
