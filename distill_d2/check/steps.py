@@ -48,7 +48,7 @@ def measure_gradients(trainer: DistillTrainer, batches: int) -> TermGradients:
 
 
 def measure_steps(trainer: DistillTrainer) -> StepCost:
-    """Train some steps, at the iteration at which all losses act; the median of each time."""
+    """Train some steps, at the iteration at which all losses act; the cost of the median one."""
     model = trainer.plain_model
     start = acting_iteration(model) + trainer.loss_training.pretrain_iters
     _forget_peak()
@@ -60,9 +60,9 @@ def measure_steps(trainer: DistillTrainer) -> StepCost:
             trainer.run_step()
             seconds = clock() - began
             costs.append({"step": seconds, "data": storage.latest()["data_time"][0], **parts})
-    median = {name: statistics.median(cost[name] for cost in costs[_WARM_UP:]) for name in costs[0]}
-    seconds = median.pop("step")
-    return StepCost(seconds, median, _peak())
+    costs = sorted(costs[_WARM_UP:], key=lambda cost: cost["step"])
+    median = costs[len(costs) // 2]
+    return StepCost(median.pop("step"), median, _peak())
 
 
 def evaluation_seconds(trainer: DistillTrainer) -> float:
