@@ -26,6 +26,7 @@ COMMANDS = (
     "train",
     "baseline",
     "evaluate",
+    "check",
     "predict",
     "profile",
     "visualize",
