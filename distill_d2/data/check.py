@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -66,30 +67,49 @@ class DataPlan:
     try_evaluation: Callable[[str, list[dict[str, Any]]], None] | None = None
 
 
-def check_plan(plan: DataPlan) -> None:
+def raised(error: Exception) -> None:
+    """Raises the error."""
+    raise error
+
+
+def check_plan(plan: DataPlan, told: Callable[[Exception], None] = raised) -> None:
     """Check each dataset with ``check_dataset``, that all have the same classes in the same order, that the mapper
     of training gives what the model needs, and that the evaluator of each test dataset works; log a table of what
     they hold.
+
+    Args:
+        told: is called with the error of a dataset; if it returns, the others are checked, too.
 
     Raises:
         ValueError: a dataset is not registered or does not fit the model, or another one.
         OSError: annotations or images do not exist or cannot be read.
     """
+    found: list[str] = []
     for key, names in zip(plan.keys, (plan.train, plan.test)):
         for name in names:
-            _check_registered(name, key)
-    names = list(dict.fromkeys((*plan.train, *plan.test)))
+            with _telling(told):
+                _check_registered(name, key)
+                found.append(name)
+    names = list(dict.fromkeys(found))
     if not plan.check:
         logger.info(f"Data: {', '.join(names)}; neither checked nor counted ({_CHECK_KEY})")
         return
     like, rows = "", []
     for name in names:
-        with kept_content():
+        with _telling(told), kept_content():
             summary = _check_and_try(name, plan, like)
-        rows.append((summary, ", ".join(_uses(name, plan))))
-        like = like or (name if classes_of([name]) else "")
+            rows.append((summary, ", ".join(_uses(name, plan))))
+            like = like or (name if classes_of([name]) else "")
     if rows:
         logger.info(f"Data:\n{summary_table(rows)}")
+
+
+@contextlib.contextmanager
+def _telling(told: Callable[[Exception], None]) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        told(error)
 
 
 def _uses(name: str, plan: DataPlan) -> list[str]:

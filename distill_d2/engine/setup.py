@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from .. import model_zoo
 from ..commands.arguments import check_config_arguments
 from ..config import student_config
-from ..data import check_datasets, skip_unreadable
+from ..data import check_datasets, raised, skip_unreadable
 from ..evaluation import try_evaluator
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
@@ -49,29 +49,12 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: see ``load_config``.
     """
-    check_config_arguments(args)
-    args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
+    cfg = read_run_config(args, distill)
     distill = distill and not args.eval_only
-    if distill:
-        check_is_no_student_config(args.config_file)
-    try:
-        cfg = load_config(args.config_file, args.opts, train=not args.eval_only, need_teacher=distill)
-    except KeyError:
-        # A module that --import does not name may bring the key.
-        check_note(output_dir(args.config_file, args.opts or []))
-        raise
-    if args.resume or args.eval_only:
-        check_note(cfg.OUTPUT_DIR)
-    cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
-    cfg.WANDB.ENABLED = cfg.WANDB.ENABLED or args.wandb
-    if not args.eval_only:
-        check_trackers(cfg)
-    check_student_name(cfg)
-    cfg = _with_distiller(cfg) if distill else student_config(cfg)
     check_keys(cfg, train=not args.eval_only)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
         build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
-    _check_batch(cfg.SOLVER.IMS_PER_BATCH)
+    check_batch(cfg.SOLVER.IMS_PER_BATCH)
     claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, lambda: weights_read(cfg, distill))
     schedule = "" if args.eval_only else in_iterations(cfg)
     cfg.freeze()
@@ -91,9 +74,33 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
         names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
         skip_unreadable(names, cfg.OUTPUT_DIR)
     if comm.is_main_process():
-        _check_data(cfg, trainer, train=not args.eval_only)
+        check_data(cfg, trainer, train=not args.eval_only)
     comm.synchronize()
     return cfg
+
+
+def read_run_config(args: Any, distill: bool) -> CfgNode:
+    """The config of the arguments, with or without the Distiller, on a device that is there; its values are not
+    checked. Arguments and errors: see ``setup``."""
+    check_config_arguments(args)
+    args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
+    distill = distill and not args.eval_only
+    if distill:
+        check_is_no_student_config(args.config_file)
+    try:
+        cfg = load_config(args.config_file, args.opts, train=not args.eval_only, need_teacher=distill)
+    except KeyError:
+        # A module that --import does not name may bring the key.
+        check_note(output_dir(args.config_file, args.opts or []))
+        raise
+    if args.resume or args.eval_only:
+        check_note(cfg.OUTPUT_DIR)
+    cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
+    cfg.WANDB.ENABLED = cfg.WANDB.ENABLED or args.wandb
+    if not args.eval_only:
+        check_trackers(cfg)
+    check_student_name(cfg)
+    return _with_distiller(cfg) if distill else student_config(cfg)
 
 
 def log_without_effect(cfg: CfgNode, distill: bool) -> None:
@@ -109,8 +116,14 @@ def log_without_effect(cfg: CfgNode, distill: bool) -> None:
             )
 
 
-def _check_data(cfg: CfgNode, trainer: type[DistillTrainer], train: bool) -> None:
-    """Check the datasets, the mapper and the evaluators; what is random afterwards does not change."""
+def check_data(
+    cfg: CfgNode,
+    trainer: type[DistillTrainer],
+    train: bool = True,
+    told: Callable[[Exception], None] = raised,
+) -> None:
+    """Check the datasets, the mapper and the evaluators; what is random afterwards does not change. Arguments and
+    errors: see ``setup`` and ``check_plan``."""
     metrics: dict[str, set[str]] = {}
 
     def try_evaluation(name: str, records: list[dict[str, Any]]) -> None:
@@ -124,7 +137,7 @@ def _check_data(cfg: CfgNode, trainer: type[DistillTrainer], train: bool) -> Non
         )
 
     state = random_state()
-    check_datasets(cfg, train, try_evaluation)
+    check_datasets(cfg, train, try_evaluation, told)
     set_random_state(state)
     if train:
         check_metric(cfg.TEST.KEEP_BEST, metrics)
@@ -187,7 +200,8 @@ def note_imports(folder: str, names: Sequence[str], write: bool) -> None:
         write_note(folder, names)
 
 
-def _check_batch(images: int) -> None:
+def check_batch(images: int) -> None:
+    """Raises ValueError if the processes cannot share a batch of so many images."""
     processes = comm.get_world_size()
     if images < processes or images % processes:
         raise ValueError(

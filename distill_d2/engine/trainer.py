@@ -38,6 +38,7 @@ from .best import BestCheckpoint, EndedEarly
 from .distributed import distributed
 from .evaluate import evaluate_teacher
 from .exact import exact_torchscript
+from .gradient_log import GradientLog
 from .hooks import (
     BoundedHistories,
     Checkpoints,
@@ -99,6 +100,7 @@ class DistillTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self._run_state = RunState(cfg, model, self._student(), data_loader)
+        self._gradients = GradientLog(model, data_loader, self.settings)
         self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
@@ -308,6 +310,8 @@ class DistillTrainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
+        if not self.start_iter:
+            self._gradients.start()
         self._run_state.restore_random_state()
         if self._best is not None and 0 < self.start_iter < self.max_iter:
             self.iter = self.storage.iter = self.start_iter - 1
@@ -381,6 +385,7 @@ class DistillTrainer(DefaultTrainer):
         with self.model.register_forward_pre_hook(lambda *_: self._leave_evaluation()):
             self.last_results = self.test(self.cfg, self.model)
         set_random_state(state)
+        self._gradients.after(min(self.iter + 1, self.max_iter))
         return self.last_results
 
     def _leave_evaluation(self) -> None:
