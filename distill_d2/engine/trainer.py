@@ -38,6 +38,7 @@ from .best import BestCheckpoint, EndedEarly
 from .distributed import distributed
 from .evaluate import evaluate_teacher
 from .exact import exact_torchscript
+from .gradient_log import GradientLog
 from .hooks import (
     BoundedHistories,
     Checkpoints,
@@ -55,6 +56,7 @@ from .metrics import Events, MetricsFile
 from .optimizer import build_optimizer, optimizer_signature
 from .resume_checks import all_have_checkpoint, check_length, check_optimizer, check_trainer
 from .run_state import RunState
+from .run_summary import log_schedule, log_student
 from .settings import RunSettings
 from .step import TrainStep
 from .trackers import build_trackers
@@ -98,6 +100,7 @@ class DistillTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self._run_state = RunState(cfg, model, self._student(), data_loader)
+        self._gradients = GradientLog(model, data_loader, self.settings)
         self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
@@ -256,6 +259,11 @@ class DistillTrainer(DefaultTrainer):
         evaluate_teacher(self.cfg, type(self), model.teacher, model.student)
         set_random_state(state)
 
+    def log_start(self) -> None:
+        """Log what is trained, from which weights, and how long, once weights are loaded."""
+        log_student(self._student(), self.settings, self.start_iter)
+        log_schedule(self.cfg, self.start_iter, self.max_iter, self._trainer.data_loader)
+
     def train(self) -> dict[str, Any] | None:
         """Run to the last iteration; on SIGINT or SIGTERM save, log how to resume, and return.
 
@@ -302,6 +310,8 @@ class DistillTrainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
+        if not self.start_iter:
+            self._gradients.start()
         self._run_state.restore_random_state()
         if self._best is not None and 0 < self.start_iter < self.max_iter:
             self.iter = self.storage.iter = self.start_iter - 1
@@ -375,6 +385,7 @@ class DistillTrainer(DefaultTrainer):
         with self.model.register_forward_pre_hook(lambda *_: self._leave_evaluation()):
             self.last_results = self.test(self.cfg, self.model)
         set_random_state(state)
+        self._gradients.after(min(self.iter + 1, self.max_iter))
         return self.last_results
 
     def _leave_evaluation(self) -> None:
