@@ -30,7 +30,7 @@ from .config_writing import check_is_no_student_config, write_configs
 from .epochs import in_iterations
 from .key_rules import check_keys, check_student_name
 from .output_dir import claim, kept
-from .settings import RunSettings
+from .settings import RunSettings, micro_batch
 from .trackers import check_trackers
 from .trainer import DistillTrainer
 
@@ -70,7 +70,8 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     check_keys(cfg, train=not args.eval_only)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
         build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
-    _check_batch(cfg.SOLVER.IMS_PER_BATCH)
+    if not args.eval_only:
+        micro_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, "SOLVER")
     claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, lambda: weights_read(cfg, distill))
     schedule = "" if args.eval_only else in_iterations(cfg)
     cfg.freeze()
@@ -183,11 +184,3 @@ def note_imports(folder: str, names: Sequence[str], write: bool) -> None:
         logger.info(f"Imported {line}")
     if write and comm.is_main_process():
         write_note(folder, names)
-
-
-def _check_batch(images: int) -> None:
-    processes = comm.get_world_size()
-    if images < processes or images % processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {images}; expected a multiple of the {processes} processes"
-        )
