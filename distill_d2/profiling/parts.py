@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ from .timing import clock
 PARTS = ("backbone", "neck", "head")
 REST = "pre- and post-processing"
 
-_ROUNDS = 5
+_MOST_ROUNDS = 20
 
 
 def part_of(name: str, has_bottom_up: bool) -> str:
@@ -40,23 +42,33 @@ def parameters(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def time_shares(model: nn.Module, inputs: Sequence[dict[str, Any]]) -> dict[str, float]:
+def time_shares(
+    model: nn.Module, inputs: Sequence[dict[str, Any]], *, seconds: float = 2.0
+) -> dict[str, float]:
     """The share of each part, and of the rest, in the time of a prediction; they add up to 1.
 
     Args:
         model: in eval.
         inputs: of the model, at least one.
+        seconds: after so many no further round begins; there are 2 to 20 rounds.
     """
     with torch.inference_mode():
-        model([inputs[0]])
-        with _timed(model) as seconds:
-            start = clock()
-            for _ in range(_ROUNDS):
-                for item in inputs:
-                    model([item])
-            whole = clock() - start
-    shares = {part: seconds[part] / whole for part in PARTS}
+        started, rounds = time.perf_counter(), [_shares(model, inputs)]
+        while len(rounds) < 2 or (
+            len(rounds) < _MOST_ROUNDS and time.perf_counter() - started < seconds
+        ):
+            rounds.append(_shares(model, inputs))
+    shares = {part: statistics.median(each[part] for each in rounds) for part in PARTS}
     return {**shares, REST: max(0.0, 1.0 - sum(shares.values()))}
+
+
+def _shares(model: nn.Module, inputs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    with _timed(model) as seconds:
+        start = clock()
+        for item in inputs:
+            model([item])
+        whole = clock() - start
+    return {part: each / whole for part, each in seconds.items()}
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from torch import nn
 
 _LEAST_ROUNDS = 5
 _MOST_ROUNDS = 50
-_WARM_UP = 2
 
 
 def milliseconds_per_image(
@@ -51,16 +50,15 @@ def time_in_turn(
     """Seconds that each task takes, one number for each round.
 
     Every round runs all tasks, so that other work on the machine slows all of them, and every other round runs
-    them backwards. Two rounds of warm-up do not count; 5 to 50 rounds do.
+    them backwards. A first round, to warm up, does not count; 5 to 50 rounds do.
 
     Args:
         tasks: by name.
         seconds: after so many no further round begins.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(_WARM_UP):
-        for run in tasks.values():
-            run()
+    for run in tasks.values():
+        run()
     started = time.perf_counter()
     for index in range(_MOST_ROUNDS):
         if index >= _LEAST_ROUNDS and time.perf_counter() - started > seconds:
@@ -76,10 +74,12 @@ def time_ratio(times: Sequence[float], others: Sequence[float]) -> float:
 
 
 def clock() -> float:
-    """Seconds, when all that was given to the GPU is done."""
+    """Seconds: with one thread on a CPU those that this process works, which other processes disturb least; else
+    those on the wall, when all that was given to the GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _seconds(run: Callable[[], Any]) -> float:
