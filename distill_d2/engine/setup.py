@@ -73,7 +73,11 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     if not args.eval_only:
         micro_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, "SOLVER")
     claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, lambda: weights_read(cfg, distill))
-    schedule = "" if args.eval_only else in_iterations(cfg)
+    skipped = []
+    if cfg.DATASETS.SKIP_UNREADABLE:
+        names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+        skipped = skip_unreadable(names, cfg.OUTPUT_DIR)
+    schedule = "" if args.eval_only else in_iterations(cfg)  # of the images that are left
     cfg.freeze()
     with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
         default_setup(cfg, args)
@@ -81,14 +85,13 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
             write_configs(cfg, train=not args.eval_only)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
+    for line in skipped:
+        logger.warning(line)
     if schedule:
         logger.info(schedule)
     log_without_effect(cfg, distill)
     for detector in of_student(cfg):
         detector.check(cfg)
-    if cfg.DATASETS.SKIP_UNREADABLE:
-        names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-        skip_unreadable(names, cfg.OUTPUT_DIR)
     if comm.is_main_process():
         _check_data(cfg, trainer, train=not args.eval_only)
     comm.synchronize()
