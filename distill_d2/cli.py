@@ -25,6 +25,7 @@ COMMANDS = (
     "train",
     "baseline",
     "evaluate",
+    "check",
     "predict",
     "profile",
     "visualize",

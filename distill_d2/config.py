@@ -125,6 +125,9 @@ def add_distill_config(cfg: CN) -> None:
     distiller.TEACHER_AUTOCAST = "auto"
     # torch.compile of the teacher's backbone; each new input shape costs a compilation.
     distiller.TEACHER_COMPILE = False
+    # Measure how strongly each term pulls on the student, on four images per process: before training, and
+    # with each evaluation in it (OUTPUT_DIR/gradients.jsonl).
+    distiller.MEASURE_GRADIENTS = True
     # Evaluate the teacher on DATASETS.TEST too, on the student's images: with --eval-only, and before
     # training.
     distiller.EVAL_TEACHER = False

@@ -96,6 +96,24 @@ def build_train_loader(
     )
 
 
+def example_batch(loader: Any, most: int) -> list[Any] | None:
+    """This process's share of images from all over the training data, mapped; the same ones at each call. The
+    order in which images are trained on stays as it is.
+
+    Args:
+        loader: of ``build_train_loader``.
+        most: the number of images, if a batch has as many.
+
+    Returns:
+        None for other loaders.
+    """
+    stream = getattr(loader, "dataset", None)
+    if not isinstance(stream, _MappedStream):
+        return None
+    count = min(most, stream.sampler.batch_size)
+    return stream.examples(count)
+
+
 def _describe(dataset: Sequence[dict[str, Any]]) -> str:
     """The number of images, and a checksum of their files' names and numbers of annotations."""
     names = (
@@ -123,6 +141,12 @@ class _MappedStream(IterableDataset):
                     continue
                 seed_all_rng(self._seed(place))
             yield self._mapped(index)
+
+    def examples(self, count: int) -> list[Any]:
+        """Images evenly spaced over the dataset, other ones in each process."""
+        parts = count * comm.get_world_size()
+        places = range(self.rank, parts, comm.get_world_size())
+        return [self._mapped(len(self.dataset) * place // parts) for place in places]
 
     def _seed(self, place: int) -> int:
         entropy = [self.sampler.seed, self.rank, place]

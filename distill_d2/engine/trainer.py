@@ -37,6 +37,7 @@ from .distributed import distributed
 from .ema import AveragedWeights, use_trained
 from .evaluate import evaluate_teacher
 from .exact import exact_torchscript
+from .gradient_log import GradientLog
 from .hooks import (
     BoundedHistories,
     Checkpoints,
@@ -54,6 +55,7 @@ from .metrics import Events, MetricsFile
 from .optimizer import build_optimizer, optimizer_signature
 from .resume_checks import all_have_checkpoint, check_length, check_optimizer, check_trainer
 from .run_state import RunState
+from .run_summary import log_schedule, log_student
 from .settings import RunSettings, micro_batch
 from .step import TrainStep
 from .trackers import build_trackers
@@ -99,6 +101,7 @@ class DistillTrainer(DefaultTrainer):
         decay = self.settings.ema
         self._average = AveragedWeights(self._student(), decay) if decay else None
         self._run_state = RunState(cfg, model, self._student(), data_loader, self._average)
+        self._gradients = GradientLog(model, data_loader, self.settings)
         self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
@@ -251,6 +254,11 @@ class DistillTrainer(DefaultTrainer):
         evaluate_teacher(self.cfg, type(self), model.teacher, model.student)
         set_random_state(state)
 
+    def log_start(self) -> None:
+        """Log what is trained, from which weights, and how long, once weights are loaded."""
+        log_student(self._student(), self.settings, self.start_iter)
+        log_schedule(self.cfg, self.start_iter, self.max_iter, self._trainer.data_loader)
+
     def train(self) -> dict[str, Any] | None:
         """Run to the last iteration; on SIGINT or SIGTERM save, log how to resume, and return.
 
@@ -297,6 +305,8 @@ class DistillTrainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
+        if not self.start_iter:
+            self._gradients.start()
         self._run_state.restore_random_state()
         if self._best is not None and 0 < self.start_iter < self.max_iter:
             self.iter = self.storage.iter = self.start_iter - 1
@@ -391,6 +401,7 @@ class DistillTrainer(DefaultTrainer):
                 self.save(f"model_{self.iter:07d}")
             raise
         set_random_state(state)
+        self._gradients.after(min(self.iter + 1, self.max_iter))
         return self.last_results
 
     def _leave_if_asked(self) -> None:
