@@ -102,17 +102,18 @@ def log_end(results: Mapping[str, Any] | None, settings: RunSettings, config_fil
     folder = settings.output_dir
     best, last = os.path.join(folder, BEST), os.path.join(folder, "model_final.pth")
     weights = best if os.path.isfile(best) else last
-    is_lazy = config_file.endswith(".py")
-    config = config_file if is_lazy else os.path.join(folder, STUDENT_FILE)
-    pair = f"train.init_checkpoint={weights}" if is_lazy else f"MODEL.WEIGHTS {shlex.quote(weights)}"
-    on_cpu = " --num-gpus 0" if settings.device == "cpu" else ""
-    quoted = shlex.quote(folder)
-    logger.info(
-        f"The student is in {weights}. Next:\n"
-        f"  distill-d2 evaluate{on_cpu} --config-file {shlex.quote(config)} {pair}\n"
-        f"  distill-d2 predict --run {quoted} IMAGE ...\n"
-        f"  distill-d2 report {quoted}"
-    )
+    on_cpu = "--num-gpus 0 " if settings.device == "cpu" else ""
+    if config_file.endswith(".py"):
+        evaluate = f"{shlex.quote(config_file)} {shlex.quote(f'train.init_checkpoint={weights}')}"
+    else:
+        config = os.path.join(folder, STUDENT_FILE)
+        evaluate = f"{shlex.quote(config)} MODEL.WEIGHTS {shlex.quote(weights)}"
+    commands = [f"evaluate {on_cpu}--config-file {evaluate}"]
+    if not config_file.endswith(".py"):
+        commands.append(f"predict --run {shlex.quote(folder)} IMAGE ... --output pictures")
+    commands.append(f"report {shlex.quote(folder)}")
+    lines = "".join(f"\n  distill-d2 {command}" for command in commands)
+    logger.info(f"The student is in {weights}. Next:{lines}")
 
 
 def log_results(results: Mapping[str, Any], settings: RunSettings) -> None:
