@@ -31,6 +31,7 @@ COMMANDS = (
     "profile",
     "visualize",
     "compare",
+    "report",
     "convert",
     "benchmark",
     "check-golden",

@@ -42,7 +42,8 @@ class PreciseBN(_AfterPretraining, hooks.PreciseBN):
     def update_stats(self) -> None:
         state = random_state()
         self._data_iter = None
-        super().update_stats()
+        with self.trainer.averaged():
+            super().update_stats()
         set_random_state(state)
 
 
