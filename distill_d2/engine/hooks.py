@@ -46,7 +46,8 @@ class PreciseBN(_AfterPretraining, hooks.PreciseBN):
     def update_stats(self) -> None:
         state = random_state()
         self._data_iter = None
-        super().update_stats()
+        with self.trainer.averaged():
+            super().update_stats()
         set_random_state(state)
 
 
@@ -140,7 +141,7 @@ class ExpectedDuration(HookBase):
         if done == self._first + self.MEASURED and left > self.WARM_UP + self.MEASURED:
             seconds = (time.perf_counter() - self._began) / self.MEASURED
             logger.info(
-                f"Expected duration: {spoken(left * seconds)} for the remaining {left} iterations of {seconds:.2g} s, "
+                f"Expected duration: {spoken(left * seconds)} for {left} more iterations of {seconds:.2g} s, "
                 "without evaluations"
             )
 

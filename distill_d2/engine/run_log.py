@@ -14,11 +14,12 @@ _LOGGERS = ("fvcore", "detectron2", "distill_d2")
 _SHOWN = re.compile(
     r"distill_d2\b|detectron2\.(utils\.events|evaluation|engine\.hooks)\b|detectron2\.engine\.defaults: Eval"
 )
-# Lists of keys, for which distill_d2 has one line; where results are kept.
+# Lists of keys, for which distill_d2 has one line; what is no news.
 _HIDDEN = re.compile(
     r"Skip loading parameter|Some model parameters or buffers are not found|The checkpoint state_dict contains"
     r"|Fast COCO eval is not built|Preparing results for|Saving results to|Evaluating predictions with"
     r"|Start inference on|Total inference (pure compute )?time"
+    r"|The config contains objects that cannot serialize|Config is saved using cloudpickle"
 )
 _of_last_run: list[tuple[logging.Logger, logging.Handler]] = []
 

@@ -77,21 +77,22 @@ def log_schedule(cfg: Any, start: int, end: int, loader: Any) -> None:
             "DATASETS.TEST is empty: nothing is evaluated, neither in this training nor after it"
         )
     checkpoints = f"checkpoints in {settings.output_dir} {_times(settings.checkpoint_period)}"
-    logger.info(
-        f"Training: iterations {start} to {end - 1}{_epochs(loader, end)}; {evaluation}; {checkpoints}"
-    )
+    epochs = _epochs(loader, end, settings.accumulate)
+    logger.info(f"Training: iterations {start} to {end - 1}{epochs}; {evaluation}; {checkpoints}")
 
 
 def _times(period: int) -> str:
     return f"every {period} iterations and at the end" if period else "at the end"
 
 
-def _epochs(loader: Any, iterations: int) -> str:
-    """Of one of our loaders the batch size and the number of epochs."""
+def _epochs(loader: Any, iterations: int, accumulate: int) -> str:
+    """Of one of our loaders, ``accumulate`` of whose batches make a step, the batch size and the number of
+    epochs."""
     stream: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, ShieldedLoader) or not loader.loader.batch_size:
         return ""
-    batch, images = loader.loader.batch_size * comm.get_world_size(), len(stream.dataset)
+    batch = loader.loader.batch_size * accumulate * comm.get_world_size()
+    images = len(stream.dataset)
     return f" of {batch} images, {iterations * batch / images:.3g} epochs of {images}"
 
 
@@ -101,17 +102,18 @@ def log_end(results: Mapping[str, Any] | None, settings: RunSettings, config_fil
     folder = settings.output_dir
     best, last = os.path.join(folder, BEST), os.path.join(folder, "model_final.pth")
     weights = best if os.path.isfile(best) else last
-    is_lazy = config_file.endswith(".py")
-    config = config_file if is_lazy else os.path.join(folder, STUDENT_FILE)
-    pair = f"train.init_checkpoint={weights}" if is_lazy else f"MODEL.WEIGHTS {shlex.quote(weights)}"
-    on_cpu = " --num-gpus 0" if settings.device == "cpu" else ""
-    quoted = shlex.quote(folder)
-    logger.info(
-        f"The student is in {weights}. Next:\n"
-        f"  distill-d2 evaluate{on_cpu} --config-file {shlex.quote(config)} {pair}\n"
-        f"  distill-d2 predict --run {quoted} IMAGE ...\n"
-        f"  distill-d2 report {quoted}"
-    )
+    on_cpu = "--num-gpus 0 " if settings.device == "cpu" else ""
+    if config_file.endswith(".py"):
+        evaluate = f"{shlex.quote(config_file)} {shlex.quote(f'train.init_checkpoint={weights}')}"
+    else:
+        config = os.path.join(folder, STUDENT_FILE)
+        evaluate = f"{shlex.quote(config)} MODEL.WEIGHTS {shlex.quote(weights)}"
+    commands = [f"evaluate {on_cpu}--config-file {evaluate}"]
+    if not config_file.endswith(".py"):
+        commands.append(f"predict --run {shlex.quote(folder)} IMAGE ... --output pictures")
+    commands.append(f"report {shlex.quote(folder)}")
+    lines = "".join(f"\n  distill-d2 {command}" for command in commands)
+    logger.info(f"The student is in {weights}. Next:{lines}")
 
 
 def log_results(results: Mapping[str, Any], settings: RunSettings) -> None:
