@@ -2,21 +2,14 @@
 """Train or evaluate a detector without a teacher: any detectron2 config, or a distillation config
 with the distiller ignored.
 
-    train_baseline.py --num-gpus 8 --config-file COCO-Detection/retinanet_R_50_FPN_1x.yaml [KEY VALUE ...]
+    train_baseline.py --num-gpus 8 --config-file COCO-Detection/retinanet_R_50_FPN_1x.yaml
+
+The same as `distill-d2 baseline`.
 """
 
-import signal
+import sys
 
-# Ctrl-C while modules are imported ends the program without a traceback.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-from distill_d2.engine import argument_parser, launch, main
-
-
-def train(args):
-    return main(args, distill=False)
-
+from distill_d2.cli import run_command
 
 if __name__ == "__main__":
-    launch(train, argument_parser().parse_args())
+    sys.exit(run_command("baseline"))

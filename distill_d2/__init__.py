@@ -1,14 +1,13 @@
 """Knowledge distillation of object detectors on detectron2."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .known_warnings import silence_known_warnings
 
 silence_known_warnings()
-
-from .config import add_distill_config  # noqa: E402
-from .distiller import Distiller  # noqa: E402
-from .losses import DISTILL_LOSS_REGISTRY, DistillLoss  # noqa: E402
-from .teacher import Teacher, build_teacher, load_teacher  # noqa: E402
-from .views import DetectorView, register_view  # noqa: E402
 
 __version__ = "0.2.0.dev0"
 
@@ -23,3 +22,27 @@ __all__ = [
     "load_teacher",
     "register_view",
 ]
+
+if TYPE_CHECKING:
+    from .public import (
+        DISTILL_LOSS_REGISTRY,
+        DetectorView,
+        Distiller,
+        DistillLoss,
+        Teacher,
+        add_distill_config,
+        build_teacher,
+        load_teacher,
+        register_view,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and detectron2 with the first name that needs them: the command's help does not."""
+    if name in __all__:
+        return getattr(importlib.import_module(".public", __name__), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

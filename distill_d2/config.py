@@ -27,6 +27,8 @@ def add_distill_config(cfg: CN) -> None:
     comes with its registration, a detector's keys with its description (see ``distill_d2.plugins``).
     ``dump`` prints a config with a comment above each key of the losses.
     """
+    from . import distiller as _  # noqa: F401  registers the meta-architecture; it imports this module
+
     for detector in plugins.detectors().values():
         detector.add_config(cfg)
 

@@ -17,9 +17,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-import torch
-
-from .data.read_errors import UnreadableRecord
 from .imports import imported_modules
 
 #: As argparse's, for wrong arguments.
@@ -34,6 +31,22 @@ _INSTALLED = {"site-packages", "dist-packages"}
 _LIBRARY = sysconfig.get_path("stdlib")
 
 
+class UnreadableRecord(ValueError):
+    """An image or its annotations cannot be read.
+
+    A worker of a data loader hands its error over as text, from which torch makes this exception again.
+
+    Attributes:
+        of_worker: the worker's traceback; "" if the training process itself read the image.
+    """
+
+    def __init__(self, message: str):
+        name = f"{type(self).__module__}.{type(self).__name__}: "
+        of_worker, _, own = message.rpartition(name)
+        self.of_worker = of_worker
+        super().__init__(own.strip())
+
+
 def is_mistake(error: BaseException) -> bool:
     """Whether an exception is about what the user gave, and its message says all.
 
@@ -41,7 +54,7 @@ def is_mistake(error: BaseException) -> bool:
     (``int("x")``, a missing key of a dict). The statement is in this package, in a user's code, or in a package
     that checks values for us. Or the machine refuses: a full disk or GPU, missing permissions.
     """
-    if isinstance(error, (UnreadableRecord, torch.cuda.OutOfMemoryError)):
+    if isinstance(error, UnreadableRecord) or _is_out_of_memory(error):
         return True
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         return True
@@ -55,7 +68,7 @@ def is_mistake(error: BaseException) -> bool:
 
 def message_of(error: BaseException) -> str:
     """What an exception says; a KeyError's without the quotes of repr."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if _is_out_of_memory(error):
         return (
             f"{error}\nThe memory of the GPU is too small for this run; lower SOLVER.IMS_PER_BATCH, "
             "INPUT.MIN_SIZE_TRAIN or INPUT.MAX_SIZE_TRAIN, set SOLVER.AMP.ENABLED True, or use more GPUs"
@@ -133,6 +146,11 @@ def ending_on_mistakes(
         # As Python ends, but for the traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # not imported for its name: help and wrong arguments need none
+    return torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def _is_raise_statement(place: TracebackType) -> bool:

@@ -91,6 +91,12 @@ class SafeCheckpointer(DetectionCheckpointer):
             local_file(path)
         return super().load(path, *args, **kwargs)
 
+    @property
+    def unfilled(self) -> list[str]:
+        """After ``load``: names of the model's tensors that the file lacks or has in another shape, sorted."""
+        keys = self.incompatible
+        return sorted({*keys.missing_keys, *(name for name, _, _ in keys.incorrect_shapes)})
+
     def resume_or_load(
         self, path: str, *, resume: bool = True, with_losses: bool = True
     ) -> dict[str, Any]:

@@ -6,24 +6,9 @@ from typing import Any, Callable
 
 from detectron2.data import DatasetMapper
 
+from ..mistakes import UnreadableRecord
 from .augmentation import BoxAwareMapper
 from .images import refuse_deep_image
-
-
-class UnreadableRecord(ValueError):
-    """An image or its annotations cannot be read.
-
-    A worker of a data loader hands its error over as text, from which torch makes this exception again.
-
-    Attributes:
-        of_worker: the worker's traceback; "" if the training process itself read the image.
-    """
-
-    def __init__(self, message: str):
-        name = f"{type(self).__module__}.{type(self).__name__}: "
-        of_worker, _, own = message.rpartition(name)
-        self.of_worker = of_worker
-        super().__init__(own.strip())
 
 
 class NamedReadErrors:

@@ -78,12 +78,11 @@ def _load(settings: RunSettings, model: nn.Module, resume: bool) -> None:
     if not settings.weights and not (resume and checkpointer.has_checkpoint()):
         raise ValueError("--eval-only needs weights: set MODEL.WEIGHTS, or --resume with OUTPUT_DIR")
     loaded = checkpointer.resume_or_load(settings.weights, resume=resume, with_losses=False)
-    keys = checkpointer.incompatible
-    missing = keys.missing_keys + [name for name, _, _ in keys.incorrect_shapes]
+    missing = checkpointer.unfilled
     if missing:
         raise ValueError(
             f"--eval-only: the weights do not fill the model; {len(missing)} of its tensors are "
-            f"missing or of another shape: {sorted(set(missing))[:10]}"
+            f"missing or of another shape: {missing[:10]}"
         )
     if settings.check_data:
         path = settings.output_dir if resume else settings.weights

@@ -11,42 +11,22 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as launch_processes
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from ..imports import add_import_argument
+from ..commands.arguments import add_training_arguments
 from ..mistakes import Message, add_debug_argument, end, ending_on_mistakes
 from .interrupt import forwarding_signals
 from .launch_arguments import check_address, check_processes
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """detectron2's arguments, --num-procs for several processes without GPUs, and --import."""
-    parser = default_argument_parser()
-    parser.add_argument(
-        "--num-procs",
-        type=int,
-        default=1,
-        help="number of processes per machine with --num-gpus 0 (CPU, over gloo)",
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="remove an earlier run's checkpoints, metrics and results from OUTPUT_DIR",
-    )
-    add_import_argument(parser)
+    """detectron2's arguments, --num-procs for several processes without GPUs, --import and others."""
+    parser = argparse.ArgumentParser()
     add_debug_argument(parser)
-    parser.add_argument(
-        "--detect-anomaly",
-        action="store_true",
-        help="repeat a step whose loss is not finite, and name the operation; slower on a GPU",
-    )
-    # detectron2's address, fixed per user, is for several machines; one machine takes a free port,
-    # so that two runs do not collide.
-    parser.set_defaults(dist_url=None, default_dist_url=parser.get_default("dist_url"))
+    add_training_arguments(parser)
     return parser
 
 
