@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterator
 
 from ..data.text import read_text
 from .folder import Folder, role_of, without_ending
@@ -14,8 +13,8 @@ from .parts import Entry, Layout, layout_of
 _KEYS = (b'"images"', b'"annotations"', b'"categories"')
 
 
-def find_coco(folder: Folder) -> Iterator[Layout]:
-    """The layout of COCO's json files, if there are any.
+def find_coco(folder: Folder) -> Layout | None:
+    """The layout of COCO's json files; None: there are none.
 
     Raises:
         ValueError: it is not clear which file is meant, or the images of one are not in the folder.
@@ -24,9 +23,8 @@ def find_coco(folder: Folder) -> Iterator[Layout]:
     for file in folder.ending((".json",)):
         if _is_coco(folder.path(file)):
             roles.setdefault(role_of(without_ending(file)), []).append(file)
-    if roles:
-        parts = {role: [_entry(folder, _one_of(folder, role, files))] for role, files in roles.items()}
-        yield layout_of("coco", parts, folder)
+    parts = {role: [_entry(folder, _one_of(folder, role, files))] for role, files in roles.items()}
+    return layout_of("coco", parts, folder) if parts else None
 
 
 def _is_coco(path: str) -> bool:

@@ -8,6 +8,7 @@ from .parts import Layout
 from .voc import find_voc
 from .yolo import find_yolo
 
+#: In the order in which they are looked for.
 _FINDERS = {"yolo": find_yolo, "voc": find_voc, "coco": find_coco}
 _EXPECTED = """one of
   VOC:  xml files and images, in Annotations/, JPEGImages/ and ImageSets/Main/*.txt or in folders of any name
@@ -28,10 +29,9 @@ def find_layout(root: str, kind: str = "") -> Layout:
         ValueError: it holds no dataset, or it is not clear which files are meant; the message says what was found.
     """
     folder = Folder.read(root)
-    found = []
-    if folder.images:
-        found = [layout for name, find in _FINDERS.items() if kind in ("", name) for layout in find(folder)]
-    if not found:
-        form = f" in the form {kind}" if kind else ""
-        raise ValueError(f"'{root}' holds no dataset{form}, but {folder.describe()}; expected {_EXPECTED}")
-    return found[0]
+    for name in (kind,) if kind else _FINDERS:
+        found = _FINDERS[name](folder) if folder.images else None
+        if found:
+            return found
+    form = f" in the form {kind}" if kind else ""
+    raise ValueError(f"'{root}' holds no dataset{form}, but {folder.describe()}; expected {_EXPECTED}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from ..data.voc import read_annotation
@@ -14,8 +14,8 @@ from .parts import Entry, Layout, Parts, layout_of, parts_by_folders
 _LISTS = (("train", "val"), ("trainval", "test"), ("train", "test"))
 
 
-def find_voc(folder: Folder) -> Iterator[Layout]:
-    """The layout of xml files, if there are any beside images.
+def find_voc(folder: Folder) -> Layout | None:
+    """The layout of xml files that are named as images are; None: there are none.
 
     Raises:
         ValueError: there are several datasets, or an xml file cannot be read.
@@ -30,8 +30,7 @@ def find_voc(folder: Folder) -> Iterator[Layout]:
     parts = parts or parts_by_folders(
         folder, files, lambda xml, images: _voc(ANNOTATIONS=folder.path(xml), IMAGES=folder.path(images))
     )
-    if parts:
-        yield layout_of("voc", parts, folder, _classes(parts))
+    return layout_of("voc", parts, folder, _classes(parts)) if parts else None
 
 
 def _is_official(folder: Folder, file: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -14,8 +13,8 @@ from .folder import Folder, common_folder, without_ending
 from .parts import Entry, Layout, Parts, layout_of, parts_by_folders
 
 
-def find_yolo(folder: Folder) -> Iterator[Layout]:
-    """The layout that a data.yaml describes, or that of text files with the names of images, if there are any.
+def find_yolo(folder: Folder) -> Layout | None:
+    """The layout that a data.yaml describes, or that of text files with the names of images; None: there are none.
 
     Raises:
         ValueError: the classes have no names.
@@ -23,15 +22,15 @@ def find_yolo(folder: Folder) -> Iterator[Layout]:
     for file in folder.ending((".yaml", ".yml")):
         parts = _parts_of_yaml(folder, file)
         if parts:
-            yield layout_of("yolo", parts, folder, read_classes(folder.path(file)))
-            return
+            return layout_of("yolo", parts, folder, read_classes(folder.path(file)))
     images = {without_ending(os.path.basename(path)) for path in folder.images}
     files = [f for f in folder.ending((".txt",)) if without_ending(os.path.basename(f)) in images]
     parts = parts_by_folders(folder, files, lambda txt, images: _entry(folder.path(images), folder.path(txt)))
-    if parts:
-        first = next(iter(parts.values()))[0]
-        places = YoloFolder(first["IMAGES"], first.get("LABELS") or labels_of(first["IMAGES"]))
-        yield layout_of("yolo", parts, folder, find_classes(folder.root, places))
+    if not parts:
+        return None
+    first = next(iter(parts.values()))[0]
+    places = YoloFolder(first["IMAGES"], first.get("LABELS") or labels_of(first["IMAGES"]))
+    return layout_of("yolo", parts, folder, find_classes(folder.root, places))
 
 
 def _entry(images: str, labels: str) -> Entry:
