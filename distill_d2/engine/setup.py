@@ -21,12 +21,12 @@ from ..imports import check_note, imported, write_note
 from ..losses import build_losses
 from ..losses.base import keys_without_effect
 from ..plugins import ground_truth, of_student
+from ..random_state import random_state, set_random_state
 from ..teacher import teacher_weights
 from .config_loading import load_config, output_dir
 from .config_writing import check_is_no_student_config, write_configs
 from .key_rules import check_keys, check_student_name
 from .output_dir import claim, kept
-from .random_state import random_state, set_random_state
 from .settings import RunSettings
 from .trainer import DistillTrainer
 

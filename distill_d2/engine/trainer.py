@@ -29,6 +29,7 @@ from ..data import (
 from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
+from ..random_state import random_state, set_random_state
 from ..rules import assertions_told
 from . import classes
 from .acting import check_acting
@@ -50,7 +51,6 @@ from .last_step import LastStep
 from .loss_training import LossTraining
 from .metrics import Events, MetricsFile
 from .optimizer import build_optimizer, optimizer_signature
-from .random_state import random_state, set_random_state
 from .run_state import RunState
 from .settings import RunSettings
 from .step import TrainStep

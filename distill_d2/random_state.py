@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,3 +40,13 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+@contextlib.contextmanager
+def unchanged_random_state() -> Iterator[None]:
+    """What is drawn inside does not change what is drawn afterwards."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
