@@ -37,7 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    gpu = chosen_device(args).startswith("cuda")
+    device = chosen_device(args)
     from ..init import propose
 
-    print(propose(args.data, args.output, gpu, args.format, args.backbone, args.epochs, args.overwrite))
+    text = propose(
+        args.data,
+        args.output,
+        device=device,
+        kind=args.format,
+        backbone=args.backbone,
+        epochs=args.epochs,
+        overwrite=args.overwrite,
+    )
+    print(text)

@@ -14,7 +14,8 @@ from .backbones import Pair
 
 #: In the order in which they build on each other.
 FILES = ("base.yaml", "teacher.yaml", "student.yaml", "distill.yaml")
-_EVALUATIONS = 10
+#: In a run.
+EVALUATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Plan:
         title: of the dataset, a comment.
         entries: of DATASETS.CUSTOM.
         train, test: names of datasets.
-        classes: how many.
+        classes: their names.
         pair: the detectors.
         anchors: of both.
         short, long: sides of resized images, pixels.
@@ -39,7 +40,7 @@ class Plan:
     entries: Sequence[dict[str, Any]]
     train: Sequence[str]
     test: Sequence[str]
-    classes: int
+    classes: Sequence[str]
     pair: Pair
     anchors: Anchors
     short: int
@@ -67,7 +68,7 @@ def _base(plan: Plan) -> str:
     base = f"_BASE_: {pair.base}\n" if pair.base else ""
     small = _small_levels(plan.anchors.strides) if not pair.base else ""
     entries = "".join(f"    - {_flow(entry)}\n" for entry in plan.entries)
-    every = round(plan.epochs / _EVALUATIONS, 2)
+    every = round(plan.epochs / EVALUATIONS, 2)
     return f"""\
 # {plan.title}. What teacher and student share; written by distill-d2 init.
 {base}MODEL:
@@ -93,7 +94,6 @@ SOLVER:
 {pair.solver}  CHECKPOINT_EPOCHS: {every:g}
 TEST:
   EVAL_EPOCHS: {every:g}
-  KEEP_BEST: bbox/AP  # model_best.pth
 SEED: 1
 VERSION: 2
 """
@@ -113,7 +113,7 @@ MODEL:
     TYPES: [PKD]
     MODEL_LOAD_OFFICIAL: False
     MODEL_DISTILLER_CONFIG: teacher.yaml
-    TEACHER_WEIGHTS: {_flow(os.path.join(teacher, "model_best.pth"))}
+    TEACHER_WEIGHTS: {_flow(os.path.join(teacher, "model_final.pth"))}
     PKD:
       # {how};
       # `distill-d2 check --config-file distill.yaml` measures it with the trained teacher.
@@ -126,7 +126,7 @@ OUTPUT_DIR: {_flow(os.path.join(plan.output, "distilled"))}
 def _retinanet(plan: Plan) -> str:
     levels = "" if plan.pair.base else f"IN_FEATURES: [{', '.join(_levels('p', plan.anchors.strides))}], "
     head = f", {plan.pair.head}" if plan.pair.head else ""
-    return f"{levels}NUM_CLASSES: {plan.classes}{head}"
+    return f"{levels}NUM_CLASSES: {len(plan.classes)}{head}"
 
 
 def _small_levels(strides: Sequence[int]) -> str:

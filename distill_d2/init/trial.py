@@ -1,0 +1,119 @@
+"""A few steps of the proposed detectors: how long they take, and how strongly the distillation pulls."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from ..balance import balanced_weight
+from ..data import build_mapper
+from ..engine import load_config
+from ..gradients import mean_gradients, term_gradients
+from ..profiling.timing import time_in_turn
+from ..quiet import quiet
+
+_SECONDS = 4.0
+_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was measured, on this machine.
+
+    Attributes:
+        teacher_step, student_step, distilled_step: seconds per training step, the data included.
+        teacher_image, student_image: seconds per image of an evaluation.
+        weight: of PKD, at which its gradient in the student's backbone is as long as the task's, both detectors
+            untrained, to two digits. Since PKD does not depend on the scale of the teacher's features, the teacher's
+            training changes it little. None: a gradient is 0.
+    """
+
+    teacher_step: float
+    student_step: float
+    distilled_step: float
+    teacher_image: float
+    student_image: float
+    weight: float | None
+
+
+def try_out(folder: str, device: str) -> Trial:
+    """Train the detectors of a folder's distill.yaml and teacher.yaml for a few steps, from random weights; nothing
+    is written but to a temporary folder.
+
+    Args:
+        device: of torch.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError, KeyError: the configs do not load or fit.
+    """
+    common = ["MODEL.DEVICE", device, "MODEL.WEIGHTS", ""]
+    with quiet(), tempfile.TemporaryDirectory() as temporary:
+        teacher_cfg = load_config(os.path.join(folder, "teacher.yaml"), common)
+        teacher = build_model(teacher_cfg)
+        weights = os.path.join(temporary, "teacher.pth")
+        torch.save({"model": teacher.state_dict()}, weights)
+        distiller = ["MODEL.META_ARCHITECTURE", "Distiller", "MODEL.DISTILLER.STUDENT_META_ARCH"]
+        distiller += [teacher_cfg.MODEL.META_ARCHITECTURE, "MODEL.DISTILLER.TEACHER_WEIGHTS", weights]
+        cfg = load_config(os.path.join(folder, "distill.yaml"), [*common, *distiller])
+        model = build_model(cfg)
+        return _measure(cfg, teacher, model)
+
+
+def _measure(cfg: CfgNode, teacher: nn.Module, distiller: Any) -> Trial:
+    batches = _batches(cfg)
+    measured = mean_gradients([term_gradients(distiller, batch) for batch in batches])
+    weight = balanced_weight("PKD", distiller.losses["PKD"], measured)
+    times = time_in_turn(
+        {
+            "data": lambda: _batches(cfg, 1),
+            "teacher": _training(teacher, batches[0]),
+            "student": _training(distiller.student, batches[0]),
+            "distilled": _training(distiller, batches[0]),
+            "teacher image": _evaluation(teacher, batches[0][:1]),
+            "student image": _evaluation(distiller.student, batches[0][:1]),
+        },
+        seconds=_SECONDS,
+    )
+    data, *steps = (statistics.median(times[name]) for name in ("data", "teacher", "student", "distilled"))
+    images = (statistics.median(times[f"{name} image"]) for name in ("teacher", "student"))
+    each = data / len(batches[0])
+    return Trial(*(data + step for step in steps), *(each + image for image in images), weight)
+
+
+def _batches(cfg: CfgNode, count: int = _BATCHES) -> list[list[dict[str, Any]]]:
+    """Batches of images that have objects, spread over the first training dataset."""
+    records = [r for r in DatasetCatalog.get(cfg.DATASETS.TRAIN[0]) if r.get("annotations")]
+    mapper = build_mapper(cfg, is_train=True)
+    size = cfg.SOLVER.IMS_PER_BATCH
+    chosen = [records[i * len(records) // (count * size)] for i in range(count * size)]
+    return [[mapper(record) for record in chosen[i * size : (i + 1) * size]] for i in range(count)]
+
+
+def _training(model: nn.Module, batch: Sequence[dict[str, Any]]) -> Callable[[], None]:
+    def step() -> None:
+        model.train()
+        with EventStorage():
+            sum(model(batch).values()).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _evaluation(model: nn.Module, batch: Sequence[dict[str, Any]]) -> Callable[[], None]:
+    def evaluate() -> None:
+        model.eval()
+        with torch.inference_mode():
+            model(batch)
+
+    return evaluate
