@@ -42,6 +42,14 @@ def add_distill_config(cfg: CN) -> None:
     # More arguments of that class, such as {betas: [0.9, 0.99]}.
     cfg.SOLVER.OPTIMIZER_ARGS = CN(new_allowed=True)
 
+    # The length of the run in epochs, passes over the images of DATASETS.TRAIN; above 0 it replaces MAX_ITER.
+    # With it STEPS are fractions of the run, such as (0.67, 0.89), which they may be without it, too, and
+    # WARMUP_ITERS is at most a tenth of the run. CHECKPOINT_EPOCHS replaces CHECKPOINT_PERIOD likewise, and
+    # EVAL_EPOCHS TEST.EVAL_PERIOD.
+    cfg.SOLVER.EPOCHS = 0.0
+    cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
+    cfg.TEST.EVAL_EPOCHS = 0.0
+
     # The dataset mapper, a name in distill_d2.data.DATASET_MAPPER_REGISTRY; "": detectron2's, with the
     # augmentations below.
     cfg.INPUT.MAPPER = ""

@@ -10,6 +10,7 @@ from typing import Any
 from detectron2.utils.file_io import PathManager
 
 from . import model_zoo
+from .epochs import file_decides
 from .safe_yaml import read_yaml_file
 
 BASE_KEY = "_BASE_"
@@ -70,6 +71,7 @@ def _read(path: str, chain: tuple[str, ...], content: ConfigFiles) -> dict[str, 
         )
     own = _own_values(path)
     content.files.append((path, own))
+    file_decides(own, f"config file '{path}'")
     values: dict[str, Any] = {}
     for name in _bases(own.pop(BASE_KEY, []), path):
         base = _find_base(name, path)

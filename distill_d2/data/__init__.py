@@ -7,7 +7,7 @@ from .check_config import check_datasets
 from .coco import adopt_coco_datasets
 from .custom import register_custom_datasets
 from .custom_entries import check_name, datasets_root, with_absolute_paths
-from .loader import ShieldedLoader, build_train_loader, end_workers
+from .loader import ShieldedLoader, build_train_loader, end_workers, training_records
 from .read_errors import NamedReadErrors
 from .sampler import ResumableTrainingSampler, sampler_of_config, seeded
 from .shapes import generate_shapes, register_shapes
@@ -37,5 +37,6 @@ __all__ = [
     "register_shapes",
     "sampler_of_config",
     "seeded",
+    "training_records",
     "with_absolute_paths",
 ]

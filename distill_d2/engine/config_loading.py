@@ -13,6 +13,7 @@ from ..config import EXTRA_KEY, add_distill_config, load_yaml
 from ..config_files import MOST_FILES, check_chain, read_config
 from ..config_values import set_options
 from ..data import adopt_coco_datasets, register_builtin_voc, register_custom_datasets, register_shapes
+from ..epochs import options_decide
 
 
 def load_config(
@@ -41,6 +42,7 @@ def load_config(
     opts = list(opts or [])
     folders = _load_files(cfg, config_file, opts)
     set_options(cfg, [word for i, word in enumerate(opts) if opts[i - i % 2] != EXTRA_KEY])
+    options_decide(cfg, opts[::2])
     cfg.EXTRA_CFG = []
     node = cfg.MODEL.DISTILLER
     if node.MODEL_DISTILLER_CONFIG and not node.MODEL_LOAD_OFFICIAL:

@@ -25,6 +25,7 @@ from ..random_state import random_state, set_random_state
 from ..teacher import teacher_weights
 from .config_loading import load_config, output_dir
 from .config_writing import check_is_no_student_config, write_configs
+from .epochs import in_iterations
 from .key_rules import check_keys, check_student_name
 from .output_dir import claim, kept
 from .settings import RunSettings
@@ -69,6 +70,7 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
         build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
     claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, lambda: weights_read(cfg, distill))
+    schedule = "" if args.eval_only else in_iterations(cfg)
     cfg.freeze()
     with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
         default_setup(cfg, args)
@@ -76,6 +78,8 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
             write_configs(cfg, train=not args.eval_only)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
+    if schedule:
+        logger.info(schedule)
     log_without_effect(cfg, distill)
     for detector in of_student(cfg):
         detector.check(cfg)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import verify_results
@@ -25,6 +25,7 @@ from ..data import (
     build_train_loader,
     end_workers,
     sampler_of_config,
+    training_records,
 )
 from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
@@ -122,14 +123,7 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        dataset = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-            if cfg.MODEL.KEYPOINT_ON and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-            else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        dataset = training_records(cfg)
         mapper = NamedReadErrors(build_mapper(cfg, is_train=True))
         sampler = ResumableTrainingSampler(
             sampler_of_config(cfg, dataset),
