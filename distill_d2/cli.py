@@ -24,6 +24,7 @@ COMMANDS = (
     "train",
     "baseline",
     "evaluate",
+    "init",
     "visualize",
     "convert",
     "benchmark",

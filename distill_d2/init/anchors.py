@@ -17,6 +17,7 @@ _RATIOS = ((0.7, 1.0, 1.4), (0.5, 1.0, 2.0), (0.35, 0.7, 1.4), (0.7, 1.4, 2.8), 
 #: From which anchors count as an object's in RetinaNet.
 _MATCHED = 0.5
 _MOST_BOXES = 5000
+_NEGLIGIBLE = 0.02  # of the boxes: finer levels cost time
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def fit_anchors(corners: np.ndarray, pyramids: Sequence[Sequence[int]]) -> Ancho
 
     Args:
         corners: (n, 4), in pixels of the resized image.
-        pyramids: the strides of the levels to choose from; the first of two that are equally good is taken.
+        pyramids: the strides of the levels to choose from, the first that is hardly worse than the others.
 
     Raises:
         ValueError: there are no boxes.
@@ -51,11 +52,14 @@ def fit_anchors(corners: np.ndarray, pyramids: Sequence[Sequence[int]]) -> Ancho
     if not len(corners):
         raise ValueError("there are no boxes to fit anchors to")
     corners = corners[np.linspace(0, len(corners) - 1, min(len(corners), _MOST_BOXES)).astype(int)]
+    best = [_best(corners, tuple(strides)) for strides in pyramids]
+    most = max(anchors.recall for anchors in best)
+    return next(anchors for anchors in best if anchors.recall >= most - _NEGLIGIBLE)
+
+
+def _best(corners: np.ndarray, strides: tuple[int, ...]) -> Anchors:
     tried = [
-        _measured(corners, tuple(strides), factor * strides[0], ratios)
-        for strides in pyramids
-        for factor in _STRIDES
-        for ratios in _RATIOS
+        _measured(corners, strides, factor * strides[0], ratios) for factor in _STRIDES for ratios in _RATIOS
     ]
     return max(tried, key=lambda anchors: (round(anchors.recall, 2), round(anchors.fit, 2)))
 

@@ -76,8 +76,9 @@ def _commands(
     plan: Plan, datasets: Mapping[str, Sequence[Any]], trial: Trial, output: str
 ) -> Iterator[str]:
     trained_on = sum(bool(record["annotations"]) for name in plan.train for record in datasets[name])
-    steps = plan.epochs * trained_on / plan.pair.batch
     evaluated = EVALUATIONS * sum(len(datasets[name]) for name in plan.test)
+    steps = plan.epochs * trained_on / plan.pair.batch
+    reading = trial.data * (steps * plan.pair.batch + evaluated)
     runs = (
         ("baseline", "teacher", steps * trial.teacher_step + evaluated * trial.teacher_image),
         ("train", "distill", steps * trial.distilled_step + evaluated * trial.student_image),
@@ -85,7 +86,7 @@ def _commands(
     )
     gpus = "" if plan.gpu else " --num-gpus 0"
     teacher, distilled, student = (
-        f"  distill-d2 {command}{gpus} --config-file {_word(output, f'{name}.yaml')}  # about {_duration(seconds)}"
+        f"  distill-d2 {command}{gpus} --config-file {_word(output, f'{name}.yaml')}  # about {_duration(reading + seconds)}"
         for command, name, seconds in runs
     )
     report = f"  distill-d2 report {_word(output, 'teacher')} {_word(output, 'distilled')}"

@@ -11,19 +11,18 @@ from typing import Any, Callable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..balance import balanced_weight
-from ..data import build_mapper
+from ..data import build_mapper, training_records
 from ..engine import load_config
 from ..gradients import mean_gradients, term_gradients
 from ..profiling.timing import time_in_turn
 from ..quiet import quiet
 
-_SECONDS = 4.0
+_SECONDS = 3.0
 _BATCHES = 3
 
 
@@ -32,13 +31,15 @@ class Trial:
     """What was measured, on this machine.
 
     Attributes:
-        teacher_step, student_step, distilled_step: seconds per training step, the data included.
-        teacher_image, student_image: seconds per image of an evaluation.
+        data: seconds in which an image is read and prepared.
+        teacher_step, student_step, distilled_step: seconds per training step, without the data.
+        teacher_image, student_image: seconds per image of an evaluation, without the data.
         weight: of PKD, at which its gradient in the student's backbone is as long as the task's, both detectors
             untrained, to two digits. Since PKD does not depend on the scale of the teacher's features, the teacher's
             training changes it little. None: a gradient is 0.
     """
 
+    data: float
     teacher_step: float
     student_step: float
     distilled_step: float
@@ -74,26 +75,26 @@ def _measure(cfg: CfgNode, teacher: nn.Module, distiller: Any) -> Trial:
     batches = _batches(cfg)
     measured = mean_gradients([term_gradients(distiller, batch) for batch in batches])
     weight = balanced_weight("PKD", distiller.losses["PKD"], measured)
+    batch, student = batches[0], distiller.student
     times = time_in_turn(
         {
             "data": lambda: _batches(cfg, 1),
-            "teacher": _training(teacher, batches[0]),
-            "student": _training(distiller.student, batches[0]),
-            "distilled": _training(distiller, batches[0]),
-            "teacher image": _evaluation(teacher, batches[0][:1]),
-            "student image": _evaluation(distiller.student, batches[0][:1]),
+            "teacher_step": _training(teacher, batch),
+            "student_step": _training(student, batch),
+            "distilled_step": _training(distiller, batch),
+            "teacher_image": _evaluation(teacher, batch[:1]),
+            "student_image": _evaluation(student, batch[:1]),
         },
         seconds=_SECONDS,
     )
-    data, *steps = (statistics.median(times[name]) for name in ("data", "teacher", "student", "distilled"))
-    images = (statistics.median(times[f"{name} image"]) for name in ("teacher", "student"))
-    each = data / len(batches[0])
-    return Trial(*(data + step for step in steps), *(each + image for image in images), weight)
+    found = {name: statistics.median(seconds) for name, seconds in times.items()}
+    found["data"] /= len(batch)
+    return Trial(**found, weight=weight)
 
 
 def _batches(cfg: CfgNode, count: int = _BATCHES) -> list[list[dict[str, Any]]]:
-    """Batches of images that have objects, spread over the first training dataset."""
-    records = [r for r in DatasetCatalog.get(cfg.DATASETS.TRAIN[0]) if r.get("annotations")]
+    """Batches of images, spread over those that are trained on."""
+    records = training_records(cfg)
     mapper = build_mapper(cfg, is_train=True)
     size = cfg.SOLVER.IMS_PER_BATCH
     chosen = [records[i * len(records) // (count * size)] for i in range(count * size)]
