@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .mistakes import add_debug_argument, ending_on_mistakes
+from .requirements import require_detectron2
 
 # In the order of the list that --help prints. A dash in a name is an underscore in its module's.
 COMMANDS = (
@@ -25,7 +26,10 @@ COMMANDS = (
     "baseline",
     "evaluate",
     "init",
+    "predict",
     "visualize",
+    "profile",
+    "compare",
     "convert",
     "benchmark",
     "check-golden",
@@ -78,6 +82,8 @@ def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | N
     intermixed = getattr(command, "INTERMIXED", False)  # options may stand among KEY VALUE pairs
     args = (parser.parse_intermixed_args if intermixed else parser.parse_args)(arguments)
     with ending_on_mistakes(f"{prog}: ", debug=args.debug):
+        if name != "install-detectron2":
+            require_detectron2()
         return command.run(args) or 0
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from detectron2.utils.file_io import PathManager
-
 from . import model_zoo
 from .epochs import file_decides
 from .safe_yaml import read_yaml_file
@@ -118,6 +116,8 @@ def _bases(value: Any, path: str) -> list[str]:
 def _find_base(name: str, path: str) -> str:
     try:
         if "://" in name:
+            from detectron2.utils.file_io import PathManager  # imports torch
+
             return PathManager.get_local_path(name)
         return model_zoo.find_config(name, relative_to=os.path.dirname(path), current_folder=False)
     except Exception as error:  # a download may raise anything

@@ -78,11 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     complete(args)
-    from ..config_values import check_pairs
     from ..convert.conversion import check_paths
+    from ..pairs import pairs_of
 
     check_paths(args.input, args.output)
-    check_pairs(args.opts)
+    args.opts = pairs_of(args.opts)
     importlib.import_module(f"..convert.{args.source}", __package__).run(args)
 
 

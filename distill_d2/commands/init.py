@@ -19,10 +19,15 @@ _FORMATS = ("voc", "coco", "yolo")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA_FOLDER", help="images and their annotations")
     parser.add_argument(
-        "--output", metavar="FOLDER", default="distill", help="of the configs and the runs (default: distill)"
+        "--output",
+        metavar="FOLDER",
+        default="distill",
+        help="of the configs and the runs (default: distill)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace configs that are there")
-    parser.add_argument("--format", choices=_FORMATS, default="", help="default: the first that is there")
+    parser.add_argument(
+        "--format", choices=_FORMATS, default="", help="default: the first that is there"
+    )
     parser.add_argument(
         "--backbone",
         metavar="NAME",
@@ -31,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "else small",
     )
     parser.add_argument(
-        "--epochs", type=float, default=0.0, help="passes over the training images (default: by their number)"
+        "--epochs",
+        type=float,
+        default=0.0,
+        help="passes over the training images (default: by their number)",
     )
     add_device_argument(parser)
 

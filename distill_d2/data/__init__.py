@@ -12,6 +12,7 @@ from .read_errors import NamedReadErrors
 from .sampler import ResumableTrainingSampler, sampler_of_config, seeded
 from .shapes import generate_shapes, register_shapes
 from .statistics import BoxStatistics, box_statistics
+from .unreadable import skip_unreadable
 
 __all__ = [
     "AUGMENTATION_REGISTRY",
@@ -37,6 +38,7 @@ __all__ = [
     "register_shapes",
     "sampler_of_config",
     "seeded",
+    "skip_unreadable",
     "training_records",
     "with_absolute_paths",
 ]

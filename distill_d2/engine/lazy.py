@@ -42,7 +42,7 @@ from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
 from ..lazy_config import apply_overrides, load_lazy_config
-from .config_loading import locate_teacher
+from .config_loading import is_official, locate_teacher
 from .epochs import LAZY_IN_EPOCHS, lazy_in_iterations, lazy_options_decide
 from .key_rules import check_lazy_keys
 from .lazy_data import check_lazy_data
@@ -67,6 +67,8 @@ _REQUIRED = (
     "train.log_period",
     "train.amp.enabled",
 )
+# ... what it reads where it is there ...
+_OPTIONAL = ("train.keep_best", "train.patience")
 # ... and what a training reads, too.
 _REQUIRED_TO_TRAIN = ("optimizer", "lr_multiplier", "dataloader.train")
 
@@ -77,6 +79,8 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     Raises:
         FileNotFoundError, ValueError, OSError: the message names the key or file.
     """
+    if args.wandb:
+        raise ValueError("--wandb works with yaml configs only; leave it out")
     args.config_file = model_zoo.find_config(args.config_file)
     check_note(os.path.dirname(args.config_file))
     cfg = load_lazy_config(
@@ -212,7 +216,7 @@ def _resumable_loader(node: DictConfig) -> ShieldedLoader | None:
 def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
     # A key of MODEL.DISTILLER that the file leaves at its default is known, too.
     known = config_keys(distiller_node({}), "distiller.") if "distiller" in cfg else []
-    known += LAZY_IN_EPOCHS.values()
+    known += [*LAZY_IN_EPOCHS.values(), *_OPTIONAL]
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
@@ -226,7 +230,11 @@ def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
 def _locate_teacher(cfg: DictConfig, folder: str, needed: bool) -> None:
     """Make the teacher's file absolute: later code does not know where the config is."""
     node = cfg.get("distiller")
-    if node and "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
+    if not node or not isinstance(node.get("MODEL_DISTILLER_CONFIG"), str):
+        return
+    official = node.get("MODEL_LOAD_OFFICIAL", True)
+    node.MODEL_LOAD_OFFICIAL = is_official(node.MODEL_DISTILLER_CONFIG, official, [folder])
+    if not node.MODEL_LOAD_OFFICIAL:
         node.MODEL_DISTILLER_CONFIG = locate_teacher(node.MODEL_DISTILLER_CONFIG, [folder], needed)
 
 

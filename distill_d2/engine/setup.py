@@ -14,8 +14,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .. import model_zoo
+from ..commands.arguments import check_config_arguments
 from ..config import student_config
-from ..data import check_datasets
+from ..data import check_datasets, skip_unreadable
 from ..evaluation import try_evaluator
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
@@ -23,12 +24,14 @@ from ..losses.base import keys_without_effect
 from ..plugins import ground_truth, of_student
 from ..random_state import random_state, set_random_state
 from ..teacher import teacher_weights
+from .best import check_metric
 from .config_loading import load_config, output_dir
 from .config_writing import check_is_no_student_config, write_configs
 from .epochs import in_iterations
 from .key_rules import check_keys, check_student_name
 from .output_dir import claim, kept
 from .settings import RunSettings
+from .trackers import check_trackers
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -45,11 +48,7 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: see ``load_config``.
     """
-    if not args.config_file and not args.opts:
-        raise ValueError(
-            "--config-file is missing; give the path of a config, or the name of a packaged one such as "
-            "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-        )
+    check_config_arguments(args)
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
     distill = distill and not args.eval_only
     if distill:
@@ -63,6 +62,9 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     if args.resume or args.eval_only:
         check_note(cfg.OUTPUT_DIR)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
+    cfg.WANDB.ENABLED = cfg.WANDB.ENABLED or args.wandb
+    if not args.eval_only:
+        check_trackers(cfg)
     check_student_name(cfg)
     cfg = _with_distiller(cfg) if distill else student_config(cfg)
     check_keys(cfg, train=not args.eval_only)
@@ -83,6 +85,9 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     log_without_effect(cfg, distill)
     for detector in of_student(cfg):
         detector.check(cfg)
+    if cfg.DATASETS.SKIP_UNREADABLE:
+        names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+        skip_unreadable(names, cfg.OUTPUT_DIR)
     if comm.is_main_process():
         _check_data(cfg, trainer, train=not args.eval_only)
     comm.synchronize()
@@ -104,10 +109,11 @@ def log_without_effect(cfg: CfgNode, distill: bool) -> None:
 
 def _check_data(cfg: CfgNode, trainer: type[DistillTrainer], train: bool) -> None:
     """Check the datasets, the mapper and the evaluators; what is random afterwards does not change."""
+    metrics: dict[str, set[str]] = {}
 
     def try_evaluation(name: str, records: list[dict[str, Any]]) -> None:
         truth = ground_truth(cfg)
-        try_evaluator(
+        metrics[name] = try_evaluator(
             name,
             records,
             lambda folder: trainer.build_evaluator(_with_output(cfg, folder), name),
@@ -118,6 +124,8 @@ def _check_data(cfg: CfgNode, trainer: type[DistillTrainer], train: bool) -> Non
     state = random_state()
     check_datasets(cfg, train, try_evaluation)
     set_random_state(state)
+    if train:
+        check_metric(cfg.TEST.KEEP_BEST, metrics)
 
 
 def _with_output(cfg: CfgNode, folder: str) -> CfgNode:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .. import model_zoo
-from ..checkpoint import read_checkpoint
+from ..checkpoint import read_checkpoint, run_checkpoints
 from ..checkpoint.choosing import choose
 from ..config import add_distill_config, load_yaml, student_config
 from ..config_values import set_values
@@ -61,6 +61,9 @@ def find_run(run: str, weights: str = "") -> Source:
         FileNotFoundError, OSError, ValueError, KeyError: the message names the file or key.
     """
     path = os.path.expanduser(run)
+    folder, name = os.path.split(path)
+    if name == STUDENT_FILE and not weights and run_checkpoints(folder):
+        path = folder
     if os.path.isdir(path):
         return _of_folder(path, weights)
     if path.endswith((".yaml", ".yml", ".py")):

@@ -21,9 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
-from ..checkpoint import SafeCheckpointer
 from ..data import build_mapper, register_builtin_voc, register_shapes
 from ..data.classes import classes_in, classes_of, classes_of_config
+from ..mistakes import UnreadableRecord
+from ..quiet import quiet
+from ..teacher.loading import load_whole
 from ..views import view_type
 from .sources import Source, build_detector, find_run
 
@@ -60,6 +62,7 @@ class Trained:
             ``pred_masks`` (N, H, W) and ``pred_keypoints`` (N, K, 3), in pixels of the image, on the CPU.
 
         Raises:
+            UnreadableRecord: an image is too narrow to be resized.
             ValueError: an image has another form; the model finds no objects (a semantic segmentor).
         """
         return [self._predict(image) for image in images]
@@ -68,7 +71,7 @@ class Trained:
         """The model's input for an image (H, W, 3), uint8, BGR: "image" (C, H', W'), "height" and "width".
 
         Raises:
-            ValueError: the image has another form.
+            UnreadableRecord, ValueError: see ``predict``.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise ValueError(
@@ -80,7 +83,12 @@ class Trained:
                 Image.fromarray(np.ascontiguousarray(image[..., ::-1])), self.mapper.image_format
             )
             resized = T.AugInput(pixels)
-            self.mapper.augmentations(resized)
+            try:
+                self.mapper.augmentations(resized)
+            except ValueError as error:  # of Pillow, where no row or column is left
+                raise UnreadableRecord(
+                    f"the image, {width} x {height} pixels, cannot be resized as in the evaluation: {error}"
+                ) from error
             tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
             return {"image": tensor, "height": height, "width": width}
         with tempfile.TemporaryDirectory() as folder:  # a mapper of the user's reads files
@@ -113,16 +121,28 @@ def load_trained(run: str, weights: str = "", device: str = "cpu") -> Trained:
         FileNotFoundError, OSError, ValueError, KeyError: something is missing or cannot be read; the weights do
             not fill the model. The message names the file or key.
     """
-    source = find_run(run, weights)
+    return load_source(find_run(run, weights), device)
+
+
+def load_source(source: Source, device: str = "cpu") -> Trained:
+    """``load_trained`` of what ``find_run`` has found."""
     if not source.weights:
-        raise ValueError(f"the config '{source.name}' names no weights (MODEL.WEIGHTS); give them, too")
+        raise ValueError(
+            f"the config '{source.name}' names no weights (MODEL.WEIGHTS); give them (--weights)"
+        )
     if isinstance(source.config, CfgNode) and source.config.MODEL.LOAD_PROPOSALS:
         raise ValueError(
             f"the detector of '{source.name}' reads proposals from files (MODEL.LOAD_PROPOSALS is True), which "
             "new images do not have"
         )
     model = build_detector(source, device)
-    loaded = _load(model, source)
+    with quiet():  # what is wrong with the weights is an error
+        _, loaded = load_whole(
+            model,
+            source.weights,
+            what=f"the weights of '{source.name}',",
+            advice="Give the weights of a training with this config",
+        )
     if isinstance(source.config, CfgNode):
         source.config.MODEL.WEIGHTS = source.weights
     return Trained(
@@ -132,20 +152,6 @@ def load_trained(run: str, weights: str = "", device: str = "cpu") -> Trained:
         source=source.name if source.weights == source.name else f"{source.name} ({source.weights})",
         mapper=_mapper(source.config),
     )
-
-
-def _load(model: nn.Module, source: Source) -> dict[str, Any]:
-    """Load the weights; the checkpoint's other entries."""
-    checkpointer = SafeCheckpointer(model)
-    loaded = checkpointer.load(source.weights, checkpointables=[])
-    missing = checkpointer.unfilled
-    if missing:
-        raise ValueError(
-            f"the weights '{source.weights}' do not fill the detector of '{source.name}', a "
-            f"{type(model).__name__}; {len(missing)} of its {len(model.state_dict())} tensors are missing or of "
-            f"another shape: {missing[:5]}. Give the weights of a training with this config"
-        )
-    return loaded
 
 
 def _classes(loaded: dict[str, Any], source: Source, model: nn.Module) -> list[str]:

@@ -59,7 +59,9 @@ def fit_anchors(corners: np.ndarray, pyramids: Sequence[Sequence[int]]) -> Ancho
 
 def _best(corners: np.ndarray, strides: tuple[int, ...]) -> Anchors:
     tried = [
-        _measured(corners, strides, factor * strides[0], ratios) for factor in _STRIDES for ratios in _RATIOS
+        _measured(corners, strides, factor * strides[0], ratios)
+        for factor in _STRIDES
+        for ratios in _RATIOS
     ]
     return max(tried, key=lambda anchors: (round(anchors.recall, 2), round(anchors.fit, 2)))
 
@@ -68,7 +70,10 @@ def _measured(
     corners: np.ndarray, strides: tuple[int, ...], first: float, ratios: tuple[float, ...]
 ) -> Anchors:
     sizes = tuple(
-        tuple(round(first * stride / strides[0] * 2 ** (step / _PER_LEVEL), 1) for step in range(_PER_LEVEL))
+        tuple(
+            round(first * stride / strides[0] * 2 ** (step / _PER_LEVEL), 1)
+            for step in range(_PER_LEVEL)
+        )
         for stride in strides
     )
     best = np.zeros(len(corners))
@@ -79,8 +84,8 @@ def _measured(
 
 
 def _best_iou(corners: np.ndarray, stride: int, shapes: np.ndarray) -> np.ndarray:
-    """The best IoU, (n,), of each box with anchors of these widths and heights, (m, 2), at the point of the level's
-    grid that is nearest to its center."""
+    """The best IoU, (n,), of each box with anchors of these widths and heights, (m, 2), at the point of the
+    level's grid that is nearest to its center."""
     centers = (corners[:, :2] + corners[:, 2:]) / 2
     points = np.round(centers / stride)[:, None] * stride
     low, high = points - shapes / 2, points + shapes / 2

@@ -83,7 +83,7 @@ class Pair:
 
 def _resnet(student: str, student_lines: str, teacher: int, weights: Sequence[str]) -> Pair:
     return Pair(
-        summary=f"RetinaNet {student} with a narrow head, taught by RetinaNet ResNet-{teacher} from COCO's weights",
+        summary=f"RetinaNet {student}, narrow head; teacher RetinaNet ResNet-{teacher} (COCO's weights)",
         base="Base-RetinaNet.yaml",
         model="",
         head="",
@@ -101,11 +101,11 @@ def _resnet(student: str, student_lines: str, teacher: int, weights: Sequence[st
 #: By the name of the student's backbone; a line adds one.
 PAIRS = {
     "small": Pair(
-        summary="RetinaNets of 0.6 and 3.1 M parameters for a CPU, both from random weights",
+        summary="RetinaNets of 0.4 and 3.1 M parameters for a CPU, both from random weights",
         base="",
         model=_SMALL_BASE,
         head=_SMALL_HEAD,
-        student="  SMALL_RESNET: {STEM_WIDTH: 16, WIDTHS: [16, 32, 64, 128], BLOCKS: [1, 1, 1, 1]}\n",
+        student="  SMALL_RESNET: {STEM_WIDTH: 12, WIDTHS: [12, 24, 48, 96], BLOCKS: [1, 1, 1, 1]}\n",
         teacher="  SMALL_RESNET: {STEM_WIDTH: 32, WIDTHS: [32, 64, 128, 256], BLOCKS: [2, 2, 2, 2]}\n",
         weights=(),
         pyramids=[(8, 16, 32), (4, 8, 16)],
@@ -134,7 +134,9 @@ def can_be_had(addresses: Sequence[str]) -> bool:
     missing = [address for address in addresses if not os.path.isfile(_cached(address))]
     try:
         for address in missing[:1]:
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_SECONDS).close()
+            urllib.request.urlopen(
+                urllib.request.Request(address, method="HEAD"), timeout=_SECONDS
+            ).close()
     except OSError:
         return False
     return True

@@ -31,7 +31,8 @@ class Boxes:
     def of(cls, records: Iterable[dict[str, Any]]) -> Boxes:
         """Those of detectron2's dicts."""
         records = list(records)
-        corners, owners, classes = [], [], Counter()
+        corners, owners = [], []
+        classes: Counter[int] = Counter()
         for index, record in enumerate(records):
             for item in record.get("annotations", ()):
                 if item.get("iscrowd", 0):
@@ -44,8 +45,8 @@ class Boxes:
         return cls(images.reshape(-1, 2), found, np.array(owners, np.int64), classes)
 
     def resized(self, short: int, long: int) -> np.ndarray:
-        """The corners in images that are resized as detectron2 does it: the shorter side to ``short`` pixels, unless
-        the longer one exceeded ``long``."""
+        """The corners in images that are resized as detectron2 does it: the shorter side to ``short`` pixels,
+        unless the longer one exceeded ``long``."""
         sides = self.images[self.owners]
         scale = np.minimum(short / sides.min(axis=1), long / sides.max(axis=1))
         return self.corners * scale[:, None]

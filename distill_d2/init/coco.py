@@ -43,15 +43,17 @@ def _one_of(folder: Folder, role: str, files: list[str]) -> str:
         if len(names) == 1:
             return names[0]
     raise ValueError(
-        f"'{folder.root}' holds {len(files)} COCO files for {role or 'no role (train, val)'}: {files[:8]}; call the "
-        f"one that is meant {role or 'train'}.json, or give a folder that holds only that one"
+        f"'{folder.root}' holds {len(files)} COCO files for {role or 'no role (train, val)'}: {files[:8]}; call "
+        f"the one that is meant {role or 'train'}.json, or give a folder that holds only that one"
     )
 
 
 def _entry(folder: Folder, file: str) -> Entry:
     path = folder.path(file)
     try:
-        names = [image["file_name"].replace("\\", "/") for image in json.loads(read_text(path))["images"]]
+        names = [
+            image["file_name"].replace("\\", "/") for image in json.loads(read_text(path))["images"]
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"'{path}' is not COCO's json: {type(error).__name__}: {error}; expected images with a file_name each"

@@ -66,8 +66,8 @@ def _choices(plan: Plan, trial: Trial) -> Iterator[str]:
     )
     yield (
         f"anchors: {anchors.sizes[0][0]:g} to {anchors.sizes[-1][-1]:g} pixels, heights by widths "
-        f"{', '.join(f'{ratio:g}' for ratio in anchors.ratios)}; {100 * anchors.recall:.1f} % of the objects have one "
-        "with an IoU of 0.5"
+        f"{', '.join(f'{ratio:g}' for ratio in anchors.ratios)}; {100 * anchors.recall:.1f} % of the objects have "
+        "one with an IoU of 0.5"
     )
     yield f"schedule: {plan.epochs:g} epochs of {plan.pair.batch} images per step; loss: PKD, weight {plan.pkd:g}"
 
@@ -86,12 +86,16 @@ def _commands(
     )
     gpus = "" if plan.gpu else " --num-gpus 0"
     teacher, distilled, student = (
-        f"  distill-d2 {command}{gpus} --config-file {_word(output, f'{name}.yaml')}  # about {_duration(reading + seconds)}"
+        f"  distill-d2 {command}{gpus} --config-file {_word(output, f'{name}.yaml')}"
+        f"  # {_duration(reading + seconds)}"
         for command, name, seconds in runs
     )
     report = f"  distill-d2 report {_word(output, 'teacher')} {_word(output, 'distilled')}"
     yield from ("Next:", teacher, distilled, f"{report} --output {_word(output, 'report.html')}")
-    yield from ("The student alone, to compare with, before the report, which takes its folder too:", student)
+    yield from (
+        "The student alone, to compare with, before the report, which takes its folder too:",
+        student,
+    )
 
 
 def _word(*path: str) -> str:
@@ -109,5 +113,5 @@ def _numbers(values: Sequence[float]) -> str:
 def _duration(seconds: float) -> str:
     minutes = seconds / 60
     if minutes < 1.5:
-        return "a minute"
-    return f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
+        return "about a minute"
+    return f"about {minutes:.0f} minutes" if minutes < 100 else f"about {minutes / 60:.1f} hours"

@@ -45,9 +45,13 @@ class Folder:
     def read(cls, root: str) -> Folder:
         """Raises FileNotFoundError or NotADirectoryError if it is none."""
         if not os.path.exists(root):
-            raise FileNotFoundError(f"DATA_FOLDER '{root}' does not exist; give the folder of the dataset")
+            raise FileNotFoundError(
+                f"DATA_FOLDER '{root}' does not exist; give the folder of the dataset"
+            )
         if not os.path.isdir(root):
-            raise NotADirectoryError(f"DATA_FOLDER '{root}' is a file; give the folder that holds the dataset")
+            raise NotADirectoryError(
+                f"DATA_FOLDER '{root}' is a file; give the folder that holds the dataset"
+            )
         files = []
         for place, folders, names in os.walk(root, followlinks=True):
             folders[:] = [f for f in folders if not f.startswith(".") and f not in _SKIPPED]
@@ -98,7 +102,7 @@ def without_ending(path: str) -> str:
 
 
 def role_of(path: str) -> str:
-    """"train", "val" or "test" by the last word of a path that says it; "" if none does."""
+    """ "train", "val" or "test" by the last word of a path that says it; "" if none does."""
     for word in reversed(re.findall("[a-z]+", path.lower())):
         for role, words in _ROLES.items():
             if word in words:

@@ -14,8 +14,8 @@ _SMALLEST_OBJECT = 16
 def choose_size(boxes: Boxes, longest: int, most: int) -> tuple[int, int]:
     """The shorter and the longer side, in pixels, that images are resized to.
 
-    The longer side is ``longest``, more if a tenth of the objects would be smaller than 16 pixels, at most ``most``;
-    and not more than that of the images themselves.
+    The longer side is ``longest``, more if a tenth of the objects would be smaller than 16 pixels, at most
+    ``most``; and not more than that of the images themselves.
 
     Args:
         boxes: of training.

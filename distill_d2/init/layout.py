@@ -13,8 +13,8 @@ _FINDERS = {"yolo": find_yolo, "voc": find_voc, "coco": find_coco}
 _EXPECTED = """one of
   VOC:  xml files and images, in Annotations/, JPEGImages/ and ImageSets/Main/*.txt or in folders of any name
   COCO: json files with "images", "annotations" and "categories", and the images that they name
-  YOLO: text files, "class x y width height" per line, and images of the same names in labels/ and images/ or side by
-        side, with the names of the classes in a data.yaml or classes.txt
+  YOLO: text files, "class x y width height" per line, and images of the same names, in labels/ and images/ or
+        side by side, with the names of the classes in a data.yaml or classes.txt
 Files or folders called train and val are a split; without one the images are split here"""
 
 

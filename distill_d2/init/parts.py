@@ -46,7 +46,8 @@ def layout_of(kind: str, parts: Parts, folder: Folder, classes: Iterable[str] = 
     train, val = parts.get("train", parts.get("", [])), parts.get("val", [])
     if not train:
         raise ValueError(
-            f"'{folder.root}' holds data for {sorted(parts)} and none for training; call their folder or file train"
+            f"'{folder.root}' holds data for {sorted(parts)} and none for training; call their folder "
+            "or file train"
         )
     if "train" in parts and "" in parts:
         remarks.append(f"not used: {_places(parts[''])}, whose path names neither train nor val")
@@ -58,13 +59,13 @@ def layout_of(kind: str, parts: Parts, folder: Folder, classes: Iterable[str] = 
     if not val or val == train:
         train, val = _shares(train, folder)
         percent = round(100 * _TRAINED_ON)
-        remarks.append(f"split here: {percent} % for training, {100 - percent} % for validation, seed {_SEED}")
+        remarks.append(
+            f"split here: {percent} % for training, {100 - percent} % for validation, seed {_SEED}"
+        )
     return Layout(kind, train, val, list(classes), remarks)
 
 
-def parts_by_folders(
-    folder: Folder, labels: Iterable[str], entry: Callable[[str, str], Entry]
-) -> Parts:
+def parts_by_folders(folder: Folder, labels: Iterable[str], entry: Callable[[str, str], Entry]) -> Parts:
     """The parts of label files that are named as their images.
 
     Args:
@@ -86,8 +87,8 @@ def parts_by_folders(
 def _shares(entries: list[Entry], folder: Folder) -> tuple[list[Entry], list[Entry]]:
     if any("SPLIT" in entry for entry in entries):
         raise ValueError(
-            f"'{folder.root}' lists images for training and none for validation; add a list of these, or remove the "
-            "list, and the images are split"
+            f"'{folder.root}' lists images for training and none for validation; add a list of these, or remove "
+            "the list, and the images are split"
         )
     ranges = ([0.0, _TRAINED_ON], [_TRAINED_ON, 1.0])
     train, val = ([{**e, "SPLIT": {"FRACTION": r, "SEED": _SEED}} for e in entries] for r in ranges)

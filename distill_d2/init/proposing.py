@@ -8,7 +8,8 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, BinaryIO
 
 from detectron2.data import DatasetCatalog
 
@@ -124,7 +125,10 @@ def _choose(backbone: str, gpu: bool) -> tuple[str, str]:
     name = backbone or ("resnet50" if gpu else "small")
     missing = not can_be_had(PAIRS[name].weights)
     if missing and backbone:
-        return name, f"the weights {list(PAIRS[name].weights)} cannot be had from here now; a run needs them"
+        return (
+            name,
+            f"the weights {list(PAIRS[name].weights)} cannot be had from here now; a run needs them",
+        )
     if missing:
         return "small", "pretrained weights cannot be had from here, so all starts from random ones"
     return name, "" if gpu or backbone else "no GPU, so the detectors are small ones"
@@ -135,6 +139,9 @@ def _epochs(images_of_a_run: int, images: int) -> int:
 
 
 def _write(folder: str, contents: Mapping[str, str]) -> None:
-    os.makedirs(folder, exist_ok=True)
     for name, text in contents.items():
-        write_whole(os.path.join(folder, name), lambda file, text=text: file.write(text.encode()))
+        write_whole(os.path.join(folder, name), partial(_put, text.encode()))
+
+
+def _put(content: bytes, file: BinaryIO) -> None:
+    file.write(content)

@@ -35,8 +35,8 @@ class Trial:
         teacher_step, student_step, distilled_step: seconds per training step, without the data.
         teacher_image, student_image: seconds per image of an evaluation, without the data.
         weight: of PKD, at which its gradient in the student's backbone is as long as the task's, both detectors
-            untrained, to two digits. Since PKD does not depend on the scale of the teacher's features, the teacher's
-            training changes it little. None: a gradient is 0.
+            untrained, to two digits. Since PKD does not depend on the scale of the teacher's features, the
+            teacher's training changes it little. None: a gradient is 0.
     """
 
     data: float
@@ -49,8 +49,8 @@ class Trial:
 
 
 def try_out(folder: str, device: str) -> Trial:
-    """Train the detectors of a folder's distill.yaml and teacher.yaml for a few steps, from random weights; nothing
-    is written but to a temporary folder.
+    """Train the detectors of a folder's distill.yaml and teacher.yaml for a few steps, from random weights;
+    nothing is written but to a temporary folder.
 
     Args:
         device: of torch.

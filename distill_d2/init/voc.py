@@ -35,7 +35,9 @@ def find_voc(folder: Folder) -> Layout | None:
 
 def _is_official(folder: Folder, file: str) -> bool:
     place = os.path.dirname(file)
-    return os.path.basename(place) == "Annotations" and os.path.isdir(folder.path(f"{place}/../JPEGImages"))
+    return os.path.basename(place) == "Annotations" and os.path.isdir(
+        folder.path(f"{place}/../JPEGImages")
+    )
 
 
 def _listed(folder: Folder, root: str) -> Parts:
@@ -56,7 +58,7 @@ def _voc(**keys: Any) -> Entry:
 
 def _classes(parts: Parts) -> list[str]:
     """Those of all annotations, in the order of the alphabet."""
-    found = set()
+    found: set[str] = set()
     for entry in [entry for entries in parts.values() for entry in entries]:
         place = entry.get("ANNOTATIONS") or os.path.join(entry["ROOT"], "Annotations")
         found.update(_labels(Folder.read(place)))

@@ -94,6 +94,7 @@ SOLVER:
 {pair.solver}  CHECKPOINT_EPOCHS: {every:g}
 TEST:
   EVAL_EPOCHS: {every:g}
+  KEEP_BEST: bbox/AP  # model_best.pth
 SEED: 1
 VERSION: 2
 """
@@ -113,7 +114,7 @@ MODEL:
     TYPES: [PKD]
     MODEL_LOAD_OFFICIAL: False
     MODEL_DISTILLER_CONFIG: teacher.yaml
-    TEACHER_WEIGHTS: {_flow(os.path.join(teacher, "model_final.pth"))}
+    TEACHER_WEIGHTS: {_flow(os.path.join(teacher, "model_best.pth"))}
     PKD:
       # {how};
       # `distill-d2 check --config-file distill.yaml` measures it with the trained teacher.
@@ -124,7 +125,9 @@ OUTPUT_DIR: {_flow(os.path.join(plan.output, "distilled"))}
 
 
 def _retinanet(plan: Plan) -> str:
-    levels = "" if plan.pair.base else f"IN_FEATURES: [{', '.join(_levels('p', plan.anchors.strides))}], "
+    levels = (
+        "" if plan.pair.base else f"IN_FEATURES: [{', '.join(_levels('p', plan.anchors.strides))}], "
+    )
     head = f", {plan.pair.head}" if plan.pair.head else ""
     return f"{levels}NUM_CLASSES: {len(plan.classes)}{head}"
 
@@ -140,5 +143,7 @@ def _levels(prefix: str, strides: Sequence[int]) -> list[str]:
 
 def _flow(value: Any) -> str:
     """A value as yaml in one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(
+        value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
+    )
     return text.partition("\n")[0]

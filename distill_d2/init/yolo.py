@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ..data.text import read_lines, read_text
-from ..data.yolo import YoloFolder, find_classes, labels_of, read_classes
+from ..data.yolo import NAMES_FILES, YoloFolder, find_names, labels_of, read_classes
 from .folder import Folder, common_folder, without_ending
 from .parts import Entry, Layout, Parts, layout_of, parts_by_folders
 
@@ -25,12 +25,20 @@ def find_yolo(folder: Folder) -> Layout | None:
             return layout_of("yolo", parts, folder, read_classes(folder.path(file)))
     images = {without_ending(os.path.basename(path)) for path in folder.images}
     files = [f for f in folder.ending((".txt",)) if without_ending(os.path.basename(f)) in images]
-    parts = parts_by_folders(folder, files, lambda txt, images: _entry(folder.path(images), folder.path(txt)))
+    parts = parts_by_folders(
+        folder, files, lambda txt, images: _entry(folder.path(images), folder.path(txt))
+    )
     if not parts:
         return None
     first = next(iter(parts.values()))[0]
     places = YoloFolder(first["IMAGES"], first.get("LABELS") or labels_of(first["IMAGES"]))
-    return layout_of("yolo", parts, folder, find_classes(folder.root, places))
+    names = find_names(places)
+    if names is None:
+        raise ValueError(
+            f"'{folder.root}' holds labels of YOLO, and nothing names their classes; add one of "
+            f"{list(NAMES_FILES)}, such as a classes.txt with a name per line"
+        )
+    return layout_of("yolo", parts, folder, read_classes(names))
 
 
 def _entry(images: str, labels: str) -> Entry:
@@ -65,7 +73,11 @@ def _find(folder: Folder, place: str, content: dict[str, Any], text: str) -> str
     """The path that a data.yaml in ``place`` means; "" if it does not exist."""
     base, below = os.path.expanduser(str(content.get("path") or "")), text.replace("\\", "/")
     # Exports are moved, and in those of some programs all paths begin with "../".
-    tried = (os.path.join(place, base, below), os.path.join(place, below), os.path.join(place, below.lstrip("./")))
+    tried = (
+        os.path.join(place, base, below),
+        os.path.join(place, below),
+        os.path.join(place, below.lstrip("./")),
+    )
     return next(filter(os.path.exists, map(folder.path, tried)), "")
 
 

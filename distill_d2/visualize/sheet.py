@@ -20,7 +20,7 @@ from .picture import ColorScale, Mark, Panel, Row
 
 COLOR_MAP = "inferno"
 HEAT = 0.65  # how much of a pixel is the heat map's color; the rest is the image's
-_SHORTER_SIDE = 4.8  # of a panel, in inches of 100 pixels
+_SHORTER_SIDE, _LONGER_SIDE = 4.8, 12.0  # of a panel, in inches of 100 pixels; the longer at most
 _FONT_SIZE = 11
 _LETTER = (0.09, 0.18)  # about the width and height of a letter of it, in inches
 _LINE, _THIN_LINE = 2.2, 1.5  # points
@@ -29,7 +29,7 @@ _LINE, _THIN_LINE = 2.2, 1.5  # points
 def compose(rows: Sequence[Row], header: Sequence[str]) -> Figure:
     """The lines of the header, then the rows one below the other; a drawn figure, to be saved."""
     height, width = rows[0].panels[0].image.shape[:2]
-    inches = _SHORTER_SIDE / min(height, width)  # per pixel of the image
+    inches = min(_SHORTER_SIDE / min(height, width), _LONGER_SIDE / max(height, width))  # per pixel
     columns = max(len(row.panels) for row in rows)
     size = (columns * (width * inches + 0.1) + 1.2, len(rows) * (height * inches + 0.8) + 0.9)
     figure = Figure(figsize=(max(size[0], 8.0), size[1]), dpi=100, layout="constrained")
