@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="passes over the training images (default: by their number)",
     )
+    parser.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out images that cannot be read: DATASETS.SKIP_UNREADABLE of the configs",
+    )
     add_device_argument(parser)
 
 
@@ -55,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
         kind=args.format,
         backbone=args.backbone,
         epochs=args.epochs,
+        skip_unreadable=args.skip_unreadable,
         overwrite=args.overwrite,
     )
     print(text)

@@ -72,8 +72,11 @@ def _check_existence(name: str, files: Sequence[str]) -> None:
 
 
 def _decode(name: str, sample: Sequence[dict[str, Any]], deep: bool) -> None:
-    with ThreadPoolExecutor(max_workers=DECODERS) as pool:
-        remarks = list(pool.map(functools.partial(check_image, deep=deep), sample))
+    try:
+        with ThreadPoolExecutor(max_workers=DECODERS) as pool:
+            remarks = list(pool.map(functools.partial(check_image, deep=deep), sample))
+    except ValueError as error:
+        raise ValueError(f"{error}; DATASETS.SKIP_UNREADABLE True leaves such images out") from error
     files = collections.defaultdict(list)
     for record, texts in zip(sample, remarks):
         for text in texts:

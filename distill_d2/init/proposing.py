@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog
 from ..checkpoint import write_whole
 from ..data import check_dataset, register_builtin_voc, register_custom_datasets, register_shapes
 from ..data.classes import classes_of
+from ..data.unreadable import skip_unreadable as leave_out
 from .anchors import fit_anchors
 from .backbones import PAIRS, can_be_had
 from .boxes import Boxes
@@ -37,6 +38,7 @@ def propose(
     kind: str = "",
     backbone: str = "",
     epochs: float = 0.0,
+    skip_unreadable: bool = False,
     overwrite: bool = False,
 ) -> str:
     """Write base.yaml, teacher.yaml, student.yaml and distill.yaml for a folder of data.
@@ -48,6 +50,7 @@ def propose(
         kind: voc, coco or yolo; "": the first that is there.
         backbone: a name in ``PAIRS``; "": by the device.
         epochs: of teacher and student; 0: by the number of images.
+        skip_unreadable: leave images out that cannot be read; ``output`` lists them.
         overwrite: replace files that are there.
 
     Returns:
@@ -61,6 +64,8 @@ def propose(
     train, test = _named(data, layout.train, "train"), _named(data, layout.val, "val")
     entries = [{**e, **({"CLASSES": layout.classes} if layout.classes else {})} for e in train + test]
     register_custom_datasets(entries)
+    if skip_unreadable:
+        leave_out([entry["NAME"] for entry in entries], output)
     found = {entry["NAME"]: _checked(entry["NAME"], train[0]["NAME"]) for entry in entries}
     boxes = Boxes.of([record for entry in train for record in found[entry["NAME"]]])
     gpu = device.startswith("cuda")
@@ -79,12 +84,13 @@ def propose(
         long=long,
         epochs=epochs or _epochs(pair.images, len(boxes.images)),
         gpu=gpu,
+        skip_unreadable=skip_unreadable,
         pkd=pair.pkd or 1.0,
         output=os.path.abspath(output),
     )
     with tempfile.TemporaryDirectory() as folder:
         _write(folder, texts(plan))
-        trial = try_out(folder, device)
+        trial = try_out(folder, device, few=bool(pair.weights) and not gpu)
     plan = replace(plan, pkd=pair.pkd or trial.weight or 1.0)
     _write(output, texts(plan))
     remarks = [*layout.remarks, remark] if remark else layout.remarks

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -19,11 +20,13 @@ from ..balance import balanced_weight
 from ..data import build_mapper, training_records
 from ..engine import load_config
 from ..gradients import mean_gradients, term_gradients
-from ..profiling.timing import time_in_turn
+from ..profiling.timing import clock
 from ..quiet import quiet
+from ..random_state import unchanged_random_state
 
-_SECONDS = 3.0
+_SECONDS, _MOST_ROUNDS = 3.0, 10
 _BATCHES = 3
+_SEED = 1
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,20 @@ class Trial:
     weight: float | None
 
 
-def try_out(folder: str, device: str) -> Trial:
+def try_out(folder: str, device: str, *, few: bool = False) -> Trial:
     """Train the detectors of a folder's distill.yaml and teacher.yaml for a few steps, from random weights;
     nothing is written but to a temporary folder.
 
     Args:
         device: of torch.
+        few: for large detectors without a GPU, steps of one image are measured, and the weight is not.
 
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: the configs do not load or fit.
     """
     common = ["MODEL.DEVICE", device, "MODEL.WEIGHTS", ""]
-    with quiet(), tempfile.TemporaryDirectory() as temporary:
+    with quiet(), unchanged_random_state(), tempfile.TemporaryDirectory() as temporary:
+        seed_all_rng(_SEED)
         teacher_cfg = load_config(os.path.join(folder, "teacher.yaml"), common)
         teacher = build_model(teacher_cfg)
         weights = os.path.join(temporary, "teacher.pth")
@@ -68,15 +73,17 @@ def try_out(folder: str, device: str) -> Trial:
         distiller += [teacher_cfg.MODEL.META_ARCHITECTURE, "MODEL.DISTILLER.TEACHER_WEIGHTS", weights]
         cfg = load_config(os.path.join(folder, "distill.yaml"), [*common, *distiller])
         model = build_model(cfg)
-        return _measure(cfg, teacher, model)
+        return _measure(cfg, teacher, model, few)
 
 
-def _measure(cfg: CfgNode, teacher: nn.Module, distiller: Any) -> Trial:
+def _measure(cfg: CfgNode, teacher: nn.Module, distiller: Any, few: bool) -> Trial:
+    weight, student = None, distiller.student
     batches = _batches(cfg)
-    measured = mean_gradients([term_gradients(distiller, batch) for batch in batches])
-    weight = balanced_weight("PKD", distiller.losses["PKD"], measured)
-    batch, student = batches[0], distiller.student
-    times = time_in_turn(
+    if not few:
+        measured = mean_gradients([term_gradients(distiller, batch) for batch in batches])
+        weight = balanced_weight("PKD", distiller.losses["PKD"], measured)
+    batch = batches[0][:1] if few else batches[0]
+    seconds = _median_seconds(
         {
             "data": lambda: _batches(cfg, 1),
             "teacher_step": _training(teacher, batch),
@@ -84,12 +91,27 @@ def _measure(cfg: CfgNode, teacher: nn.Module, distiller: Any) -> Trial:
             "distilled_step": _training(distiller, batch),
             "teacher_image": _evaluation(teacher, batch[:1]),
             "student_image": _evaluation(student, batch[:1]),
-        },
-        seconds=_SECONDS,
+        }
     )
-    found = {name: statistics.median(seconds) for name, seconds in times.items()}
-    found["data"] /= len(batch)
-    return Trial(**found, weight=weight)
+    images = len(batches[0])
+    seconds["data"] /= images
+    for name in ("teacher_step", "student_step", "distilled_step"):
+        seconds[name] *= images / len(batch)
+    return Trial(**seconds, weight=weight)
+
+
+def _median_seconds(tasks: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Of rounds that run all tasks, after one of warm-up."""
+    rounds: list[dict[str, float]] = []
+    started = clock()
+    while len(rounds) < 2 or (len(rounds) < _MOST_ROUNDS and clock() - started < _SECONDS):
+        times = {}
+        for name, task in tasks.items():
+            start = clock()
+            task()
+            times[name] = clock() - start
+        rounds.append(times)
+    return {name: statistics.median(times[name] for times in rounds[1:]) for name in tasks}
 
 
 def _batches(cfg: CfgNode, count: int = _BATCHES) -> list[list[dict[str, Any]]]:

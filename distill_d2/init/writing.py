@@ -32,6 +32,7 @@ class Plan:
         short, long: sides of resized images, pixels.
         epochs: passes over the images.
         gpu: whether there is one.
+        skip_unreadable: whether images that cannot be read are left out.
         pkd: weight of the distillation loss.
         output: the folder of the files and the runs, absolute.
     """
@@ -47,6 +48,7 @@ class Plan:
     long: int
     epochs: float
     gpu: bool
+    skip_unreadable: bool
     pkd: float
     output: str
 
@@ -68,6 +70,7 @@ def _base(plan: Plan) -> str:
     base = f"_BASE_: {pair.base}\n" if pair.base else ""
     small = _small_levels(plan.anchors.strides) if not pair.base else ""
     entries = "".join(f"    - {_flow(entry)}\n" for entry in plan.entries)
+    skip = "  SKIP_UNREADABLE: True\n" if plan.skip_unreadable else ""
     every = round(plan.epochs / EVALUATIONS, 2)
     return f"""\
 # {plan.title}. What teacher and student share; written by distill-d2 init.
@@ -82,7 +85,7 @@ DATASETS:
   CUSTOM:
 {entries}  TRAIN: {_flow(list(plan.train))}
   TEST: {_flow(list(plan.test))}
-INPUT:  # the shorter side is resized to this, unless the longer one exceeded MAX_SIZE
+{skip}INPUT:  # the shorter side is resized to this, unless the longer one exceeded MAX_SIZE
   MIN_SIZE_TRAIN: [{plan.short}]
   MAX_SIZE_TRAIN: {plan.long}
   MIN_SIZE_TEST: {plan.short}
@@ -144,6 +147,6 @@ def _levels(prefix: str, strides: Sequence[int]) -> list[str]:
 def _flow(value: Any) -> str:
     """A value as yaml in one line."""
     text = yaml.safe_dump(
-        value, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
+        value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True
     )
     return text.partition("\n")[0]
