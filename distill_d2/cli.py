@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from .commands.arguments import check_config_arguments
 from .mistakes import add_debug_argument, ending_on_mistakes
 from .requirements import require_detectron2
 
@@ -26,10 +27,12 @@ COMMANDS = (
     "baseline",
     "evaluate",
     "init",
+    "check",
     "predict",
     "visualize",
     "profile",
     "compare",
+    "report",
     "convert",
     "benchmark",
     "check-golden",
@@ -84,6 +87,7 @@ def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | N
     with ending_on_mistakes(f"{prog}: ", debug=args.debug):
         if name != "install-detectron2":
             require_detectron2()
+        check_config_arguments(args)
         return command.run(args) or 0
 
 

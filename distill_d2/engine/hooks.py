@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..random_state import random_state, set_random_state
 from .best import BestCheckpoint
 from .interrupt import Interrupted
+from .run_log import shorten_screen
 
 
 class _AfterPretraining(HookBase):
@@ -41,7 +42,8 @@ class PreciseBN(_AfterPretraining, hooks.PreciseBN):
     def update_stats(self) -> None:
         state = random_state()
         self._data_iter = None
-        super().update_stats()
+        with self.trainer.averaged():
+            super().update_stats()
         set_random_state(state)
 
 
@@ -147,6 +149,7 @@ class ProgressBar(HookBase):
     def before_train(self) -> None:
         loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "distill_d2")]
         self._stack.enter_context(logging_redirect_tqdm(loggers))
+        shorten_screen()  # the handlers are new
         self._bar = self._stack.enter_context(
             tqdm(total=self.trainer.max_iter, initial=self.trainer.start_iter, unit="it")
         )

@@ -23,6 +23,7 @@ class Truth:
     """Annotations of images.
 
     Attributes:
+        records: detectron2's dicts.
         classes: their names, by number.
         category_ids: those of the json, by the names of classes; {}: it has none.
     """
@@ -33,10 +34,7 @@ class Truth:
         classes: Sequence[str],
         category_ids: dict[str, int],
     ):
-        """
-        Args:
-            records: detectron2's dicts.
-        """
+        self.records = list(records)
         self.classes = list(classes)
         self.category_ids = category_ids
         self._by_path = {os.path.realpath(record["file_name"]): record for record in records}
