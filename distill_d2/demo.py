@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ RUNS = {
 METHODS = list(RUNS)[2:]
 DATASETS = ["shapes", "bccd", "bccd_rcnn", "shapes_ssd", "bccd_ssd", "bccd_fcos", "nuclei_solov2"]
 SECONDS_BETWEEN_NEWS = 30
+IMAGES_TIMED = 8
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -167,19 +169,68 @@ def progress(run: Run) -> str:
 
 
 def print_comparison(output: Path, methods: list[str], seconds: float) -> None:
+    """Sizes, speeds and APs of all runs, what the student gained, and what to do next."""
     from tabulate import tabulate
 
-    found = {name: last_results(output / name) for name in ("teacher", "student", *methods)}
+    from .profiling import time_ratio
+
+    names = ["teacher", "student", *methods]
+    found = {name: last_results(output / name) for name in names}
+    sizes, times, images = measure({name: str(output / name) for name in names})
     task = "segm" if "segm/AP" in found["student"] else "bbox"
     scores = [f"{task}/{score}" for score in ("AP", "AP50", "AP75")]
-    rows = [[name, *(results[score] for score in scores)] for name, results in found.items()]
-    header = ["", *scores]
-    print(tabulate(rows, headers=header, tablefmt="pipe", floatfmt=".1f"))
+    rows = [
+        [name, sizes[name] / 1e6, statistics.median(times[name]), *map(found[name].get, scores)]
+        for name in names
+    ]
+    header = ["", "M parameters", "ms per image", *scores]
+    formats = ("", ".2f", ".1f", ".1f", ".1f", ".1f")
+    print(tabulate(rows, headers=header, tablefmt="pipe", floatfmt=formats))
     student = found["student"][scores[0]]
     gains = ", ".join(
         f"{name} - student: {found[name][scores[0]] - student:+.1f} AP" for name in methods
     )
+    ratio = time_ratio(times["teacher"], times["student"])
+    print(f"the student is {ratio:.1f} times as fast as its teacher (batches of one image, one thread)")
     print(f"{gains}; {seconds / 60:.1f} minutes in all")
+    runs = [str(output / name) for name in names]
+    print("what to do next:")
+    print("  " + shlex.join(["distill-d2", "report", *runs, "--output", str(output / "report.html")]))
+    words = [word for run in runs for word in ("--run", run)]
+    words += [images, "--output", str(output / "pictures")]
+    print("  " + shlex.join(["distill-d2", "predict", *words]))
+
+
+def measure(runs: dict[str, str]) -> tuple[dict[str, int], dict[str, list[float]], str]:
+    """Sizes and speeds of trained detectors, by name.
+
+    Returns:
+        numbers of parameters; milliseconds per image, in rounds that all detectors share, on one thread;
+        and the folder of the images, the first of the test dataset.
+    """
+    import torch
+    from detectron2.data import DatasetCatalog
+    from detectron2.data.detection_utils import read_image
+
+    from .engine import load_config
+    from .inference import load_trained
+    from .profiling import milliseconds_per_image
+
+    torch.set_num_threads(1)
+    config = load_config(os.path.join(runs["student"], "config.yaml"))  # makes its datasets known
+    files = [
+        record["file_name"] for record in DatasetCatalog.get(config.DATASETS.TEST[0])[:IMAGES_TIMED]
+    ]
+    trained = {name: load_trained(run) for name, run in runs.items()}
+    times = milliseconds_per_image(
+        {name: each.model for name, each in trained.items()},
+        {
+            name: [each.inputs(read_image(file, "BGR")) for file in files]
+            for name, each in trained.items()
+        },
+    )
+    sizes = {name: sum(p.numel() for p in each.model.parameters()) for name, each in trained.items()}
+    return sizes, times, os.path.dirname(files[0])
 
 
 def last_results(run: Path) -> dict[str, float]:

@@ -122,6 +122,20 @@ def test_an_installed_wheel_runs_every_command_in_an_empty_folder(wheel, tmp_pat
     assert version.stdout.startswith("distill_d2 ")
 
 
+def test_the_license_is_beside_the_installer_of_detectron2(wheel):
+    """Which puts it into the package that it makes."""
+    assert wheel.read("distill_d2/LICENSE") == (ROOT / "LICENSE").read_bytes()
+
+
+def test_dockerfile_has_the_steps_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = readme.partition("In an environment of your own")[2].split("\n\n")[1]
+    steps = [line.partition("#")[0].strip() for line in block.splitlines()]
+    assert steps.pop() == "distill-d2 demo" and "pip install ." in steps
+    runs = re.findall(r"^RUN (.*)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert runs[: len(steps)] == steps
+
+
 def test_links_between_pages():
     pages = ["*.md", "docs/*.md", "configs/**/*.md", "projects/**/*.md", "datasets/*.md", "tests/*.md"]
     broken = [

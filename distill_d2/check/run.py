@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
 from typing import Any
 
@@ -17,8 +18,9 @@ from ..engine import DistillTrainer, RunSettings, lazy
 from ..engine.epochs import in_iterations, lazy_in_iterations
 from ..engine.key_rules import check_keys, check_lazy_keys
 from ..engine.lazy_data import check_lazy_data
-from ..engine.setup import check_batch, log_without_effect, read_run_config
+from ..engine.settings import micro_batch
 from ..engine.setup import check_data as check_yaml_data
+from ..engine.setup import log_without_effect, read_run_config
 from ..imports import import_modules
 from ..lazy_config import load_lazy_config
 from ..losses import build_losses
@@ -26,6 +28,8 @@ from ..model_zoo import find_config
 from ..pairs import pairs_of
 from ..teacher import teacher_of
 from .faults import Faults
+
+logger = logging.getLogger(__name__)
 
 _SEED = 1
 
@@ -62,9 +66,6 @@ def check_data(cfg: CfgNode | DictConfig, faults: Faults) -> None:
         if not isinstance(cfg, CfgNode):
             check_lazy_data(cfg, lazy.student_of(cfg), told=faults.add)
             return
-        if cfg.DATASETS.SKIP_UNREADABLE:
-            with tempfile.TemporaryDirectory() as folder:
-                skip_unreadable([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], folder)
         check_yaml_data(cfg, DistillTrainer, told=faults.add)
 
 
@@ -93,14 +94,23 @@ def _check_yaml(cfg: CfgNode, faults: Faults) -> None:
         with faults.collected():
             build_losses(cfg.MODEL.DISTILLER)
     with faults.collected():
-        check_batch(cfg.SOLVER.IMS_PER_BATCH)
+        micro_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, "SOLVER")
     with faults.collected():
+        _skip_unreadable(cfg)
         in_iterations(cfg)
     cfg.freeze()
     for detector in plugins.of_student(cfg):
         with faults.collected():
             detector.check(cfg)
     log_without_effect(cfg, cfg.MODEL.META_ARCHITECTURE == "Distiller")
+
+
+def _skip_unreadable(cfg: CfgNode) -> None:
+    if not cfg.DATASETS.SKIP_UNREADABLE:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for line in skip_unreadable([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], folder):
+            logger.warning(line)
 
 
 def _names_teacher(args: argparse.Namespace) -> bool:

@@ -5,15 +5,10 @@ from .builtin_voc import register_builtin_voc
 from .check import DataPlan, check_dataset, check_plan, raised
 from .check_config import check_datasets
 from .coco import adopt_coco_datasets
+from .config_loader import train_loader_of_config, training_records
 from .custom import register_custom_datasets
 from .custom_entries import check_name, datasets_root, with_absolute_paths
-from .loader import (
-    ShieldedLoader,
-    build_train_loader,
-    end_workers,
-    example_batch,
-    training_records,
-)
+from .loader import ShieldedLoader, build_train_loader, end_workers, example_batch
 from .read_errors import NamedReadErrors
 from .sampler import ResumableTrainingSampler, sampler_of_config, seeded
 from .shapes import generate_shapes, register_shapes
@@ -47,6 +42,7 @@ __all__ = [
     "sampler_of_config",
     "seeded",
     "skip_unreadable",
+    "train_loader_of_config",
     "training_records",
     "with_absolute_paths",
 ]

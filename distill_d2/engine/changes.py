@@ -34,6 +34,10 @@ _MEANINGS = [
         "the order of images continues as if all batches had been of this size, so some images are skipped or "
         "come again; the learning rate stays",
     ),
+    (
+        r"SOLVER\.ACCUMULATE|train\.accumulate",
+        "the step stays, but for rounding, batch statistics and groups of images by aspect ratio",
+    ),
     (r"SEED|train\.seed", "without effect: the random state comes from the checkpoint"),
     (
         r"DATALOADER\.NUM_WORKERS|dataloader\.train\.num_workers",

@@ -49,7 +49,7 @@ from .optimizer import trained_with_student
 from .output_dir import claim, kept
 from .run_log import start_log
 from .run_summary import log_environment
-from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
+from .settings import UNUSED_DISTILLER, RunSettings, distiller_node, micro_batch
 from .setup import choose_device, note_imports, weights_read
 from .trainer import DistillTrainer
 
@@ -69,7 +69,7 @@ _REQUIRED = (
     "train.amp.enabled",
 )
 # ... what it reads where it is there ...
-_OPTIONAL = ("train.keep_best", "train.patience")
+_OPTIONAL = ("train.accumulate", "train.ema", "train.keep_best", "train.patience")
 # ... and what a training reads, too.
 _REQUIRED_TO_TRAIN = ("optimizer", "lr_multiplier", "dataloader.train")
 
@@ -174,7 +174,13 @@ class LazyDistillTrainer(DistillTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: DictConfig):
-        loader = _resumable_loader(cfg.dataloader.train)
+        accumulate = RunSettings.from_lazy(cfg).accumulate
+        loader = _resumable_loader(cfg.dataloader.train, accumulate)
+        if loader is None and accumulate > 1:
+            raise ValueError(
+                f"train.accumulate is {accumulate}; expected 1 where dataloader.train is not "
+                "L(build_detection_train_loader)(...) of detectron2 with a list of images"
+            )
         return instantiate(cfg.dataloader.train) if loader is None else loader
 
     @classmethod
@@ -193,8 +199,11 @@ class LazyDistillTrainer(DistillTrainer):
         return cfg
 
 
-def _resumable_loader(node: DictConfig) -> ShieldedLoader | None:
+def _resumable_loader(node: DictConfig, accumulate: int) -> ShieldedLoader | None:
     """Our loader in place of detectron2's ``build_detection_train_loader``; None if the node is another one.
+
+    Args:
+        accumulate: the loader's batches in a step.
 
     Raises:
         ValueError: the processes cannot share the batch equally.
@@ -203,17 +212,13 @@ def _resumable_loader(node: DictConfig) -> ShieldedLoader | None:
     if node.get("_target_") not in _DETECTRON2_LOADER or not set(node) <= keys | {"_target_"}:
         return None
     parts = {key: instantiate(node[key]) for key in node if key not in ("_target_", "sampler")}
-    dataset, batch, processes = parts["dataset"], parts["total_batch_size"], comm.get_world_size()
+    dataset = parts["dataset"]
     if not isinstance(dataset, list):
         return None
-    if batch < processes or batch % processes:
-        raise ValueError(
-            f"dataloader.train.total_batch_size is {batch}, which {processes} processes cannot share equally"
-        )
     given = node.get("sampler")
     sampler = ResumableTrainingSampler(
         seeded(lambda: TrainingSampler(len(dataset)) if given is None else instantiate(given)),
-        batch_size=batch // processes,
+        batch_size=micro_batch(parts["total_batch_size"], accumulate, "train"),
         wide=[image["width"] > image["height"] for image in dataset]
         if parts.get("aspect_ratio_grouping", True)
         else None,

@@ -77,21 +77,22 @@ def log_schedule(cfg: Any, start: int, end: int, loader: Any) -> None:
             "DATASETS.TEST is empty: nothing is evaluated, neither in this training nor after it"
         )
     checkpoints = f"checkpoints in {settings.output_dir} {_times(settings.checkpoint_period)}"
-    logger.info(
-        f"Training: iterations {start} to {end - 1}{_epochs(loader, end)}; {evaluation}; {checkpoints}"
-    )
+    epochs = _epochs(loader, end, settings.accumulate)
+    logger.info(f"Training: iterations {start} to {end - 1}{epochs}; {evaluation}; {checkpoints}")
 
 
 def _times(period: int) -> str:
     return f"every {period} iterations and at the end" if period else "at the end"
 
 
-def _epochs(loader: Any, iterations: int) -> str:
-    """Of one of our loaders the batch size and the number of epochs."""
+def _epochs(loader: Any, iterations: int, accumulate: int) -> str:
+    """Of one of our loaders, ``accumulate`` of whose batches make a step, the batch size and the number of
+    epochs."""
     stream: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, ShieldedLoader) or not loader.loader.batch_size:
         return ""
-    batch, images = loader.loader.batch_size * comm.get_world_size(), len(stream.dataset)
+    batch = loader.loader.batch_size * accumulate * comm.get_world_size()
+    images = len(stream.dataset)
     return f" of {batch} images, {iterations * batch / images:.3g} epochs of {images}"
 
 

@@ -31,7 +31,7 @@ from .key_rules import check_keys, check_student_name
 from .output_dir import claim, kept
 from .run_log import start_log
 from .run_summary import log_environment
-from .settings import RunSettings
+from .settings import RunSettings, micro_batch
 from .trackers import check_trackers
 from .trainer import DistillTrainer
 
@@ -54,9 +54,14 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     check_keys(cfg, train=not args.eval_only)
     if cfg.MODEL.META_ARCHITECTURE == "Distiller":
         build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
-    check_batch(cfg.SOLVER.IMS_PER_BATCH)
+    if not args.eval_only:
+        micro_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, "SOLVER")
     claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, lambda: weights_read(cfg, distill))
-    schedule = "" if args.eval_only else in_iterations(cfg)
+    skipped = []
+    if cfg.DATASETS.SKIP_UNREADABLE:
+        names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+        skipped = skip_unreadable(names, cfg.OUTPUT_DIR)
+    schedule = "" if args.eval_only else in_iterations(cfg)  # of the images that are left
     cfg.freeze()
     with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
         start_log(cfg.OUTPUT_DIR)
@@ -65,14 +70,13 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
         if comm.is_main_process():
             write_configs(cfg, train=not args.eval_only)
     note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
+    for line in skipped:
+        logger.warning(line)
     if schedule:
         logger.info(schedule)
     log_without_effect(cfg, distill)
     for detector in of_student(cfg):
         detector.check(cfg)
-    if cfg.DATASETS.SKIP_UNREADABLE:
-        names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-        skip_unreadable(names, cfg.OUTPUT_DIR)
     if comm.is_main_process():
         check_data(cfg, trainer, train=not args.eval_only)
     comm.synchronize()
@@ -198,12 +202,3 @@ def note_imports(folder: str, names: Sequence[str], write: bool) -> None:
         logger.info(f"Imported {line}")
     if write and comm.is_main_process():
         write_note(folder, names)
-
-
-def check_batch(images: int) -> None:
-    """Raises ValueError if the processes cannot share a batch of so many images."""
-    processes = comm.get_world_size()
-    if images < processes or images % processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {images}; expected a multiple of the {processes} processes"
-        )

@@ -58,7 +58,7 @@ def find_subjects(
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: something does not exist or does not fit.
     """
-    titles = titles_of([*runs, *(name.rpartition(".")[0] or name for name in config_files)])
+    titles = titles_of([*runs, *config_files])
     found = _Found(device, titles)
     sources = {title: find_run(run) for title, run in zip(titles, runs)}
     found.names = {os.path.realpath(source.weights): title for title, source in sources.items()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable
 
 import torch
@@ -66,6 +67,17 @@ def time_in_turn(
         for name in tasks if index % 2 == 0 else reversed(list(tasks)):
             times[name].append(_seconds(tasks[name]))
     return times
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads; 0: as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def time_ratio(times: Sequence[float], others: Sequence[float]) -> float:

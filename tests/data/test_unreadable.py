@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog
-from runs import Job
+from runs import Job, checkpoint
 
 
 def test_run_without_the_images_that_cannot_be_read(tmp_path):
@@ -12,7 +12,10 @@ def test_run_without_the_images_that_cannot_be_read(tmp_path):
     truncated.write_bytes(truncated.read_bytes()[:200])
     missing.unlink()
     job.config.DATASETS.SKIP_UNREADABLE = True
-    job.run()
+    job.run(opts=["SOLVER.EPOCHS", 1, "SOLVER.STEPS", "()"])
     listed = (job.output / "unreadable_images.txt").read_text()
     assert str(truncated) in listed and str(missing) in listed and listed.count("\n") == 2
     assert len(DatasetCatalog.get(job.config.DATASETS.TRAIN[0])) == 4
+    assert (
+        checkpoint(job.output)["trainer"]["iteration"] == 1
+    )  # two batches of two are an epoch of the rest
