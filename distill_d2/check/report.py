@@ -8,6 +8,8 @@ from typing import Any
 from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
+from ..balance import unbalanced
+from ..data import end_workers
 from ..data.summary import summarize, summary_table
 from ..distiller import Distiller
 from ..duration import evaluations_of, expected_duration, spoken
@@ -35,8 +37,8 @@ def check_run(args: argparse.Namespace) -> int:
         cfg = read(args, faults)
     if cfg is not None:
         _check_config(args, cfg, faults, notes)
-    _print_list(f"{len(notes)} things to know:", [shortened(note, _NOTE) for note in notes])
-    _print_list(f"{len(faults.messages)} faults:", faults.messages)
+    _print_list("To know:", [shortened(note, _NOTE) for note in notes])
+    _print_list("Wrong:", faults.messages)
     if not faults:
         print("Nothing is wrong.")
     return 1 if faults else 0
@@ -45,23 +47,32 @@ def check_run(args: argparse.Namespace) -> int:
 def _check_config(args: argparse.Namespace, cfg: Any, faults: Faults, notes: list[str]) -> None:
     with noted(notes):
         check_data(cfg, faults)
-        data = ""
-        with faults.collected():
-            data = _data_table(RunSettings.from_config(cfg))
+        data = _data_table(RunSettings.from_config(cfg), faults)
     if data:
         print(f"{data}\n")
     with noted(notes):
         trainer = build_trainer(cfg, faults)
-    if trainer is None:
-        return
-    print(f"{_models(trainer)}\n")
+    if trainer is not None:
+        print(f"{_models(trainer)}\n")
+        _measure(args, trainer, faults, notes)
+
+
+def _measure(
+    args: argparse.Namespace, trainer: DistillTrainer, faults: Faults, notes: list[str]
+) -> None:
     with noted(notes), faults.collected():
-        gradients = measure_gradients(trainer, args.batches)
-        evaluation, cost = evaluation_seconds(trainer), measure_steps(trainer)
-        text = "\n\n".join((_terms(gradients), _cost(trainer.settings, cost, evaluation)))
-    if not faults:
-        print(f"{text}\n")
-        _tell_weights(args, balanced_weights(trainer.plain_model, gradients, args.ratio))
+        try:
+            gradients = measure_gradients(trainer, args.batches)
+            evaluation, cost = evaluation_seconds(trainer), measure_steps(trainer)
+        finally:
+            end_workers()
+    if faults:
+        return
+    print(f"{_terms(gradients)}\n\n{_cost(trainer.settings, cost, evaluation)}\n")
+    model = trainer.plain_model
+    if isinstance(model, Distiller):
+        notes += unbalanced(gradients, model.losses)
+        _tell_weights(args, balanced_weights(model.losses, gradients, args.ratio))
 
 
 def _print_list(title: str, lines: list[str]) -> None:
@@ -69,12 +80,17 @@ def _print_list(title: str, lines: list[str]) -> None:
         print("\n".join((title, *(f"- {line}" for line in lines), "")))
 
 
-def _data_table(settings: RunSettings) -> str:
+def _data_table(settings: RunSettings, faults: Faults) -> str:
+    """A table of the datasets that can be read."""
     uses: dict[str, list[str]] = {}
     for use, names in (("train", settings.train_datasets), ("test", settings.test_datasets)):
         for name in names:
             uses.setdefault(name, []).append(use)
-    rows = [(summarize(name, DatasetCatalog.get(name)), ", ".join(use)) for name, use in uses.items()]
+    rows = []
+    for name, of_name in uses.items():
+        with faults.collected():
+            if name in DatasetCatalog.list():
+                rows.append((summarize(name, DatasetCatalog.get(name)), ", ".join(of_name)))
     return f"Data:\n{summary_table(rows)}" if rows else ""
 
 
@@ -121,12 +137,10 @@ def _cost(settings: RunSettings, cost: StepCost, evaluation: float) -> str:
     steps = settings.max_iter + settings.distiller.PRETRAIN_TEACHER_ITERS
     count = evaluations_of(settings.max_iter, settings.eval_period) if evaluation else 0
     duration = expected_duration(steps, cost.seconds, count, evaluation)
-    evaluations = (
-        f" and {count} evaluations of {spoken(evaluation)}" if count else ", without an evaluation"
-    )
+    tests = f", and {count} x {spoken(evaluation)} of evaluation" if count else ", without evaluation"
     return (
         f"A step takes {cost.seconds:.3g} s ({times}); peak memory {cost.memory / _GIGABYTE:.2g} GB\n"
-        f"Expected duration: {spoken(duration)}, for {steps} steps{evaluations}"
+        f"Expected duration: {spoken(duration)}, of {steps} steps{tests}"
     )
 
 

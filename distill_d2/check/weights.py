@@ -7,22 +7,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from torch import nn
 
 from ..balance import balanced_weight
 from ..checkpoint import write_whole
-from ..distiller import Distiller
 from ..gradients import TermGradients
+from ..losses import DistillLoss, TrainedLoss
+from ..pairs import pairs_of
 
 
-def balanced_weights(model: nn.Module, measured: TermGradients, ratio: float) -> dict[str, float]:
+def balanced_weights(
+    losses: Mapping[str, DistillLoss], measured: TermGradients, ratio: float
+) -> dict[str, float]:
     """By config key, the weight with which the gradient of a loss would be ``ratio`` times the task's.
-    A loss whose gradient cannot be compared has none."""
-    if not isinstance(model, Distiller):
-        return {}
+
+    A loss whose gradient cannot be compared has none, nor has a TrainedLoss: before it has learned, its gradient
+    says little.
+    """
     found = {
         loss.config_key(loss.weight_setting): balanced_weight(name, loss, measured, ratio)
-        for name, loss in model.losses.items()
+        for name, loss in losses.items()
+        if not isinstance(loss, TrainedLoss)
     }
     return {key: weight for key, weight in found.items() if weight is not None}
 
@@ -34,7 +38,8 @@ def write_weights(path: str, base: str, opts: Sequence[str], weights: Mapping[st
         OSError: it cannot be written.
     """
     values: dict[str, Any] = {"_BASE_": os.path.relpath(base, os.path.dirname(path) or ".")}
-    pairs = {**dict(zip(opts[::2], map(yaml.safe_load, opts[1::2]))), **weights}
+    words = pairs_of(opts)
+    pairs = {**dict(zip(words[::2], map(yaml.safe_load, words[1::2]))), **weights}
     for key, value in pairs.items():
         *nodes, name = key.split(".")
         node = values

@@ -42,6 +42,7 @@ from .hooks import (
     BoundedHistories,
     Checkpoints,
     EvalHook,
+    ExpectedDuration,
     LRScheduler,
     PreciseBN,
     ProgressBar,
@@ -175,6 +176,7 @@ class DistillTrainer(DefaultTrainer):
         ret.append(EvalHook(self.settings.eval_period, self._evaluate, self._best))
         if comm.is_main_process():
             period = self.settings.log_period
+            ret.append(ExpectedDuration())
             ret.append(Writers(lambda: self.build_writers() + self.loss_training.writers(), period))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())

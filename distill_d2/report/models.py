@@ -10,6 +10,7 @@ import numpy as np
 
 from ..inference import Trained, load_trained
 from ..profiling import milliseconds_per_image
+from ..run_files import BEST
 from .roles import Entry
 
 _SECONDS = 10.0  # of measuring
@@ -27,16 +28,18 @@ class Cost:
 
 
 def load_models(entries: Sequence[Entry], device: str) -> tuple[dict[str, Trained], list[str]]:
-    """The detectors by names of entries, and for each that cannot be loaded a text that says why."""
-    models, problems = {}, []
+    """The detectors by names of entries, and notes: which weights were taken, or why one cannot be loaded."""
+    models, notes = {}, []
     for entry in entries:
+        folder = entry.run.folder
         try:
-            models[entry.name] = load_trained(
-                entry.config or str(entry.run.folder), entry.weights, device
-            )
+            models[entry.name] = load_trained(entry.config or str(folder), entry.weights, device)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            problems.append(f"{entry.name}: {error}")
-    return models, problems
+            notes.append(f"{entry.name}: {error}")
+            continue
+        if (folder / BEST).is_file():
+            notes.append(f"{entry.name}: size, speed and pictures are of {BEST}.")
+    return models, notes
 
 
 def costs_of(models: Mapping[str, Trained], images: Sequence[np.ndarray] = ()) -> dict[str, Cost]:

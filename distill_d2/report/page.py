@@ -27,7 +27,7 @@ def page_of(
 
     Args:
         costs: by name of an entry, of those whose detector is here.
-        notes: why those of others are missing.
+        notes: on those, and why others are missing.
         pictures: what detectors find in test images; a text: why there are none.
 
     Raises:

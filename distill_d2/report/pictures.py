@@ -22,7 +22,7 @@ from .matching import Found, Truth, best_threshold, f1, found_by, truth_of
 
 _LONGEST_SIDE = 640  # pixels of a picture in the page
 _QUALITY = 82
-_MOST_BOXES = 100
+_MOST_BOXES = 60
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def images_to_show(
     Raises:
         ValueError: no image can be read; a detector finds no objects at all (a semantic segmentor).
     """
+    names_of = {name: _class_names(trained, data.classes) for name, trained in models.items()}
     seen = []
     for record in varied_sample(data.records, look_at):
         try:
@@ -71,7 +72,7 @@ def images_to_show(
             continue
         truth = truth_of(record, data.classes)
         found = {
-            name: found_by(trained.predict([image])[0], trained.classes, truth)
+            name: found_by(trained.predict([image])[0], names_of[name], truth)
             for name, trained in models.items()
         }
         seen.append(Seen(record["file_name"], truth, found))
@@ -85,6 +86,12 @@ def images_to_show(
         return max(scores) - min(scores) if len(scores) > 1 else 1 - scores[0]
 
     return Shown(sorted(seen, key=difference, reverse=True)[:show], thresholds, len(seen))
+
+
+def _class_names(trained: Trained, names: Sequence[str]) -> Sequence[str]:
+    """A detector's classes; those of the data, by number, where it knows only numbers."""
+    known = any(not name.isdigit() for name in trained.classes)
+    return trained.classes if known or len(trained.classes) != len(names) else names
 
 
 def picture_rows(shown: Shown) -> str:
@@ -107,15 +114,15 @@ def _row(number: int, image: Seen, thresholds: Mapping[str, float]) -> str:
         )
     style = f".i{number}{{background-image:url(data:image/jpeg;base64,{_jpeg(pixels)})}}"
     title = escape(os.path.basename(image.path))
-    return f'<style>{style}</style><h3>{title}</h3><div class="panels">{"".join(panels)}</div>'
+    row = f'<div class="panels" style="--count:{len(panels)}">{"".join(panels)}</div>'
+    return f"<style>{style}</style><h3>{title}</h3>{row}"
 
 
 def _panel(number: int, width: int, height: int, marks: list[_Mark], name: str, text: str) -> str:
-    size = max(width, height) / 18
+    size = width / 20
     marks = sorted(marks[:_MOST_BOXES], key=lambda mark: mark.kind != "right")
     boxes = "".join(mark.outline() for mark in reversed(marks))  # those that are right lie above
-    places = _label_places(marks, size, width, height)
-    labels = "".join(mark.text(x, y) for mark, (x, y) in zip(marks, places))
+    labels = _labels(marks, size, width, height)
     return (
         f'<figure class="panel"><svg class="picture i{number}" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(name)}: {escape(text)}" style="font-size:{size:.1f}px">{boxes}{labels}</svg>'
@@ -137,35 +144,32 @@ class _Mark:
         box = f'<rect x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}"/>'
         return f'<g class="{self.kind}">{"".join(map(_polygon, self.mask))}{box}</g>'
 
-    def text(self, x: float, y: float) -> str:
-        return f'<text class="{self.kind}" x="{x:.1f}" y="{y:.1f}">{escape(self.label)}</text>'
-
 
 def _polygon(corners: np.ndarray) -> str:
     return f'<polygon points="{" ".join(f"{value:.1f}" for value in corners)}"/>'
 
 
-def _label_places(
-    marks: Sequence[_Mark], size: float, width: int, height: int
-) -> list[tuple[float, float]]:
-    """Where labels begin: above, below or inside their box, where none is yet and the picture has room."""
+def _labels(marks: Sequence[_Mark], size: float, width: int, height: int) -> str:
+    """Labels above, below or inside their box, where the picture has room and none is yet; others are left out.
+
+    Args:
+        size: of the letters.
+    """
     taken: list[tuple[float, float, float]] = []
-    places = []
+    texts = []
     for mark in marks:
         x1, y1, _, y2 = mark.box.tolist()
         length = 0.6 * size * len(mark.label)
         x = max(0.0, min(x1, width - length))
-        ys = [y1 - 0.25 * size, y2 + size, y1 + size, y2 - 0.25 * size]
-        inside = [y for y in ys if size <= y <= height] or ys[2:3]
-        free = [
-            y
-            for y in inside
-            if not any(abs(y - b) < size and x < d and a < x + length for a, b, d in taken)
-        ]
-        y = (free or inside)[0]
-        taken.append((x, y, x + length))
-        places.append((x, y))
-    return places
+        for y in (y1 - 0.25 * size, y2 + size, y1 + size, y2 - 0.25 * size):
+            covered = any(abs(y - b) < size and x < c and a < x + length for a, b, c in taken)
+            if size <= y <= height and not covered:
+                taken.append((x, y, x + length))
+                texts.append(
+                    f'<text class="{mark.kind}" x="{x:.1f}" y="{y:.1f}">{escape(mark.label)}</text>'
+                )
+                break
+    return "".join(texts)
 
 
 def _truth_marks(truth: Truth, masks: bool) -> list[_Mark]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from .charts import Line, dot_rows, line_chart
+from .charts import Line, dot_rows, line_chart, number
 from .html import folded, named, signed, soft, table
 from .models import Cost
 from .roles import ALONE, DISTILLED, TEACHER, Entry
@@ -43,13 +43,13 @@ def verdict(entries: Sequence[Entry], task: str) -> str:
 
 def result_tables(entries: Sequence[Entry], tables: Sequence[Table]) -> str:
     """A table per task, with a row per kind of runs and its difference to the student alone, or to the first."""
-    base = _first(entries, ALONE) or entries[0]
+    base = _first(entries, ALONE) or entries[0] if len(entries) > 1 else None
     parts = []
     for task_table in tables:
         if task_table.metric:
             continue
         first, *others = task_table.rows
-        header = ["", first, f"to {base.name}", *others, ""]
+        header = ["", first, *([f"to {base.name}"] if base else []), *others, ""]
         rows = [_result_row(entry, base, task_table) for entry in entries]
         parts.append(f"<h3>{escape(task_table.title)}</h3>{table(header, rows, 'named')}")
     outside = [entry for entry in entries if entry.run.last.weights]
@@ -57,17 +57,14 @@ def result_tables(entries: Sequence[Entry], tables: Sequence[Table]) -> str:
     return "".join(parts)
 
 
-def _result_row(entry: Entry, base: Entry, task_table: Table) -> list[str]:
+def _result_row(entry: Entry, base: Entry | None, task_table: Table) -> list[str]:
     task, (first, *others) = task_table.task, task_table.rows
-    difference = entry.kind.mean(task, first) - base.kind.mean(task, first)
-    shown = "" if entry is base else signed(difference, f"{difference:+.1f}")
-    return [
-        named(entry.name, entry.color),
-        f"<b>{cell(entry.kind, task, first, 1)}</b>",
-        shown if math.isfinite(difference) else MISSING,
-        *(cell(entry.kind, task, name, 1) for name in others),
-        entry.role,
-    ]
+    row = [named(entry.name, entry.color), f"<b>{cell(entry.kind, task, first, 1)}</b>"]
+    if base is not None:
+        difference = entry.kind.mean(task, first) - base.kind.mean(task, first)
+        text = signed(difference, f"{difference:+.1f}") if math.isfinite(difference) else MISSING
+        row.append("" if entry is base else text)
+    return [*row, *(cell(entry.kind, task, name, 1) for name in others), entry.role]
 
 
 def curves(entries: Sequence[Entry], tables: Sequence[Table]) -> str:
@@ -78,7 +75,19 @@ def curves(entries: Sequence[Entry], tables: Sequence[Table]) -> str:
         return soft("No evaluation during a training is known.")
     single = all(len(run.evaluations) == 1 for entry in entries for run in entry.kind.runs)
     more = soft("TEST.EVAL_PERIOD evaluates on the way, too.") if single else ""
-    return f'<div class="charts">{text}</div>{more}'
+    best = "".join(soft(line) for entry in entries for line in _earlier_best(entry, list(tasks)[0]))
+    return f'<div class="charts">{text}</div>{best}{more}'
+
+
+def _earlier_best(entry: Entry, task: str) -> list[str]:
+    """A sentence for each run that was better before its end."""
+    found = []
+    for run in entry.kind.runs:
+        points = run.curve(task, "AP")
+        x, y = max(points, key=lambda point: point[1], default=(0.0, 0.0))
+        if points and y > points[-1][1]:
+            found.append(f"{run.name} was best after {number(x)} iterations, with {y:.1f} {task} AP.")
+    return found
 
 
 def _ap_lines(entries: Sequence[Entry], task: str) -> list[Line]:
@@ -90,7 +99,7 @@ def _ap_lines(entries: Sequence[Entry], task: str) -> list[Line]:
             lines.append(Line(name, run.curve(task, "AP"), entry.color))
     longest = max((x for line in lines for x, _ in line.points), default=0.0)
     for entry in entries:
-        if longest and entry.run.last.iteration < 0:
+        if longest and not entry.run.last.iterations:
             level = entry.kind.mean(task, "AP")
             lines.append(Line(entry.name, [(0.0, level), (longest, level)], entry.color, dashed=True))
     return lines

@@ -71,8 +71,11 @@ th:first-child, td:first-child, .named th:last-child, .named td:last-child,
   background: none; border: 0; font-style: normal; font-size: .75rem; line-height: 1; color: var(--soft);
   width: 3em; margin-left: -1.5em; text-align: center;
 }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(46%, 175px), 1fr)); gap: 10px; }
-.panel { margin: 0; font-size: .85rem; max-width: 300px; }
+.panels {
+  display: grid; max-width: calc(var(--count) * 310px); gap: 10px;
+  grid-template-columns: repeat(auto-fit, minmax(min(46%, 175px), 1fr));
+}
+.panel { margin: 0; font-size: .85rem; }
 .picture {
   width: 100%; height: auto; display: block; background-size: 100% 100%; background-color: var(--card);
   border-radius: 3px; print-color-adjust: exact; -webkit-print-color-adjust: exact;
@@ -80,7 +83,7 @@ th:first-child, td:first-child, .named th:last-child, .named td:last-child,
 .picture rect, .picture polygon {
   fill: none; stroke: var(--mark); stroke-width: 2; vector-effect: non-scaling-stroke;
 }
-.picture polygon { fill: var(--mark); fill-opacity: .25; stroke-width: 1; }
+.picture polygon { fill: var(--mark); fill-opacity: .15; stroke-width: 1; }
 .picture text {
   fill: var(--mark); stroke: #000; stroke-width: .22em; stroke-linejoin: round; paint-order: stroke;
   font-weight: 600;
