@@ -14,6 +14,7 @@ from .models import costs_of, load_models
 from .page import page_of
 from .pictures import Shown, images_to_show
 from .roles import TEACHER, Entry, entries_of
+from .tables import tables_of
 
 
 def make_report(
@@ -47,13 +48,14 @@ def make_report(
         raise ValueError(f"--pictures {show} --images {look_at}: expected 0 or more")
     entries = entries_of(kinds_of(runs), kinds_of(teachers), kinds_of(alone))
     print(", ".join(f"{entry.name}: {entry.role}" for entry in entries), flush=True)
+    tables = tables_of([entry.kind for entry in entries])  # before what takes long: it may raise
     models, notes = load_models(entries, device)
     pictures = _pictures(entries, models, show, look_at)
     images = [] if isinstance(pictures, str) else [read_bgr(image.path) for image in pictures.images]
     print("measuring the time per image", flush=True)
     costs = costs_of(models, images)
     title = title or f"Report on {', '.join(entry.name for entry in entries)}"
-    page = page_of(entries, title, costs=costs, notes=notes, pictures=pictures)
+    page = page_of(entries, tables, title, costs=costs, notes=notes, pictures=pictures)
     write_whole(output, lambda file: file.write(page.encode()))
     print(f"{output}: {len(page) // 1000} KB")
 
