@@ -16,8 +16,8 @@ def evaluations_of(max_iter: int, eval_period: int) -> int:
 
 
 def spoken(seconds: float) -> str:
-    """A duration for a reader: "40 seconds", "12 minutes", "3.4 hours", "2.1 days"."""
-    for unit, length in (("days", 86400), ("hours", 3600)):
+    """A duration for a reader: "40 s", "12 min", "3.4 h", "2.1 days"."""
+    for unit, length in (("days", 86400), ("h", 3600)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {unit}"
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.3g} s"

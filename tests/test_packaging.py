@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -103,6 +104,22 @@ def test_metadata(wheel):
     assert "Requires-Dist: setuptools<81\n" in metadata
     # It is on no package index: pip would fail or fetch somebody else's package of that name.
     assert "Requires-Dist: detectron2" not in metadata
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_every_command_in_an_empty_folder(wheel, tmp_path):
+    site, folder = tmp_path / "site", tmp_path / "empty"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*install, wheel.filename], check=True, capture_output=True)
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    environment["DETECTRON2_DATASETS"] = str(folder / "datasets")
+    script = [sys.executable, str(Path(__file__).with_name("wheel_commands.py")), str(site)]
+    done = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    command = [sys.executable, str(site / "bin" / "distill-d2"), "--version"]
+    version = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert version.stdout.startswith("distill_d2 ")
 
 
 def test_the_license_is_beside_the_installer_of_detectron2(wheel):

@@ -137,12 +137,10 @@ def _cost(settings: RunSettings, cost: StepCost, evaluation: float) -> str:
     steps = settings.max_iter + settings.distiller.PRETRAIN_TEACHER_ITERS
     count = evaluations_of(settings.max_iter, settings.eval_period) if evaluation else 0
     duration = expected_duration(steps, cost.seconds, count, evaluation)
-    evaluations = (
-        f" and {count} evaluations of {spoken(evaluation)}" if count else ", without an evaluation"
-    )
+    tests = f", and {count} x {spoken(evaluation)} of evaluation" if count else ", without evaluation"
     return (
         f"A step takes {cost.seconds:.3g} s ({times}); peak memory {cost.memory / _GIGABYTE:.2g} GB\n"
-        f"Expected duration: {spoken(duration)}, of {steps} steps{evaluations}"
+        f"Expected duration: {spoken(duration)}, of {steps} steps{tests}"
     )
 
 

@@ -77,7 +77,8 @@ def truth_of_tests(trained: Trained) -> Truth | None:
     register_builtin_voc()
     names = list(config.DATASETS.TEST)
     try:
-        register_custom_datasets([entry for entry in config.DATASETS.CUSTOM if entry["NAME"] in names])
+        entries = [entry for entry in config.DATASETS.CUSTOM if isinstance(entry, dict)]
+        register_custom_datasets([entry for entry in entries if entry.get("NAME") in names])
         adopt_coco_datasets(names)
         there = all(map(_is_there, names))
         return _of_datasets(names) if names and there else None
