@@ -48,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="INPUT", help="path or URL of the weights")
     parser.add_argument("output", metavar="OUTPUT.pth", help="an older file of that name is replaced")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of the detector")
-    parser.set_defaults(**{name: None for options in OPTIONS.values() for name in options})
     parser.add_argument(
         "--config-file",
         metavar="FILE",
