@@ -33,6 +33,8 @@ import argparse
 import importlib
 from typing import Any
 
+from ..pairs import pairs_of
+
 SOURCES = ("adet", "ssd", "torchdistill")
 # Options that not all sources have, and their defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
