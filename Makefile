@@ -35,7 +35,7 @@ help:
 env: $(READY)
 
 demo: env
-	@$(RUN) tools/demo.py
+	@$(RUN) -m distill_d2 demo
 
 lint: env
 	"$(VENV_PYTHON)" -m ruff check .
@@ -52,12 +52,12 @@ test-slow: env
 test-gpu:
 	"$(or $(wildcard $(VENV_PYTHON)),python3)" tools/test_gpu.py
 
-$(READY): requirements.txt setup.py pyproject.toml tools/install_detectron2.py
+$(READY): requirements.txt setup.py pyproject.toml distill_d2/install_detectron2.py
 	@rm -f "$(READY)"
 	@$(MAKE) --no-print-directory create-venv
 	$(PIP_INSTALL) -r requirements.txt
 	$(PIP_INSTALL) --no-build-isolation -e ".[dev]"
-	"$(VENV_PYTHON)" tools/install_detectron2.py
+	"$(VENV_PYTHON)" -m distill_d2 install-detectron2
 	@echo "$(CURDIR)" > "$(READY)"
 	@echo "the environment $(VENV) is ready"
 

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .known_warnings import silence_known_warnings
+from .requirements import require_detectron2
 
 silence_known_warnings()
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Import torch and detectron2 with the first name that needs them: the command's help does not."""
     if name in __all__:
+        require_detectron2()
         return getattr(importlib.import_module(".public", __name__), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 

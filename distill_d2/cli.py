@@ -17,9 +17,22 @@ from pathlib import Path
 from types import ModuleType
 
 from .mistakes import add_debug_argument, ending_on_mistakes
+from .requirements import require_detectron2
 
 # In the order of the list that --help prints. A dash in a name is an underscore in its module's.
-COMMANDS = ("train", "baseline", "evaluate")
+COMMANDS = (
+    "demo",
+    "train",
+    "baseline",
+    "evaluate",
+    "predict",
+    "visualize",
+    "compare",
+    "convert",
+    "benchmark",
+    "check-golden",
+    "install-detectron2",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,8 +77,11 @@ def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | N
     )
     add_debug_argument(parser)
     command.add_arguments(parser)
-    args = parser.parse_args(arguments)
+    intermixed = getattr(command, "INTERMIXED", False)  # options may stand among KEY VALUE pairs
+    args = (parser.parse_intermixed_args if intermixed else parser.parse_args)(arguments)
     with ending_on_mistakes(f"{prog}: ", debug=args.debug):
+        if name != "install-detectron2":
+            require_detectron2()
         return command.run(args) or 0
 
 

@@ -42,6 +42,14 @@ def add_distill_config(cfg: CN) -> None:
     # More arguments of that class, such as {betas: [0.9, 0.99]}.
     cfg.SOLVER.OPTIMIZER_ARGS = CN(new_allowed=True)
 
+    # The length of the run in epochs, passes over the images of DATASETS.TRAIN; above 0 it replaces MAX_ITER.
+    # With it STEPS are fractions of the run, such as (0.67, 0.89), which they may be without it, too, and
+    # WARMUP_ITERS is at most a tenth of the run. CHECKPOINT_EPOCHS replaces CHECKPOINT_PERIOD likewise, and
+    # EVAL_EPOCHS TEST.EVAL_PERIOD.
+    cfg.SOLVER.EPOCHS = 0.0
+    cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
+    cfg.TEST.EVAL_EPOCHS = 0.0
+
     # The dataset mapper, a name in distill_d2.data.DATASET_MAPPER_REGISTRY; "": detectron2's, with the
     # augmentations below.
     cfg.INPUT.MAPPER = ""
@@ -66,6 +74,14 @@ def add_distill_config(cfg: CN) -> None:
     cfg.DATASETS.CHECK = "all"
     # How many images of each dataset are decoded then to find unreadable ones (0: none, nor is the mapper tried).
     cfg.DATASETS.CHECK_IMAGES = 500
+    # Decode every image first, and leave those out that do not exist or cannot be read; OUTPUT_DIR/
+    # unreadable_images.txt lists them. In an evaluation their objects count as missed.
+    cfg.DATASETS.SKIP_UNREADABLE = False
+
+    # Metrics in Weights & Biases too (--wandb does the same), where it is installed; NAME "": OUTPUT_DIR's.
+    cfg.WANDB = CN({"ENABLED": False, "PROJECT": "distill_d2", "NAME": ""})
+    # And in MLflow; TRACKING_URI "": where its environment variable says, or its default.
+    cfg.MLFLOW = CN({"ENABLED": False, "EXPERIMENT": "distill_d2", "NAME": "", "TRACKING_URI": ""})
 
     cfg.MODEL.DISTILLER = distiller = CN()
     # The student's meta-architecture, when MODEL.META_ARCHITECTURE is "Distiller".
@@ -82,7 +98,8 @@ def add_distill_config(cfg: CN) -> None:
     # The teacher's config: a name in detectron2's model zoo, or a .yaml or .py file of your own.
     distiller.MODEL_DISTILLER_CONFIG = "COCO-Detection/retinanet_R_101_FPN_3x.yaml"
     # True: the config is a model zoo name, and its published weights are used. False: a file, found
-    # beside the config that names it, in configs/, or by absolute path, with its own weights.
+    # beside the config that names it, in configs/, or by absolute path, with its own weights. A file whose name
+    # the zoo does not have needs no False.
     distiller.MODEL_LOAD_OFFICIAL = True
     # The teacher's weights, a path or URL; empty: those that its config names.
     distiller.TEACHER_WEIGHTS = ""

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from detectron2.utils.file_io import PathManager
-
 from . import model_zoo
+from .epochs import file_decides
 from .safe_yaml import read_yaml_file
 
 BASE_KEY = "_BASE_"
@@ -70,6 +69,7 @@ def _read(path: str, chain: tuple[str, ...], content: ConfigFiles) -> dict[str, 
         )
     own = _own_values(path)
     content.files.append((path, own))
+    file_decides(own, f"config file '{path}'")
     values: dict[str, Any] = {}
     for name in _bases(own.pop(BASE_KEY, []), path):
         base = _find_base(name, path)
@@ -116,6 +116,8 @@ def _bases(value: Any, path: str) -> list[str]:
 def _find_base(name: str, path: str) -> str:
     try:
         if "://" in name:
+            from detectron2.utils.file_io import PathManager  # imports torch
+
             return PathManager.get_local_path(name)
         return model_zoo.find_config(name, relative_to=os.path.dirname(path), current_folder=False)
     except Exception as error:  # a download may raise anything

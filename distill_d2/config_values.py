@@ -12,6 +12,7 @@ from typing import Any, Callable
 from detectron2.config import CfgNode, get_cfg
 
 from .messages import shortened
+from .pairs import pairs_of
 from .rules import kind_of
 from .safe_yaml import read_yaml
 
@@ -39,15 +40,15 @@ def set_values(
     _set(cfg, values, cfg, "", source)
 
 
-def set_options(cfg: CfgNode, pairs: Sequence[str]) -> None:
-    """Set keys of a config, in place, to the values of the command line's KEY VALUE pairs: Python literals, yaml,
-    or text where a key holds text.
+def set_options(cfg: CfgNode, words: Sequence[str]) -> None:
+    """Set keys of a config, in place, to the values of the command line's KEY VALUE or KEY=VALUE: Python
+    literals, yaml, or text where a key holds text.
 
     Raises:
         KeyError: a key does not exist.
         ValueError: a key without a value; a value that is too long, broken, or of another type.
     """
-    check_pairs(pairs)
+    pairs = pairs_of(words)
     known = set(config_keys(cfg))
     for key in pairs[::2]:
         if key not in known:
@@ -57,27 +58,6 @@ def set_options(cfg: CfgNode, pairs: Sequence[str]) -> None:
         node = functools.reduce(getattr, parents, cfg)
         value = _value_of(text, node[name], key)
         _set(node, {name: value}, cfg, key[: -len(name)], lambda key: "")
-
-
-def check_pairs(pairs: Sequence[str]) -> None:
-    """Check that the end of a command line has the form KEY VALUE KEY VALUE ...
-
-    Raises:
-        ValueError: an option, or KEY=VALUE, stands where a key is expected; the last key has no value.
-    """
-    for key in pairs[::2]:
-        if key.startswith("-"):
-            raise ValueError(f"{shortened(key)} stands after a KEY VALUE pair; options must come before")
-        name, equals, value = key.partition("=")
-        if equals:
-            raise ValueError(
-                f"{shortened(key)}: write KEY VALUE without '=': {shortened(f'{name} {value}')}"
-            )
-    if len(pairs) % 2:
-        raise ValueError(
-            f"the KEY VALUE pairs are incomplete: {shortened(' '.join(pairs), 300)}; expected a value after "
-            "each key"
-        )
 
 
 def config_keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -193,7 +173,10 @@ def _is_none_by_default(key: str) -> bool:
 
 def _mismatch(value: Any, current: Any, key: str, source: str) -> ValueError:
     found = "empty (None)" if value is None else f"'{value}'" if isinstance(value, str) else repr(value)
-    return ValueError(source + _wrong(found, current, key))
+    advice = ""
+    if isinstance(current, (list, tuple)) and isinstance(value, (str, int, float)):
+        advice = f". Write [{shortened(value)}], on a command line in quotes"
+    return ValueError(source + _wrong(found, current, key) + advice)
 
 
 def _wrong(found: str, current: Any, key: str) -> str:

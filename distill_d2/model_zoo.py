@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from detectron2 import model_zoo as detectron2_zoo
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -62,7 +61,8 @@ def find_config(
     for candidate in candidates:
         if os.path.isdir(candidate):
             raise FileNotFoundError(
-                f"config '{path_or_name}' is a folder ({candidate}); expected a file"
+                f"config '{path_or_name}' is a folder ({candidate}); expected a file."
+                f"{_proposal(sorted(_config_files(candidate, path_or_name)))}"
             )
     tried = (
         ["the path itself"]
@@ -70,7 +70,8 @@ def find_config(
         else list(dict.fromkeys([*folders, *map(str, _folders())]))
     )
     raise FileNotFoundError(
-        f"config '{path_or_name}' does not exist; tried: {', '.join(tried)}.{_close_names(path_or_name)}"
+        f"config '{path_or_name}' does not exist; tried: {', '.join(tried)}."
+        f"{_close_files(path_or_name, candidates) or _close_names(path_or_name)}"
     )
 
 
@@ -79,7 +80,9 @@ def _folders() -> list[Path]:
     folders = [_PACKAGE / "configs"]  # an installed wheel
     if (_PACKAGE.parent / "setup.py").is_file():  # a checkout, not somebody's site-packages/configs
         folders.append(_PACKAGE.parent / "configs")
-    folders.append(Path(detectron2_zoo.__file__).resolve().parent / "configs")
+    detectron2 = importlib.util.find_spec("detectron2")  # not imported: that takes seconds
+    for place in (detectron2 and detectron2.submodule_search_locations) or ():
+        folders.append(Path(place).resolve() / "model_zoo" / "configs")
     return [folder for folder in folders if folder.is_dir()]
 
 
@@ -97,5 +100,22 @@ def _find_packaged(name: str) -> str | None:
 
 
 def _close_names(name: str) -> str:
-    close = difflib.get_close_matches(name, available_configs(), n=3)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
+    return _proposal(difflib.get_close_matches(name, available_configs(), n=3))
+
+
+def _close_files(path: str, candidates: Sequence[str]) -> str:
+    """Files that lie where ``path`` was looked for, and have a name like it."""
+    folder = os.path.dirname(path)
+    names = [name for tried in candidates for name in _config_files(os.path.dirname(tried), folder)]
+    return _proposal(difflib.get_close_matches(path, names, n=3, cutoff=0.7))
+
+
+def _config_files(folder: str, prefix: str) -> Iterator[str]:
+    """The config files in a folder, each after ``prefix``."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if name.endswith((".yaml", ".yml", ".py")):
+            yield os.path.join(prefix, name)
+
+
+def _proposal(names: Sequence[str]) -> str:
+    return f" Did you mean {' or '.join(names[:3])}?" if names else ""

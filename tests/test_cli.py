@@ -5,15 +5,21 @@ import sys
 
 import pytest
 
+import distill_d2
 from distill_d2 import cli
 
 
-def test_help_and_wrong_arguments_import_nothing_heavy():
+def test_help_and_wrong_arguments_import_nothing_heavy(tmp_path):
     """Importing torch and detectron2 takes seconds."""
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("MODEL: [")
+    train = ["train", "--config-file"]
+    wrong = [["trian"], ["train"], [*train, "no.yaml"], [*train, str(broken)]]
+    wrong.append([*train, "quickstart/shapes_distill.yaml", "SEED"])
     code = f"""
 import sys
 from distill_d2 import cli
-for words in [["--help"], ["trian"], *([name, "--help"] for name in {cli.COMMANDS})]:
+for words in [["--help"], *{wrong}, *([name, "--help"] for name in {cli.COMMANDS})]:
     try:
         cli.main(words)
     except SystemExit:
@@ -21,6 +27,13 @@ for words in [["--help"], ["trian"], *([name, "--help"] for name in {cli.COMMAND
 print(sorted({{"torch", "numpy", "cv2", "detectron2"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    messages = [
+        "Did you mean train",
+        "--config-file is missing",
+        "'no.yaml' does not exist",
+        "not valid yaml",
+    ]
+    assert all(message in done.stderr for message in [*messages, "a value after the key SEED"])
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -29,3 +42,12 @@ def test_unknown_command(capsys):
         cli.main(["trian"])
     assert end.value.code == 2
     assert "there is no command 'trian'. Did you mean train? Known: " in capsys.readouterr().err
+
+
+def test_without_detectron2(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config-file", "quickstart/shapes_distill.yaml"])
+    assert "distill-d2 train: distill_d2 needs detectron2" in capsys.readouterr().err
+    with pytest.raises(ImportError, match="`distill-d2 install-detectron2`"):
+        print(distill_d2.Distiller)

@@ -279,6 +279,12 @@ def test_value_on_the_command_line(key, text, value):
     assert node == value and type(node) is type(value)
 
 
+def test_pairs_with_an_equals_sign():
+    node = load_config("", ["SEED=3", "MODEL.WEIGHTS", "a=b", "OUTPUT_DIR=c=d", "SOLVER.STEPS=[1, 2]"])
+    assert (node.SEED, node.MODEL.WEIGHTS, node.OUTPUT_DIR) == (3, "a=b", "c=d")
+    assert node.SOLVER.STEPS == (1, 2)
+
+
 @pytest.mark.parametrize(
     "key, text, words",
     [
@@ -290,7 +296,7 @@ def test_value_on_the_command_line(key, text, value):
         ("SEED", "", "SEED is empty"),
         ("MODEL.WEIGHTS", "None", "MODEL.WEIGHTS is empty .*; expected text"),
         ("EXTRA_CFG", "nowhere.yaml", "EXTRA_CFG: config 'nowhere.yaml' does not exist"),
-        ("DATASETS.TRAIN", "mine", "DATASETS.TRAIN is 'mine'; expected a list.*for none"),
+        ("DATASETS.TRAIN", "mine", r"DATASETS.TRAIN is 'mine'; expected a list.*Write \[mine\]"),
         ("SOLVER.STEPS", "[1, 2", r"SOLVER.STEPS is '\[1, 2'; expected a list"),
         (
             "SOLVER.STEPS",
@@ -302,7 +308,11 @@ def test_value_on_the_command_line(key, text, value):
         ("x" * 100_000, "1", "unknown config key 'xxx"),
         ("solver.max_iter", "1", r"'solver.max_iter'; the closest are \['SOLVER.MAX_ITER'\]"),
         ("qqqqqqqqqqqq", "1", "unknown config key 'qqqqqqqqqqqq'.?$"),
-        ("SEED=3", "SOLVER.MAX_ITER=1", "SEED=3: write KEY VALUE without '=': SEED 3"),
+        (
+            "SEED=3",
+            "SOLVER.MAX_ITER",
+            "incomplete: SEED=3 SOLVER.MAX_ITER; expected a value after the key SO",
+        ),
         ("--config-file", "a.yaml", "--config-file stands after a KEY VALUE pair"),
     ],
 )

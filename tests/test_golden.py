@@ -1,4 +1,4 @@
-"""What independent implementations returned for fixed inputs, kind by kind of tools/golden."""
+"""What independent implementations returned for fixed inputs, kind by kind of distill_d2/golden."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden import FixtureError, GoldenKind, load_kinds
+
+from distill_d2.golden import FixtureError, GoldenKind, load_kinds
 
 Arrays = dict[str, np.ndarray]
 

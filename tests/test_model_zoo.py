@@ -117,3 +117,12 @@ def test_find_error_lists_places_and_close_names(tmp_path, monkeypatch):
 def test_what_is_no_config_is_not_found(name, tmp_path):
     with pytest.raises(FileNotFoundError):
         model_zoo.find_config(name, relative_to=str(tmp_path))
+
+
+def test_files_of_a_similar_name_are_proposed(tmp_path, monkeypatch):
+    write(tmp_path / "runs" / "my_teacher.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"Did you mean runs/my_teacher.yaml\?"):
+        model_zoo.find_config("runs/my_teachr.yml")
+    with pytest.raises(FileNotFoundError, match=r"is a folder .* Did you mean runs/my_teacher.yaml\?"):
+        model_zoo.find_config("runs")

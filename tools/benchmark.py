@@ -1,7 +1,11 @@
 #!/usr/bin/env python
-"""What distillation costs: time and memory of its parts; see tools/benchmark/main.py, or --help."""
+"""The same as `distill-d2 benchmark`."""
 
-from benchmark.main import main
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the package of this checkout
+from distill_d2.cli import run_command
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("benchmark"))

@@ -6,9 +6,12 @@ import argparse
 import os
 import sys
 
+from ..config_files import read_config
 from ..imports import add_import_argument
+from ..model_zoo import find_config
+from ..pairs import pairs_of
 
-OPTS_HELP = "keys of the config and their values; of a LazyConfig KEY=VALUE"
+OPTS_HELP = "keys of the config and their values; KEY=VALUE, too, as a LazyConfig needs it"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -23,6 +26,27 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     )
     add_import_argument(parser)
     parser.add_argument("opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help=OPTS_HELP)
+
+
+def check_config_arguments(args: argparse.Namespace) -> None:
+    """Check --config-file and the KEY VALUE pairs as far as this takes no time: torch is not imported.
+
+    Raises:
+        ValueError: neither is given; a pair is not complete; the file, or a _BASE_ of it, is not yaml.
+        FileNotFoundError, OSError: the file, or a _BASE_ of it, does not exist or cannot be read.
+    """
+    if not args.config_file and not args.opts:
+        raise ValueError(
+            "--config-file is missing; give the path of a config, or the name of a packaged one such as "
+            "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+        )
+    is_lazy = args.config_file.endswith(".py")
+    if args.config_file:
+        path = find_config(args.config_file)
+        if not is_lazy:
+            read_config(path)
+    if not is_lazy:
+        pairs_of(args.opts or [])
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +119,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--detect-anomaly",
         action="store_true",
         help="repeat a step whose loss is not finite, and name the operation; slower on a GPU",
+    )
+    parser.add_argument(
+        "--wandb", action="store_true", help="log to Weights & Biases, too: WANDB.ENABLED True"
     )
     parser.add_argument("opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help=OPTS_HELP)
     # As detectron2's: fixed per user. For several machines; one machine takes a free port, so that two runs

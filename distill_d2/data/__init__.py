@@ -7,11 +7,12 @@ from .check_config import check_datasets
 from .coco import adopt_coco_datasets
 from .custom import register_custom_datasets
 from .custom_entries import check_name, datasets_root, with_absolute_paths
-from .loader import ShieldedLoader, build_train_loader, end_workers
+from .loader import ShieldedLoader, build_train_loader, end_workers, training_records
 from .read_errors import NamedReadErrors
 from .sampler import ResumableTrainingSampler, sampler_of_config, seeded
 from .shapes import generate_shapes, register_shapes
 from .statistics import BoxStatistics, box_statistics
+from .unreadable import skip_unreadable
 
 __all__ = [
     "AUGMENTATION_REGISTRY",
@@ -37,5 +38,7 @@ __all__ = [
     "register_shapes",
     "sampler_of_config",
     "seeded",
+    "skip_unreadable",
+    "training_records",
     "with_absolute_paths",
 ]

@@ -16,7 +16,7 @@ from .images import check_image
 
 logger = logging.getLogger(__name__)
 
-_DECODERS = 4  # threads
+DECODERS = 4  # threads
 _SEED = 0
 _ADDRESS = re.compile("[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -72,7 +72,7 @@ def _check_existence(name: str, files: Sequence[str]) -> None:
 
 
 def _decode(name: str, sample: Sequence[dict[str, Any]], deep: bool) -> None:
-    with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
+    with ThreadPoolExecutor(max_workers=DECODERS) as pool:
         remarks = list(pool.map(functools.partial(check_image, deep=deep), sample))
     files = collections.defaultdict(list)
     for record, texts in zip(sample, remarks):

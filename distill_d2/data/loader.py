@@ -13,7 +13,8 @@ from typing import Any, Callable
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -93,6 +94,18 @@ def build_train_loader(
             generator=torch.Generator().manual_seed(sampler.seed + comm.get_rank()),
         ),
         _describe(dataset),
+    )
+
+
+def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
+    """The records of DATASETS.TRAIN that are trained on, detectron2's dicts."""
+    least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    skip_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=skip_empty,
+        min_keypoints=least if skip_empty else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
 
 

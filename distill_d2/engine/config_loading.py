@@ -13,6 +13,9 @@ from ..config import EXTRA_KEY, add_distill_config, load_yaml
 from ..config_files import MOST_FILES, check_chain, read_config
 from ..config_values import set_options
 from ..data import adopt_coco_datasets, register_builtin_voc, register_custom_datasets, register_shapes
+from ..epochs import options_decide
+from ..pairs import pairs_of
+from ..teacher import in_official_zoo
 
 
 def load_config(
@@ -22,8 +25,8 @@ def load_config(
     train: bool = True,
     need_teacher: bool = False,
 ) -> CfgNode:
-    """The config of a file (a path, or the name of a packaged config) and KEY VALUE pairs; its
-    datasets are registered.
+    """The config of a file (a path, or the name of a packaged config) and KEY VALUE, or KEY=VALUE, pairs;
+    its datasets are registered.
 
     The order of precedence, the last wins: defaults, the file with its _BASE_, the files of EXTRA_CFG,
     the pairs. EXTRA_CFG is empty then.
@@ -38,11 +41,15 @@ def load_config(
     """
     cfg = get_cfg()
     add_distill_config(cfg)
-    opts = list(opts or [])
+    opts = pairs_of(opts or [])
     folders = _load_files(cfg, config_file, opts)
     set_options(cfg, [word for i, word in enumerate(opts) if opts[i - i % 2] != EXTRA_KEY])
+    options_decide(cfg, opts[::2])
     cfg.EXTRA_CFG = []
     node = cfg.MODEL.DISTILLER
+    node.MODEL_LOAD_OFFICIAL = is_official(
+        node.MODEL_DISTILLER_CONFIG, node.MODEL_LOAD_OFFICIAL, folders
+    )
     if node.MODEL_DISTILLER_CONFIG and not node.MODEL_LOAD_OFFICIAL:
         node.MODEL_DISTILLER_CONFIG = locate_teacher(node.MODEL_DISTILLER_CONFIG, folders, need_teacher)
     register_shapes()
@@ -61,12 +68,27 @@ def _is_for_test(cfg: CfgNode, entry: Any) -> bool:
 def output_dir(config_file: str, opts: Sequence[str]) -> str:
     """OUTPUT_DIR of a config that does not load: of the command line, the file, or the default."""
     values = read_config(config_file).values if config_file else {}
-    return option(opts, "OUTPUT_DIR") or values.get("OUTPUT_DIR") or get_cfg().OUTPUT_DIR
+    return option(pairs_of(opts), "OUTPUT_DIR") or values.get("OUTPUT_DIR") or get_cfg().OUTPUT_DIR
 
 
 def option(opts: Sequence[str], key: str) -> str:
     """The value of a key among KEY VALUE pairs; "" without it."""
     return dict(zip(opts[::2], opts[1::2])).get(key, "")
+
+
+def is_official(config: str, official: bool, folders: Sequence[str]) -> bool:
+    """Whether a teacher's config is that of detectron2's model zoo: MODEL_LOAD_OFFICIAL, unless the zoo has none
+    of this name and a file has.
+
+    Args:
+        folders: of the configs that name it.
+    """
+    if not official or in_official_zoo(config):
+        return official
+    try:
+        return not locate_teacher(config, folders, needed=True)
+    except FileNotFoundError:
+        return True
 
 
 def locate_teacher(config: str, folders: Sequence[str], needed: bool) -> str:

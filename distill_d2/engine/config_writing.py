@@ -14,9 +14,9 @@ from detectron2.config import CfgNode, get_cfg
 from ..checkpoint import write_whole
 from ..config import EXTRA_KEY, add_distill_config, dump, student_config
 from ..data import with_absolute_paths
+from ..run_files import DISTILLATION_FILE, STUDENT_FILE
 
-STUDENT_FILE = "config.yaml"
-DISTILLATION_FILE = "distill_config.yaml"
+_OF_TRAINING = ("WANDB", "MLFLOW")
 
 _STUDENT_COMMENT = """\
 # The student of this run. For inference, MODEL.WEIGHTS is this folder's model_final.pth.
@@ -46,6 +46,8 @@ def plain_student_config(cfg: CfgNode) -> CfgNode:
     they have their default values: if none is left, plain detectron2 loads it."""
     cfg = student_config(cfg)
     del cfg.MODEL["DISTILLER"], cfg[EXTRA_KEY]
+    for name in _OF_TRAINING:
+        del cfg[name]
     defaults = get_cfg()
     add_distill_config(defaults)
     _drop_defaults(cfg, defaults, get_cfg())

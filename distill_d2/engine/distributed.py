@@ -20,7 +20,7 @@ def distributed(model: nn.Module, **options: Any) -> nn.Module:
     """
     options = {"broadcast_buffers": False, "find_unused_parameters": False, **options}
     if next(model.parameters()).is_cuda:
-        return create_ddp_model(model, **options)
+        return create_ddp_model(model, **options, device_ids=[torch.cuda.current_device()])
     model = create_ddp_model(model, **options, device_ids=None)
     if not options.get("fp16_compression"):
         _add_in_order(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from detectron2.engine import DefaultTrainer
@@ -13,9 +14,11 @@ from torch import nn
 from ..checkpoint import SafeCheckpointer
 from ..data import end_workers
 from ..data.classes import classes_in
+from ..run_files import TEACHER_FOLDER
 from ..teacher import Teacher, teacher_of
 from ..views import build_view
 from .classes import check_checkpoint, check_number, check_tested_teacher
+from .notes import note_evaluation
 from .settings import RunSettings, in_subfolder
 
 logger = logging.getLogger(__name__)
@@ -24,7 +27,8 @@ logger = logging.getLogger(__name__)
 def evaluate(
     cfg: Any, trainer: type[DefaultTrainer], resume: bool = False, *, with_teacher: bool = False
 ) -> dict[str, Any]:
-    """Evaluate the student of MODEL.WEIGHTS, or with ``resume`` of OUTPUT_DIR's last checkpoint.
+    """Evaluate the student of MODEL.WEIGHTS, or with ``resume`` of OUTPUT_DIR's last checkpoint; the results go to
+    OUTPUT_DIR's EVALUATIONS, too.
 
     Args:
         with_teacher: follow MODEL.DISTILLER.EVAL_TEACHER; otherwise no teacher is built.
@@ -37,7 +41,7 @@ def evaluate(
     """
     settings = RunSettings.from_config(cfg)
     model = trainer.build_model(cfg)
-    _load(settings, model, resume)
+    weights = _load(settings, model, resume)
     teacher_results = None
     try:
         if with_teacher and settings.distiller.EVAL_TEACHER:
@@ -46,6 +50,7 @@ def evaluate(
         results = trainer.test(cfg, model)
     finally:
         end_workers()
+    note_evaluation(settings.output_dir, results, weights)
     if comm.is_main_process() and settings.verify_results:
         verify_results(cfg, results)
     return results if teacher_results is None else {**results, "teacher": teacher_results}
@@ -54,7 +59,7 @@ def evaluate(
 def evaluate_teacher(
     cfg: Any, trainer: type[DefaultTrainer], teacher: Teacher, student: nn.Module
 ) -> dict[str, Any]:
-    """Evaluate a teacher on the student's test images; its detections go to OUTPUT_DIR/teacher.
+    """Evaluate a teacher on the student's test images; its detections and results go to OUTPUT_DIR/teacher.
 
     Raises:
         ValueError: its classes are not those of the student.
@@ -70,12 +75,16 @@ def evaluate_teacher(
         check_tested_teacher(teacher, settings.test_datasets)
     logger.info(f"Evaluation of the teacher ({teacher.source}); that of the student follows")
     model = teacher.predictor(settings.channel_order(student))
-    return trainer.test(in_subfolder(cfg, "teacher"), model)
+    results = trainer.test(in_subfolder(cfg, TEACHER_FOLDER), model)
+    note_evaluation(os.path.join(settings.output_dir, TEACHER_FOLDER), results, teacher.source)
+    return results
 
 
-def _load(settings: RunSettings, model: nn.Module, resume: bool) -> None:
+def _load(settings: RunSettings, model: nn.Module, resume: bool) -> str:
+    """Load the weights. Returns their path or address."""
     checkpointer = SafeCheckpointer(model, save_dir=settings.output_dir)
-    if not settings.weights and not (resume and checkpointer.has_checkpoint()):
+    resumed = resume and checkpointer.has_checkpoint()
+    if not settings.weights and not resumed:
         raise ValueError("--eval-only needs weights: set MODEL.WEIGHTS, or --resume with OUTPUT_DIR")
     loaded = checkpointer.resume_or_load(settings.weights, resume=resume, with_losses=False)
     keys = checkpointer.incompatible
@@ -90,3 +99,4 @@ def _load(settings: RunSettings, model: nn.Module, resume: bool) -> None:
         advice = "Evaluate on datasets with the checkpoint's classes"
         check_checkpoint(path, classes_in(loaded), settings.test_datasets, advice)
         check_number(model, settings.test_datasets)
+    return checkpointer.get_checkpoint_file() if resumed else settings.weights

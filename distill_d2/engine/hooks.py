@@ -13,8 +13,8 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..random_state import random_state, set_random_state
 from .interrupt import Interrupted
-from .random_state import random_state, set_random_state
 
 
 class _AfterPretraining(HookBase):

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from ..config import add_distill_config, student_config
 from ..data.augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY
+from ..epochs import IN_EPOCHS
 from ..losses import DISTILL_LOSS_REGISTRY, key_comments
 from ..plugins import detectors
 from ..rules import (
@@ -39,6 +40,7 @@ from ..rules import (
     model_rules,
 )
 from ..teacher import AUTOCAST_CHOICES
+from .epochs import LAZY_IN_EPOCHS, Steps
 from .optimizer import CLIPPERS, optimizer_types
 from .settings import distiller_node
 
@@ -148,10 +150,13 @@ TRAINING: dict[str, Rule] = {
     "DATASETS.PROPOSAL_FILES_TRAIN": Sequence(_NAME, count=_files("TRAIN")),
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": COUNT,
     "DATASETS.CHECK_IMAGES": COUNT_OR_0,
+    "WANDB.PROJECT": _NAME,
+    "MLFLOW.EXPERIMENT": _NAME,
     "DATALOADER.SAMPLER_TRAIN": Choice(_samplers),
     "DATALOADER.REPEAT_THRESHOLD": FRACTION,
     "SOLVER.MAX_ITER": COUNT,
-    "SOLVER.STEPS": Sequence(COUNT_OR_0, rising=True),
+    "SOLVER.STEPS": Steps(),
+    **dict.fromkeys(IN_EPOCHS.values(), NOT_NEGATIVE),
     "SOLVER.LR_SCHEDULER_NAME": Choice((*_SCHEDULERS, "WarmupStepWithFixedGammaLR")),
     "SOLVER.IMS_PER_BATCH": COUNT,
     "SOLVER.REFERENCE_WORLD_SIZE": COUNT_OR_0,
@@ -187,6 +192,7 @@ LAZY: dict[str, Rule] = {
     "train.eval_period": COUNT_OR_0,
     "train.checkpointer.period": COUNT_OR_0,
     "train.log_period": COUNT,
+    **dict.fromkeys(LAZY_IN_EPOCHS.values(), NOT_NEGATIVE),
     "train.amp.enabled": Flag(),
     "train.seed": _SEED,
     "train.output_dir": _NAME,

@@ -20,6 +20,7 @@ from ..commands.arguments import add_training_arguments
 from ..mistakes import Message, add_debug_argument, end, ending_on_mistakes
 from .interrupt import forwarding_signals
 from .launch_arguments import check_address, check_processes
+from .started_processes import find_place, join
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -31,16 +32,21 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def launch(main: Callable, args: argparse.Namespace) -> None:
-    """Run ``main(args)`` in every process of this machine, through ``detectron2.engine.launch``.
+    """Run ``main(args)`` in every process of this machine, through ``detectron2.engine.launch``; in this one, if
+    torchrun or srun has started it.
 
     Raises:
         SystemExit: 2 after a user's mistake, whose message was printed (see ``is_mistake``), wrong arguments
             among them; 128 + signal number, after SIGINT or SIGTERM.
     """
     with ending_on_mistakes(debug=args.debug):
-        processes = check_processes(args)
         if args.num_gpus == 0:  # detectron2 chooses NCCL wherever it sees a GPU
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        place = find_place()
+        if place is not None:
+            join(main, args, place)
+            return
+        processes = check_processes(args)
         if processes * args.num_machines == 1:
             main(args)
             return

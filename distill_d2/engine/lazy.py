@@ -42,7 +42,8 @@ from ..distiller import Distiller, node_arguments, use_statistics
 from ..evaluation import with_model_evaluators
 from ..imports import check_note
 from ..lazy_config import apply_overrides, load_lazy_config
-from .config_loading import locate_teacher
+from .config_loading import is_official, locate_teacher
+from .epochs import LAZY_IN_EPOCHS, lazy_in_iterations, lazy_options_decide
 from .key_rules import check_lazy_keys
 from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
@@ -76,6 +77,8 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     Raises:
         FileNotFoundError, ValueError, OSError: the message names the key or file.
     """
+    if args.wandb:
+        raise ValueError("--wandb works with yaml configs only; leave it out")
     args.config_file = model_zoo.find_config(args.config_file)
     check_note(os.path.dirname(args.config_file))
     cfg = load_lazy_config(
@@ -83,6 +86,7 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     )
     _check_overrides(cfg, args.opts or [])
     cfg = apply_overrides(cfg, args.opts or [])
+    lazy_options_decide(cfg, [word.partition("=")[0].lstrip("+") for word in args.opts or []])
     _locate_teacher(cfg, os.path.dirname(args.config_file), needed=distill and not args.eval_only)
     if args.resume or args.eval_only:
         check_note(cfg.train.output_dir)
@@ -101,11 +105,14 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     claim(cfg.train.output_dir, "train.output_dir", args, lambda: weights_read(cfg, distill))
     register_shapes()
     register_builtin_voc()
+    schedule = "" if args.eval_only else lazy_in_iterations(cfg)
     with kept(os.path.join(cfg.train.output_dir, "config.yaml"), args.eval_only):
         default_setup(cfg, args)
     rank = comm.get_rank()
     setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
     logger.info(f"Ran the code of {args.config_file}, a LazyConfig")
+    if schedule:
+        logger.info(schedule)
     note_imports(cfg.train.output_dir, args.imports, write=not args.eval_only)
     if comm.is_main_process():
         check_lazy_data(cfg, _student(cfg), train=not args.eval_only)
@@ -207,6 +214,7 @@ def _resumable_loader(node: DictConfig) -> ShieldedLoader | None:
 def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
     # A key of MODEL.DISTILLER that the file leaves at its default is known, too.
     known = config_keys(distiller_node({}), "distiller.") if "distiller" in cfg else []
+    known += LAZY_IN_EPOCHS.values()
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
@@ -220,7 +228,11 @@ def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
 def _locate_teacher(cfg: DictConfig, folder: str, needed: bool) -> None:
     """Make the teacher's file absolute: later code does not know where the config is."""
     node = cfg.get("distiller")
-    if node and "MODEL_DISTILLER_CONFIG" in node and not node.get("MODEL_LOAD_OFFICIAL", True):
+    if not node or not isinstance(node.get("MODEL_DISTILLER_CONFIG"), str):
+        return
+    official = node.get("MODEL_LOAD_OFFICIAL", True)
+    node.MODEL_LOAD_OFFICIAL = is_official(node.MODEL_DISTILLER_CONFIG, official, [folder])
+    if not node.MODEL_LOAD_OFFICIAL:
         node.MODEL_DISTILLER_CONFIG = locate_teacher(node.MODEL_DISTILLER_CONFIG, [folder], needed)
 
 

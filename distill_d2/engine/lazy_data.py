@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..data import DataPlan, check_plan
 from ..data.mapper_trial import MapperNeeds
 from ..evaluation import try_evaluator
-from .random_state import random_state, set_random_state
+from ..random_state import random_state, set_random_state
 from .settings import RunSettings
 
 _CHECK_IMAGES = 500  # as DATASETS.CHECK_IMAGES

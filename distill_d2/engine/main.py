@@ -13,9 +13,11 @@ from ..checkpoint import told_when_full
 from ..imports import import_modules
 from . import lazy
 from .evaluate import evaluate
+from .notes import note_command
 from .output_dir import release, remove_run
 from .settings import RunSettings
 from .setup import setup
+from .started_processes import find_place
 from .trainer import DistillTrainer
 
 
@@ -43,6 +45,7 @@ def main(args: argparse.Namespace, distill: bool) -> Any:
     try:
         with told_when_full(folder):
             if args.eval_only:
+                note_command(folder)
                 return evaluate(cfg, trainer_type, args.resume, with_teacher=distill)
             trainer = trainer_type(cfg)
             if args.detect_anomaly:
@@ -50,10 +53,11 @@ def main(args: argparse.Namespace, distill: bool) -> Any:
             trainer.resume_or_load(resume=args.resume)
             if args.overwrite and comm.is_main_process():
                 remove_run(folder)  # only now: what this run reads is loaded
+            note_command(folder)
             trainer.evaluate_teacher()
             results = trainer.train()
     finally:
         release(folder)
-    if trainer.stop and comm.get_world_size() == 1:  # among several, launch() exits
+    if trainer.stop and (comm.get_world_size() == 1 or find_place()):  # among several, launch() exits
         sys.exit(trainer.stop.exit_code)
     return results

@@ -11,11 +11,11 @@ from typing import Any
 from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
 
 from ..checkpoint import append_whole, write_whole
+from ..run_files import METRICS
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.json"
-_WINDOW = 20  # iterations whose median is logged, as in detectron2
+WINDOW = 20  # iterations whose median is logged, as in detectron2
 
 
 class MetricsFile(JSONWriter):
@@ -24,7 +24,7 @@ class MetricsFile(JSONWriter):
 
     def __init__(self, folder: str):
         self._path = os.path.join(folder, METRICS)
-        self._window_size = _WINDOW
+        self._window_size = WINDOW
         self._last_write = last_iteration(folder)
 
     def write(self) -> None:
@@ -43,7 +43,7 @@ class Events(TensorboardXWriter):
     """detectron2's, which does not write again what an interrupted run wrote."""
 
     def __init__(self, folder: str):
-        super().__init__(folder, _WINDOW)
+        super().__init__(folder, WINDOW)
         self._last_write = last_iteration(folder)
 
 
@@ -81,7 +81,7 @@ def recent_scalars(storage: EventStorage) -> dict[str, Any]:
     is logged."""
     hints = storage.smoothing_hints()
     return {
-        name: {"smooth": hints[name], "values": [list(pair) for pair in history.values()[-_WINDOW:]]}
+        name: {"smooth": hints[name], "values": [list(pair) for pair in history.values()[-WINDOW:]]}
         for name, history in storage.histories().items()
     }
 

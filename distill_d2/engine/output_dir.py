@@ -16,23 +16,30 @@ from typing import Any, TextIO
 from detectron2.utils import comm
 
 from ..checkpoint import LAST, PARTIAL, run_checkpoints, write_whole
-from .metrics import METRICS
+from ..run_files import COMMANDS, EVALUATIONS, GRADIENTS, METRICS, TEACHER_FOLDER
 
 logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 _PROBE_BYTES = 1 << 16
 _BEGUN = (f"model_*.pth{PARTIAL}", LAST + PARTIAL, METRICS + PARTIAL)  # what a kill may leave
-_FILES = (_LOCK, METRICS, LAST, "log.txt", "config.yaml", *_BEGUN)
-_FOLDERS = ("inference", "teacher", "teacher/inference")
+_FILES = (_LOCK, METRICS, EVALUATIONS, COMMANDS, LAST, "log.txt", "config.yaml", *_BEGUN)
+_INFERENCE = ("inference", f"{TEACHER_FOLDER}/inference")
+_FOLDERS = (TEACHER_FOLDER, *_INFERENCE)
 _BUSY = (errno.EACCES, errno.EAGAIN)  # another process has the lock
 _PATIENCE = 15.0  # seconds in which the processes of a killed run end
 # What else a run writes, beside checkpoints and metrics; its log and config are kept, and continued.
 _WRITTEN = (
     "events.out.tfevents.*",
+    EVALUATIONS,
+    f"{TEACHER_FOLDER}/{EVALUATIONS}",
+    GRADIENTS,
+    COMMANDS,
+    "wandb_id.txt",
+    "mlflow_id.txt",
     *(
         f"{folder}/**/{name}"
-        for folder in ("inference", "teacher/inference")
+        for folder in _INFERENCE
         for name in ("coco_instances_results.json", "instances_predictions.pth", "*_coco_format.json")
     ),
 )

@@ -10,8 +10,8 @@ import torch
 from detectron2.utils import comm
 from torch import nn
 
+from ..random_state import random_state
 from ..views import view_type
-from .random_state import random_state
 
 
 class ProcessState:

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..data import ResumableTrainingSampler
+from ..random_state import set_random_state
 from .changes import changes, settings_of_run
 from .process_state import ProcessState
-from .random_state import set_random_state
 
 logger = logging.getLogger(__name__)
 

@@ -14,20 +14,23 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .. import model_zoo
+from ..commands.arguments import check_config_arguments
 from ..config import student_config
-from ..data import check_datasets
+from ..data import check_datasets, skip_unreadable
 from ..evaluation import try_evaluator
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
 from ..losses.base import keys_without_effect
 from ..plugins import ground_truth, of_student
+from ..random_state import random_state, set_random_state
 from ..teacher import teacher_weights
 from .config_loading import load_config, output_dir
 from .config_writing import check_is_no_student_config, write_configs
+from .epochs import in_iterations
 from .key_rules import check_keys, check_student_name
 from .output_dir import claim, kept
-from .random_state import random_state, set_random_state
 from .settings import RunSettings
+from .trackers import check_trackers
 from .trainer import DistillTrainer
 
 logger = logging.getLogger(__name__)
@@ -44,11 +47,7 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: see ``load_config``.
     """
-    if not args.config_file and not args.opts:
-        raise ValueError(
-            "--config-file is missing; give the path of a config, or the name of a packaged one such as "
-            "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-        )
+    check_config_arguments(args)
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
     distill = distill and not args.eval_only
     if distill:
@@ -62,6 +61,9 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     if args.resume or args.eval_only:
         check_note(cfg.OUTPUT_DIR)
     cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.num_gpus)
+    cfg.WANDB.ENABLED = cfg.WANDB.ENABLED or args.wandb
+    if not args.eval_only:
+        check_trackers(cfg)
     check_student_name(cfg)
     cfg = _with_distiller(cfg) if distill else student_config(cfg)
     check_keys(cfg, train=not args.eval_only)
@@ -69,6 +71,7 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
         build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
     _check_batch(cfg.SOLVER.IMS_PER_BATCH)
     claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, lambda: weights_read(cfg, distill))
+    schedule = "" if args.eval_only else in_iterations(cfg)
     cfg.freeze()
     with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
         default_setup(cfg, args)
@@ -76,9 +79,14 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
             write_configs(cfg, train=not args.eval_only)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
     note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
+    if schedule:
+        logger.info(schedule)
     log_without_effect(cfg, distill)
     for detector in of_student(cfg):
         detector.check(cfg)
+    if cfg.DATASETS.SKIP_UNREADABLE:
+        names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+        skip_unreadable(names, cfg.OUTPUT_DIR)
     if comm.is_main_process():
         _check_data(cfg, trainer, train=not args.eval_only)
     comm.synchronize()

@@ -16,8 +16,8 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..random_state import random_state, set_random_state
 from .nonfinite import describe_weights, rerun
-from .random_state import random_state, set_random_state
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import verify_results
@@ -25,10 +25,12 @@ from ..data import (
     build_train_loader,
     end_workers,
     sampler_of_config,
+    training_records,
 )
 from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
+from ..random_state import random_state, set_random_state
 from ..rules import assertions_told
 from . import classes
 from .acting import check_acting
@@ -50,10 +52,10 @@ from .last_step import LastStep
 from .loss_training import LossTraining
 from .metrics import Events, MetricsFile
 from .optimizer import build_optimizer, optimizer_signature
-from .random_state import random_state, set_random_state
 from .run_state import RunState
 from .settings import RunSettings
 from .step import TrainStep
+from .trackers import build_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -122,14 +124,7 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        dataset = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-            if cfg.MODEL.KEYPOINT_ON and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-            else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        dataset = training_records(cfg)
         mapper = NamedReadErrors(build_mapper(cfg, is_train=True))
         sampler = ResumableTrainingSampler(
             sampler_of_config(cfg, dataset),
@@ -166,7 +161,8 @@ class DistillTrainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         folder = self.settings.output_dir
-        return [CommonMetricPrinter(self.max_iter), MetricsFile(folder), Events(folder)]
+        writers = [CommonMetricPrinter(self.max_iter), MetricsFile(folder), Events(folder)]
+        return writers + build_trackers(self.cfg, folder)
 
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""

@@ -9,7 +9,6 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
-    COCOEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
@@ -17,11 +16,12 @@ from detectron2.evaluation import (
 from torch import nn
 
 from ..data import check_name
+from .coco import COCOEvaluatorOfAny
 from .ground_truth import load_annotations, with_ground_truth
 from .voc import VOCEvaluator
 
 _COCO_LIKE = {
-    "coco": COCOEvaluator,
+    "coco": COCOEvaluatorOfAny,
     "lvis": LVISEvaluator,
 }
 #: Detections of an image that the official evaluations count.

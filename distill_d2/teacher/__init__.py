@@ -2,6 +2,7 @@
 
 from .loading import (
     build_teacher,
+    in_official_zoo,
     load_teacher,
     load_teacher_weights,
     teacher_of,
@@ -14,6 +15,7 @@ __all__ = [
     "AUTOCAST_CHOICES",
     "Teacher",
     "build_teacher",
+    "in_official_zoo",
     "load_teacher",
     "load_teacher_weights",
     "teacher_of",

@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 # from the config, and batch normalization's step counter, which evaluation does not use.
 _NEUTRAL_KEYS = (r"(^|\.)pixel_(mean|std)$", r"anchor_generator\.cell_anchors", r"num_batches_tracked$")
 
+_TEACHER_ADVICE = (
+    "A teacher must be whole: give the weights that belong to the config (MODEL.DISTILLER.TEACHER_WEIGHTS), or "
+    "excuse keys with regular expressions in MODEL.DISTILLER.TEACHER_ALLOW_MISSING"
+)
+
 
 def build_teacher(cfg: CfgNode) -> Teacher:
     """The teacher that MODEL.DISTILLER of a student's config describes; see ``load_teacher``."""
@@ -78,7 +83,7 @@ def load_teacher(
     plan = _plan(config, official)
     path = _find_weights(weights or plan.weights, plan)
     model = plan.build(device)
-    loaded, extra = _load_whole(model, path, allow_missing)
+    loaded, extra = load_whole(model, path, allow_missing)
     options.setdefault("classes", classes_in(extra) or plan.classes())
     source = f"{plan.config_file}, {loaded} keys loaded from {path}"
     teacher = Teacher(model, input_format=plan.format_of(model), source=source, **options)
@@ -113,11 +118,21 @@ def load_teacher_weights(model: nn.Module, path: str, allow: Sequence[str] = ())
     Raises:
         ValueError: some key does not fit; the message lists them. A pattern is not valid.
     """
-    return _load_whole(model, path, allow)[0]
+    return load_whole(model, path, allow)[0]
 
 
-def _load_whole(model: nn.Module, path: str, allow: Sequence[str]) -> tuple[int, dict[str, Any]]:
-    """``load_teacher_weights``, and the checkpoint's entries besides the model."""
+def load_whole(
+    model: nn.Module,
+    path: str,
+    allow: Sequence[str] = (),
+    what: str = "the teacher's weights",
+    advice: str = _TEACHER_ADVICE,
+) -> tuple[int, dict[str, Any]]:
+    """``load_teacher_weights`` of any detector; also the checkpoint's entries besides the model.
+
+    Args:
+        what, advice: the beginning and the end of the message.
+    """
     checkpointer = SafeCheckpointer(model)
     extra = checkpointer.load(path)
     keys = checkpointer.incompatible
@@ -137,11 +152,9 @@ def _load_whole(model: nn.Module, path: str, allow: Sequence[str]) -> tuple[int,
     ]
     if any(problems.values()):
         raise ValueError(
-            f"the teacher's weights '{path}' do not fit its config ({type(model).__name__}):\n"
+            f"{what} '{path}' do not fit its config ({type(model).__name__}):\n"
             + "\n".join(_listing(kind, names) for kind, names in problems.items() if names)
-            + "\nA teacher must be whole: give the weights that belong to the config "
-            "(MODEL.DISTILLER.TEACHER_WEIGHTS), or excuse keys with regular expressions in "
-            "MODEL.DISTILLER.TEACHER_ALLOW_MISSING"
+            + f"\n{advice}"
         )
     return len(model.state_dict()) - len(set(keys.missing_keys)), extra
 
@@ -204,12 +217,17 @@ def _plan(name: str, official: bool) -> _Plan:
     return _Plan(path, config, weights, input_format, folders)
 
 
-def _official_config(name: str) -> str:
+def in_official_zoo(name: str) -> bool:
+    """Whether detectron2's model zoo has a config of this name."""
     folder = (Path(detectron2_zoo.__file__).parent / "configs").resolve()
     path = (folder / name).resolve()
-    if folder not in path.parents or not path.is_file():
+    return folder in path.parents and path.is_file()
+
+
+def _official_config(name: str) -> str:
+    if not in_official_zoo(name):
         raise _unofficial(name, f"{name} not available in Model Zoo!")
-    return str(path)
+    return str((Path(detectron2_zoo.__file__).parent / "configs" / name).resolve())
 
 
 def _official_weights(name: str) -> str:
@@ -222,8 +240,8 @@ def _official_weights(name: str) -> str:
 def _unofficial(name: str, problem: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"MODEL.DISTILLER.MODEL_DISTILLER_CONFIG '{name}': {problem} With MODEL_LOAD_OFFICIAL True it must be a "
-        "config of detectron2's model zoo with published weights; for a file of your own set "
-        "MODEL.DISTILLER.MODEL_LOAD_OFFICIAL False"
+        "config of detectron2's model zoo with published weights, or a file of your own that exists; set "
+        "MODEL.DISTILLER.MODEL_LOAD_OFFICIAL False to see where that is looked for"
     )
 
 

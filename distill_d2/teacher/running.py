@@ -133,6 +133,17 @@ class Teacher:
             if self._compile:  # hooks of the backbone itself are not part of its compiled forward
                 self.view.taps.put("backbone", features)
 
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, another model may let it run, in a precision of its own; what prepares it for the first step is
+        not decided there."""
+        ready = self._backbone is not None
+        try:
+            yield
+        finally:
+            if not ready:
+                self._discard_prepared()
+
     def predictor(self, input_format: str) -> nn.Module:
         """The detector, with its usual predictions, for images in the channel order ``input_format``."""
         if input_format == self.input_format:

@@ -24,7 +24,7 @@ from distill_d2.data.augmentation import (
     PhotometricDistortion,
     RandomCropByIoU,
 )
-from distill_d2.engine.random_state import random_state, set_random_state
+from distill_d2.random_state import random_state, set_random_state
 
 SEEDS = range(200)
 

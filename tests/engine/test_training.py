@@ -1,6 +1,7 @@
 """Training end to end in this process: checkpoints, resume, metrics, interruption, what is left behind."""
 
 import copy
+import json
 import os
 import pickle
 import signal
@@ -19,6 +20,7 @@ from distill_d2.engine import DistillTrainer, settings
 from distill_d2.engine.hooks import ProgressBar
 from distill_d2.engine.step import TrainStep
 from distill_d2.losses.pkd import PKD
+from distill_d2.run_files import COMMANDS, EVALUATIONS
 from distill_d2.testing import tiny_batch
 
 
@@ -28,6 +30,18 @@ def test_eval_only_builds_no_teacher(job, monkeypatch):
     results = job.run("--eval-only", opts=["MODEL.WEIGHTS", job.output / "model_final.pth"])
     assert "AP" in results["bbox"]
     assert job.run("--eval-only", "--resume")["bbox"].keys() == results["bbox"].keys()
+    notes = [json.loads(line) for line in (job.output / EVALUATIONS).read_text().splitlines()]
+    assert [note["weights"] for note in notes] == [str(job.output / "model_final.pth")] * 2
+    assert {f"bbox/{name}" for name in results["bbox"]} == notes[0].keys() - {"time", "weights"}
+    assert len((job.output / COMMANDS).read_text().splitlines()) == 2 * 3
+
+
+def test_overwrite_removes_earlier_results(job):
+    job.run(opts=["SOLVER.MAX_ITER", 1])
+    job.run("--eval-only", "--resume")
+    job.run("--overwrite", opts=["SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()"])
+    assert not (job.output / EVALUATIONS).exists()
+    assert len((job.output / COMMANDS).read_text().splitlines()) == 2
 
 
 def test_resumed_run_equals_uninterrupted(tmp_path):

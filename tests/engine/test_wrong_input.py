@@ -48,6 +48,11 @@ def test_official_teacher_not_in_the_zoo(job):
     job.fails(FileNotFoundError, "COCO-Detection/no_such.yaml", "MODEL_LOAD_OFFICIAL False")
 
 
+def test_a_teacher_that_is_a_file_is_not_looked_for_in_the_zoo(job):
+    job.node.MODEL_LOAD_OFFICIAL = True
+    assert not job.setup().MODEL.DISTILLER.MODEL_LOAD_OFFICIAL
+
+
 def test_teacher_weights_missing(job):
     job.node.TEACHER_WEIGHTS = "nowhere.pth"
     job.fails(FileNotFoundError, "nowhere.pth", "MODEL.DISTILLER.TEACHER_WEIGHTS")

@@ -103,6 +103,16 @@ def test_more_than_100_detections_of_an_image_count_on_request(tmp_path):
     assert evaluate("evaluate_crowded", tmp_path, detections_per_image=150)["bbox"]["AP50"] > 99
 
 
+def test_no_detection_is_an_ap_of_0(tmp_path):
+    crowded("evaluate_nothing", 2)
+    evaluator = build_evaluator("evaluate_nothing", str(tmp_path))
+    (record,) = DatasetCatalog.get("evaluate_nothing")
+    evaluator.reset()
+    evaluator.process([record], [{"instances": _instances(record, 0.0)[:0]}])
+    results = evaluator.evaluate()["bbox"]
+    assert results["AP"] == 0 and np.isnan(results["APs"])  # there are no small objects
+
+
 def test_keypoint_sigmas_are_used(tmp_path):
     """The similarity of a keypoint is exp(-d^2 / (2 area (2 sigma)^2)): at sqrt(18) pixels in a box of 30x60
     it is 0.88 for a sigma of 0.1, and below 0.1 for 0.02."""

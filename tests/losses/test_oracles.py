@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling.matcher import Matcher
-from golden import defeat as golden_defeat
 from naive_icd import NaiveICD, NaiveQueries, Slots, queries_from_slots
 
+from distill_d2.golden import defeat as golden_defeat
 from distill_d2.losses.defeat import DeFeat
 from distill_d2.losses.gid import GID
 

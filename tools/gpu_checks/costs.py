@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import statistics
 from typing import Any
 
 import torch
-from benchmark.main import measure, parse_arguments
-from benchmark.rows import PART, PREPARED
-from benchmark.subjects import DISTILLED, STUDENT
+
+from distill_d2.benchmark.measure import measure
+from distill_d2.benchmark.rows import PART, PREPARED
+from distill_d2.benchmark.subjects import DISTILLED, STUDENT
+from distill_d2.commands.benchmark import add_arguments
 
 from .report import Report
 
@@ -32,6 +35,8 @@ def measure_costs(
     warmup: int = 3,
 ) -> None:
     """Two images per step; a row of ``report.costs`` per config and precision."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
     for precision, opts in PRECISIONS.items():
         for name, config in configs.items():
             options = {"size": size, "rounds": rounds, "warmup": warmup, "device": device}
@@ -39,7 +44,7 @@ def measure_costs(
             words += ["--config-file", config, *RANDOM_WEIGHTS, *opts]
 
             def check(words=words, name=name, precision=precision) -> None:
-                report.costs.append(row_of(measure(parse_arguments(words)), name, precision))
+                report.costs.append(row_of(measure(parser.parse_args(words)), name, precision))
                 gc.collect()
                 torch.cuda.empty_cache()  # nothing without a GPU
 

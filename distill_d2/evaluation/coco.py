@@ -1,0 +1,39 @@
+"""COCO's evaluation, of a detector that detects nothing too."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from typing import Any
+
+from detectron2.evaluation import COCOEvaluator
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+logger = logging.getLogger(__name__)
+
+
+class COCOEvaluatorOfAny(COCOEvaluator):
+    """detectron2's, for which the AP of no detections is 0, as COCO defines it, not nan."""
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, *args: Any, **kwargs: Any) -> Any:
+        if coco_eval is None:
+            logger.warning(
+                "The model detects nothing in these images, so AP is 0: usual after a few iterations, otherwise a "
+                "sign of wrong weights, or of images unlike those of the training"
+            )
+            coco_eval = _of_no_detections(self._coco_api, iou_type)
+        return super()._derive_coco_results(coco_eval, iou_type, *args, **kwargs)
+
+
+def _of_no_detections(truth: COCO, iou_type: str) -> COCOeval:
+    with contextlib.redirect_stdout(io.StringIO()):
+        none = COCO()
+        none.dataset = {**truth.dataset, "annotations": []}
+        none.createIndex()
+        evaluation = COCOeval(truth, none, iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation

@@ -1,0 +1,1 @@
+"""Read what runs have left behind, compare them, and show them on one page."""

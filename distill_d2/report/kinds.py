@@ -1,0 +1,62 @@
+"""Runs of one kind: the same training with several seeds, which counts as one column."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .runs import Results, Run
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One or more runs under one name."""
+
+    name: str
+    runs: list[Run]
+
+    def values(self, task: str, metric: str) -> list[float]:
+        """A metric's values at the last evaluations of its runs; those that are not a number are left out."""
+        values = [run.last.results.get(task, {}).get(metric, math.nan) for run in self.runs]
+        return [value for value in values if math.isfinite(value)]
+
+    def mean(self, task: str, metric: str) -> float:
+        """nan without a value."""
+        values = self.values(task, metric)
+        return statistics.fmean(values) if values else math.nan
+
+    def results(self) -> Results:
+        """The means of all metrics of the first run."""
+        first = self.runs[0].last.results
+        return {task: {name: self.mean(task, name) for name in first[task]} for task in first}
+
+
+def kinds_of(arguments: Sequence[str]) -> list[Kind]:
+    """The kinds that the command line names.
+
+    Args:
+        arguments: each [NAME=]RUN, or [NAME=]RUN,RUN,... for several seeds; RUN may be a pattern ("out/pkd-*").
+
+    Raises:
+        OSError: a run does not exist; the message says what was expected.
+    """
+    named = [_parts(argument) for argument in arguments]
+    folders = [[run.name for run in runs] for _, runs in named]
+    distinct = len({name for names in folders for name in names}) == sum(map(len, folders))
+    return [
+        Kind(name or ", ".join(run.name if distinct else run.path for run in runs), runs)
+        for name, runs in named
+    ]
+
+
+def _parts(argument: str) -> tuple[str, list[Run]]:
+    name, equals, value = argument.partition("=")
+    if not equals or os.path.exists(argument):
+        name, value = "", argument
+    words = [value] if os.path.exists(value) else [word for word in value.split(",") if word]
+    paths = [path for word in words for path in sorted(glob.glob(word)) or [word]]
+    return name, [Run(path) for path in dict.fromkeys(paths)]

@@ -1,0 +1,16 @@
+"""detectron2, which pip does not install with this package."""
+
+from __future__ import annotations
+
+import importlib.util
+
+MISSING = (
+    "distill_d2 needs detectron2, which is not on the package index; `distill-d2 install-detectron2` installs it "
+    "(or `python -m distill_d2 install-detectron2`)"
+)
+
+
+def require_detectron2() -> None:
+    """Raises ImportError, whose message names the command that installs it, if detectron2 is not installed."""
+    if importlib.util.find_spec("detectron2") is None:  # which does not import it
+        raise ImportError(MISSING, name="detectron2")

@@ -1,0 +1,17 @@
+"""Names of the files that a run leaves in its OUTPUT_DIR, for those who write and those who read them."""
+
+from __future__ import annotations
+
+#: A line of json per logged iteration, as detectron2 writes it; evaluations in training are among its scalars.
+METRICS = "metrics.json"
+#: A line of json per evaluation outside of training: of --eval-only, and of the teacher in TEACHER_FOLDER.
+EVALUATIONS = "evaluations.json"
+#: A line of json per evaluation in training: each loss term's value, and the norm of its gradient.
+GRADIENTS = "gradients.jsonl"
+#: The command lines that trained and evaluated.
+COMMANDS = "commands.txt"
+#: The student alone, and the whole distillation.
+STUDENT_FILE = "config.yaml"
+DISTILLATION_FILE = "distill_config.yaml"
+#: Inside OUTPUT_DIR, with files of the same names about the teacher.
+TEACHER_FOLDER = "teacher"
