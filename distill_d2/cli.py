@@ -28,6 +28,7 @@ COMMANDS = (
     "predict",
     "visualize",
     "compare",
+    "export",
     "convert",
     "benchmark",
     "check-golden",
