@@ -26,6 +26,7 @@ COMMANDS = (
     "baseline",
     "evaluate",
     "predict",
+    "profile",
     "visualize",
     "compare",
     "export",

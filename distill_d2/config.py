@@ -50,6 +50,12 @@ def add_distill_config(cfg: CN) -> None:
     cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
     cfg.TEST.EVAL_EPOCHS = 0.0
 
+    # The metric, of those that evaluations log, whose best student is kept as OUTPUT_DIR/model_best.pth, such as
+    # "bbox/AP" (of several datasets "my_val/bbox/AP"); "": none is kept. Higher is better.
+    cfg.TEST.KEEP_BEST = ""
+    # The run ends after this many evaluations in a row without a better one by that metric; 0: it does not.
+    cfg.TEST.PATIENCE = 0
+
     # The dataset mapper, a name in distill_d2.data.DATASET_MAPPER_REGISTRY; "": detectron2's, with the
     # augmentations below.
     cfg.INPUT.MAPPER = ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+#: The best student by TEST.KEEP_BEST, its weights and metadata.
+BEST = "model_best.pth"
 #: A line of json per logged iteration, as detectron2 writes it; evaluations in training are among its scalars.
 METRICS = "metrics.json"
 #: A line of json per evaluation outside of training: of --eval-only, and of the teacher in TEACHER_FOLDER.

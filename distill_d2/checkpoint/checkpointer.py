@@ -39,12 +39,20 @@ class SafeCheckpointer(DetectionCheckpointer):
             return
         data = {"model": self.model.state_dict()}
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
-        data.update(kwargs)
-        path = os.path.join(self.save_dir, f"{name}.pth")
+        self._write(f"{name}.pth", {**data, **kwargs})
+        self.tag_last_checkpoint(f"{name}.pth")
+        self._chosen = None
+
+    def save_weights(self, name: str, **kwargs: Any) -> None:
+        """Write the model alone to the file ``name``, which does not become the last checkpoint. Raises OSError as
+        ``save``."""
+        if self.save_dir and self.save_to_disk:
+            self._write(name, {"model": self.model.state_dict(), **kwargs})
+
+    def _write(self, name: str, data: dict[str, Any]) -> None:
+        path = os.path.join(self.save_dir, name)
         self.logger.info(f"Saving checkpoint to {path}")
         write_whole(path, lambda file: torch.save(data, file))
-        self.tag_last_checkpoint(os.path.basename(path))
-        self._chosen = None
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the newest checkpoint, a hint for --resume."""

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..random_state import random_state, set_random_state
+from .best import BestCheckpoint
 from .interrupt import Interrupted
 
 
@@ -46,6 +48,14 @@ class PreciseBN(_AfterPretraining, hooks.PreciseBN):
 class EvalHook(_AfterPretraining, hooks.EvalHook):
     """detectron2's, which a resumed run can ask for the evaluation that a kill has cut off."""
 
+    def __init__(self, period: int, evaluate: Callable[[], Any], best: BestCheckpoint | None = None):
+        """
+        Args:
+            best: told of the results.
+        """
+        super().__init__(period, evaluate)
+        self._best = best
+
     def is_due(self, iteration: int) -> bool:
         """Whether an evaluation follows this iteration, other than that at the end of the training."""
         ends = iteration + 1
@@ -54,6 +64,11 @@ class EvalHook(_AfterPretraining, hooks.EvalHook):
     def evaluate(self) -> None:
         """Evaluate now; the results are scalars of the storage's iteration."""
         self._do_eval()
+
+    def _do_eval(self) -> None:
+        super()._do_eval()
+        if self._best is not None:
+            self._best.note(self.trainer.last_results)
 
 
 class Writers(hooks.PeriodicWriter):

@@ -164,6 +164,8 @@ TRAINING: dict[str, Rule] = {
     **_solver("SOLVER"),
     "TEST.EVAL_PERIOD": COUNT_OR_0,
     "TEST.PRECISE_BN.NUM_ITER": COUNT,
+    "TEST.KEEP_BEST": Text(),
+    "TEST.PATIENCE": COUNT_OR_0,
 }
 
 
@@ -193,6 +195,8 @@ LAZY: dict[str, Rule] = {
     "train.checkpointer.period": COUNT_OR_0,
     "train.log_period": COUNT,
     **dict.fromkeys(LAZY_IN_EPOCHS.values(), NOT_NEGATIVE),
+    "train.keep_best": Text(),
+    "train.patience": COUNT_OR_0,
     "train.amp.enabled": Flag(),
     "train.seed": _SEED,
     "train.output_dir": _NAME,
@@ -238,7 +242,7 @@ def run_rules(cfg: CfgNode, train: bool = True) -> dict[str, Rule]:
 
 def check_lazy_keys(cfg: DictConfig) -> None:
     """The same for what the trainer reads of a LazyConfig; its other parts are Python objects."""
-    check_rules(Context(cfg), LAZY)
+    check_rules(Context(cfg), LAZY, _lazy_relations)
     if "distiller" in cfg:
         node = CfgNode({"MODEL": CfgNode({"DISTILLER": distiller_node(cfg.distiller)})})
         check_rules(Context(node), DISTILLATION)
@@ -269,6 +273,7 @@ def _relations(context: Context, train: bool) -> Iterator[str]:
         yield context.wrong("TEST.EXPECTED_RESULTS", "[], since DATASETS.TEST is empty")
     if train:
         yield from _solver_relations(context)
+        yield from _best_relations(context)
         if cfg.INPUT.CROP.ENABLED:
             yield from _crop_relations(context)
         if cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS and context.has(GeneralizedRCNN):
@@ -293,6 +298,33 @@ def _solver_relations(context: Context) -> Iterator[str]:
         yield wrong("SOLVER.WARMUP_ITERS", expected)
     if node.OPTIMIZER.lower() == "sgd" and node.NESTEROV and not node.MOMENTUM:
         yield wrong("SOLVER.NESTEROV", "False, or a MOMENTUM above 0")
+
+
+def _best_relations(context: Context) -> Iterator[str]:
+    node, names = context.cfg.TEST, context.cfg.DATASETS.TEST
+    if node.KEEP_BEST and not names:
+        yield context.wrong("TEST.KEEP_BEST", "'', since DATASETS.TEST is empty")
+    if (
+        node.KEEP_BEST
+        and len(names) > 1
+        and not node.KEEP_BEST.startswith(tuple(f"{n}/" for n in names))
+    ):
+        expected = "the metric of one of the datasets"
+        yield context.wrong("TEST.KEEP_BEST", f"{expected}, such as '{names[0]}/{node.KEEP_BEST}'")
+    if node.PATIENCE and not node.KEEP_BEST:
+        yield context.wrong("TEST.PATIENCE", "0, or a metric in TEST.KEEP_BEST, such as 'bbox/AP'")
+    if node.PATIENCE and not (node.EVAL_PERIOD or node.EVAL_EPOCHS):
+        expected = "0, or evaluations on the way: TEST.EVAL_PERIOD or EVAL_EPOCHS above 0"
+        yield context.wrong("TEST.PATIENCE", expected)
+
+
+def _lazy_relations(context: Context) -> Iterator[str]:
+    train = context.cfg.train
+    evaluates = train.eval_period or train.get("eval_epochs")
+    if train.get("patience") and not (train.get("keep_best") and evaluates):
+        yield context.wrong(
+            "train.patience", "0, or a metric in train.keep_best and an eval_period above 0"
+        )
 
 
 def _crop_relations(context: Context) -> Iterator[str]:

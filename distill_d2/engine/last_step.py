@@ -9,7 +9,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from .hooks import EvalHook, Writers
-from .metrics import mend, names_at, recent_scalars, restore_scalars
+from .metrics import logged_values, mend, names_at, recent_scalars, restore_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ class LastStep(HookBase):
 
     def __init__(self) -> None:
         self._scalars: dict[str, Any] = {}
+        self._folder = ""
         self._evaluation_missing = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -35,11 +36,17 @@ class LastStep(HookBase):
     def continue_metrics(self, folder: str, last: int) -> None:
         """Drop what metrics.json holds after the checkpoint, and see whether it lacks an evaluation of the
         checkpoint's iteration. All processes call it together, after the checkpoint is loaded."""
+        self._folder = folder
         missing = False
         if comm.is_main_process():
             logged = mend(folder, last)
             missing = not logged - names_at(self._scalars, last) - {"iteration"}
         self._evaluation_missing = comm.all_gather(missing)[0]
+
+    def logged(self, name: str) -> dict[int, float]:
+        """The values of a scalar in the run so far, by iteration, after ``continue_metrics``."""
+        recent = self._scalars[name]["values"] if name in self._scalars else []
+        return {**logged_values(self._folder, name), **{when: value for value, when in recent}}
 
     def before_train(self) -> None:
         trainer, last = self.trainer, self.trainer.start_iter - 1

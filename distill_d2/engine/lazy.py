@@ -67,6 +67,8 @@ _REQUIRED = (
     "train.log_period",
     "train.amp.enabled",
 )
+# ... what it reads where it is there ...
+_OPTIONAL = ("train.keep_best", "train.patience")
 # ... and what a training reads, too.
 _REQUIRED_TO_TRAIN = ("optimizer", "lr_multiplier", "dataloader.train")
 
@@ -214,7 +216,7 @@ def _resumable_loader(node: DictConfig) -> ShieldedLoader | None:
 def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
     # A key of MODEL.DISTILLER that the file leaves at its default is known, too.
     known = config_keys(distiller_node({}), "distiller.") if "distiller" in cfg else []
-    known += LAZY_IN_EPOCHS.values()
+    known += [*LAZY_IN_EPOCHS.values(), *_OPTIONAL]
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:

@@ -12,6 +12,7 @@ from ..data import DataPlan, check_plan
 from ..data.mapper_trial import MapperNeeds
 from ..evaluation import try_evaluator
 from ..random_state import random_state, set_random_state
+from .best import check_metric
 from .settings import RunSettings
 
 _CHECK_IMAGES = 500  # as DATASETS.CHECK_IMAGES
@@ -35,8 +36,10 @@ def check_lazy_data(cfg: DictConfig, student: DictConfig, train: bool) -> None:
     settings = RunSettings.from_lazy(cfg)
     needs, mapper = _needs(cfg, student), OmegaConf.select(cfg, "dataloader.train.mapper")
 
+    metrics: dict[str, set[str]] = {}
+
     def try_evaluation(name: str, records: list[dict[str, Any]]) -> None:
-        try_evaluator(
+        metrics[name] = try_evaluator(
             name,
             records,
             lambda folder: instantiate(_with_folder(cfg.dataloader.evaluator, folder)),
@@ -60,6 +63,8 @@ def check_lazy_data(cfg: DictConfig, student: DictConfig, train: bool) -> None:
         )
     )
     set_random_state(state)
+    if train:
+        check_metric(settings.keep_best, metrics)
 
 
 def _needs(cfg: DictConfig, student: DictConfig) -> MapperNeeds:

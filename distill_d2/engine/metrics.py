@@ -52,6 +52,12 @@ def last_iteration(folder: str) -> int:
     return max((entry["iteration"] for entry in map(_entry, _lines(folder)) if entry), default=-1)
 
 
+def logged_values(folder: str, name: str) -> dict[int, float]:
+    """The values of a scalar in a folder's metrics.json, by iteration."""
+    entries = filter(None, map(_entry, _lines(folder)))
+    return {entry["iteration"]: float(entry[name]) for entry in entries if name in entry}
+
+
 def mend(folder: str, last: int) -> set[str]:
     """Drop torn lines of metrics.json, and those after the iteration from which a run continues.
 

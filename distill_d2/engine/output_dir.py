@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from detectron2.utils import comm
 
 from ..checkpoint import LAST, PARTIAL, run_checkpoints, write_whole
-from ..run_files import COMMANDS, EVALUATIONS, GRADIENTS, METRICS, TEACHER_FOLDER
+from ..run_files import BEST, COMMANDS, EVALUATIONS, GRADIENTS, METRICS, TEACHER_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ _PATIENCE = 15.0  # seconds in which the processes of a killed run end
 # What else a run writes, beside checkpoints and metrics; its log and config are kept, and continued.
 _WRITTEN = (
     "events.out.tfevents.*",
+    BEST,
     EVALUATIONS,
     f"{TEACHER_FOLDER}/{EVALUATIONS}",
     GRADIENTS,

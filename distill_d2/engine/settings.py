@@ -43,6 +43,10 @@ class RunSettings:
     checkpoint_period: int
     # Iterations between evaluations, 0 for one at the end: TEST.EVAL_PERIOD, train.eval_period.
     eval_period: int
+    # The metric of model_best.pth, "" for none: TEST.KEEP_BEST, train.keep_best.
+    keep_best: str
+    # Evaluations without a better one after which the run ends, 0 for never: TEST.PATIENCE, train.patience.
+    patience: int
     # Iterations between lines in the log and in metrics.json: LOG_PERIOD, train.log_period.
     log_period: int
     # The key that turns on mixed precision, "" for float32: SOLVER.AMP.ENABLED, train.amp.enabled.
@@ -79,6 +83,8 @@ class RunSettings:
             steps=tuple(cfg.SOLVER.STEPS),
             checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
             eval_period=cfg.TEST.EVAL_PERIOD,
+            keep_best=cfg.TEST.KEEP_BEST,
+            patience=cfg.TEST.PATIENCE,
             log_period=LOG_PERIOD,
             amp_key="SOLVER.AMP.ENABLED" if cfg.SOLVER.AMP.ENABLED else "",
             ddp={},
@@ -107,6 +113,8 @@ class RunSettings:
             steps=None,
             checkpoint_period=train.checkpointer.period,
             eval_period=train.eval_period,
+            keep_best=train.get("keep_best", ""),
+            patience=train.get("patience", 0),
             log_period=train.log_period,
             amp_key="train.amp.enabled" if train.amp.enabled else "",
             ddp=dict(train.get("ddp", {})),

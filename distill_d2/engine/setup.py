@@ -24,6 +24,7 @@ from ..losses.base import keys_without_effect
 from ..plugins import ground_truth, of_student
 from ..random_state import random_state, set_random_state
 from ..teacher import teacher_weights
+from .best import check_metric
 from .config_loading import load_config, output_dir
 from .config_writing import check_is_no_student_config, write_configs
 from .epochs import in_iterations
@@ -108,10 +109,11 @@ def log_without_effect(cfg: CfgNode, distill: bool) -> None:
 
 def _check_data(cfg: CfgNode, trainer: type[DistillTrainer], train: bool) -> None:
     """Check the datasets, the mapper and the evaluators; what is random afterwards does not change."""
+    metrics: dict[str, set[str]] = {}
 
     def try_evaluation(name: str, records: list[dict[str, Any]]) -> None:
         truth = ground_truth(cfg)
-        try_evaluator(
+        metrics[name] = try_evaluator(
             name,
             records,
             lambda folder: trainer.build_evaluator(_with_output(cfg, folder), name),
@@ -122,6 +124,8 @@ def _check_data(cfg: CfgNode, trainer: type[DistillTrainer], train: bool) -> Non
     state = random_state()
     check_datasets(cfg, train, try_evaluation)
     set_random_state(state)
+    if train:
+        check_metric(cfg.TEST.KEEP_BEST, metrics)
 
 
 def _with_output(cfg: CfgNode, folder: str) -> CfgNode:

@@ -34,6 +34,7 @@ from ..random_state import random_state, set_random_state
 from ..rules import assertions_told
 from . import classes
 from .acting import check_acting
+from .best import BestCheckpoint, EndedEarly
 from .distributed import distributed
 from .evaluate import evaluate_teacher
 from .exact import exact_torchscript
@@ -52,6 +53,7 @@ from .last_step import LastStep
 from .loss_training import LossTraining
 from .metrics import Events, MetricsFile
 from .optimizer import build_optimizer, optimizer_signature
+from .resume_checks import all_have_checkpoint, check_length, check_optimizer, check_trainer
 from .run_state import RunState
 from .settings import RunSettings
 from .step import TrainStep
@@ -74,6 +76,7 @@ class DistillTrainer(DefaultTrainer):
         plain_model: the model, not wrapped in DistributedDataParallel.
         loss_training: pretraining and solvers of losses. ``iter`` and ``max_iter`` include the
             iterations of pretraining.
+        last_results: of the last evaluation; None before the first.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -108,6 +111,8 @@ class DistillTrainer(DefaultTrainer):
         self.checkpointer = self._build_checkpointer(model)
         self.stop = StopRequest()
         self._has_trained = False
+        self.last_results: dict[str, Any] | None = None
+        self._best = BestCheckpoint(self.settings) if self.settings.keep_best else None
         self._last_step = LastStep()
         self.register_hooks([*self.build_hooks(), self._last_step])
 
@@ -169,13 +174,13 @@ class DistillTrainer(DefaultTrainer):
         ret: list[HookBase] = [hooks.IterationTimer(), LRScheduler(), *self.loss_training.hooks()]
         ret += self._precise_bn()
         ret += [Checkpoints(self.settings.checkpoint_period), StopOnRequest()]
-        ret.append(EvalHook(self.settings.eval_period, self._evaluate))
+        ret.append(EvalHook(self.settings.eval_period, self._evaluate, self._best))
         if comm.is_main_process():
             period = self.settings.log_period
             ret.append(Writers(lambda: self.build_writers() + self.loss_training.writers(), period))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())
-        return [*ret, BoundedHistories()]
+        return [*ret, BoundedHistories(), *([self._best] if self._best is not None else [])]
 
     def _precise_bn(self) -> list[HookBase]:
         if not self.settings.precise_bn_iters:
@@ -211,7 +216,7 @@ class DistillTrainer(DefaultTrainer):
             ValueError: the last checkpoint is of another model, or of other solvers of losses; only some
                 of the machines see it.
         """
-        found = resume and self._all_have_checkpoint()
+        found = resume and all_have_checkpoint(self.checkpointer)
         loaded = self.checkpointer.resume_or_load(self.settings.weights, resume=found)
         if found:
             self._continue_from(loaded)
@@ -220,6 +225,8 @@ class DistillTrainer(DefaultTrainer):
             self.plain_model.preload_student()
         if resume:
             self._last_step.continue_metrics(self.settings.output_dir, self.start_iter - 1)
+            if self._best is not None:
+                self._best.continue_from(self._last_step.logged(self._best.metric))
 
     def _continue_from(self, loaded: dict[str, Any]) -> None:
         """Restore what depends on the checkpoint as a whole.
@@ -231,7 +238,7 @@ class DistillTrainer(DefaultTrainer):
         folder = self.settings.output_dir
         classes.check_checkpoint(f"in {folder}", classes_in(loaded), self._checked_datasets, advice)
         self.start_iter = self.iter + 1
-        self._check_length()
+        check_length(self.start_iter, self.loss_training.pretrain_iters, self.settings)
         self._run_state.restore(self.start_iter)
 
     def evaluate_teacher(self) -> None:
@@ -269,6 +276,10 @@ class DistillTrainer(DefaultTrainer):
             try:
                 TrainerBase.train(self, self.start_iter, self.max_iter)
                 return self._verified_results()
+            except EndedEarly:
+                if self.last_results is None:  # the run had ended before
+                    self._evaluate()
+                return self._verified_results()
             except Interrupted:
                 logger.warning(
                     f"Stopped by signal {self.stop.signal or 'of another process'} after iteration "
@@ -280,7 +291,7 @@ class DistillTrainer(DefaultTrainer):
                 end_workers()
 
     def _verified_results(self) -> dict[str, Any] | None:
-        results = getattr(self, "_last_eval_results", None)
+        results = self.last_results
         if self.settings.verify_results and comm.is_main_process():
             if results is None:
                 raise ValueError(
@@ -292,6 +303,10 @@ class DistillTrainer(DefaultTrainer):
     def before_train(self) -> None:
         super().before_train()
         self._run_state.restore_random_state()
+        if self._best is not None and 0 < self.start_iter < self.max_iter:
+            self.iter = self.storage.iter = self.start_iter - 1
+            self._best.end_if_patient_enough()
+            self.iter = self.storage.iter = self.start_iter
 
     def after_train(self) -> None:
         if self.start_iter >= self.max_iter:
@@ -314,8 +329,20 @@ class DistillTrainer(DefaultTrainer):
         """Write a checkpoint; all processes call it, the main one writes."""
         self._trainer.report.flush()
         self._run_state.gather()
+        self.checkpointer.save(name, **self._metadata())
+
+    def save_student(self, name: str, **metadata: Any) -> None:
+        """Write the student alone, from which nothing is resumed; the main process calls it.
+
+        Args:
+            metadata: further entries of the file's metadata.
+        """
+        self.checkpointer.save_weights(name, **self._metadata(**metadata))
+
+    def _metadata(self, **entries: Any) -> dict[str, Any]:
         things = classes_of(self.settings.train_datasets)
-        self.checkpointer.save(name, **({"metadata": {"thing_classes": things}} if things else {}))
+        entries = {**({"thing_classes": things} if things else {}), **entries}
+        return {"metadata": entries} if entries else {}
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -325,38 +352,13 @@ class DistillTrainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "_trainer" not in state_dict:  # as those of detectron2's lazyconfig_train_net.py
-            raise ValueError(
-                f"--resume: the checkpoint in {self.settings.output_dir} is of another trainer. Give the file as "
-                "MODEL.WEIGHTS (train.init_checkpoint) of a run in another OUTPUT_DIR"
-            )
+        check_trainer(state_dict, self.settings.output_dir)
         # Before anything is loaded: with other solvers the student's optimizer differs, too.
         self.loss_training.check(state_dict)
-        self._check_optimizer(state_dict)
+        check_optimizer(self._trainer.optimizer, state_dict)
         super().load_state_dict(state_dict)
         self.loss_training.load_state_dict(state_dict)
         self._run_state.load_state_dict(state_dict)
-
-    def _check_length(self) -> None:
-        if self.start_iter < self.max_iter:
-            return
-        done = self.start_iter - self.loss_training.pretrain_iters
-        trained = f"the checkpoint in {self.settings.output_dir} has trained {done} iterations"
-        if self.start_iter > self.max_iter:
-            raise ValueError(
-                f"--resume: SOLVER.MAX_ITER (train.max_iter) is {self.settings.max_iter}, but {trained}. Raise "
-                "it, or start without --resume in another OUTPUT_DIR"
-            )
-        logger.info(f"--resume: {trained}, all of them: nothing is left to train")
-
-    def _check_optimizer(self, state_dict: dict[str, Any]) -> None:
-        signature = optimizer_signature(self._trainer.optimizer)
-        if state_dict.get("optimizer_kind", signature) != signature:
-            raise ValueError(
-                f"--resume: the checkpoint's optimizer is {state_dict['optimizer_kind']}, this run's is "
-                f"{signature} (SOLVER.OPTIMIZER, MODEL.DISTILLER.FREEZE, MODEL.BACKBONE.FREEZE_AT). Use the "
-                "checkpoint's settings, another OUTPUT_DIR, or start without --resume"
-            )
 
     def _student(self) -> nn.Module:
         model = self.plain_model
@@ -368,21 +370,12 @@ class DistillTrainer(DefaultTrainer):
         folder = self.settings.output_dir
         return SafeCheckpointer(self._student(), folder, trainer=weakref.proxy(self), **extra)
 
-    def _all_have_checkpoint(self) -> bool:
-        seen = comm.all_gather(self.checkpointer.has_checkpoint())
-        if any(seen) and not all(seen):
-            raise ValueError(
-                f"--resume: only {sum(seen)} of {len(seen)} processes see a checkpoint in "
-                f"{self.settings.output_dir}; OUTPUT_DIR must be shared by all machines"
-            )
-        return seen[0]
-
     def _evaluate(self) -> dict[str, Any]:
         state = random_state()  # evaluation must not change what training draws afterwards
         with self.model.register_forward_pre_hook(lambda *_: self._leave_evaluation()):
-            self._last_eval_results = self.test(self.cfg, self.model)
+            self.last_results = self.test(self.cfg, self.model)
         set_random_state(state)
-        return self._last_eval_results
+        return self.last_results
 
     def _leave_evaluation(self) -> None:
         """A scheduler may not wait for the end of an evaluation. Several processes finish it, because they

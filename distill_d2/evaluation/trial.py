@@ -12,6 +12,7 @@ from typing import Any, Callable
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.testing import flatten_results_dict
 
 from ..data.sample import objects, varied_sample
 from ..quiet import quiet, tell
@@ -38,7 +39,7 @@ def try_evaluator(
     *,
     masks: bool = False,
     keypoints: bool = False,
-) -> None:
+) -> set[str]:
     """Give a dataset's ground truth as detections to the evaluator of the run, which must not fail and must find
     all objects; a sample of at most 150 images. What it finds at fault but usable is logged.
 
@@ -50,6 +51,9 @@ def try_evaluator(
         build: the evaluator, for a folder that it may write to.
         masks, keypoints: of the detector's predictions.
 
+    Returns:
+        the names of the evaluator's metrics, such as "bbox/AP"; none where it was not tried.
+
     Raises:
         ImportError: a package that the evaluator needs is missing.
         ValueError: the evaluator fails, or finds less than half of the ground truth; the message names the
@@ -59,8 +63,12 @@ def try_evaluator(
         sample = _sample(records, masks, keypoints)
         with _told(name), of_records(sample):
             built = build(folder)
-        for evaluator in getattr(built, "_evaluators", [built]):
-            _Trial(name, evaluator, sample, len(sample) == len(records), masks, keypoints).run()
+        whole = len(sample) == len(records)
+        return {
+            metric
+            for evaluator in getattr(built, "_evaluators", [built])
+            for metric in _Trial(name, evaluator, sample, whole, masks, keypoints).run()
+        }
 
 
 @dataclass
@@ -74,9 +82,10 @@ class _Trial:
     masks: bool
     keypoints: bool
 
-    def run(self) -> None:
+    def run(self) -> list[str]:
+        """The names of the metrics."""
         if not self.sample or not (self.whole or self._takes_images()):
-            return
+            return []
         try:
             results = self._score(self.sample)
         except Exception as error:  # an evaluator may raise anything
@@ -87,6 +96,7 @@ class _Trial:
             if isinstance(metrics, dict) and "AP" in metrics:
                 ap = float(metrics["AP"])
                 self._judge(task, ap, float(metrics.get("AP50", ap)))
+        return list(flatten_results_dict(results))
 
     def _judge(self, task: str, ap: float, ap50: float) -> None:
         if math.isnan(ap50) or ap50 < 0:

@@ -121,7 +121,11 @@ def load_trained(run: str, weights: str = "", device: str = "cpu") -> Trained:
         FileNotFoundError, OSError, ValueError, KeyError: something is missing or cannot be read; the weights do
             not fill the model. The message names the file or key.
     """
-    source = find_run(run, weights)
+    return load_source(find_run(run, weights), device)
+
+
+def load_source(source: Source, device: str = "cpu") -> Trained:
+    """``load_trained`` of what ``find_run`` has found."""
     if not source.weights:
         raise ValueError(
             f"the config '{source.name}' names no weights (MODEL.WEIGHTS); give them (--weights)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from .timing import clock
 PARTS = ("backbone", "neck", "head")
 REST = "pre- and post-processing"
 
-_ROUNDS = 5
+_ROUNDS = 15
 
 
 def part_of(name: str, has_bottom_up: bool) -> str:
@@ -48,15 +49,18 @@ def time_shares(model: nn.Module, inputs: Sequence[dict[str, Any]]) -> dict[str,
         inputs: of the model, at least one.
     """
     with torch.inference_mode():
-        model([inputs[0]])
-        with _timed(model) as seconds:
-            start = clock()
-            for _ in range(_ROUNDS):
-                for item in inputs:
-                    model([item])
-            whole = clock() - start
-    shares = {part: seconds[part] / whole for part in PARTS}
+        rounds = [_shares(model, inputs) for _ in range(_ROUNDS)]
+    shares = {part: statistics.median(each[part] for each in rounds) for part in PARTS}
     return {**shares, REST: max(0.0, 1.0 - sum(shares.values()))}
+
+
+def _shares(model: nn.Module, inputs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    with _timed(model) as seconds:
+        start = clock()
+        for item in inputs:
+            model([item])
+        whole = clock() - start
+    return {part: each / whole for part, each in seconds.items()}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,81 @@
+"""How large and how fast are student and teacher?
+
+Parameters, multiply-adds, weights on disk, memory and time per image, of whole detectors and of backbone, neck
+and head, measured in turn in one process. A distillation, its OUTPUT_DIR or its config, gives its teacher and
+its student. It says in words when the student is hardly faster, and which part takes its time.
+
+    distill-d2 profile --run output/pkd
+    distill-d2 profile --run output/teacher --run output/pkd --images photos/ --json profile.json
+    distill-d2 profile --config-file Distillation-PKD/retinanet_R_50_R101_pkd_FPN_1x.yaml --size 800x1088
+
+Detectors of --config-file have random weights, which find other objects than trained ones: what comes after the
+network, such as non-maximum suppression, takes another time.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..imports import add_import_argument
+from .arguments import OPTS_HELP, add_device_argument
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run",
+        dest="runs",
+        metavar="RUN",
+        action="append",
+        default=[],
+        help="a training's OUTPUT_DIR, a config with weights, or an exported file; repeatable",
+    )
+    parser.add_argument(
+        "--config-file",
+        dest="config_files",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="path of a config, or the name of a packaged one; repeatable",
+    )
+    parser.add_argument(
+        "--size",
+        metavar="HxW",
+        default="",
+        help="of the images in pixels; default: as the first is evaluated",
+    )
+    parser.add_argument(
+        "--images",
+        metavar="IMAGES",
+        action="append",
+        default=[],
+        help="a file, folder or pattern, of which at most 8 are taken; repeatable; default: a generated image",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="how long to measure times (default: 10)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all numbers here, too")
+    add_import_argument(parser)
+    add_device_argument(parser)
+    parser.add_argument("opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help=OPTS_HELP)
+
+
+def run(args: argparse.Namespace) -> None:
+    if not args.runs and not args.config_files:
+        raise ValueError("nothing to measure; give --run (an OUTPUT_DIR) or --config-file")
+    sides = args.size.lower().split("x") if args.size else []
+    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise ValueError(f"--size {args.size}: expected HEIGHTxWIDTH in pixels, or one number")
+    if not args.seconds > 0:
+        raise ValueError(f"--seconds {args.seconds}: expected more than 0")
+
+    from ..imports import import_modules
+    from ..profiling.main import measure, tell
+    from .arguments import chosen_device
+
+    import_modules(args.imports)
+    device = chosen_device(args)
+    size = (int(sides[0]), int(sides[-1])) if sides else None
+    report = measure(args.runs, args.config_files, args.opts, device, size, args.images, args.seconds)
+    tell(report, device)
+    if args.json:
+        report.write(args.json)
