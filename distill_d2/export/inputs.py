@@ -88,4 +88,4 @@ def _resize(trained: Trained, size: Size | None) -> dict[str, Any]:
 
 def _mean_color(trained: Trained) -> torch.Tensor:
     """What is 0 after normalization, as detectron2's own padding is."""
-    return trained.model.pixel_mean.detach().flatten().float().cpu()
+    return trained.model.get_buffer("pixel_mean").detach().flatten().float().cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,4 +39,4 @@ def _logaddexp(graph: Any, one: Any, other: Any) -> Any:
     return graph.op("Add", graph.op("Max", one, other), graph.op("Log", term))
 
 
-_SYMBOLICS = {"aten::sort": _sort, "aten::logaddexp": _logaddexp}
+_SYMBOLICS: dict[str, Callable[..., Any]] = {"aten::sort": _sort, "aten::logaddexp": _logaddexp}

@@ -107,7 +107,9 @@ def _batched_nms(
     """torchvision's with its trick for small numbers: classes are moved so far apart that they do not overlap."""
     distance = F.pad(boxes.flatten(), (0, 1)).max() + 1  # also without boxes
     moved = boxes + (idxs.to(boxes) * distance)[:, None]
-    return torch.ops.torchvision.nms(moved, scores, iou_threshold)
+    # torch.export takes it that two boxes or more are kept: two of no area, which overlap none, come last.
+    moved, scores = F.pad(moved, (0, 0, 0, 2)), F.pad(scores, (0, 2), value=-torch.inf)
+    return torch.ops.torchvision.nms(moved, scores, iou_threshold)[:-2]
 
 
 def _rows_of_pooler(box_lists: list[Boxes]) -> torch.Tensor:

@@ -268,23 +268,27 @@ class CondInst(OneStageDetector):
         output_size: tuple[int, int],
     ) -> torch.Tensor:
         """(M, H, W) bool at the size of the output, from the image's mask features (C, H', W')."""
-        if is_recorded():  # without a loop, whose length would be recorded
-            return self._masks_at_once(found, mask_features, image_size, output_size)
+        kernels = found.top_feat, found.locations, found.fpn_levels
+        if is_recorded():  # the length of a loop would be, too. One more: ONNX has no reshape of nothing
+            kernels = tuple(torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in kernels)
+            return self._masks_of(*kernels, mask_features, image_size, output_size)[:-1]
         masks = [mask_features.new_zeros(0, *output_size, dtype=torch.bool)]
         for start in range(0, len(found), self.max_instances_per_pass):
-            part = found[start : start + self.max_instances_per_pass]
-            masks.append(self._masks_at_once(part, mask_features, image_size, output_size))
+            part = [each[start : start + self.max_instances_per_pass] for each in kernels]
+            masks.append(self._masks_of(*part, mask_features, image_size, output_size))
         return torch.cat(masks)
 
-    def _masks_at_once(
+    def _masks_of(
         self,
-        found: Instances,
+        params: torch.Tensor,
+        locations: torch.Tensor,
+        levels: torch.Tensor,
         mask_features: torch.Tensor,
         image_size: tuple[int, int],
         output_size: tuple[int, int],
     ) -> torch.Tensor:
-        head, counts = self.mask_head, [found.scores.shape[0]]
-        logits = head(mask_features[None], found.top_feat, found.locations, found.fpn_levels, counts)
+        head = self.mask_head
+        logits = head(mask_features[None], params, locations, levels, [params.shape[0]])
         probabilities = aligned_bilinear(logits.float().sigmoid(), head.out_stride)
         probabilities = probabilities[..., : image_size[0], : image_size[1]]
         resized = F.interpolate(probabilities, size=output_size, mode="bilinear", align_corners=False)
