@@ -44,7 +44,7 @@ setup(
     packages=[*find_packages(include=["distill_d2", "distill_d2.*"]), "distill_d2.configs", *PROJECTS],
     package_dir={"distill_d2.configs": "configs", **PROJECTS},
     package_data={
-        "distill_d2": ["py.typed"],
+        "distill_d2": ["py.typed", "LICENSE"],
         "distill_d2.configs": CONFIG_FILES,
         **dict.fromkeys(PROJECTS, CONFIG_FILES),
     },

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from .commands.arguments import check_config_arguments
 from .mistakes import add_debug_argument, ending_on_mistakes
 from .requirements import require_detectron2
 
@@ -25,10 +26,13 @@ COMMANDS = (
     "train",
     "baseline",
     "evaluate",
+    "init",
+    "check",
     "predict",
-    "profile",
     "visualize",
+    "profile",
     "compare",
+    "report",
     "export",
     "convert",
     "benchmark",
@@ -84,6 +88,7 @@ def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | N
     with ending_on_mistakes(f"{prog}: ", debug=args.debug):
         if name != "install-detectron2":
             require_detectron2()
+        check_config_arguments(args)
         return command.run(args) or 0
 
 

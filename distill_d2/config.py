@@ -42,6 +42,12 @@ def add_distill_config(cfg: CN) -> None:
     # More arguments of that class, such as {betas: [0.9, 0.99]}.
     cfg.SOLVER.OPTIMIZER_ARGS = CN(new_allowed=True)
 
+    # A step's IMS_PER_BATCH images go through the models in this many parts, whose gradients are averaged: for
+    # batches that the memory does not hold at once.
+    cfg.SOLVER.ACCUMULATE = 1
+    # The decay of a moving average of the student's weights, such as 0.999, which is evaluated and saved in
+    # their place; smaller in the first steps. 0: none.
+    cfg.SOLVER.EMA = 0.0
     # The length of the run in epochs, passes over the images of DATASETS.TRAIN; above 0 it replaces MAX_ITER.
     # With it STEPS are fractions of the run, such as (0.67, 0.89), which they may be without it, too, and
     # WARMUP_ITERS is at most a tenth of the run. CHECKPOINT_EPOCHS replaces CHECKPOINT_PERIOD likewise, and
@@ -119,6 +125,9 @@ def add_distill_config(cfg: CN) -> None:
     distiller.TEACHER_AUTOCAST = "auto"
     # torch.compile of the teacher's backbone; each new input shape costs a compilation.
     distiller.TEACHER_COMPILE = False
+    # Measure how strongly each term pulls on the student, on four images per process: before training, and
+    # with each evaluation in it (OUTPUT_DIR/gradients.jsonl).
+    distiller.MEASURE_GRADIENTS = True
     # Evaluate the teacher on DATASETS.TEST too, on the student's images: with --eval-only, and before
     # training.
     distiller.EVAL_TEACHER = False

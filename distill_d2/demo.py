@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ RUNS = {
 METHODS = list(RUNS)[2:]
 DATASETS = ["shapes", "bccd", "bccd_rcnn", "shapes_ssd", "bccd_ssd", "bccd_fcos", "nuclei_solov2"]
 SECONDS_BETWEEN_NEWS = 30
+IMAGES_TIMED = 8
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -66,7 +68,8 @@ def demo(args: argparse.Namespace) -> None:
     others = ["student", *args.methods]
     for index in range(0, len(others), 2):  # two at a time
         wait_for([start(name, args) for name in others[index : index + 2]])
-    print_comparison(Path(args.output), args.methods, time.time() - started)
+    device = "cuda" if args.num_gpus else "cpu"
+    print_comparison(Path(args.output), args.methods, time.time() - started, device)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -166,20 +169,82 @@ def progress(run: Run) -> str:
     return f"{run.output.stem}: {where}"
 
 
-def print_comparison(output: Path, methods: list[str], seconds: float) -> None:
+def print_comparison(output: Path, methods: list[str], seconds: float, device: str = "cpu") -> None:
+    """Sizes, speeds and APs of all runs, and what the student gained; then what to do next.
+
+    Args:
+        seconds: that the runs took.
+        device: of torch, on which speeds are measured.
+    """
     from tabulate import tabulate
 
-    found = {name: last_results(output / name) for name in ("teacher", "student", *methods)}
+    from .profiling import time_ratio
+
+    names = ["teacher", "student", *methods]
+    found = {name: last_results(output / name) for name in names}
+    sizes, times, files = measure({name: str(output / name) for name in names}, device)
     task = "segm" if "segm/AP" in found["student"] else "bbox"
     scores = [f"{task}/{score}" for score in ("AP", "AP50", "AP75")]
-    rows = [[name, *(results[score] for score in scores)] for name, results in found.items()]
-    header = ["", *scores]
-    print(tabulate(rows, headers=header, tablefmt="pipe", floatfmt=".1f"))
+    rows = [
+        [name, sizes[name] / 1e6, statistics.median(times[name]), *map(found[name].get, scores)]
+        for name in names
+    ]
+    header = ["", "M parameters", "ms per image", *scores]
+    formats = ("", ".2f", ".1f", ".1f", ".1f", ".1f")
+    print(tabulate(rows, headers=header, tablefmt="pipe", floatfmt=formats))
     student = found["student"][scores[0]]
     gains = ", ".join(
         f"{name} - student: {found[name][scores[0]] - student:+.1f} AP" for name in methods
     )
+    ratio = time_ratio(times["teacher"], times["student"])
+    where = "one thread" if device == "cpu" else device
+    print(f"the student is {ratio:.1f} times as fast as its teacher (batches of one image, {where})")
     print(f"{gains}; {seconds / 60:.1f} minutes in all")
+    print_next_steps(output, names, files)
+
+
+def print_next_steps(output: Path, names: list[str], files: list[str]) -> None:
+    """Commands on the runs of these names, and on images."""
+    runs = [str(output / name) for name in names]
+    report = ["report", *runs, "--output", str(output / "report.html")]
+    predict = ["predict", *(word for run in runs for word in ("--run", run)), *files[:2]]
+    print("Next:")
+    for words in (report, [*predict, "--output", str(output / "pictures")]):
+        print(f"  distill-d2 {shlex.join(words)}")
+
+
+def measure(
+    runs: dict[str, str], device: str
+) -> tuple[dict[str, int], dict[str, list[float]], list[str]]:
+    """Sizes and speeds of trained detectors, by name.
+
+    Returns:
+        numbers of parameters; milliseconds per image, in rounds that all detectors share, on a CPU with one
+        thread; and the files of the images.
+    """
+    import torch
+    from detectron2.data import DatasetCatalog
+    from detectron2.data.detection_utils import read_image
+
+    from .engine import load_config
+    from .inference import load_trained
+    from .profiling import milliseconds_per_image
+
+    torch.set_num_threads(1)
+    config = load_config(os.path.join(runs["student"], "config.yaml"))  # makes its datasets known
+    files = [
+        record["file_name"] for record in DatasetCatalog.get(config.DATASETS.TEST[0])[:IMAGES_TIMED]
+    ]
+    trained = {name: load_trained(run, device=device) for name, run in runs.items()}
+    times = milliseconds_per_image(
+        {name: each.model for name, each in trained.items()},
+        {
+            name: [each.inputs(read_image(file, "BGR")) for file in files]
+            for name, each in trained.items()
+        },
+    )
+    sizes = {name: sum(p.numel() for p in each.model.parameters()) for name, each in trained.items()}
+    return sizes, times, files
 
 
 def last_results(run: Path) -> dict[str, float]:

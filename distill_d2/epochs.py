@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from detectron2.config import CfgNode
+if TYPE_CHECKING:  # a config file is checked before torch is imported
+    from detectron2.config import CfgNode
 
 #: Keys in iterations, and the keys in epochs that replace them where they are above 0.
 IN_EPOCHS = {

@@ -5,6 +5,7 @@ Each filter names one message, so a warning about the user's model or data is ne
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 
@@ -19,15 +20,23 @@ _HARMLESS = (
     ("`broadcast_buffers` is deprecated", FutureWarning),
 )
 
+# Of loggers, by name.
+_NO_NEWS = (
+    # A config without VERSION is of the latest; only an older one is news.
+    ("detectron2.config.compat", "no VERSION. Assuming it to be compatible with latest"),
+    # detectron2's report of the machine asks for the compiler.
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+)
+
 
 def silence_known_warnings() -> None:
     """Add the filters to this process; a spawned process adds them when it imports distill_d2."""
     for message, categories in _HARMLESS:
         for category in categories if isinstance(categories, tuple) else (categories,):
             warnings.filterwarnings("ignore", message=message, category=category)
-    logging.getLogger("detectron2.config.compat").addFilter(_is_news)
+    for name, text in _NO_NEWS:
+        logging.getLogger(name).addFilter(functools.partial(_is_news, text))
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """A config without VERSION is of the latest; only an older one is news."""
-    return "no VERSION. Assuming it to be compatible with latest" not in record.getMessage()
+def _is_news(known: str, record: logging.LogRecord) -> bool:
+    return known not in record.getMessage()

@@ -28,7 +28,8 @@ def test_describe(levels, part):
     teacher = Teacher(build_model(tiny_config(channels=64)))
     for name in levels:
         teacher.view.require_level(name)
-    assert teacher.describe() == f"RetinaNet, 0.2 M parameters; runs {part}"
+    count = sum(parameter.numel() for parameter in teacher.model.parameters())
+    assert teacher.describe() == f"RetinaNet, {count / 1e6:.3g} M parameters; runs {part}"
     teacher.view.require("dense")
     assert teacher.describe().endswith("; runs backbone and neck, and its head for dense")
 
@@ -192,7 +193,7 @@ def test_auto_follows_the_students_step_on_a_gpu(monkeypatch, device, enabled):
 
 def test_precision_is_logged_once(caplog):
     teacher = Teacher(tiny_detector())
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         for _ in range(2):
             teacher.observe(BLACK, SIZE)
     (line,) = [message for message in caplog.messages if "TEACHER_AUTOCAST" in message]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -13,6 +14,8 @@ from .choosing import LAST, choose
 from .integrity import check_finite, check_weights
 from .reading import errors_name_file, read_pickle, read_pycls, read_torch
 from .writing import write_whole
+
+logger = logging.getLogger(__name__)
 
 _KEY = "MODEL.WEIGHTS (of a LazyConfig train.init_checkpoint)"
 
@@ -51,7 +54,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _write(self, name: str, data: dict[str, Any]) -> None:
         path = os.path.join(self.save_dir, name)
-        self.logger.info(f"Saving checkpoint to {path}")
+        logger.info(f"Saving checkpoint to {path}")
         write_whole(path, lambda file: torch.save(data, file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -82,7 +85,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"{'; '.join(choice.problems)}. Use another OUTPUT_DIR, or start again with --overwrite"
             )
         if choice.problems:
-            self.logger.warning(
+            logger.warning(
                 f"--resume: {choice.path} (iteration {choice.iteration}) is the newest whole checkpoint; "
                 f"{'; '.join(choice.problems)}"
             )
@@ -122,6 +125,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise FileNotFoundError(f"{_KEY}: {error}") from error
         if path:
             self._check_use(path)
+            self._tell_missing(path)
         return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -137,6 +141,18 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"{_KEY}: no tensor of '{path}' fits the {type(self.model).__name__}: it has names such as "
                 f"{self.incompatible.unexpected_keys[:3]}, the model {names[:3]}. Give weights of this "
                 "model or its backbone, or '' to start from random ones"
+            )
+
+    def _tell_missing(self, path: str) -> None:
+        """In one line; fvcore logs each tensor."""
+        mis_shaped = {name for name, _, _ in self.incompatible.incorrect_shapes}
+        missing = sorted(mis_shaped | set(self.incompatible.missing_keys))
+        if missing:
+            other = f" ({len(mis_shaped)} are there in another shape)" if mis_shaped else ""
+            logger.log(
+                logging.WARNING if mis_shaped else logging.INFO,
+                f"{len(missing)} of the model's {len(self.model.state_dict())} tensors are not taken from {path}"
+                f"{other} and stay as they are built: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}",
             )
 
     def _check_exact(self, checkpoint: dict[str, Any]) -> None:

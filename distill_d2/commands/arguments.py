@@ -29,24 +29,25 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 
 
 def check_config_arguments(args: argparse.Namespace) -> None:
-    """Check --config-file and the KEY VALUE pairs as far as this takes no time: torch is not imported.
+    """Check --config-file and the KEY VALUE pairs, of a command that has them, as far as this takes no time: torch
+    is not imported.
 
     Raises:
-        ValueError: neither is given; a pair is not complete; the file, or a _BASE_ of it, is not yaml.
+        ValueError: a training has neither; a pair is not complete; the file, or a _BASE_ of it, is not yaml.
         FileNotFoundError, OSError: the file, or a _BASE_ of it, does not exist or cannot be read.
     """
-    if not args.config_file and not args.opts:
+    file, words = getattr(args, "config_file", None), getattr(args, "opts", None)
+    if not file and not words and getattr(args, "needs_config", False):
         raise ValueError(
             "--config-file is missing; give the path of a config, or the name of a packaged one such as "
             "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
         )
-    is_lazy = args.config_file.endswith(".py")
-    if args.config_file:
-        path = find_config(args.config_file)
-        if not is_lazy:
-            read_config(path)
-    if not is_lazy:
-        pairs_of(args.opts or [])
+    path = find_config(file) if file else ""
+    if path.endswith(".py"):
+        return
+    if path:
+        read_config(path)
+    pairs_of(words or [])
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -127,4 +128,5 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     # As detectron2's: fixed per user. For several machines; one machine takes a free port, so that two runs
     # do not collide.
     user = os.getuid() if sys.platform != "win32" else 1
+    parser.set_defaults(needs_config=True)
     parser.set_defaults(default_dist_url=f"tcp://127.0.0.1:{2**15 + 2**14 + hash(user) % 2**14}")

@@ -102,5 +102,5 @@ def complete(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} is an option of {' and '.join(sources)}, not of {args.source}")
     if args.config_file is None and args.source != "torchdistill":
         raise ValueError(
-            f"convert {args.source} needs --config-file, the config of the detector that INPUT is for"
+            f"{args.source} needs --config-file, the config of the detector that INPUT is for"
         )

@@ -12,13 +12,11 @@ import argparse
 from functools import partial
 
 from .arguments import add_training_arguments as add_arguments
-from .arguments import check_config_arguments
 
 __all__ = ["add_arguments", "run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    check_config_arguments(args)
     from ..engine import launch, main
 
     args.eval_only = True

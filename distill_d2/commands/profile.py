@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="how long to measure times (default: 10)"
     )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch on a CPU; 0: as it chooses (default: 1)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all numbers here, too")
     add_import_argument(parser)
     add_device_argument(parser)
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
     sides = args.size.lower().split("x") if args.size else []
     if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
         raise ValueError(f"--size {args.size}: expected HEIGHTxWIDTH in pixels, or one number")
+    if args.threads < 0:
+        raise ValueError(f"--threads {args.threads}: expected 1 or more, or 0")
     if not args.seconds > 0:
         raise ValueError(f"--seconds {args.seconds}: expected more than 0")
 
@@ -75,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
     import_modules(args.imports)
     device = chosen_device(args)
     size = (int(sides[0]), int(sides[-1])) if sides else None
-    report = measure(args.runs, args.config_files, args.opts, device, size, args.images, args.seconds)
-    tell(report, device)
+    report = measure(
+        args.runs, args.config_files, args.opts, device, size, args.images, args.seconds, args.threads
+    )
+    tell(report)
     if args.json:
         report.write(args.json)

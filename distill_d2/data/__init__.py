@@ -2,12 +2,13 @@
 
 from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_mapper
 from .builtin_voc import register_builtin_voc
-from .check import DataPlan, check_dataset, check_plan
+from .check import DataPlan, check_dataset, check_plan, raised
 from .check_config import check_datasets
 from .coco import adopt_coco_datasets
+from .config_loader import train_loader_of_config, training_records
 from .custom import register_custom_datasets
 from .custom_entries import check_name, datasets_root, with_absolute_paths
-from .loader import ShieldedLoader, build_train_loader, end_workers, training_records
+from .loader import ShieldedLoader, build_train_loader, end_workers, example_batch
 from .read_errors import NamedReadErrors
 from .sampler import ResumableTrainingSampler, sampler_of_config, seeded
 from .shapes import generate_shapes, register_shapes
@@ -32,13 +33,16 @@ __all__ = [
     "check_plan",
     "datasets_root",
     "end_workers",
+    "example_batch",
     "generate_shapes",
+    "raised",
     "register_builtin_voc",
     "register_custom_datasets",
     "register_shapes",
     "sampler_of_config",
     "seeded",
     "skip_unreadable",
+    "train_loader_of_config",
     "training_records",
     "with_absolute_paths",
 ]

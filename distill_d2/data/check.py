@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -21,7 +23,12 @@ from .keypoints import check_keypoints
 from .mapper_trial import MapperNeeds, try_mapper
 from .records import check_records
 from .sample import has_objects
+from .summary import DatasetSummary, summarize, summary_table
 from .voc import check_evaluated_ids
+
+logger = logging.getLogger(__name__)
+
+_CHECK_KEY = "DATASETS.CHECK, of a LazyConfig dataloader.check, is 'none'"
 
 
 @dataclass(frozen=True)
@@ -60,27 +67,56 @@ class DataPlan:
     try_evaluation: Callable[[str, list[dict[str, Any]]], None] | None = None
 
 
-def check_plan(plan: DataPlan) -> None:
+def raised(error: Exception) -> None:
+    """Raises the error."""
+    raise error
+
+
+def check_plan(plan: DataPlan, told: Callable[[Exception], None] = raised) -> None:
     """Check each dataset with ``check_dataset``, that all have the same classes in the same order, that the mapper
-    of training gives what the model needs, and that the evaluator of each test dataset works.
+    of training gives what the model needs, and that the evaluator of each test dataset works; log a table of what
+    they hold.
+
+    Args:
+        told: is called with the error of a dataset; if it returns, the others are checked, too.
 
     Raises:
         ValueError: a dataset is not registered or does not fit the model, or another one.
         OSError: annotations or images do not exist or cannot be read.
     """
+    found: list[str] = []
     for key, names in zip(plan.keys, (plan.train, plan.test)):
         for name in names:
-            _check_registered(name, key)
+            with _telling(told):
+                _check_registered(name, key)
+                found.append(name)
+    names = list(dict.fromkeys(found))
     if not plan.check:
+        logger.info(f"Data: {', '.join(names)}; neither checked nor counted ({_CHECK_KEY})")
         return
-    like = ""
-    for name in dict.fromkeys((*plan.train, *plan.test)):
-        with kept_content():
-            _check_and_try(name, plan, like)
-        like = like or (name if classes_of([name]) else "")
+    like, rows = "", []
+    for name in names:
+        with _telling(told), kept_content():
+            summary = _check_and_try(name, plan, like)
+            rows.append((summary, ", ".join(_uses(name, plan))))
+            like = like or (name if classes_of([name]) else "")
+    if rows:
+        logger.info(f"Data:\n{summary_table(rows)}")
 
 
-def _check_and_try(name: str, plan: DataPlan, like: str) -> None:
+@contextlib.contextmanager
+def _telling(told: Callable[[Exception], None]) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        told(error)
+
+
+def _uses(name: str, plan: DataPlan) -> list[str]:
+    return [use for use, names in (("train", plan.train), ("test", plan.test)) if name in names]
+
+
+def _check_and_try(name: str, plan: DataPlan, like: str) -> DatasetSummary:
     trained_on = name in plan.train
     records = check_dataset(
         name,
@@ -97,6 +133,7 @@ def _check_and_try(name: str, plan: DataPlan, like: str) -> None:
         _try_mapper(name, records, plan)
     if name in plan.test and plan.try_evaluation:
         plan.try_evaluation(name, records)
+    return summarize(name, records)
 
 
 def check_dataset(

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 
 from .. import plugins
 from .augmentation import build_mapper
-from .check import DataPlan, check_plan
+from .check import DataPlan, check_plan, raised
 from .mapper_trial import MapperNeeds
 from .proposals import read_proposals
 
@@ -18,6 +18,7 @@ def check_datasets(
     cfg: CfgNode,
     train: bool = True,
     try_evaluation: Callable[[str, list[dict[str, Any]]], None] | None = None,
+    told: Callable[[Exception], None] = raised,
 ) -> None:
     """Check all datasets of a run: see ``check_plan``. Call it once, in one process, after all datasets are
     registered.
@@ -26,6 +27,7 @@ def check_datasets(
         cfg: a complete config.
         train: also those of DATASETS.TRAIN.
         try_evaluation: tries the evaluator of a test dataset, given by name and dicts.
+        told: see ``check_plan``.
 
     Raises:
         ValueError: a dataset does not fit the config or the model; see ``check_plan``.
@@ -55,7 +57,7 @@ def check_datasets(
         needs=_needs(cfg),
         try_evaluation=try_evaluation,
     )
-    check_plan(plan)
+    check_plan(plan, told)
 
 
 def _need_annotations(cfg: CfgNode) -> bool:

@@ -32,7 +32,7 @@ def check_image_files(name: str, dicts: Sequence[dict[str, Any]], most: int, dee
 
     Raises:
         FileNotFoundError: some do not exist.
-        ValueError: an image is unreadable or not as large as its annotation says.
+        ValueError: images are unreadable or not as large as their annotation says: how many, and the first.
     """
     named = [record for record in dicts if "file_name" in record]
     local = [record for record in named if is_local(record)]
@@ -73,12 +73,24 @@ def _check_existence(name: str, files: Sequence[str]) -> None:
 
 def _decode(name: str, sample: Sequence[dict[str, Any]], deep: bool) -> None:
     with ThreadPoolExecutor(max_workers=DECODERS) as pool:
-        remarks = list(pool.map(functools.partial(check_image, deep=deep), sample))
+        found = list(pool.map(functools.partial(_remarks_or_fault, deep=deep), sample))
+    faults = [str(fault) for fault in found if isinstance(fault, ValueError)]
+    if faults:
+        more = f"; {len(faults)} of {len(sample)} images of dataset '{name}' cannot be used"
+        advice = ". DATASETS.SKIP_UNREADABLE True leaves such images out"
+        raise ValueError(faults[0] + more * (len(faults) > 1) + advice)
     files = collections.defaultdict(list)
-    for record, texts in zip(sample, remarks):
-        for text in texts:
+    for record, remarks in zip(sample, found):
+        for text in remarks if isinstance(remarks, list) else ():
             files[text].append(record["file_name"])
-    for text, found in files.items():
+    for text, of_text in files.items():
         logger.warning(
-            f"Dataset '{name}': {len(found)} of {len(sample)} images {text}, the first is '{found[0]}'"
+            f"Dataset '{name}': {len(of_text)} of {len(sample)} images {text}, the first is '{of_text[0]}'"
         )
+
+
+def _remarks_or_fault(record: dict[str, Any], deep: bool) -> list[str] | ValueError:
+    try:
+        return check_image(record, deep)
+    except ValueError as error:
+        return error

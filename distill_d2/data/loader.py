@@ -13,8 +13,7 @@ from typing import Any, Callable
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList
 from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -97,16 +96,22 @@ def build_train_loader(
     )
 
 
-def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
-    """The records of DATASETS.TRAIN that are trained on, detectron2's dicts."""
-    least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    skip_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    return get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=skip_empty,
-        min_keypoints=least if skip_empty else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+def example_batch(loader: Any, most: int, parts: int = 1) -> list[Any] | None:
+    """This process's share of images from all over the training data, mapped; the same ones at each call. The
+    order in which images are trained on stays as it is.
+
+    Args:
+        loader: of ``build_train_loader``.
+        most: the number of images, at most.
+        parts: of a batch, one of which is the number of images, at most.
+
+    Returns:
+        None for other loaders.
+    """
+    stream = getattr(loader, "dataset", None)
+    if not isinstance(stream, _MappedStream):
+        return None
+    return stream.examples(max(1, min(most, stream.sampler.batch_size // parts)))
 
 
 def _describe(dataset: Sequence[dict[str, Any]]) -> str:
@@ -136,6 +141,12 @@ class _MappedStream(IterableDataset):
                     continue
                 seed_all_rng(self._seed(place))
             yield self._mapped(index)
+
+    def examples(self, count: int) -> list[Any]:
+        """Images evenly spaced over the dataset, other ones in each process."""
+        parts = count * comm.get_world_size()
+        places = range(self.rank, parts, comm.get_world_size())
+        return [self._mapped(len(self.dataset) * place // parts) for place in places]
 
     def _seed(self, place: int) -> int:
         entropy = [self.sampler.seed, self.rank, place]

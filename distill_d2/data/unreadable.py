@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from ..checkpoint import write_whole
 from .image_files import DECODERS, is_local
 from .images import check_image
 
-logger = logging.getLogger(__name__)
-
 LIST = "unreadable_images.txt"
 
 
-def skip_unreadable(names: Sequence[str], folder: str) -> None:
+def skip_unreadable(names: Sequence[str], folder: str) -> list[str]:
     """Decode each image of these datasets, and leave those out that do not exist, cannot be read, or have another
     size than their annotation. Call it in every process; the first one decodes.
 
     Args:
         names: of registered datasets, which are registered again without these images.
         folder: OUTPUT_DIR; the file unreadable_images.txt there lists what was left out, and why.
+
+    Returns:
+        in the first process, a sentence for the log on each dataset of which images were left out.
     """
     names = list(dict.fromkeys(names))
     found = {name: _unreadable(name) for name in names} if comm.is_main_process() else {}
@@ -34,19 +34,20 @@ def skip_unreadable(names: Sequence[str], folder: str) -> None:
     for name in names:
         if found[name]:
             _leave_out(name, set(found[name]))
-    if comm.is_main_process() and any(found.values()):
-        _tell(found, os.path.join(folder, LIST))
+    if not comm.is_main_process() or not any(found.values()):
+        return []
+    return _listed(found, os.path.join(folder, LIST))
 
 
-def _tell(found: dict[str, dict[str, str]], path: str) -> None:
+def _listed(found: dict[str, dict[str, str]], path: str) -> list[str]:
     lines = [f"{name}: {reason}\n" for name, reasons in found.items() for reason in reasons.values()]
     write_whole(path, lambda file: file.write("".join(lines).encode()))
-    for name, reasons in found.items():
-        if reasons:
-            logger.warning(
-                f"DATASETS.SKIP_UNREADABLE: {len(reasons)} images of dataset '{name}' are left out, listed in "
-                f"{path}; the first: {next(iter(reasons.values()))}"
-            )
+    return [
+        f"DATASETS.SKIP_UNREADABLE: {len(reasons)} images of dataset '{name}' are left out, listed in {path}; the "
+        f"first: {next(iter(reasons.values()))}"
+        for name, reasons in found.items()
+        if reasons
+    ]
 
 
 def _unreadable(name: str) -> dict[str, str]:
@@ -74,3 +75,6 @@ def _leave_out(name: str, files: set[str]) -> None:
         name,
         lambda: [record for record in load() if os.fspath(record.get("file_name", "")) not in files],
     )
+    ids = {record["image_id"] for record in load() if os.fspath(record.get("file_name", "")) in files}
+    # For evaluators that read the annotations themselves.
+    vars(MetadataCatalog.get(name))["left_out"] = frozenset(ids)

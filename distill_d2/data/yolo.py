@@ -19,7 +19,8 @@ from .lists import files_by_id, read_list
 from .split import Share
 from .text import read_lines, read_text
 
-_NAMES_FILES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml", "classes.txt", "obj.names")
+#: Files that name classes.
+NAMES_FILES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml", "classes.txt", "obj.names")
 _LEVELS = 3  # folders above the images in which the classes are looked for
 _READERS = 8  # threads
 _BEYOND = 0.01  # by which rounding may exceed the image
@@ -57,17 +58,22 @@ def find_classes(name: str, folder: YoloFolder) -> list[str]:
     Raises:
         ValueError: there is none, or it holds no names.
     """
-    places = [folder.labels, folder.images]
-    for _ in range(_LEVELS):
-        places.append(os.path.dirname(os.path.normpath(places[-1])))
-    files = [os.path.join(place, file) for place in places for file in _NAMES_FILES]
-    found = next(filter(os.path.isfile, files), None)
+    found = find_names(folder)
     if found is None:
         raise ValueError(
             f"DATASETS.CUSTOM: dataset '{name}' does not name its classes; add CLASSES: [...], or one of "
-            f"{list(_NAMES_FILES)} beside or above '{folder.images}'"
+            f"{list(NAMES_FILES)} beside or above '{folder.images}'"
         )
     return read_classes(found)
+
+
+def find_names(folder: YoloFolder) -> str | None:
+    """The file that names the classes, one of NAMES_FILES beside or above labels and images, or None."""
+    places = [folder.labels, folder.images]
+    for _ in range(_LEVELS):
+        places.append(os.path.dirname(os.path.normpath(places[-1])))
+    files = (os.path.join(place, file) for place in places for file in NAMES_FILES)
+    return next(filter(os.path.isfile, files), None)
 
 
 def read_classes(file: str) -> list[str]:

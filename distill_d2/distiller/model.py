@@ -215,6 +215,12 @@ class Distiller(nn.Module):
         self.student_view.taps.release()
         self.teacher.view.taps.release()
 
+    def describe_levels(self) -> str:
+        """A table of the levels that the losses compare; "" if there are none."""
+        views = (self.student_view, self.teacher.view)
+        size = self.padding.of_image(*map(max, *(view.probe_size for view in views)))
+        return describe_levels(self.losses, *views, size)
+
     # A training step.
 
     def _train(
@@ -313,9 +319,7 @@ class Distiller(nn.Module):
 
     def _log_start(self) -> None:
         logger.info(f"Teacher: {self.teacher.describe()}")
-        views = (self.student_view, self.teacher.view)
-        size = self.padding.of_image(*map(max, *(view.probe_size for view in views)))
-        table = describe_levels(self.losses, *views, size)
+        table = self.describe_levels()
         if table:
             logger.info(table)
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 # Keys that change nothing of the training; yaml's, then LazyConfig's.
 _IGNORED = re.compile(
     r"(OUTPUT_DIR|MODEL\.(WEIGHTS|DEVICE)|TEST\.|DATASETS\.(TEST|CHECK|PROPOSAL_FILES_TEST)|VERSION$|VIS_PERIOD"
-    r"|SOLVER\.CHECKPOINT_PERIOD|EXTRA_CFG|CUDNN_BENCHMARK|MODEL\.DISTILLER\.EVAL_TEACHER"
+    r"|SOLVER\.CHECKPOINT_PERIOD|EXTRA_CFG|CUDNN_BENCHMARK|MODEL\.DISTILLER\.(EVAL_TEACHER|MEASURE_GRADIENTS)"
     r"|train\.(output_dir|init_checkpoint|device|eval_period|log_period|checkpointer)"
     r"|dataloader\.(test|evaluator)|distiller_not_used)"
 )
@@ -33,6 +33,10 @@ _MEANINGS = [
         r"SOLVER\.IMS_PER_BATCH|dataloader\.train\.total_batch_size",
         "the order of images continues as if all batches had been of this size, so some images are skipped or "
         "come again; the learning rate stays",
+    ),
+    (
+        r"SOLVER\.ACCUMULATE|train\.accumulate",
+        "the step stays, but for rounding, batch statistics and groups of images by aspect ratio",
     ),
     (r"SEED|train\.seed", "without effect: the random state comes from the checkpoint"),
     (

@@ -40,7 +40,7 @@ class Steps(Rule):
             return ""
         same = tuple(round(step / solver.MAX_ITER, 3) for step in value if step < solver.MAX_ITER)
         advice = f"; {same} are those of MAX_ITER {solver.MAX_ITER}" if same else ""
-        return f"fractions of the run with SOLVER.EPOCHS {solver.EPOCHS:g}{advice}"
+        return f"fractions of the run, or () for none, with SOLVER.EPOCHS {solver.EPOCHS:g}{advice}"
 
 
 def in_iterations(cfg: CfgNode) -> str:

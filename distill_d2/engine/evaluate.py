@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -19,6 +20,7 @@ from ..teacher import Teacher, teacher_of
 from ..views import build_view
 from .classes import check_checkpoint, check_number, check_tested_teacher
 from .notes import note_evaluation
+from .run_summary import log_results, log_student
 from .settings import RunSettings, in_subfolder
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,11 @@ def evaluate(
         ValueError: there are no weights, or they do not fill the model; the teacher's classes differ.
     """
     settings = RunSettings.from_config(cfg)
+    if isinstance(cfg, CfgNode) and not cfg.DATASETS.TEST:
+        raise ValueError("--eval-only: DATASETS.TEST is empty; name at least one dataset")
     model = trainer.build_model(cfg)
     weights = _load(settings, model, resume)
+    log_student(model, settings, weights=weights)
     teacher_results = None
     try:
         if with_teacher and settings.distiller.EVAL_TEACHER:
@@ -51,6 +56,7 @@ def evaluate(
     finally:
         end_workers()
     note_evaluation(settings.output_dir, results, weights)
+    log_results(results, settings)
     if comm.is_main_process() and settings.verify_results:
         verify_results(cfg, results)
     return results if teacher_results is None else {**results, "teacher": teacher_results}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,13 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..duration import spoken
 from ..random_state import random_state, set_random_state
 from .best import BestCheckpoint
 from .interrupt import Interrupted
+from .run_log import shorten_screen
+
+logger = logging.getLogger(__name__)
 
 
 class _AfterPretraining(HookBase):
@@ -41,7 +46,8 @@ class PreciseBN(_AfterPretraining, hooks.PreciseBN):
     def update_stats(self) -> None:
         state = random_state()
         self._data_iter = None
-        super().update_stats()
+        with self.trainer.averaged():
+            super().update_stats()
         set_random_state(state)
 
 
@@ -118,6 +124,28 @@ class StopOnRequest(HookBase):
             raise Interrupted
 
 
+class ExpectedDuration(HookBase):
+    """One line, after the first iterations of a longer run, on how long it will take."""
+
+    WARM_UP, MEASURED = 5, 15
+
+    def before_train(self) -> None:
+        self._first = self.trainer.start_iter + self.WARM_UP
+        self._began = 0.0
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self._first:
+            self._began = time.perf_counter()
+        left = self.trainer.max_iter - done
+        if done == self._first + self.MEASURED and left > self.WARM_UP + self.MEASURED:
+            seconds = (time.perf_counter() - self._began) / self.MEASURED
+            logger.info(
+                f"Expected duration: {spoken(left * seconds)} for {left} more iterations of {seconds:.2g} s, "
+                "without evaluations"
+            )
+
+
 class BoundedHistories(HookBase):
     """Forget old values of detectron2's history of each scalar, which grows without end otherwise.
 
@@ -147,6 +175,7 @@ class ProgressBar(HookBase):
     def before_train(self) -> None:
         loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "distill_d2")]
         self._stack.enter_context(logging_redirect_tqdm(loggers))
+        shorten_screen()  # the handlers are new
         self._bar = self._stack.enter_context(
             tqdm(total=self.trainer.max_iter, initial=self.trainer.start_iter, unit="it")
         )

@@ -46,6 +46,7 @@ from .settings import distiller_node
 
 _NAME, _SEED = Text(empty=False), Integer(at_most=2**32 - 1)
 _NAMES = Sequence(_NAME)
+_DECAY = Number(at_least=0, below=1)
 _SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR")
 _NO_AUG = (
     "test-time augmentation is not part of this package. Evaluate the checkpoint, which holds a plain detectron2 "
@@ -164,6 +165,8 @@ TRAINING: dict[str, Rule] = {
     **_solver("SOLVER"),
     "TEST.EVAL_PERIOD": COUNT_OR_0,
     "TEST.PRECISE_BN.NUM_ITER": COUNT,
+    "SOLVER.ACCUMULATE": COUNT,
+    "SOLVER.EMA": _DECAY,
     "TEST.KEEP_BEST": Text(),
     "TEST.PATIENCE": COUNT_OR_0,
 }
@@ -195,6 +198,8 @@ LAZY: dict[str, Rule] = {
     "train.checkpointer.period": COUNT_OR_0,
     "train.log_period": COUNT,
     **dict.fromkeys(LAZY_IN_EPOCHS.values(), NOT_NEGATIVE),
+    "train.accumulate": COUNT,
+    "train.ema": _DECAY,
     "train.keep_best": Text(),
     "train.patience": COUNT_OR_0,
     "train.amp.enabled": Flag(),

@@ -24,7 +24,6 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -48,7 +47,9 @@ from .key_rules import check_lazy_keys
 from .lazy_data import check_lazy_data
 from .optimizer import trained_with_student
 from .output_dir import claim, kept
-from .settings import UNUSED_DISTILLER, RunSettings, distiller_node
+from .run_log import start_log
+from .run_summary import log_environment
+from .settings import UNUSED_DISTILLER, RunSettings, distiller_node, micro_batch
 from .setup import choose_device, note_imports, weights_read
 from .trainer import DistillTrainer
 
@@ -68,7 +69,7 @@ _REQUIRED = (
     "train.amp.enabled",
 )
 # ... what it reads where it is there ...
-_OPTIONAL = ("train.keep_best", "train.patience")
+_OPTIONAL = ("train.accumulate", "train.ema", "train.keep_best", "train.patience")
 # ... and what a training reads, too.
 _REQUIRED_TO_TRAIN = ("optimizer", "lr_multiplier", "dataloader.train")
 
@@ -79,6 +80,27 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
     Raises:
         FileNotFoundError, ValueError, OSError: the message names the key or file.
     """
+    cfg = read_run_config(args, distill)
+    check_lazy_keys(cfg)
+    claim(cfg.train.output_dir, "train.output_dir", args, lambda: weights_read(cfg, distill))
+    schedule = "" if args.eval_only else lazy_in_iterations(cfg)
+    with kept(os.path.join(cfg.train.output_dir, "config.yaml"), args.eval_only):
+        start_log(cfg.train.output_dir)
+        log_environment(args.config_file, cfg.train.output_dir)
+        default_setup(cfg, args)
+    logger.info(f"Ran the code of {args.config_file}, a LazyConfig")
+    if schedule:
+        logger.info(schedule)
+    note_imports(cfg.train.output_dir, args.imports, write=not args.eval_only)
+    if comm.is_main_process():
+        check_lazy_data(cfg, student_of(cfg), train=not args.eval_only)
+    comm.synchronize()
+    return cfg
+
+
+def read_run_config(args: argparse.Namespace, distill: bool) -> DictConfig:
+    """The config of the arguments, with or without ``distiller``, on a device that is there; its values are not
+    checked. Errors: see ``setup``."""
     if args.wandb:
         raise ValueError("--wandb works with yaml configs only; leave it out")
     args.config_file = model_zoo.find_config(args.config_file)
@@ -94,31 +116,17 @@ def setup(args: argparse.Namespace, distill: bool) -> DictConfig:
         check_note(cfg.train.output_dir)
     cfg.train.device = choose_device(cfg.train.device, args.num_gpus)
     if not distill or args.eval_only:
-        cfg.model = _student(cfg)
+        cfg.model = student_of(cfg)
         distiller = cfg.pop("distiller", {})
         if distill:
             cfg[UNUSED_DISTILLER] = distiller
-    elif "distiller" not in cfg and not _is_distiller(cfg.model):
+    elif "distiller" not in cfg and not is_distiller(cfg.model):
         raise ValueError(
             f"{args.config_file} has neither 'distiller' (a dict of MODEL.DISTILLER's keys) nor a "
             "model L(Distiller)(...), so there is nothing to distill"
         )
-    check_lazy_keys(cfg)
-    claim(cfg.train.output_dir, "train.output_dir", args, lambda: weights_read(cfg, distill))
     register_shapes()
     register_builtin_voc()
-    schedule = "" if args.eval_only else lazy_in_iterations(cfg)
-    with kept(os.path.join(cfg.train.output_dir, "config.yaml"), args.eval_only):
-        default_setup(cfg, args)
-    rank = comm.get_rank()
-    setup_logger(cfg.train.output_dir, distributed_rank=rank, name="distill_d2")
-    logger.info(f"Ran the code of {args.config_file}, a LazyConfig")
-    if schedule:
-        logger.info(schedule)
-    note_imports(cfg.train.output_dir, args.imports, write=not args.eval_only)
-    if comm.is_main_process():
-        check_lazy_data(cfg, _student(cfg), train=not args.eval_only)
-    comm.synchronize()
     return cfg
 
 
@@ -166,7 +174,13 @@ class LazyDistillTrainer(DistillTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: DictConfig):
-        loader = _resumable_loader(cfg.dataloader.train)
+        accumulate = RunSettings.from_lazy(cfg).accumulate
+        loader = _resumable_loader(cfg.dataloader.train, accumulate)
+        if loader is None and accumulate > 1:
+            raise ValueError(
+                f"train.accumulate is {accumulate}; expected 1 where dataloader.train is not "
+                "L(build_detection_train_loader)(...) of detectron2 with a list of images"
+            )
         return instantiate(cfg.dataloader.train) if loader is None else loader
 
     @classmethod
@@ -185,8 +199,11 @@ class LazyDistillTrainer(DistillTrainer):
         return cfg
 
 
-def _resumable_loader(node: DictConfig) -> ShieldedLoader | None:
+def _resumable_loader(node: DictConfig, accumulate: int) -> ShieldedLoader | None:
     """Our loader in place of detectron2's ``build_detection_train_loader``; None if the node is another one.
+
+    Args:
+        accumulate: the loader's batches in a step.
 
     Raises:
         ValueError: the processes cannot share the batch equally.
@@ -195,17 +212,13 @@ def _resumable_loader(node: DictConfig) -> ShieldedLoader | None:
     if node.get("_target_") not in _DETECTRON2_LOADER or not set(node) <= keys | {"_target_"}:
         return None
     parts = {key: instantiate(node[key]) for key in node if key not in ("_target_", "sampler")}
-    dataset, batch, processes = parts["dataset"], parts["total_batch_size"], comm.get_world_size()
+    dataset = parts["dataset"]
     if not isinstance(dataset, list):
         return None
-    if batch < processes or batch % processes:
-        raise ValueError(
-            f"dataloader.train.total_batch_size is {batch}, which {processes} processes cannot share equally"
-        )
     given = node.get("sampler")
     sampler = ResumableTrainingSampler(
         seeded(lambda: TrainingSampler(len(dataset)) if given is None else instantiate(given)),
-        batch_size=batch // processes,
+        batch_size=micro_batch(parts["total_batch_size"], accumulate, "train"),
         wide=[image["width"] > image["height"] for image in dataset]
         if parts.get("aspect_ratio_grouping", True)
         else None,
@@ -248,10 +261,12 @@ def _instantiated(cfg: DictConfig, key: str) -> Any:
         ) from error
 
 
-def _is_distiller(model: DictConfig) -> bool:
+def is_distiller(model: DictConfig) -> bool:
+    """Whether a model of a LazyConfig is a Distiller."""
     target = model.get("_target_", "")
     return target is Distiller or str(target).endswith(".Distiller")
 
 
-def _student(cfg: DictConfig) -> DictConfig:
-    return cfg.model.student if _is_distiller(cfg.model) else cfg.model
+def student_of(cfg: DictConfig) -> DictConfig:
+    """The student's part of a LazyConfig."""
+    return cfg.model.student if is_distiller(cfg.model) else cfg.model

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Callable
 
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ..data import DataPlan, check_plan
+from ..data import DataPlan, check_plan, raised
 from ..data.mapper_trial import MapperNeeds
 from ..evaluation import try_evaluator
 from ..random_state import random_state, set_random_state
@@ -18,7 +18,12 @@ from .settings import RunSettings
 _CHECK_IMAGES = 500  # as DATASETS.CHECK_IMAGES
 
 
-def check_lazy_data(cfg: DictConfig, student: DictConfig, train: bool) -> None:
+def check_lazy_data(
+    cfg: DictConfig,
+    student: DictConfig,
+    train: bool = True,
+    told: Callable[[Exception], None] = raised,
+) -> None:
     """Check the datasets that dataloader.train.dataset.names and dataloader.evaluator.dataset_name name, with
     the mapper dataloader.train.mapper and the evaluator; what is random afterwards does not change.
 
@@ -26,6 +31,7 @@ def check_lazy_data(cfg: DictConfig, student: DictConfig, train: bool) -> None:
         student: its part of the config; of parts that are not written as detectron2 writes them, such as
             roi_heads.mask_head, nothing is known.
         train: also the training datasets.
+        told: see ``check_plan``.
 
     Raises:
         ValueError, OSError: see ``check_plan``. dataloader.check is neither "all" nor "none".
@@ -60,7 +66,8 @@ def check_lazy_data(cfg: DictConfig, student: DictConfig, train: bool) -> None:
             mapper=None if mapper is None else lambda: instantiate(mapper),
             needs=needs,
             try_evaluation=try_evaluation,
-        )
+        ),
+        told,
     )
     set_random_state(state)
     if train:

@@ -15,6 +15,7 @@ from . import lazy
 from .evaluate import evaluate
 from .notes import note_command
 from .output_dir import release, remove_run
+from .run_summary import log_end
 from .settings import RunSettings
 from .setup import setup
 from .started_processes import find_place
@@ -54,8 +55,11 @@ def main(args: argparse.Namespace, distill: bool) -> Any:
             if args.overwrite and comm.is_main_process():
                 remove_run(folder)  # only now: what this run reads is loaded
             note_command(folder)
+            trainer.log_start()
             trainer.evaluate_teacher()
             results = trainer.train()
+            if not trainer.stop and comm.is_main_process():
+                log_end(results, trainer.settings, args.config_file)
     finally:
         release(folder)
     if trainer.stop and (comm.get_world_size() == 1 or find_place()):  # among several, launch() exits

@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 _PROBE_BYTES = 1 << 16
-_BEGUN = (f"model_*.pth{PARTIAL}", LAST + PARTIAL, METRICS + PARTIAL)  # what a kill may leave
-_FILES = (_LOCK, METRICS, EVALUATIONS, COMMANDS, LAST, "log.txt", "config.yaml", *_BEGUN)
+# What a kill may leave.
+_BEGUN = tuple(name + PARTIAL for name in ("model_*.pth", LAST, METRICS, GRADIENTS))
+_FILES = (_LOCK, METRICS, GRADIENTS, EVALUATIONS, COMMANDS, LAST, "log.txt", "config.yaml", *_BEGUN)
 _INFERENCE = ("inference", f"{TEACHER_FOLDER}/inference")
 _FOLDERS = (TEACHER_FOLDER, *_INFERENCE)
 _BUSY = (errno.EACCES, errno.EAGAIN)  # another process has the lock

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..random_state import random_state
 from ..views import view_type
+from .ema import AveragedWeights
 
 
 class ProcessState:
@@ -22,13 +23,15 @@ class ProcessState:
     are not persistent, but that training changes.
     """
 
-    def __init__(self, model: nn.Module, student: nn.Module):
+    def __init__(self, model: nn.Module, student: nn.Module, average: AveragedWeights | None = None):
         """
         Args:
             model: with all buffers, before the first step.
             student: the detector in it.
+            average: of the student's weights.
         """
         self._model = model
+        self._average = average
         self._student = student
         buffers = dict(model.named_buffers())
         self._untrained = {
@@ -37,7 +40,7 @@ class ProcessState:
 
     def gather(self) -> list[dict[str, Any]]:
         """The state of each process, by rank; all processes call it together."""
-        buffers = dict(self._model.named_buffers())
+        buffers = self._buffers()
         own = self._changed(buffers) | self._differing(buffers)
         return comm.all_gather(
             {
@@ -50,11 +53,15 @@ class ProcessState:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore numbers and buffers of one of the states that ``gather`` gave; see ``set_random_state``."""
         _set_numbers(self._student, state["numbers"])
-        buffers = dict(self._model.named_buffers())
+        buffers = self._buffers()
         for name, saved in state["buffers"].items():
             if name in buffers and buffers[name].shape == saved.shape:
                 with torch.no_grad():
                     buffers[name].copy_(saved)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        of_average = {} if self._average is None else self._average.buffers()
+        return {**dict(self._model.named_buffers()), **of_average}
 
     def _changed(self, buffers: Mapping[str, torch.Tensor]) -> set[str]:
         """Names of the buffers that are not persistent and were changed by training."""

@@ -14,6 +14,7 @@ from torch import nn
 from ..data import ResumableTrainingSampler
 from ..random_state import set_random_state
 from .changes import changes, settings_of_run
+from .ema import AveragedWeights
 from .process_state import ProcessState
 
 logger = logging.getLogger(__name__)
@@ -22,18 +23,26 @@ logger = logging.getLogger(__name__)
 class RunState:
     """The order of images, the state of each process, and the settings to compare with those of a resumed run."""
 
-    def __init__(self, cfg: CfgNode | DictConfig, model: nn.Module, student: nn.Module, loader: Any):
+    def __init__(
+        self,
+        cfg: CfgNode | DictConfig,
+        model: nn.Module,
+        student: nn.Module,
+        loader: Any,
+        average: AveragedWeights | None = None,
+    ):
         """
         Args:
             model: before the first step, with all buffers.
             student: the detector in it.
             loader: of the training.
+            average: of the student's weights.
         """
         self._samplers = {"train": _find_sampler(loader)}
         images = getattr(loader, "images", "")
         self._settings = settings_of_run(cfg, comm.get_world_size(), images)
         self._saved_settings: dict[str, str] | None = None
-        self._process_state = ProcessState(model, student)
+        self._process_state = ProcessState(model, student, average)
         self._processes: list[dict[str, Any]] = []
         self._random_state: dict[str, Any] | None = None
 
@@ -59,7 +68,7 @@ class RunState:
             if sampler is not None:
                 sampler.seed = seed
 
-    def restore(self, iteration: int) -> None:
+    def restore(self, iteration: int, batches: int) -> None:
         """Continue the order of images, restore each process's own state, and tell what has changed.
 
         To be called when the model and the losses are loaded, which are process 0's. Another number of processes
@@ -67,6 +76,7 @@ class RunState:
 
         Args:
             iteration: the first that is trained now.
+            batches: of the loader that were trained on before.
         """
         self._tell_changes(iteration)
         if len(self._processes) == comm.get_world_size():
@@ -77,7 +87,7 @@ class RunState:
             self._process_state.restore(self._processes[0])
         sampler = self._samplers["train"]
         if sampler is not None:
-            sampler.skip_batches(iteration)
+            sampler.skip_batches(batches)
             return
         logger.warning(
             "--resume: the data loader is not one of distill_d2's, so the images come in a new order, unlike in "

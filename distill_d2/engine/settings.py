@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -43,6 +44,10 @@ class RunSettings:
     checkpoint_period: int
     # Iterations between evaluations, 0 for one at the end: TEST.EVAL_PERIOD, train.eval_period.
     eval_period: int
+    # Micro-batches of a step, whose gradients are averaged: SOLVER.ACCUMULATE, train.accumulate.
+    accumulate: int
+    # The decay of the moving average of the student's weights, 0 for none: SOLVER.EMA, train.ema.
+    ema: float
     # The metric of model_best.pth, "" for none: TEST.KEEP_BEST, train.keep_best.
     keep_best: str
     # Evaluations without a better one after which the run ends, 0 for never: TEST.PATIENCE, train.patience.
@@ -83,6 +88,8 @@ class RunSettings:
             steps=tuple(cfg.SOLVER.STEPS),
             checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
             eval_period=cfg.TEST.EVAL_PERIOD,
+            accumulate=cfg.SOLVER.ACCUMULATE,
+            ema=cfg.SOLVER.EMA,
             keep_best=cfg.TEST.KEEP_BEST,
             patience=cfg.TEST.PATIENCE,
             log_period=LOG_PERIOD,
@@ -113,6 +120,8 @@ class RunSettings:
             steps=None,
             checkpoint_period=train.checkpointer.period,
             eval_period=train.eval_period,
+            accumulate=train.get("accumulate", 1),
+            ema=train.get("ema", 0.0),
             keep_best=train.get("keep_best", ""),
             patience=train.get("patience", 0),
             log_period=train.log_period,
@@ -138,6 +147,26 @@ class RunSettings:
             ValueError: see the function ``autocast_dtype``.
         """
         return autocast_dtype(self.device, self.amp_key) if self.amp_key else None
+
+
+def micro_batch(images: int, parts: int, node: str) -> int:
+    """The images that a process gives to the model at a time.
+
+    Args:
+        images: of a step, of all processes: IMS_PER_BATCH, dataloader.train.total_batch_size.
+        parts: of a step: ACCUMULATE.
+        node: of these keys, "SOLVER", or "train" for a LazyConfig.
+
+    Raises:
+        ValueError: they cannot be shared equally.
+    """
+    processes = comm.get_world_size()
+    if images >= processes * parts and images % (processes * parts) == 0:
+        return images // processes // parts
+    yaml = node == "SOLVER"
+    key = "SOLVER.IMS_PER_BATCH" if yaml else "dataloader.train.total_batch_size"
+    times = f" times {node}.{'ACCUMULATE' if yaml else 'accumulate'}, {parts}" if parts > 1 else ""
+    raise ValueError(f"{key} is {images}; expected a multiple of the {processes} processes{times}")
 
 
 def autocast_dtype(device: str, key: str = "SOLVER.AMP.ENABLED") -> torch.dtype:

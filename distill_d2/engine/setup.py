@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from .. import model_zoo
 from ..commands.arguments import check_config_arguments
 from ..config import student_config
-from ..data import check_datasets, skip_unreadable
+from ..data import check_datasets, raised, skip_unreadable
 from ..evaluation import try_evaluator
 from ..imports import check_note, imported, write_note
 from ..losses import build_losses
@@ -30,7 +29,9 @@ from .config_writing import check_is_no_student_config, write_configs
 from .epochs import in_iterations
 from .key_rules import check_keys, check_student_name
 from .output_dir import claim, kept
-from .settings import RunSettings
+from .run_log import start_log
+from .run_summary import log_environment
+from .settings import RunSettings, micro_batch
 from .trackers import check_trackers
 from .trainer import DistillTrainer
 
@@ -48,6 +49,43 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: see ``load_config``.
     """
+    cfg = read_run_config(args, distill)
+    distill = distill and not args.eval_only
+    check_keys(cfg, train=not args.eval_only)
+    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
+        build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
+    if not args.eval_only:
+        micro_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, "SOLVER")
+    claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, lambda: weights_read(cfg, distill))
+    skipped = []
+    if cfg.DATASETS.SKIP_UNREADABLE:
+        names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+        skipped = skip_unreadable(names, cfg.OUTPUT_DIR)
+    schedule = "" if args.eval_only else in_iterations(cfg)  # of the images that are left
+    cfg.freeze()
+    with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
+        start_log(cfg.OUTPUT_DIR)
+        log_environment(args.config_file, cfg.OUTPUT_DIR)
+        default_setup(cfg, args)
+        if comm.is_main_process():
+            write_configs(cfg, train=not args.eval_only)
+    note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
+    for line in skipped:
+        logger.warning(line)
+    if schedule:
+        logger.info(schedule)
+    log_without_effect(cfg, distill)
+    for detector in of_student(cfg):
+        detector.check(cfg)
+    if comm.is_main_process():
+        check_data(cfg, trainer, train=not args.eval_only)
+    comm.synchronize()
+    return cfg
+
+
+def read_run_config(args: Any, distill: bool) -> CfgNode:
+    """The config of the arguments, with or without the Distiller, on a device that is there; its values are not
+    checked. Arguments and errors: see ``setup``."""
     check_config_arguments(args)
     args.config_file = model_zoo.find_config(args.config_file) if args.config_file else ""
     distill = distill and not args.eval_only
@@ -66,32 +104,7 @@ def setup(args: Any, distill: bool, trainer: type[DistillTrainer] = DistillTrain
     if not args.eval_only:
         check_trackers(cfg)
     check_student_name(cfg)
-    cfg = _with_distiller(cfg) if distill else student_config(cfg)
-    check_keys(cfg, train=not args.eval_only)
-    if cfg.MODEL.META_ARCHITECTURE == "Distiller":
-        build_losses(cfg.MODEL.DISTILLER)  # raises for wrong settings of losses
-    _check_batch(cfg.SOLVER.IMS_PER_BATCH)
-    claim(cfg.OUTPUT_DIR, "OUTPUT_DIR", args, lambda: weights_read(cfg, distill))
-    schedule = "" if args.eval_only else in_iterations(cfg)
-    cfg.freeze()
-    with kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), args.eval_only):
-        default_setup(cfg, args)
-        if comm.is_main_process():
-            write_configs(cfg, train=not args.eval_only)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="distill_d2")
-    note_imports(cfg.OUTPUT_DIR, args.imports, write=not args.eval_only)
-    if schedule:
-        logger.info(schedule)
-    log_without_effect(cfg, distill)
-    for detector in of_student(cfg):
-        detector.check(cfg)
-    if cfg.DATASETS.SKIP_UNREADABLE:
-        names = [*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
-        skip_unreadable(names, cfg.OUTPUT_DIR)
-    if comm.is_main_process():
-        _check_data(cfg, trainer, train=not args.eval_only)
-    comm.synchronize()
-    return cfg
+    return _with_distiller(cfg) if distill else student_config(cfg)
 
 
 def log_without_effect(cfg: CfgNode, distill: bool) -> None:
@@ -107,8 +120,14 @@ def log_without_effect(cfg: CfgNode, distill: bool) -> None:
             )
 
 
-def _check_data(cfg: CfgNode, trainer: type[DistillTrainer], train: bool) -> None:
-    """Check the datasets, the mapper and the evaluators; what is random afterwards does not change."""
+def check_data(
+    cfg: CfgNode,
+    trainer: type[DistillTrainer],
+    train: bool = True,
+    told: Callable[[Exception], None] = raised,
+) -> None:
+    """Check the datasets, the mapper and the evaluators; what is random afterwards does not change. Arguments and
+    errors: see ``setup`` and ``check_plan``."""
     metrics: dict[str, set[str]] = {}
 
     def try_evaluation(name: str, records: list[dict[str, Any]]) -> None:
@@ -122,7 +141,7 @@ def _check_data(cfg: CfgNode, trainer: type[DistillTrainer], train: bool) -> Non
         )
 
     state = random_state()
-    check_datasets(cfg, train, try_evaluation)
+    check_datasets(cfg, train, try_evaluation, told)
     set_random_state(state)
     if train:
         check_metric(cfg.TEST.KEEP_BEST, metrics)
@@ -183,11 +202,3 @@ def note_imports(folder: str, names: Sequence[str], write: bool) -> None:
         logger.info(f"Imported {line}")
     if write and comm.is_main_process():
         write_note(folder, names)
-
-
-def _check_batch(images: int) -> None:
-    processes = comm.get_world_size()
-    if images < processes or images % processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {images}; expected a multiple of the {processes} processes"
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,108 +16,10 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checkpoint.integrity import is_finite
 from ..random_state import random_state, set_random_state
+from .loss_report import LossReport
 from .nonfinite import describe_weights, rerun
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """The values of a step, which may still be on their way to the host."""
-
-    iteration: int
-    losses: list[str]
-    extra: list[str]
-    # Those of the losses, the extra ones, and whether a process was asked to stop (1) or not (0).
-    values: torch.Tensor
-    # Marks the arrival of the values on the host; None if they are there.
-    event: torch.cuda.Event | None
-    images: list[str]
-
-
-class LossReport:
-    """Each step's losses and extra values, averaged over the processes, put into the event storage.
-
-    On a GPU the values of a step are read while the next one runs, so that the step never waits.
-    All processes see the same averages, hence they agree on a non-finite loss, and on stopping when
-    one of them was asked to stop.
-    """
-
-    def __init__(self) -> None:
-        self.stop = False
-        self._pending: _Pending | None = None
-
-    def push(
-        self,
-        losses: dict[str, torch.Tensor],
-        iteration: int,
-        stop: bool,
-        extra: Mapping[str, torch.Tensor] = MappingProxyType({}),
-        images: Sequence[str] = (),
-    ) -> None:
-        """Take the values of a step.
-
-        Args:
-            losses: scalars on one device.
-            stop: whether this process was asked to stop.
-            extra: further scalars on that device, which are not losses.
-            images: names of the step's images, for the message about a loss that is not finite.
-
-        Raises:
-            FloatingPointError: see ``flush``.
-        """
-        self.flush()
-        values = torch.stack([v.detach().float() for v in (*losses.values(), *extra.values())])
-        values = torch.cat([values, values.new_full((1,), float(stop))])
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(values)
-            values = values / comm.get_world_size()
-        event = None
-        if values.is_cuda:
-            host = torch.empty(values.shape, pin_memory=True)
-            values, event = host.copy_(values, non_blocking=True), torch.cuda.Event()
-            event.record()
-        self._pending = _Pending(iteration, list(losses), list(extra), values, event, list(images))
-        if event is None:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the last step's losses.
-
-        Raises:
-            FloatingPointError: one of them is not finite; the message names it, the iteration and
-                the images.
-        """
-        if self._pending is None:
-            return
-        step, self._pending = self._pending, None
-        if step.event is not None:
-            step.event.synchronize()
-        *values, stop = step.values.tolist()
-        self.stop = self.stop or stop > 0
-        losses, extra = dict(zip(step.losses, values)), dict(zip(step.extra, values[len(step.losses) :]))
-        _check_finite(losses, step)
-        storage = get_event_storage()
-        storage.put_scalar("total_loss", sum(losses.values()), cur_iter=step.iteration)
-        if len(losses) > 1:
-            storage.put_scalars(cur_iter=step.iteration, **losses)
-        for name, value in extra.items():
-            if math.isfinite(value):  # float16 may overflow; the update is skipped, and JSON has no inf
-                storage.put_scalar(name, value, cur_iter=step.iteration)
-
-
-def _check_finite(losses: Mapping[str, float], step: _Pending) -> None:
-    bad = {name: loss for name, loss in losses.items() if not math.isfinite(loss)}
-    if not bad:
-        return
-    # All processes are here, because they have the same averages.
-    images = enumerate(comm.all_gather(step.images))
-    listing = "; ".join(f"of process {rank} {', '.join(names)}" for rank, names in images)
-    raise FloatingPointError(
-        f"at iteration {step.iteration} these losses are not finite: {bad}; all: {dict(losses)}. "
-        f"The images (height x width) were {listing}. No checkpoint of this step is written; lower "
-        "SOLVER.BASE_LR or the loss's WEIGHT, raise its WARMUP_ITERS, or enable SOLVER.CLIP_GRADIENTS, and "
-        "--resume from the last checkpoint."
-    )
 
 
 def _image_names(batch: Sequence[Any]) -> list[str]:
@@ -127,6 +29,26 @@ def _image_names(batch: Sequence[Any]) -> list[str]:
         for item in batch or ()
         if isinstance(item, Mapping) and "image" in item
     ]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch of a step: its data, the random state before it (with detect_anomaly), and its losses."""
+
+    data: Any
+    state: dict[str, Any]
+    losses: dict[str, torch.Tensor]
+
+
+def _mean(losses: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The mean of the micro-batches' losses; one that some lack counts as 0 there."""
+    if len(losses) == 1:
+        return dict(losses[0])
+    names = dict.fromkeys(name for part in losses for name in part)
+    return {
+        name: torch.stack([part[name] for part in losses if name in part]).sum() / len(losses)
+        for name in names
+    }
 
 
 class TrainStep(SimpleTrainer):
@@ -146,6 +68,7 @@ class TrainStep(SimpleTrainer):
         autocast_dtype: torch.dtype | None,
         own_optimizers: Mapping[str, torch.optim.Optimizer] = MappingProxyType({}),
         frozen_parameters: Callable[[], Sequence[nn.Parameter]] = tuple,
+        accumulate: int = 1,
     ):
         """
         Args:
@@ -153,6 +76,7 @@ class TrainStep(SimpleTrainer):
             autocast_dtype: None for float32; float16 (scaled gradients) or bfloat16.
             own_optimizers: those of losses, by their names; with any, gradient norms are reported.
             frozen_parameters: returns the parameters that this step must not change.
+            accumulate: the loader's batches in a step; their losses and gradients are averaged.
         """
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device
@@ -163,30 +87,51 @@ class TrainStep(SimpleTrainer):
         self.stop_requested = False
         self.own_optimizers = dict(own_optimizers)
         self.frozen_parameters = frozen_parameters
+        self.accumulate = accumulate
         self.detect_anomaly = False
 
     def run_step(self) -> None:
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        get_event_storage().put_scalar("data_time", time.perf_counter() - start)
-        state = random_state() if self.detect_anomaly else {}
-        losses = self._forward(data)
         optimizers = [self.optimizer, *self.own_optimizers.values()]
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.grad_scaler.scale(sum(losses.values())).backward()
+        parts = []
+        self._data_time = 0.0
+        for index in range(self.accumulate):
+            with self._without_synchronization(index + 1 < self.accumulate):
+                parts.append(self._backward(optimizers if index == 0 else []))
+        get_event_storage().put_scalar("data_time", self._data_time)
         for parameter in self.frozen_parameters():
             parameter.grad = None  # not zero: weight decay and momentum would still move it
         self.after_backward()
+        images = [name for part in parts for name in _image_names(part.data)]
         try:
-            self.report.push(
-                losses, self.iter, self.stop_requested, self._gradient_norms(), _image_names(data)
-            )
+            losses = _mean([part.losses for part in parts])
+            self.report.push(losses, self.iter, self.stop_requested, self._gradient_norms(), images)
             if self.detect_anomaly:
                 self.report.flush()
         except FloatingPointError as error:
-            raise FloatingPointError(str(error) + self._explain(data, state)) from None
+            raise FloatingPointError(str(error) + self._explain(parts)) from None
         self._update(optimizers)
+
+    def _backward(self, cleared: Sequence[torch.optim.Optimizer]) -> _Part:
+        """Add the gradients of the next micro-batch.
+
+        Args:
+            cleared: optimizers whose gradients are dropped before.
+        """
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        self._data_time += time.perf_counter() - start
+        state = random_state() if self.detect_anomaly else {}
+        losses = self._forward(data)
+        for optimizer in cleared:
+            optimizer.zero_grad()
+        total = sum(losses.values())
+        self.grad_scaler.scale(total if self.accumulate == 1 else total / self.accumulate).backward()
+        return _Part(data, state, {name: loss.detach() for name, loss in losses.items()})
+
+    def _without_synchronization(self, active: bool) -> contextlib.AbstractContextManager:
+        """Inside, DistributedDataParallel leaves each process its own gradients, if ``active``."""
+        wrapped = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if wrapped and active else contextlib.nullcontext()
 
     def _forward(self, data: Any) -> dict[str, Any]:
         try:
@@ -201,18 +146,20 @@ class TrainStep(SimpleTrainer):
     def _plain_model(self) -> nn.Module:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
-    def _explain(self, data: Any, state: dict[str, Any]) -> str:
+    def _explain(self, parts: Sequence[_Part]) -> str:
         """What the weights say about losses that are not finite, and with detect_anomaly the operation."""
         text = describe_weights(self._plain_model())
         if not self.detect_anomaly:
             late = text and self.device.type != "cpu"
             text += " On a GPU the step itself may have changed them." if late else ""
             return f"{text} --detect-anomaly names the operation."
+        bad = (part for part in parts if not all(map(is_finite, part.losses.values())))
+        part = next(bad, parts[0])
 
         def compute() -> dict[str, torch.Tensor]:
-            set_random_state(state)
+            set_random_state(part.state)
             with self._autocast():
-                return self._plain_model()(data)
+                return self._plain_model()(part.data)
 
         return text + rerun(self._plain_model(), compute)
 

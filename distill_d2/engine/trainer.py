@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from typing import Any
@@ -19,13 +20,10 @@ from torch import nn
 from ..checkpoint import SafeCheckpointer
 from ..data import (
     NamedReadErrors,
-    ResumableTrainingSampler,
     ShieldedLoader,
     build_mapper,
-    build_train_loader,
     end_workers,
-    sampler_of_config,
-    training_records,
+    train_loader_of_config,
 )
 from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
@@ -36,12 +34,15 @@ from . import classes
 from .acting import check_acting
 from .best import BestCheckpoint, EndedEarly
 from .distributed import distributed
+from .ema import AveragedWeights, use_trained
 from .evaluate import evaluate_teacher
 from .exact import exact_torchscript
+from .gradient_log import GradientLog
 from .hooks import (
     BoundedHistories,
     Checkpoints,
     EvalHook,
+    ExpectedDuration,
     LRScheduler,
     PreciseBN,
     ProgressBar,
@@ -55,7 +56,8 @@ from .metrics import Events, MetricsFile
 from .optimizer import build_optimizer, optimizer_signature
 from .resume_checks import all_have_checkpoint, check_length, check_optimizer, check_trainer
 from .run_state import RunState
-from .settings import RunSettings
+from .run_summary import log_schedule, log_student
+from .settings import RunSettings, micro_batch
 from .step import TrainStep
 from .trackers import build_trackers
 
@@ -97,7 +99,10 @@ class DistillTrainer(DefaultTrainer):
         self.max_iter = self.settings.max_iter + self.loss_training.pretrain_iters
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        self._run_state = RunState(cfg, model, self._student(), data_loader)
+        decay = self.settings.ema
+        self._average = AveragedWeights(self._student(), decay) if decay else None
+        self._run_state = RunState(cfg, model, self._student(), data_loader, self._average)
+        self._gradients = GradientLog(model, data_loader, self.settings)
         self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
@@ -106,6 +111,7 @@ class DistillTrainer(DefaultTrainer):
             autocast_dtype=self.settings.autocast_dtype(),
             own_optimizers=self.loss_training.optimizers,
             frozen_parameters=self.loss_training.frozen_parameters,
+            accumulate=self.settings.accumulate,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self._build_checkpointer(model)
@@ -129,16 +135,8 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        dataset = training_records(cfg)
-        mapper = NamedReadErrors(build_mapper(cfg, is_train=True))
-        sampler = ResumableTrainingSampler(
-            sampler_of_config(cfg, dataset),
-            batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
-            wide=[image["width"] > image["height"] for image in dataset]
-            if cfg.DATALOADER.ASPECT_RATIO_GROUPING
-            else None,
-        )
-        return build_train_loader(dataset, mapper, sampler, cfg.DATALOADER.NUM_WORKERS)
+        images = micro_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE, "SOLVER")
+        return train_loader_of_config(cfg, images)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -172,11 +170,13 @@ class DistillTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
         ret: list[HookBase] = [hooks.IterationTimer(), LRScheduler(), *self.loss_training.hooks()]
+        ret += [self._average] if self._average is not None else []
         ret += self._precise_bn()
         ret += [Checkpoints(self.settings.checkpoint_period), StopOnRequest()]
         ret.append(EvalHook(self.settings.eval_period, self._evaluate, self._best))
         if comm.is_main_process():
             period = self.settings.log_period
+            ret.append(ExpectedDuration())
             ret.append(Writers(lambda: self.build_writers() + self.loss_training.writers(), period))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())
@@ -239,7 +239,7 @@ class DistillTrainer(DefaultTrainer):
         classes.check_checkpoint(f"in {folder}", classes_in(loaded), self._checked_datasets, advice)
         self.start_iter = self.iter + 1
         check_length(self.start_iter, self.loss_training.pretrain_iters, self.settings)
-        self._run_state.restore(self.start_iter)
+        self._run_state.restore(self.start_iter, self.start_iter * self.settings.accumulate)
 
     def evaluate_teacher(self) -> None:
         """Evaluate the teacher before a fresh run, if MODEL.DISTILLER.EVAL_TEACHER is True.
@@ -255,6 +255,11 @@ class DistillTrainer(DefaultTrainer):
         state = random_state()
         evaluate_teacher(self.cfg, type(self), model.teacher, model.student)
         set_random_state(state)
+
+    def log_start(self) -> None:
+        """Log what is trained, from which weights, and how long, once weights are loaded."""
+        log_student(self._student(), self.settings, self.start_iter)
+        log_schedule(self.cfg, self.start_iter, self.max_iter, self._trainer.data_loader)
 
     def train(self) -> dict[str, Any] | None:
         """Run to the last iteration; on SIGINT or SIGTERM save, log how to resume, and return.
@@ -302,6 +307,8 @@ class DistillTrainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
+        if not self.start_iter:
+            self._gradients.start()
         self._run_state.restore_random_state()
         if self._best is not None and 0 < self.start_iter < self.max_iter:
             self.iter = self.storage.iter = self.start_iter - 1
@@ -329,7 +336,8 @@ class DistillTrainer(DefaultTrainer):
         """Write a checkpoint; all processes call it, the main one writes."""
         self._trainer.report.flush()
         self._run_state.gather()
-        self.checkpointer.save(name, **self._metadata())
+        with self.averaged():
+            self.checkpointer.save(name, **self._metadata())
 
     def save_student(self, name: str, **metadata: Any) -> None:
         """Write the student alone, from which nothing is resumed; the main process calls it.
@@ -337,7 +345,12 @@ class DistillTrainer(DefaultTrainer):
         Args:
             metadata: further entries of the file's metadata.
         """
-        self.checkpointer.save_weights(name, **self._metadata(**metadata))
+        with self.averaged():
+            self.checkpointer.save_weights(name, **self._metadata(**metadata))
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """Inside, the student has the moving average of its weights, where there is one (SOLVER.EMA)."""
+        return contextlib.nullcontext() if self._average is None else self._average.applied()
 
     def _metadata(self, **entries: Any) -> dict[str, Any]:
         things = classes_of(self.settings.train_datasets)
@@ -349,6 +362,8 @@ class DistillTrainer(DefaultTrainer):
         state["optimizer_kind"] = optimizer_signature(self._trainer.optimizer)
         state.update(self.loss_training.state_dict())
         state.update(self._run_state.state_dict())
+        if self._average is not None:
+            state["trained_weights"] = self._average.trained()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -359,6 +374,11 @@ class DistillTrainer(DefaultTrainer):
         super().load_state_dict(state_dict)
         self.loss_training.load_state_dict(state_dict)
         self._run_state.load_state_dict(state_dict)
+        trained = state_dict.get("trained_weights")
+        if self._average is not None:
+            self._average.continue_from(trained)
+        elif trained is not None:
+            use_trained(self._student(), trained)
 
     def _student(self) -> nn.Module:
         model = self.plain_model
@@ -372,16 +392,22 @@ class DistillTrainer(DefaultTrainer):
 
     def _evaluate(self) -> dict[str, Any]:
         state = random_state()  # evaluation must not change what training draws afterwards
-        with self.model.register_forward_pre_hook(lambda *_: self._leave_evaluation()):
-            self.last_results = self.test(self.cfg, self.model)
+        try:
+            with (
+                self.averaged(),
+                self.model.register_forward_pre_hook(lambda *_: self._leave_if_asked()),
+            ):
+                self.last_results = self.test(self.cfg, self.model)
+        except Interrupted:
+            if self.iter < self.max_iter:  # afterwards model_final is there
+                self.save(f"model_{self.iter:07d}")
+            raise
         set_random_state(state)
+        self._gradients.after(min(self.iter + 1, self.max_iter))
         return self.last_results
 
-    def _leave_evaluation(self) -> None:
+    def _leave_if_asked(self) -> None:
         """A scheduler may not wait for the end of an evaluation. Several processes finish it, because they
         cannot leave together while each evaluates its own images."""
-        if not self.stop or comm.get_world_size() > 1:
-            return
-        if self.iter < self.max_iter:  # afterwards model_final is there
-            self.save(f"model_{self.iter:07d}")
-        raise Interrupted
+        if self.stop and comm.get_world_size() == 1:
+            raise Interrupted

@@ -15,7 +15,15 @@ logger = logging.getLogger(__name__)
 
 
 class COCOEvaluatorOfAny(COCOEvaluator):
-    """detectron2's, for which the AP of no detections is 0, as COCO defines it, not nan."""
+    """detectron2's, for which the AP of no detections is 0, as COCO defines it, not nan.
+
+    What COCO's own code prints is logged as details."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            results = super().evaluate(*args, **kwargs)
+        logger.debug(printed.getvalue())
+        return results
 
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, *args: Any, **kwargs: Any) -> Any:
         if coco_eval is None:
@@ -28,12 +36,11 @@ class COCOEvaluatorOfAny(COCOEvaluator):
 
 
 def _of_no_detections(truth: COCO, iou_type: str) -> COCOeval:
-    with contextlib.redirect_stdout(io.StringIO()):
-        none = COCO()
-        none.dataset = {**truth.dataset, "annotations": []}
-        none.createIndex()
-        evaluation = COCOeval(truth, none, iou_type)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    none = COCO()
+    none.dataset = {**truth.dataset, "annotations": []}
+    none.createIndex()
+    evaluation = COCOeval(truth, none, iou_type)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
     return evaluation

@@ -51,7 +51,7 @@ def predict(
     truth: Truth | None = None,
 ) -> Predictions:
     """Write a picture of each image, with the ground truth and the detections of all runs side by side, and one
-    json of all detections. An image that cannot be read is told and skipped.
+    json of all detections. Each is told, and so is an image that cannot be read and is skipped.
 
     Args:
         runs: by their titles.
@@ -84,6 +84,7 @@ def predict(
             for title, run in runs.items()
         ]
         written.pictures[path] = _save(panels, path, image, os.path.join(output, name))
+        print(f"{written.pictures[path]}: {', '.join(each.title for each in panels)}", flush=True)
     text = json.dumps(written.detections)
     write_whole(os.path.join(output, DETECTIONS), lambda file: file.write(text.encode()))
     return written

@@ -172,6 +172,9 @@ def _classes(loaded: dict[str, Any], source: Source, model: nn.Module) -> list[s
 
 def _mapper(config: CfgNode | DictConfig) -> Any:
     if isinstance(config, CfgNode):
+        config = config.clone()
+        if not config.INPUT.MAPPER:
+            config.MODEL.KEYPOINT_ON = False  # else detectron2 asks for the training data
         return build_mapper(config, is_train=False)
     node = OmegaConf.select(config, "dataloader.test.mapper")
     if node is None:

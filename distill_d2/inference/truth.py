@@ -23,6 +23,7 @@ class Truth:
     """Annotations of images.
 
     Attributes:
+        records: detectron2's dicts.
         classes: their names, by number.
         category_ids: those of the json, by the names of classes; {}: it has none.
     """
@@ -33,10 +34,7 @@ class Truth:
         classes: Sequence[str],
         category_ids: dict[str, int],
     ):
-        """
-        Args:
-            records: detectron2's dicts.
-        """
+        self.records = list(records)
         self.classes = list(classes)
         self.category_ids = category_ids
         self._by_path = {os.path.realpath(record["file_name"]): record for record in records}
@@ -84,7 +82,8 @@ def truth_of_tests(trained: Trained) -> Truth | None:
     register_builtin_voc()
     names = list(config.DATASETS.TEST)
     try:
-        register_custom_datasets([entry for entry in config.DATASETS.CUSTOM if entry["NAME"] in names])
+        entries = [entry for entry in config.DATASETS.CUSTOM if isinstance(entry, dict)]
+        register_custom_datasets([entry for entry in entries if entry.get("NAME") in names])
         adopt_coco_datasets(names)
         there = all(map(_is_there, names))
         return _of_datasets(names) if names and there else None

@@ -14,6 +14,7 @@ from ..inference.images import find_images, read_bgr
 from .measure import Profile, profile
 from .subjects import Subject, find_subjects
 from .table import plain, table
+from .timing import torch_threads
 from .words import verdict
 
 _MOST_IMAGES = 8
@@ -22,10 +23,11 @@ _DEFAULT_SIZE = (800, 1088)
 
 @dataclass(frozen=True)
 class Report:
-    """Subjects and their profiles, by the same titles."""
+    """Subjects and their profiles, by the same titles, and in words how they were measured."""
 
     subjects: dict[str, Subject]
     profiles: dict[str, Profile]
+    conditions: str
 
     @property
     def teachers(self) -> dict[str, str]:
@@ -58,6 +60,7 @@ def measure(
     size: tuple[int, int] | None = None,
     images: Sequence[str] = (),
     seconds: float = 10.0,
+    threads: int = 0,
 ) -> Report:
     """Measure the detectors of runs and configs, and their teachers.
 
@@ -67,6 +70,7 @@ def measure(
             3 x 4.
         images: files, folders or patterns; none: a generated image.
         seconds: about how long to measure times.
+        threads: of torch on a CPU; 0: as it chooses.
 
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: an argument names nothing that can be measured.
@@ -75,22 +79,22 @@ def measure(
     subjects = find_subjects(runs, config_files, opts, device)
     first = next(iter(subjects.values()))
     models = {title: each.model for title, each in subjects.items()}
-    return Report(subjects, profile(models, size or _size_of(first.config), pictures, seconds))
+    with torch_threads(threads):
+        profiles = profile(models, size or _size_of(first.config), pictures, seconds)
+        where = f"{device} (threads: {torch.get_num_threads()})" if device == "cpu" else device
+    return Report(subjects, profiles, f"one at a time, on {where}")
 
 
-def tell(report: Report, device: str) -> None:
+def tell(report: Report) -> None:
     """Print the table, what it was measured with, and what it means."""
     print(table(report.profiles, report.teachers))
-    sizes = sorted(
-        {f"{height} x {width}" for height, width in (p.size for p in report.profiles.values())}
-    )
-    threads = f" (threads: {torch.get_num_threads()})" if device == "cpu" else ""
+    pixels = (profile.size for profile in report.profiles.values())
+    sizes = ", ".join(sorted({f"{height} x {width}" for height, width in pixels}))
     rounds = len(next(iter(report.profiles.values())).milliseconds)
     others = " and ".join(dict.fromkeys(report.teachers.values()))
     ratios = f"; in parentheses the ratio to {others}" if others else ""
     print(
-        f"\nImages of {', '.join(sizes)} pixels, one at a time, on {device}{threads}; times are medians of "
-        f"{rounds} rounds{ratios}."
+        f"\nImages of {sizes} pixels, {report.conditions}; times are medians of {rounds} rounds{ratios}."
     )
     random = [title for title, each in report.subjects.items() if not each.trained]
     if random:

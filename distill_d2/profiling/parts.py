@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from .timing import clock
 PARTS = ("backbone", "neck", "head")
 REST = "pre- and post-processing"
 
-_ROUNDS = 15
+_MOST_ROUNDS = 20
 
 
 def part_of(name: str, has_bottom_up: bool) -> str:
@@ -41,15 +42,22 @@ def parameters(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def time_shares(model: nn.Module, inputs: Sequence[dict[str, Any]]) -> dict[str, float]:
+def time_shares(
+    model: nn.Module, inputs: Sequence[dict[str, Any]], *, seconds: float = 2.0
+) -> dict[str, float]:
     """The share of each part, and of the rest, in the time of a prediction; they add up to 1.
 
     Args:
         model: in eval.
         inputs: of the model, at least one.
+        seconds: after so many no further round begins; there are 2 to 20 rounds.
     """
     with torch.inference_mode():
-        rounds = [_shares(model, inputs) for _ in range(_ROUNDS)]
+        started, rounds = time.perf_counter(), [_shares(model, inputs)]
+        while len(rounds) < 2 or (
+            len(rounds) < _MOST_ROUNDS and time.perf_counter() - started < seconds
+        ):
+            rounds.append(_shares(model, inputs))
     shares = {part: statistics.median(each[part] for each in rounds) for part in PARTS}
     return {**shares, REST: max(0.0, 1.0 - sum(shares.values()))}
 

@@ -58,8 +58,8 @@ def find_subjects(
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: something does not exist or does not fit.
     """
-    found = _Found(device)
-    titles = titles_of([*runs, *(name.rpartition(".")[0] or name for name in config_files)])
+    titles = titles_of([*runs, *config_files])
+    found = _Found(device, titles)
     sources = {title: find_run(run) for title, run in zip(titles, runs)}
     found.names = {os.path.realpath(source.weights): title for title, source in sources.items()}
     for title, source in sources.items():
@@ -88,8 +88,13 @@ def _compared(subjects: dict[str, Subject]) -> dict[str, Subject]:
 class _Found:
     """Subjects so far, and the titles of weights' files, so that a teacher is measured once."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, titles: Sequence[str]):
+        """
+        Args:
+            titles: that teachers may not have.
+        """
         self.device = device
+        self.taken = set(titles)
         self.subjects: dict[str, Subject] = {}
         self.names: dict[str, str] = {}
 
@@ -111,7 +116,9 @@ class _Found:
         trained = os.path.isfile(source.weights)
         key = os.path.realpath(source.weights) if trained else source.name
         if key not in self.names:
-            self.names[key] = title = f"teacher of {student}"
+            title = f"teacher of {student}" if "teacher" in self.taken else "teacher"
+            self.names[key] = title
+            self.taken.add(title)
             if trained:
                 model = load_source(source, self.device).model
             else:

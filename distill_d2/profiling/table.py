@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from .measure import Profile
 from .parts import PARTS, REST
+from .timing import time_ratio
 
 _TIME = "ms per image"
 
@@ -25,12 +26,16 @@ def table(profiles: Mapping[str, Profile], teachers: Mapping[str, str]) -> str:
     lines = []
     for index, (label, digits, _) in enumerate(next(iter(columns.values()))):
         values = {title: column[index][2] for title, column in columns.items()}
-        if all(value is None for value in values.values()):
-            continue
-        cells = [
-            _cell(value, values.get(teachers.get(title, "")), digits) for title, value in values.items()
-        ]
-        lines.append([label, *cells])
+        ratios = {title: _ratio(values[title], values[other]) for title, other in teachers.items()}
+        if label == _TIME:
+            ratios = {
+                title: time_ratio(profiles[title].milliseconds, profiles[other].milliseconds)
+                for title, other in teachers.items()
+            }
+        if any(value is not None for value in values.values()):
+            lines.append(
+                [label, *(_cell(values[title], ratios.get(title), digits) for title in profiles)]
+            )
     align = ["left", *["right"] * len(profiles)]
     return tabulate(lines, headers=["", *profiles], disable_numparse=True, colalign=align)
 
@@ -69,7 +74,11 @@ def _median(values: list[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _cell(value: float | None, of_teacher: float | None, digits: int) -> str:
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return None if value is None or not other else value / other
+
+
+def _cell(value: float | None, ratio: float | None, digits: int) -> str:
     if value is None:
         return "-"
-    return f"{value:.{digits}f}{f' ({value / of_teacher:.2f})' if of_teacher else ''}"
+    return f"{value:.{digits}f}" + ("" if ratio is None else f" ({ratio:.2f})")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable
 
 import torch
@@ -12,7 +13,6 @@ from torch import nn
 
 _LEAST_ROUNDS = 5
 _MOST_ROUNDS = 50
-_WARM_UP = 2
 
 
 def milliseconds_per_image(
@@ -51,16 +51,15 @@ def time_in_turn(
     """Seconds that each task takes, one number for each round.
 
     Every round runs all tasks, so that other work on the machine slows all of them, and every other round runs
-    them backwards. Two rounds of warm-up do not count; 5 to 50 rounds do.
+    them backwards. A first round, to warm up, does not count; 5 to 50 rounds do.
 
     Args:
         tasks: by name.
         seconds: after so many no further round begins.
     """
     times: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(_WARM_UP):
-        for run in tasks.values():
-            run()
+    for run in tasks.values():
+        run()
     started = time.perf_counter()
     for index in range(_MOST_ROUNDS):
         if index >= _LEAST_ROUNDS and time.perf_counter() - started > seconds:
@@ -70,16 +69,29 @@ def time_in_turn(
     return times
 
 
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads; 0: as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def time_ratio(times: Sequence[float], others: Sequence[float]) -> float:
     """How much longer the first takes than the second, both of the same call: the median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(times, others))
 
 
 def clock() -> float:
-    """Seconds, when all that was given to the GPU is done."""
+    """Seconds: with one thread on a CPU those that this process works, which other processes disturb least; else
+    those on the wall, when all that was given to the GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+        return time.perf_counter()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -10,8 +10,10 @@ from .measure import Profile
 from .parts import PARTS, REST
 from .timing import time_ratio
 
-# A student that takes this share of its teacher's time, or more, is hardly faster.
+# A student that takes this share of its teacher's time, or more, is hardly faster ...
 _HARDLY = 0.75
+# ... and one with more than this share of its parameters is not meant to be.
+_SMALLER = 0.9
 #: Keys that make the head cheaper, by architecture.
 _HEAD_KEYS = {
     "RetinaNet": "MODEL.RETINANET.NUM_CONVS",
@@ -40,6 +42,10 @@ def verdict(student: Profile, teacher: Profile, names: tuple[str, str], config: 
     size = sum(student.parameters.values()) / max(1, sum(teacher.parameters.values()))
     if time < _HARDLY:
         return f"{names[0]} is {1 / time:.1f} times as fast as {names[1]}, with {size:.2f} of its parameters."
+    if size > _SMALLER:
+        return (
+            f"{names[0]} takes {time:.2f} of the time of {names[1]}, with {size:.2f} of its parameters."
+        )
     part = max(student.shares, key=lambda each: student.shares[each])
     same = part in PARTS and student.parameters[part] == teacher.parameters[part]
     return (

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..run_files import COMMANDS, DISTILLATION_FILE, EVALUATIONS, GRADIENTS, METRICS, STUDENT_FILE
-from ..safe_yaml import read_yaml_file
+from ..run_files import DISTILLATION_FILE, EVALUATIONS, GRADIENTS, METRICS, STUDENT_FILE
+from ..safe_yaml import read_yaml
 
 Metrics = dict[str, float]  # of one task, by name: "AP", "AP50-dog"
 Results = dict[str, Metrics]  # by task: "bbox"; "voc_2007_test/bbox" where there are several datasets
 
+# A function in the config.yaml of a LazyConfig; here it stays a text.
+_NAME_OF_CODE = r"!!python/name:(\S+) ''"
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation. ``iteration``: after which it was made, -1 where that is not known; ``weights``: of an
-    evaluation outside of training, else ""."""
+    """One evaluation.
 
-    iteration: int
+    Attributes:
+        iterations: of the training before it; 0 for one outside of training.
+        weights: of one outside of training, else "".
+    """
+
+    iterations: int
     results: Results
     weights: str = ""
 
@@ -82,17 +90,19 @@ class Run:
 
     def curve(self, task: str, metric: str) -> list[tuple[float, float]]:
         """(iterations trained, value) of each evaluation in training."""
-        points = [(e.iteration + 1, e.results.get(task, {}).get(metric)) for e in self.evaluations]
+        points = [(e.iterations, e.results.get(task, {}).get(metric)) for e in self.evaluations]
         return [(x, y) for x, y in points if x > 0 and y is not None and math.isfinite(y)]
 
     @cached_property
     def losses(self) -> dict[str, list[tuple[float, float]]]:
-        """(iteration, value) of each loss term, by its name."""
+        """(iterations trained, value) of each loss term, by its name."""
         found: dict[str, list[tuple[float, float]]] = {}
         for line in self.lines:
+            if "iteration" not in line:
+                continue
             for name, value in line.items():
                 if "loss" in name and "/" not in name and isinstance(value, (int, float)):
-                    found.setdefault(name, []).append((line["iteration"], value))
+                    found.setdefault(name, []).append((line["iteration"] + 1, value))
         return found
 
     @cached_property
@@ -117,14 +127,9 @@ class Run:
         path = self.folder / name
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
-    @property
-    def commands(self) -> str:
-        """The command lines that trained and evaluated; "" for runs that noted none."""
-        return self.text(COMMANDS)
-
     def _config(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        return dict(flat(read_yaml_file(str(path)))) if path.is_file() else {}
+        text = re.sub(_NAME_OF_CODE, r"\1", self.text(name))
+        return dict(flat(read_yaml(text, f"'{self.folder / name}'") or {}))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -153,7 +158,9 @@ def evaluation_of(entry: dict[str, Any]) -> Evaluation:
         if task and isinstance(value, (int, float)):
             found.setdefault(task, {})[metric] = value
     results = {task: metrics for task, metrics in found.items() if "AP" in metrics}
-    return Evaluation(entry.get("iteration", -1), results, entry.get("weights", ""))
+    # The evaluation at the end comes after the last iteration, and has a line of its own.
+    iterations = entry.get("iteration", 0) + ("total_loss" in entry)
+    return Evaluation(iterations, results, entry.get("weights", ""))
 
 
 def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

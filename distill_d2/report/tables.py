@@ -49,7 +49,8 @@ def tables_of(kinds: Sequence[Kind]) -> list[Table]:
     for task in dict.fromkeys(task for result in results for task in result):
         if sum(task in result for result in results) >= min(2, len(kinds)):
             names = dict.fromkeys(name for result in results for name in result.get(task, ()))
-            tables += _split(task, list(names))
+            known = [n for n in names if any(kind.values(task, n) for kind in kinds)]
+            tables += _split(task, known or ["AP"])
     if not tables:
         tasks = "; ".join(f"{kind.name}: {', '.join(r)}" for kind, r in zip(kinds, results))
         raise ValueError(f"the runs have no metrics in common ({tasks})")

@@ -158,7 +158,7 @@ class Teacher:
             part = f"its backbone up to {', '.join(reads)}"
         count = sum(p.numel() for p in self.model.parameters())
         source = f"{self.source}; " if self.source else ""
-        return f"{source}{type(self.model).__name__}, {count / 1e6:.1f} M parameters; runs {part}"
+        return f"{source}{type(self.model).__name__}, {count / 1e6:.3g} M parameters; runs {part}"
 
     def __getstate__(self) -> dict[str, Any]:
         self._discard_prepared()  # it is made again when needed
@@ -212,7 +212,7 @@ class Teacher:
         backbone = torch.compile(model.backbone.forward) if self._compile else model.backbone
         self._backbone = backbone
         precision = str(self._dtype or torch.float32).rpartition(".")[2]
-        logger.info(f"The teacher runs in {precision} ({_KEY} is '{self._autocast}').")
+        logger.debug(f"The teacher runs in {precision} ({_KEY} is '{self._autocast}').")
         return backbone
 
     def _discard_prepared(self) -> None:

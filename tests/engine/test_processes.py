@@ -15,7 +15,7 @@ def test_two_machines_meet_at_the_users_address(job):
     address = ["--num-machines", 2, "--dist-url", f"file://{job.folder}/meeting"]
     machines = [job.command("train_distill.py", *address, "--machine-rank", rank) for rank in (0, 1)]
     outputs = run_forked(*machines)
-    assert "World size: 2" in outputs[0]
+    assert "processes: 2" in outputs[0]
     assert (job.output / "model_final.pth").is_file()
 
 

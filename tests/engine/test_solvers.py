@@ -381,7 +381,7 @@ def test_processes_resume_from_two_to_one_and_back(probe):
     probe.config.SOLVER.CHECKPOINT_PERIOD = 1
     folder = probe.output
     (output,) = run_forked(probe.command("tests/engine/probe_run.py", "--num-procs", 2))
-    assert "World size: 2" in output
+    assert "processes: 2" in output
     first, pretrained = checkpoint(folder, "model_0000000"), checkpoint(folder, "model_0000001")
     assert_equal(first["model"], pretrained["model"])
     mimic = "FeatureMimic.pairs.adapters.res3.weight"

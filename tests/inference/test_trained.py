@@ -56,6 +56,17 @@ def test_weights_that_do_not_fill_the_model(run, tmp_path):
         load_trained(str(run.folder), str(tmp_path / "less.pth"))
 
 
+def test_a_mapper_of_the_users_reads_a_file(run):
+    trained = load_trained(str(run.folder))
+    trained.mapper = lambda record: {
+        "image": torch.from_numpy(cv2.imread(record["file_name"])),
+        **record,
+    }
+    item = trained.inputs(images(run)[0])
+    assert (item["image"].numpy() == images(run)[0]).all()
+    assert (item["height"], item["width"]) == images(run)[0].shape[:2]
+
+
 def test_the_folder_of_a_lazy_run(tmp_path):
     (tmp_path / "config.yaml").write_text("model:\n  _target_: os.system\n")
     with pytest.raises(ValueError, match="LazyConfig, which is code; give that .py file as the run"):

@@ -18,8 +18,8 @@ def test_a_distillation_has_a_student_and_its_teacher(tmp_path, capsys):
     words = ["--size", "64x96", "--seconds", "0.1", "--json", str(tmp_path / "profile.json")]
     assert main(["profile", "--device", "cpu", "--config-file", str(tmp_path / "pkd.yaml"), *words]) == 0
     found = json.loads((tmp_path / "profile.json").read_text())
-    assert found["pkd"]["teacher"] == "teacher of pkd" and found["pkd"]["size"] == [64, 96]
-    student, teacher = (found[name]["parameters"]["backbone"] for name in ("pkd", "teacher of pkd"))
+    assert found["pkd"]["teacher"] == "teacher" and found["pkd"]["size"] == [64, 96]
+    student, teacher = (found[name]["parameters"]["backbone"] for name in ("pkd", "teacher"))
     assert 3 < teacher / student < 5
     assert len({len(each["milliseconds"]) for each in found.values()}) == 1
     for each in found.values():
@@ -27,7 +27,7 @@ def test_a_distillation_has_a_student_and_its_teacher(tmp_path, capsys):
         assert each["milliseconds_per_image"] > 0 and each["gflops"]["backbone"] > 0
     printed = capsys.readouterr().out
     assert "Random weights, which find other objects than trained ones: pkd." in printed
-    assert "in parentheses the ratio to teacher of pkd" in printed
+    assert "in parentheses the ratio to teacher" in printed
 
 
 def test_parts_of_a_detector():

@@ -1,0 +1,133 @@
+"""What a training step does and costs, measured on the first batches of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, instantiate
+from detectron2.utils.events import EventStorage
+
+from ..distiller import Distiller
+from ..engine import DistillTrainer
+from ..gradients import TermGradients, acting_iteration, mean_gradients, term_gradients
+from ..profiling.timing import clock
+
+_WARM_UP, _STEPS = 1, 5
+_IMAGES = 4  # of a batch, whose gradients are measured
+_TESTED = 3  # images whose evaluation is timed
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of a training step.
+
+    Attributes:
+        seconds: of the whole step.
+        parts: seconds of its parts; the rest is the backward pass and the update.
+        memory: peak of the GPU's, or else of the process's, in bytes.
+    """
+
+    seconds: float
+    parts: dict[str, float]
+    memory: int
+
+
+def measure_gradients(trainer: DistillTrainer, batches: int) -> TermGradients:
+    """Means over some batches, of at most four images each, at the iteration at which all losses act."""
+    iteration = acting_iteration(trainer.plain_model)
+    parts = 2 if trainer.settings.amp_key else 1  # float32 takes twice the memory
+    measured = []
+    for _ in range(batches):
+        batch = next(trainer._trainer._data_loader_iter)
+        count = max(1, min(_IMAGES, len(batch) // parts))
+        measured.append(term_gradients(trainer.plain_model, batch[:count], iteration))
+    return mean_gradients(measured)
+
+
+def measure_steps(trainer: DistillTrainer) -> StepCost:
+    """Train some steps, at the iteration at which all losses act; the cost of the median one."""
+    model = trainer.plain_model
+    start = acting_iteration(model) + trainer.loss_training.pretrain_iters
+    _forget_peak()
+    costs = []
+    for index in range(_WARM_UP + _STEPS):
+        trainer.iter = start + index
+        with EventStorage(trainer.iter) as storage, _timed_parts(model) as parts:
+            began = clock()
+            trainer.run_step()
+            seconds = clock() - began
+            costs.append({"step": seconds, "data": storage.latest()["data_time"][0], **parts})
+    costs = sorted(costs[_WARM_UP:], key=lambda cost: cost["step"])
+    median = costs[len(costs) // 2]
+    return StepCost(median.pop("step"), median, _peak())
+
+
+def evaluation_seconds(trainer: DistillTrainer) -> float:
+    """Seconds of one evaluation, of the student on all test datasets, without the evaluators."""
+    model, seconds = trainer.plain_model, 0.0
+    model.eval()
+    with torch.no_grad():
+        for loader in _test_loaders(trainer):
+            times = []
+            batches = iter(loader)
+            for _ in range(min(_TESTED, len(loader))):
+                began = clock()
+                model(next(batches))
+                times.append(clock() - began)
+            seconds += statistics.median(times or [0.0]) * len(loader)
+    model.train()
+    return seconds
+
+
+def _test_loaders(trainer: DistillTrainer) -> list[Any]:
+    cfg: Any = trainer.cfg
+    if isinstance(cfg, CfgNode):
+        return [trainer.build_test_loader(cfg, name) for name in cfg.DATASETS.TEST]
+    return [instantiate(cfg.dataloader.test)] if "evaluator" in cfg.dataloader else []
+
+
+@contextlib.contextmanager
+def _timed_parts(model: Any) -> Iterator[dict[str, float]]:
+    """Inside, the seconds of each part's calls add up. The heads of a teacher run when a loss asks for them."""
+    calls = [("student", model, "forward")]
+    if isinstance(model, Distiller):
+        calls = [("student", model.student, "forward"), ("teacher", model.teacher, "observe")]
+        calls += [("losses", loss, "forward") for loss in model.losses.values()]
+    seconds = {part: 0.0 for part, _, _ in calls}
+    for part, owner, name in calls:
+        setattr(owner, name, _timed(getattr(owner, name), seconds, part))
+    try:
+        yield seconds
+    finally:
+        for _, owner, name in calls:
+            delattr(owner, name)  # the class's is back
+
+
+def _timed(function: Callable, seconds: dict[str, float], part: str) -> Callable:
+    def run(*args: Any, **keys: Any) -> Any:
+        began = clock()
+        try:
+            return function(*args, **keys)
+        finally:
+            seconds[part] += clock() - began
+
+    return run
+
+
+def _forget_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

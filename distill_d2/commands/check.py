@@ -1,0 +1,53 @@
+"""Tell what is wrong with a training, and what it will do, without training.
+
+Config, datasets, teacher and losses are checked, and all faults are listed. If there are none, some steps are
+measured: how strongly each term pulls on the student (logged values mislead), time, memory, and the duration of
+the whole run. Nothing is written to OUTPUT_DIR. The exit status is 1 if something is wrong.
+
+    distill-d2 check --config-file my_distill.yaml
+    distill-d2 check --config-file my_distill.yaml --write my_balanced.yaml SOLVER.IMS_PER_BATCH 4
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from .arguments import add_config_arguments, add_device_argument, chosen_device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--baseline",
+        action="store_true",
+        help="check the training of the student alone, without a teacher",
+    )
+    parser.add_argument(
+        "--batches", type=int, default=4, help="whose gradients are measured (default: 4)"
+    )
+    parser.add_argument(
+        "--ratio",
+        type=float,
+        default=1.0,
+        help="of a loss's gradient to the task's, for which weights are proposed (default: 1)",
+    )
+    parser.add_argument(
+        "--write", metavar="FILE", default="", help="write a yaml config with the proposed weights"
+    )
+    add_device_argument(parser)
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.batches < 1:
+        raise ValueError(f"--batches {args.batches}: expected at least 1")
+    if not args.ratio > 0:
+        raise ValueError(f"--ratio {args.ratio}: expected a number above 0")
+    if args.write and args.config_file.endswith(".py"):
+        raise ValueError(
+            "--write works with yaml configs only; for a .py config set the printed weights"
+        )
+    on_gpu = chosen_device(args) != "cpu"
+    from ..check import check_run
+
+    vars(args).update(num_gpus=int(on_gpu), resume=False, overwrite=False, eval_only=False, wandb=False)
+    return check_run(args)
