@@ -16,8 +16,10 @@ def evaluations_of(max_iter: int, eval_period: int) -> int:
 
 
 def spoken(seconds: float) -> str:
-    """A duration for a reader: "40 seconds", "12 minutes", "3.4 hours", "2.1 days"."""
-    for unit, length in (("days", 86400), ("hours", 3600)):
+    """A duration for a reader: "40 s", "12 min", "3.4 h", "2.1 days"."""
+    for unit, length in (("days", 86400), ("h", 3600)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {unit}"
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    if seconds >= 90:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
@@ -29,6 +30,8 @@ _CHECKING = ("distill_d2", "detectron2", "yacs", "fvcore.common.registry")
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
 _INSTALLED = {"site-packages", "dist-packages"}
 _LIBRARY = sysconfig.get_path("stdlib")
+# The start of messages, of the outermost ``ending_on_mistakes``.
+_PREFIX: ContextVar[str] = ContextVar("prefix", default="")
 
 
 class UnreadableRecord(ValueError):
@@ -119,7 +122,7 @@ def ending_on_mistakes(
     ends it without a traceback.
 
     Args:
-        prefix: of the message.
+        prefix: of the message; "": that of the call around this one.
         debug: show the traceback above the message.
         message: takes the text instead of stderr, in one of several processes.
 
@@ -128,13 +131,14 @@ def ending_on_mistakes(
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see train_distill.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    token = _PREFIX.set(prefix or _PREFIX.get())
     try:
         with _quiet_training(message):
             yield
     except Exception as error:
         if not is_mistake(error):
             raise
-        details, text = _traceback_of(error), prefix + message_of(error)
+        details, text = _traceback_of(error), _PREFIX.get() + message_of(error)
         _write_to_log_files(details)
         text = f"{details}\n\n{text}" if debug else text
         if message is None:
@@ -146,6 +150,13 @@ def ending_on_mistakes(
         # As Python ends, but for the traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        _PREFIX.reset(token)
+
+
+def prefixed(text: str) -> str:
+    """A message of another process, with the prefix that it has in this one."""
+    return _PREFIX.get() + text
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +15,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Packages whose names to pip are others than those to Python.
+OTHER_NAMES = {"cv2": "opencv-python-headless", "PIL": "Pillow", "yaml": "PyYAML"}
+#: What pip does not install for this package.
+OWN = {"detectron2", "distill_d2"}
 JUNK = shutil.ignore_patterns("__pycache__", "*.egg-info", "output", "build")
 
 
@@ -103,6 +109,45 @@ def test_metadata(wheel):
     assert "Requires-Dist: setuptools<81\n" in metadata
     # It is on no package index: pip would fail or fetch somebody else's package of that name.
     assert "Requires-Dist: detectron2" not in metadata
+
+
+def imported(path, whole):
+    """The packages that a file imports: at its top, or also in functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if whole else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="sys.stdlib_module_names is new in Python 3.10")
+def test_what_is_imported_is_required(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    lines = re.findall(r"^Requires-Dist: ([\w.-]+)(.*)$", wheel.read(name).decode(), re.MULTILINE)
+    of_extras = {package for package, rest in lines if "extra ==" in rest}
+    required = {package for package, _ in lines} - of_extras
+    for path in [*(ROOT / "distill_d2").rglob("*.py"), *(ROOT / "projects").rglob("*.py")]:
+        for whole, known in ((False, required), (True, required | of_extras)):
+            packages = {OTHER_NAMES.get(package, package) for package in imported(path, whole)}
+            missing = packages - known - OWN - set(sys.stdlib_module_names)
+            assert not missing, f"{path} imports {missing}"
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_every_command_in_an_empty_folder(wheel, tmp_path):
+    site, folder = tmp_path / "site", tmp_path / "empty"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*install, wheel.filename], check=True, capture_output=True)
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    environment["DETECTRON2_DATASETS"] = str(folder / "datasets")
+    script = [sys.executable, str(Path(__file__).with_name("wheel_commands.py")), str(site)]
+    done = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    command = [sys.executable, str(site / "bin" / "distill-d2"), "--version"]
+    version = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert version.stdout.startswith("distill_d2 ")
 
 
 def test_the_license_is_beside_the_installer_of_detectron2(wheel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from typing import Any
 
 from detectron2.data import DatasetCatalog
@@ -115,8 +116,10 @@ def _terms(measured: TermGradients) -> str:
         for name, term in measured.terms.items()
     ]
     rows.append(("all of the task", "", None, measured.task, None))
+    counts = Counter(term.loss for term in measured.terms.values())
     for name, gradient in measured.losses.items():
-        rows.append((f"all of {name}", "", None, gradient, _share(gradient, measured)))
+        if counts[name] > 1:
+            rows.append((f"all of {name}", "", None, gradient, _share(gradient, measured)))
     header = ["term", "of", "value", "gradient", "in units of the task's"]
     title = (
         f"Terms of a step at iteration {measured.iteration}: values, and norms of the gradients in the student's "
@@ -137,12 +140,10 @@ def _cost(settings: RunSettings, cost: StepCost, evaluation: float) -> str:
     steps = settings.max_iter + settings.distiller.PRETRAIN_TEACHER_ITERS
     count = evaluations_of(settings.max_iter, settings.eval_period) if evaluation else 0
     duration = expected_duration(steps, cost.seconds, count, evaluation)
-    evaluations = (
-        f" and {count} evaluations of {spoken(evaluation)}" if count else ", without an evaluation"
-    )
+    tests = f", and {count} x {spoken(evaluation)} of evaluation" if count else ", without evaluation"
     return (
         f"A step takes {cost.seconds:.3g} s ({times}); peak memory {cost.memory / _GIGABYTE:.2g} GB\n"
-        f"Expected duration: {spoken(duration)}, of {steps} steps{evaluations}"
+        f"Expected duration: {spoken(duration)}, of {steps} steps{tests}"
     )
 
 

@@ -41,10 +41,14 @@ class StepCost:
 
 def measure_gradients(trainer: DistillTrainer, batches: int) -> TermGradients:
     """Means over some batches, of at most four images each, at the iteration at which all losses act."""
-    most = _IMAGES // 2 if trainer.settings.amp_key else _IMAGES  # in float32
-    taken = [next(trainer._trainer._data_loader_iter)[:most] for _ in range(batches)]
     iteration = acting_iteration(trainer.plain_model)
-    return mean_gradients([term_gradients(trainer.plain_model, batch, iteration) for batch in taken])
+    parts = 2 if trainer.settings.amp_key else 1  # float32 takes twice the memory
+    measured = []
+    for _ in range(batches):
+        batch = next(trainer._trainer._data_loader_iter)
+        count = max(1, min(_IMAGES, len(batch) // parts))
+        measured.append(term_gradients(trainer.plain_model, batch[:count], iteration))
+    return mean_gradients(measured)
 
 
 def measure_steps(trainer: DistillTrainer) -> StepCost:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..imports import add_import_argument
 from .arguments import add_device_argument, chosen_device
 
 
@@ -34,12 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=60,
         help="test images to choose them from (default: 60)",
     )
+    add_import_argument(parser)
     add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..imports import import_modules
     from ..report.making import make_report
 
+    import_modules(args.imports)
     make_report(
         args.runs,
         args.output,

@@ -96,13 +96,14 @@ def build_train_loader(
     )
 
 
-def example_batch(loader: Any, most: int) -> list[Any] | None:
+def example_batch(loader: Any, most: int, parts: int = 1) -> list[Any] | None:
     """This process's share of images from all over the training data, mapped; the same ones at each call. The
     order in which images are trained on stays as it is.
 
     Args:
         loader: of ``build_train_loader``.
-        most: the number of images, if a batch has as many.
+        most: the number of images, at most.
+        parts: of a batch, one of which is the number of images, at most.
 
     Returns:
         None for other loaders.
@@ -110,8 +111,7 @@ def example_batch(loader: Any, most: int) -> list[Any] | None:
     stream = getattr(loader, "dataset", None)
     if not isinstance(stream, _MappedStream):
         return None
-    count = min(most, stream.sampler.batch_size)
-    return stream.examples(count)
+    return stream.examples(max(1, min(most, stream.sampler.batch_size // parts)))
 
 
 def _describe(dataset: Sequence[dict[str, Any]]) -> str:

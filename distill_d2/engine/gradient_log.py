@@ -46,8 +46,7 @@ class GradientLog:
         self._model: Any = model
         self._loader = loader
         self._folder = settings.output_dir
-        # In float32, which takes twice the memory of mixed precision.
-        self._images = _IMAGES // 2 if settings.amp_key else _IMAGES
+        self._parts = 2 if settings.amp_key else 1  # float32 takes twice the memory
         self._active = isinstance(model, Distiller) and settings.distiller.MEASURE_GRADIENTS
 
     def start(self) -> None:
@@ -76,7 +75,7 @@ class GradientLog:
         if not self._active:
             return None
         with unchanged_random_state():
-            batch = example_batch(self._loader, self._images)
+            batch = example_batch(self._loader, _IMAGES, self._parts)
         try:
             if batch is not None:
                 return term_gradients(self._model, batch, iteration)

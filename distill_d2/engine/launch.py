@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..commands.arguments import add_training_arguments
-from ..mistakes import Message, add_debug_argument, end, ending_on_mistakes
+from ..mistakes import Message, add_debug_argument, end, ending_on_mistakes, prefixed
 from .interrupt import forwarding_signals
 from .launch_arguments import check_address, check_processes
 from .started_processes import find_place, join
@@ -76,7 +76,7 @@ def _launch_several(main: Callable, args: argparse.Namespace, processes: int) ->
             )
         except (ProcessExitedException, ProcessRaisedException) as error:
             if message.read():
-                end(message.read())
+                end(prefixed(message.read()))
             if isinstance(error, ProcessRaisedException) and not met.exists():
                 end(
                     f"{machine}: its {processes} processes did not meet those of the other machines within "

@@ -43,14 +43,19 @@ def kinds_of(arguments: Sequence[str]) -> list[Kind]:
 
     Raises:
         OSError: a run does not exist; the message says what was expected.
+        ValueError: two kinds have the same name.
     """
-    named = [_parts(argument) for argument in arguments]
-    folders = [[run.name for run in runs] for _, runs in named]
-    distinct = len({name for names in folders for name in names}) == sum(map(len, folders))
-    return [
+    given = [_parts(argument) for argument in arguments]
+    folders = [run.name for _, runs in given for run in runs]
+    distinct = len(set(folders)) == len(folders)
+    kinds = [
         Kind(name or ", ".join(run.name if distinct else run.path for run in runs), runs)
-        for name, runs in named
+        for name, runs in given
     ]
+    twice = [kind.name for kind in kinds if sum(kind.name == other.name for other in kinds) > 1]
+    if twice:
+        raise ValueError(f"two runs have the name '{twice[0]}'; name them by NAME=RUN")
+    return kinds
 
 
 def _parts(argument: str) -> tuple[str, list[Run]]:

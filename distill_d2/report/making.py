@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 
 from ..checkpoint import write_whole
+from ..engine.output_dir import check_writable
 from ..inference import Trained
 from ..inference.images import read_bgr
 from ..inference.truth import Truth, truth_of_tests
@@ -14,6 +16,7 @@ from .models import costs_of, load_models
 from .page import page_of
 from .pictures import Shown, images_to_show
 from .roles import TEACHER, Entry, entries_of
+from .tables import tables_of
 
 
 def make_report(
@@ -45,17 +48,26 @@ def make_report(
         raise ValueError(f"--output '{output}' is a folder; expected a file, such as report.html")
     if show < 0 or look_at < 0:
         raise ValueError(f"--pictures {show} --images {look_at}: expected 0 or more")
-    entries = entries_of(kinds_of(runs), kinds_of(teachers), kinds_of(alone))
+    check_writable(os.path.dirname(output) or ".", "--output: the folder")
+    entries = _entries(runs, teachers, alone)
     print(", ".join(f"{entry.name}: {entry.role}" for entry in entries), flush=True)
+    tables = tables_of([entry.kind for entry in entries])  # before what takes long: it may raise
     models, notes = load_models(entries, device)
     pictures = _pictures(entries, models, show, look_at)
-    images = [] if isinstance(pictures, str) else [read_bgr(image.path) for image in pictures.images]
+    shown = [] if isinstance(pictures, str) else pictures.images
     print("measuring the time per image", flush=True)
-    costs = costs_of(models, images)
+    costs = costs_of(models, [read_bgr(image.record["file_name"]) for image in shown])
     title = title or f"Report on {', '.join(entry.name for entry in entries)}"
-    page = page_of(entries, title, costs=costs, notes=notes, pictures=pictures)
+    page = page_of(entries, tables, title, costs=costs, notes=notes, pictures=pictures)
     write_whole(output, lambda file: file.write(page.encode()))
     print(f"{output}: {len(page) // 1000} KB")
+
+
+def _entries(runs: Sequence[str], teachers: Sequence[str], alone: Sequence[str]) -> list[Entry]:
+    """A run with a given role may stand among the others, too."""
+    others = [run for run in runs if run not in (*teachers, *alone)]
+    kinds = iter(kinds_of([*others, *teachers, *alone]))
+    return entries_of(*(list(itertools.islice(kinds, len(part))) for part in (others, teachers, alone)))
 
 
 def _pictures(

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..inference import Trained, load_trained
+from ..mistakes import message_of
 from ..profiling import milliseconds_per_image
 from ..run_files import BEST
 from .roles import Entry
 
-_SECONDS = 10.0  # of measuring
+_SECONDS = 5.0  # of measuring
 _IMAGES = 4
 _EMPTY = np.full((480, 640, 3), 128, np.uint8)
 
@@ -35,7 +36,7 @@ def load_models(entries: Sequence[Entry], device: str) -> tuple[dict[str, Traine
         try:
             models[entry.name] = load_trained(entry.config or str(folder), entry.weights, device)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            notes.append(f"{entry.name}: {error}")
+            notes.append(f"{entry.name}: {message_of(error)}")
             continue
         if (folder / BEST).is_file():
             notes.append(f"{entry.name}: size, speed and pictures are of {BEST}.")

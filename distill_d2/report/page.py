@@ -12,11 +12,12 @@ from .models import Cost
 from .pictures import Shown, picture_rows
 from .roles import Entry
 from .style import CSS
-from .tables import tables_of
+from .tables import Table
 
 
 def page_of(
     entries: Sequence[Entry],
+    tables: Sequence[Table],
     title: str,
     *,
     costs: Mapping[str, Cost],
@@ -26,14 +27,14 @@ def page_of(
     """The page as HTML, without any request to elsewhere; all texts of runs are escaped.
 
     Args:
+        tables: of all entries.
         costs: by name of an entry, of those whose detector is here.
         notes: on those, and why others are missing.
         pictures: what detectors find in test images; a text: why there are none.
 
     Raises:
-        ValueError: the runs have no metrics in common, or a file of theirs holds something else.
+        ValueError: a file of a run holds something else than it should.
     """
-    tables = tables_of([entry.kind for entry in entries])
     parts = {
         "Results": results.result_tables(entries, tables),
         "AP over iterations": results.curves(entries, tables),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,9 +28,9 @@ _MOST_BOXES = 60
 
 @dataclass(frozen=True)
 class Seen:
-    """A test image, its objects, and what each detector finds in it."""
+    """A test image, as a dataset dict, its objects, and what each detector finds in it."""
 
-    path: str
+    record: dict[str, Any]
     truth: Truth
     found: dict[str, Found]
 
@@ -63,19 +64,10 @@ def images_to_show(
     Raises:
         ValueError: no image can be read; a detector finds no objects at all (a semantic segmentor).
     """
-    names_of = {name: _class_names(trained, data.classes) for name, trained in models.items()}
     seen = []
     for record in varied_sample(data.records, look_at):
-        try:
-            image = read_bgr(record["file_name"])
-        except UnreadableRecord:
-            continue
-        truth = truth_of(record, data.classes)
-        found = {
-            name: found_by(trained.predict([image])[0], names_of[name], truth)
-            for name, trained in models.items()
-        }
-        seen.append(Seen(record["file_name"], truth, found))
+        with contextlib.suppress(UnreadableRecord):
+            seen.append(_look(models, data, record, masks=False))
     if not seen:
         raise ValueError("none of the test images can be read")
     truths = [image.truth for image in seen]
@@ -85,7 +77,21 @@ def images_to_show(
         scores = [f1(image.found[name], image.truth, thresholds[name]) for name in compared]
         return max(scores) - min(scores) if len(scores) > 1 else 1 - scores[0]
 
-    return Shown(sorted(seen, key=difference, reverse=True)[:show], thresholds, len(seen))
+    chosen = sorted(seen, key=difference, reverse=True)[:show]
+    images = [_look(models, data, image.record, masks=True) for image in chosen]
+    return Shown(images, thresholds, len(seen))
+
+
+def _look(models: Mapping[str, Trained], data: TestData, record: dict[str, Any], masks: bool) -> Seen:
+    """``masks``: keep them, which need much memory."""
+    image, truth = read_bgr(record["file_name"]), truth_of(record, data.classes)
+    found = {}
+    for name, trained in models.items():
+        instances = trained.predict([image])[0]
+        if not masks and instances.has("pred_masks"):
+            instances.remove("pred_masks")
+        found[name] = found_by(instances, _class_names(trained, data.classes), truth)
+    return Seen(record, truth, found)
 
 
 def _class_names(trained: Trained, names: Sequence[str]) -> Sequence[str]:
@@ -100,7 +106,7 @@ def picture_rows(shown: Shown) -> str:
 
 
 def _row(number: int, image: Seen, thresholds: Mapping[str, float]) -> str:
-    pixels = read_bgr(image.path)
+    pixels = read_bgr(image.record["file_name"])
     height, width = pixels.shape[:2]
     count = len(image.truth.classes)
     masks = any(mask is not None for found in image.found.values() for mask in found.masks)
@@ -113,7 +119,7 @@ def _row(number: int, image: Seen, thresholds: Mapping[str, float]) -> str:
             _panel(number, width, height, _marks(found, image.truth, thresholds[name]), name, text)
         )
     style = f".i{number}{{background-image:url(data:image/jpeg;base64,{_jpeg(pixels)})}}"
-    title = escape(os.path.basename(image.path))
+    title = escape(os.path.basename(image.record["file_name"]))
     row = f'<div class="panels" style="--count:{len(panels)}">{"".join(panels)}</div>'
     return f"<style>{style}</style><h3>{title}</h3>{row}"
 

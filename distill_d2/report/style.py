@@ -35,6 +35,7 @@ th:first-child, td:first-child, .named th:last-child, .named td:last-child,
 .left th, .left td { text-align: left; }
 @media (max-width: 600px) { th, td { padding: .3em .45em; } }
 .keys .value { display: inline-block; white-space: normal; overflow-wrap: anywhere; max-width: 24em; }
+.keys td:first-child .value { min-width: 12em; }
 .up { color: var(--c3); } .down { color: var(--c5); }
 .swatch {
   display: inline-block; width: .8em; height: .8em; margin-right: .45em; border-radius: 2px;
