@@ -67,6 +67,6 @@ def _weak_terms(name: str, measured: TermGradients) -> Iterator[str]:
     ]
     if weak:
         yield (
-            f"Of {name}, {', '.join(weak)} pull on the student's backbone with less than {_WEAK:.0%} of the "
-            "gradient of the task: the other terms are what it teaches"
+            f"Terms of {name} with less than {_WEAK:.0%} of the task's gradient in the student's backbone, which "
+            f"hardly teach: {', '.join(weak)}"
         )

@@ -68,7 +68,8 @@ def demo(args: argparse.Namespace) -> None:
     others = ["student", *args.methods]
     for index in range(0, len(others), 2):  # two at a time
         wait_for([start(name, args) for name in others[index : index + 2]])
-    print_comparison(Path(args.output), args.methods, time.time() - started)
+    device = "cuda" if args.num_gpus else "cpu"
+    print_comparison(Path(args.output), args.methods, time.time() - started, device)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -168,15 +169,20 @@ def progress(run: Run) -> str:
     return f"{run.output.stem}: {where}"
 
 
-def print_comparison(output: Path, methods: list[str], seconds: float) -> None:
-    """Sizes, speeds and APs of all runs, what the student gained, and what to do next."""
+def print_comparison(output: Path, methods: list[str], seconds: float, device: str = "cpu") -> None:
+    """Sizes, speeds and APs of all runs, and what the student gained; then what to do next.
+
+    Args:
+        seconds: that the runs took.
+        device: of torch, on which speeds are measured.
+    """
     from tabulate import tabulate
 
     from .profiling import time_ratio
 
     names = ["teacher", "student", *methods]
     found = {name: last_results(output / name) for name in names}
-    sizes, times, images = measure({name: str(output / name) for name in names})
+    sizes, times, files = measure({name: str(output / name) for name in names}, device)
     task = "segm" if "segm/AP" in found["student"] else "bbox"
     scores = [f"{task}/{score}" for score in ("AP", "AP50", "AP75")]
     rows = [
@@ -191,22 +197,30 @@ def print_comparison(output: Path, methods: list[str], seconds: float) -> None:
         f"{name} - student: {found[name][scores[0]] - student:+.1f} AP" for name in methods
     )
     ratio = time_ratio(times["teacher"], times["student"])
-    print(f"the student is {ratio:.1f} times as fast as its teacher (batches of one image, one thread)")
+    where = "one thread" if device == "cpu" else device
+    print(f"the student is {ratio:.1f} times as fast as its teacher (batches of one image, {where})")
     print(f"{gains}; {seconds / 60:.1f} minutes in all")
+    print_next_steps(output, names, files)
+
+
+def print_next_steps(output: Path, names: list[str], files: list[str]) -> None:
+    """Commands on the runs of these names, and on images."""
     runs = [str(output / name) for name in names]
-    print("what to do next:")
-    print("  " + shlex.join(["distill-d2", "report", *runs, "--output", str(output / "report.html")]))
-    words = [word for run in runs for word in ("--run", run)]
-    words += [images, "--output", str(output / "pictures")]
-    print("  " + shlex.join(["distill-d2", "predict", *words]))
+    report = ["report", *runs, "--output", str(output / "report.html")]
+    predict = ["predict", *(word for run in runs for word in ("--run", run)), *files[:2]]
+    print("Next:")
+    for words in (report, [*predict, "--output", str(output / "pictures")]):
+        print(f"  distill-d2 {shlex.join(words)}")
 
 
-def measure(runs: dict[str, str]) -> tuple[dict[str, int], dict[str, list[float]], str]:
+def measure(
+    runs: dict[str, str], device: str
+) -> tuple[dict[str, int], dict[str, list[float]], list[str]]:
     """Sizes and speeds of trained detectors, by name.
 
     Returns:
-        numbers of parameters; milliseconds per image, in rounds that all detectors share, on one thread;
-        and the folder of the images, the first of the test dataset.
+        numbers of parameters; milliseconds per image, in rounds that all detectors share, on a CPU with one
+        thread; and the files of the images.
     """
     import torch
     from detectron2.data import DatasetCatalog
@@ -221,7 +235,7 @@ def measure(runs: dict[str, str]) -> tuple[dict[str, int], dict[str, list[float]
     files = [
         record["file_name"] for record in DatasetCatalog.get(config.DATASETS.TEST[0])[:IMAGES_TIMED]
     ]
-    trained = {name: load_trained(run) for name, run in runs.items()}
+    trained = {name: load_trained(run, device=device) for name, run in runs.items()}
     times = milliseconds_per_image(
         {name: each.model for name, each in trained.items()},
         {
@@ -230,7 +244,7 @@ def measure(runs: dict[str, str]) -> tuple[dict[str, int], dict[str, list[float]
         },
     )
     sizes = {name: sum(p.numel() for p in each.model.parameters()) for name, each in trained.items()}
-    return sizes, times, os.path.dirname(files[0])
+    return sizes, times, files
 
 
 def last_results(run: Path) -> dict[str, float]:

@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Iterator
 
+from ..engine.run_log import is_for_screen
 from ..mistakes import is_mistake, message_of
 
 
@@ -43,6 +44,7 @@ class Faults:
 class _Notes(logging.Handler):
     def __init__(self, notes: list[str]):
         super().__init__(logging.WARNING)
+        self.addFilter(is_for_screen)
         self._notes = notes
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from typing import Any
 
 from detectron2.data import DatasetCatalog
@@ -115,8 +116,10 @@ def _terms(measured: TermGradients) -> str:
         for name, term in measured.terms.items()
     ]
     rows.append(("all of the task", "", None, measured.task, None))
+    counts = Counter(term.loss for term in measured.terms.values())
     for name, gradient in measured.losses.items():
-        rows.append((f"all of {name}", "", None, gradient, _share(gradient, measured)))
+        if counts[name] > 1:
+            rows.append((f"all of {name}", "", None, gradient, _share(gradient, measured)))
     header = ["term", "of", "value", "gradient", "in units of the task's"]
     title = (
         f"Terms of a step at iteration {measured.iteration}: values, and norms of the gradients in the student's "

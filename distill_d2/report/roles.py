@@ -57,10 +57,10 @@ def entries_of(
         teachers, alone: those whose roles are given.
     """
     given = [*kinds, *teachers, *alone]
-    names = {os.path.dirname(path) for path in map(_weights_of_teacher, _runs(given)) if path}
+    folders = {os.path.dirname(path) for path in map(_weights_of_teacher, _runs(given)) if path}
     roles = {TEACHER: list(teachers), ALONE: list(alone), DISTILLED: []}
     for kind in kinds:
-        roles[_role(kind.runs[0], names)].append(kind)
+        roles[_role(kind.runs[0], folders)].append(kind)
     found = [(kind, role, "", "") for role, group in roles.items() for kind in group]
     if not roles[TEACHER]:
         found = [*_evaluated_teacher(_runs(given)), *found]

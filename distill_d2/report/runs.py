@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..run_files import COMMANDS, DISTILLATION_FILE, EVALUATIONS, GRADIENTS, METRICS, STUDENT_FILE
+from ..run_files import DISTILLATION_FILE, EVALUATIONS, GRADIENTS, METRICS, STUDENT_FILE
 from ..safe_yaml import read_yaml
 
 Metrics = dict[str, float]  # of one task, by name: "AP", "AP50-dog"
@@ -98,6 +98,8 @@ class Run:
         """(iterations trained, value) of each loss term, by its name."""
         found: dict[str, list[tuple[float, float]]] = {}
         for line in self.lines:
+            if "iteration" not in line:
+                continue
             for name, value in line.items():
                 if "loss" in name and "/" not in name and isinstance(value, (int, float)):
                     found.setdefault(name, []).append((line["iteration"] + 1, value))
@@ -124,11 +126,6 @@ class Run:
         """The text of one of its files; "" without it."""
         path = self.folder / name
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-    @property
-    def commands(self) -> str:
-        """The command lines that trained and evaluated; "" for runs that noted none."""
-        return self.text(COMMANDS)
 
     def _config(self, name: str) -> dict[str, Any]:
         text = re.sub(_NAME_OF_CODE, r"\1", self.text(name))
@@ -162,7 +159,7 @@ def evaluation_of(entry: dict[str, Any]) -> Evaluation:
             found.setdefault(task, {})[metric] = value
     results = {task: metrics for task, metrics in found.items() if "AP" in metrics}
     # The evaluation at the end comes after the last iteration, and has a line of its own.
-    iterations = entry.get("iteration", 0) + any("loss" in name for name in entry)
+    iterations = entry.get("iteration", 0) + ("total_loss" in entry)
     return Evaluation(iterations, results, entry.get("weights", ""))
 
 

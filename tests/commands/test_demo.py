@@ -45,7 +45,7 @@ def test_comparison(tmp_path, capsys, monkeypatch):
     assert (
         f"distill-d2 report {tmp_path / 'teacher'} {tmp_path / 'student'} {tmp_path / 'pkd'} " in output
     )
-    assert f" --run {tmp_path / 'pkd'} {tmp_path / 'data' / 'images'} " in output
+    assert f" --run {tmp_path / 'pkd'} {tmp_path / 'data' / 'images' / '0.png'} " in output
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_a_training_without_faults_is_measured(job, capsys):
     cfg = load_config(str(balanced))
     assert cfg.SOLVER.MAX_ITER == 9 and f"PKD.WEIGHT {cfg.MODEL.DISTILLER.PKD.WEIGHT:g}" in out
     check(balanced)
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| all of PKD")]
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| loss_pkd")]
     assert float(row.split("|")[-2]) == pytest.approx(0.5, rel=0.3)
 
 
