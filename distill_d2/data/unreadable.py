@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
 from ..checkpoint import write_whole
@@ -75,3 +75,6 @@ def _leave_out(name: str, files: set[str]) -> None:
         name,
         lambda: [record for record in load() if os.fspath(record.get("file_name", "")) not in files],
     )
+    ids = {record["image_id"] for record in load() if os.fspath(record.get("file_name", "")) in files}
+    # For evaluators that read the annotations themselves.
+    vars(MetadataCatalog.get(name))["left_out"] = frozenset(ids)

@@ -8,7 +8,7 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -59,11 +59,13 @@ class VocFolder:
             without the ending.
         images: a folder of images, named by the ids.
         split: a file that lists ids, a share of all, or None: all.
+        left_out: ids that do not count, since their images cannot be read.
     """
 
     annotations: str
     images: str
     split: str | Share | None = None
+    left_out: frozenset[str] = frozenset()
 
     @classmethod
     def of_root(cls, root: str, split: str | Share) -> VocFolder:
@@ -84,7 +86,8 @@ class VocFolder:
                 f"dataset '{name}' has evaluator_type 'pascal_voc', but its metadata lacks {lacking}; expected "
                 "those of detectron2's register_pascal_voc"
             )
-        return metadata.get("voc_folder") or cls.of_root(metadata.dirname, metadata.split)
+        folder = metadata.get("voc_folder") or cls.of_root(metadata.dirname, metadata.split)
+        return replace(folder, left_out=metadata.get("left_out", frozenset()))
 
     def ids(self) -> list[str]:
         """The ids of the images, each once.
@@ -95,8 +98,10 @@ class VocFolder:
         """
         known = files_by_id(self.annotations, (".xml",))
         if isinstance(self.split, str):
-            return read_list(self.split, known, self.annotations)
-        return sorted(known if self.split is None else self.split.of(known))
+            ids: Iterable[str] = read_list(self.split, known, self.annotations)
+        else:
+            ids = sorted(known if self.split is None else self.split.of(known))
+        return [key for key in ids if key not in self.left_out]
 
     def annotation(self, key: str) -> str:
         """The xml file of an image."""

@@ -53,6 +53,8 @@ def with_ground_truth(name: str, folder: str) -> str:
     own = os.fspath(MetadataCatalog.get(name).json_file) == source.json_file
     if _RECORDS is not None and own:
         return _described(name, folder, _part(read_coco(source).content, _RECORDS))
+    if MetadataCatalog.get(name).get("left_out"):
+        return _described(name, folder, _part(read_coco(source).content, DatasetCatalog.get(name)))
     if is_right(source):
         return name
     found = read_coco(source)

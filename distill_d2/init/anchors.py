@@ -11,9 +11,10 @@ from .boxes import side
 
 #: Of each level, as RetinaNet's: a level's size is twice that of the level below it.
 _PER_LEVEL = 3
-#: From the finest level's first size to its stride: detectron2's RetinaNet has 4.
-_STRIDES = (2.0, 2.5, 3.2, 4.0, 5.0, 6.3, 8.0)
-_RATIOS = ((0.7, 1.0, 1.4), (0.5, 1.0, 2.0), (0.35, 0.7, 1.4), (0.7, 1.4, 2.8), (0.33, 1.0, 3.0))
+#: The finest level's first size in units of its stride, and ratios. detectron2's RetinaNet has 4 and the first.
+_FACTORS = (2.0, 2.5, 3.2, 4.0, 5.0, 6.3, 8.0)
+_USUAL = 4.0
+_RATIOS = ((0.5, 1.0, 2.0), (0.7, 1.0, 1.4), (0.35, 0.7, 1.4), (0.7, 1.4, 2.8), (0.33, 1.0, 3.0))
 #: From which anchors count as an object's in RetinaNet.
 _MATCHED = 0.5
 _MOST_BOXES = 5000
@@ -39,12 +40,15 @@ class Anchors:
     fit: float
 
 
-def fit_anchors(corners: np.ndarray, pyramids: Sequence[Sequence[int]]) -> Anchors:
+def fit_anchors(
+    corners: np.ndarray, pyramids: Sequence[Sequence[int]], *, usual: bool = False
+) -> Anchors:
     """Anchors of the form of RetinaNet's, three sizes and three ratios on each level, for these boxes.
 
     Args:
         corners: (n, 4), in pixels of the resized image.
         pyramids: the strides of the levels to choose from, the first that is hardly worse than the others.
+        usual: whether detectron2's own, which pretrained weights are for, are taken unless they are worse.
 
     Raises:
         ValueError: there are no boxes.
@@ -52,15 +56,17 @@ def fit_anchors(corners: np.ndarray, pyramids: Sequence[Sequence[int]]) -> Ancho
     if not len(corners):
         raise ValueError("there are no boxes to fit anchors to")
     corners = corners[np.linspace(0, len(corners) - 1, min(len(corners), _MOST_BOXES)).astype(int)]
-    best = [_best(corners, tuple(strides)) for strides in pyramids]
-    most = max(anchors.recall for anchors in best)
-    return next(anchors for anchors in best if anchors.recall >= most - _NEGLIGIBLE)
+    tried = [_best(corners, tuple(strides)) for strides in pyramids]
+    if usual:
+        tried.insert(0, _measured(corners, tuple(pyramids[0]), _USUAL * pyramids[0][0], _RATIOS[0]))
+    most = max(anchors.recall for anchors in tried)
+    return next(anchors for anchors in tried if anchors.recall >= most - _NEGLIGIBLE)
 
 
 def _best(corners: np.ndarray, strides: tuple[int, ...]) -> Anchors:
     tried = [
         _measured(corners, strides, factor * strides[0], ratios)
-        for factor in _STRIDES
+        for factor in _FACTORS
         for ratios in _RATIOS
     ]
     return max(tried, key=lambda anchors: (round(anchors.recall, 2), round(anchors.fit, 2)))

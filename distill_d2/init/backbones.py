@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 from iopath.common.file_io import get_cache_dir
 
+from .image_size import Budget
+
 _HOST = "https://dl.fbaipublicfiles.com/detectron2/"
 _IMAGENET_R50 = f"{_HOST}ImageNetPretrained/MSRA/R-50.pkl"
 _COCO_R50 = f"{_HOST}COCO-Detection/retinanet_R_50_FPN_3x/190397829/model_final_5bd44e.pkl"
@@ -53,6 +55,7 @@ class Pair:
         model: lines below MODEL that both have.
         head: more keys of MODEL.RETINANET.
         student, teacher: lines below MODEL.
+        fine_student: more of these for a pyramid that begins at stride 4, where the head takes most of the time.
         weights: addresses of pretrained weights that they start from.
         pyramids: strides of the levels to choose from.
         solver: lines below SOLVER.
@@ -67,6 +70,7 @@ class Pair:
     head: str
     student: str
     teacher: str
+    fine_student: str
     weights: Sequence[str]
     pyramids: Sequence[Sequence[int]]
     solver: str
@@ -74,11 +78,11 @@ class Pair:
     images: int
     pkd: float
 
-    def longest_side(self, gpu: bool) -> tuple[int, int]:
-        """The longer side of images in pixels, as the budget allows, and where objects are small."""
+    def budget(self, gpu: bool) -> Budget:
+        """The size of images that the machine allows."""
         if self.weights:
-            return 1333, 1333
-        return (512, 1024) if gpu else (256, 512)
+            return Budget(1333, 1333, least=800)
+        return Budget(512, 1024) if gpu else Budget(256, 512)
 
 
 def _resnet(student: str, student_lines: str, teacher: int, weights: Sequence[str]) -> Pair:
@@ -89,6 +93,7 @@ def _resnet(student: str, student_lines: str, teacher: int, weights: Sequence[st
         head="",
         student=student_lines + _NARROW_HEAD,
         teacher=f'  RESNETS: {{DEPTH: {teacher}}}\n  WEIGHTS: "{weights[0]}"\n',
+        fine_student="",
         weights=weights,
         pyramids=[(8, 16, 32, 64, 128)],
         solver=_FINE_TUNING,
@@ -107,6 +112,7 @@ PAIRS = {
         head=_SMALL_HEAD,
         student="  SMALL_RESNET: {STEM_WIDTH: 12, WIDTHS: [12, 24, 48, 96], BLOCKS: [1, 1, 1, 1]}\n",
         teacher="  SMALL_RESNET: {STEM_WIDTH: 32, WIDTHS: [32, 64, 128, 256], BLOCKS: [2, 2, 2, 2]}\n",
+        fine_student="  FPN: {OUT_CHANNELS: 32}\n",
         weights=(),
         pyramids=[(8, 16, 32), (4, 8, 16)],
         solver=_FROM_SCRATCH,

@@ -64,14 +64,13 @@ def propose(
     train, test = _named(data, layout.train, "train"), _named(data, layout.val, "val")
     entries = [{**e, **({"CLASSES": layout.classes} if layout.classes else {})} for e in train + test]
     register_custom_datasets(entries)
-    if skip_unreadable:
-        leave_out([entry["NAME"] for entry in entries], output)
+    unreadable = leave_out([entry["NAME"] for entry in entries], output) if skip_unreadable else []
     found = {entry["NAME"]: _checked(entry["NAME"], train[0]["NAME"]) for entry in entries}
     boxes = Boxes.of([record for entry in train for record in found[entry["NAME"]]])
     gpu = device.startswith("cuda")
     name, remark = _choose(backbone, gpu)
     pair = PAIRS[name]
-    short, long = choose_size(boxes, *pair.longest_side(gpu))
+    short, long = choose_size(boxes, pair.budget(gpu))
     plan = Plan(
         title=f"{os.path.basename(os.path.abspath(data))}: {len(boxes.images)} images for training",
         entries=entries,
@@ -79,7 +78,7 @@ def propose(
         test=[entry["NAME"] for entry in test],
         classes=classes_of([train[0]["NAME"]]) or [],
         pair=pair,
-        anchors=fit_anchors(boxes.resized(short, long), pair.pyramids),
+        anchors=fit_anchors(boxes.resized(short, long), pair.pyramids, usual=bool(pair.weights)),
         short=short,
         long=long,
         epochs=epochs or _epochs(pair.images, len(boxes.images)),
@@ -93,7 +92,7 @@ def propose(
         trial = try_out(folder, device, few=bool(pair.weights) and not gpu)
     plan = replace(plan, pkd=pair.pkd or trial.weight or 1.0)
     _write(output, texts(plan))
-    remarks = [*layout.remarks, remark] if remark else layout.remarks
+    remarks = [*layout.remarks, *unreadable, *([remark] if remark else [])]
     return describe(plan, boxes, found, trial, remarks, output)
 
 

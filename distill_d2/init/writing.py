@@ -59,7 +59,7 @@ def texts(plan: Plan) -> dict[str, str]:
     return {
         "base.yaml": _base(plan),
         "teacher.yaml": f"_BASE_: base.yaml\nMODEL:\n{plan.pair.teacher}OUTPUT_DIR: {_flow(teacher)}\n",
-        "student.yaml": f"# The student alone, to compare with.\n_BASE_: base.yaml\nMODEL:\n{plan.pair.student}"
+        "student.yaml": f"# The student alone, to compare with.\n_BASE_: base.yaml\nMODEL:\n{_student(plan)}"
         f"OUTPUT_DIR: {_flow(student)}\n",
         "distill.yaml": _distill(plan, teacher),
     }
@@ -101,6 +101,10 @@ TEST:
 SEED: 1
 VERSION: 2
 """
+
+
+def _student(plan: Plan) -> str:
+    return plan.pair.student + (plan.pair.fine_student if plan.anchors.strides[0] == 4 else "")
 
 
 def _distill(plan: Plan, teacher: str) -> str:

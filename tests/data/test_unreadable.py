@@ -1,9 +1,16 @@
 """DATASETS.SKIP_UNREADABLE."""
 
+import json
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from runs import Job, checkpoint
+from small_datasets import write_voc
+
+from distill_d2.data import register_custom_datasets, skip_unreadable
+from distill_d2.data.voc import check_evaluated_ids
+from distill_d2.evaluation.ground_truth import with_ground_truth
+from distill_d2.testing import write_dataset
 
 
 def test_run_without_the_images_that_cannot_be_read(tmp_path):
@@ -19,3 +26,17 @@ def test_run_without_the_images_that_cannot_be_read(tmp_path):
     assert (
         checkpoint(job.output)["trainer"]["iteration"] == 1
     )  # two batches of two are an epoch of the rest
+
+
+def test_evaluation_without_them_too(tmp_path):
+    write_voc(tmp_path / "voc", {"a": [("cat", 5, 5, 20, 20)], "b": [("cat", 5, 5, 20, 20)]})
+    voc = {"NAME": "unreadable_voc", "FORMAT": "voc", "ROOT": str(tmp_path / "voc"), "SPLIT": "train"}
+    entries = [{**voc, "CLASSES": ["cat"]}, {**write_dataset(tmp_path), "NAME": "unreadable_coco"}]
+    register_custom_datasets(entries)
+    (tmp_path / "voc" / "JPEGImages" / "b.jpg").write_bytes(b"no image")
+    next(Path(entries[1]["IMAGES"]).iterdir()).unlink()
+    skip_unreadable([entry["NAME"] for entry in entries], str(tmp_path))
+    check_evaluated_ids("unreadable_voc", ["a"])
+    described = with_ground_truth("unreadable_coco", str(tmp_path / "truth"))
+    truth = json.loads(Path(MetadataCatalog.get(described).json_file).read_text())
+    assert len(truth["images"]) == 5 and len(truth["annotations"]) == 10

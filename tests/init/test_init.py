@@ -14,7 +14,7 @@ from distill_d2.init import trial
 from distill_d2.init.anchors import fit_anchors
 from distill_d2.init.backbones import PAIRS
 from distill_d2.init.boxes import Boxes
-from distill_d2.init.image_size import choose_size
+from distill_d2.init.image_size import Budget, choose_size
 from distill_d2.init.layout import find_layout
 from distill_d2.testing import write_dataset
 
@@ -175,14 +175,16 @@ def test_anchors_fit_and_small_objects_get_a_finer_pyramid():
     coarse, fine = (8, 16, 32), (4, 8, 16)
     large = fit_anchors(boxes(100).corners, [coarse, fine])
     assert large.strides == coarse and large.recall == 1 and large.fit > 0.7
+    assert fit_anchors(boxes(100).corners, [coarse], usual=True).sizes[0][0] == 32
     small = fit_anchors(boxes(14).corners, [coarse, fine])
     assert small.strides == fine and small.recall > 0.9
 
 
 def test_images_are_as_large_as_their_objects_need_and_the_budget_allows():
-    assert choose_size(boxes(200), 256, 512) == (192, 256)
-    assert choose_size(boxes(30), 256, 512) == (384, 512)
-    assert choose_size(boxes(15, image=(320, 240)), 256, 512) == (256, 320)
+    assert choose_size(boxes(200), Budget(256, 512)) == (192, 256)
+    assert choose_size(boxes(30), Budget(256, 512)) == (384, 512)
+    assert choose_size(boxes(15, image=(320, 240)), Budget(256, 512)) == (256, 320)
+    assert choose_size(boxes(15, image=(320, 240)), Budget(1333, 1333, least=800)) == (608, 800)
 
 
 def test_configs_run_as_they_are(tmp_path, monkeypatch, capsys):
