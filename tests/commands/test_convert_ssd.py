@@ -107,7 +107,10 @@ def test_what_does_not_fit_is_listed(tmp_path, remove, add, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--to", "detectron2", "--config-file", "Base-SSD.yaml"], "--to is an option of adet, not of ssd"),
+        (
+            ["--to", "detectron2", "--config-file", "Base-SSD.yaml"],
+            "--to is an option of adet, not of ssd",
+        ),
         ([], "ssd needs --config-file, the config of the detector that INPUT is for"),
     ],
 )
