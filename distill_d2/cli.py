@@ -33,6 +33,7 @@ COMMANDS = (
     "profile",
     "compare",
     "report",
+    "export",
     "convert",
     "benchmark",
     "check-golden",

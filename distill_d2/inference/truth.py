@@ -42,6 +42,11 @@ class Truth:
         for path, record in self._by_path.items():
             self._by_name[os.path.basename(path)].append(record)
 
+    @property
+    def paths(self) -> list[str]:
+        """Of the images, in the order of the data; they may not exist."""
+        return list(self._by_path)
+
     def of(self, path: str) -> dict[str, Any] | None:
         """The record of an image, that of the same file. A json may lie far from its images: a record whose file
         does not exist is that of the image of the same name, if there is only one. None: there is none."""

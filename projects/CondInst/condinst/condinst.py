@@ -15,6 +15,7 @@ from distill_d2.projects.fcos import FCOS, OneStageDetector
 from torch import nn
 
 from distill_d2.plugins import register_if_free
+from distill_d2.tracing import is_recorded
 
 from .mask_branch import MaskBranch, aligned_bilinear
 from .mask_head import DynamicMaskHead, dice_losses
@@ -156,7 +157,9 @@ class CondInst(OneStageDetector):
             height, width = found.image_size
             height, width = item.get("height", height), item.get("width", width)
             instances = detector_postprocess(found, height, width)
-            instances.pred_masks = self._masks(instances, mask_features[index], found.image_size)
+            instances.pred_masks = self._masks(
+                instances, mask_features[index], found.image_size, (height, width)
+            )
             outputs.append({"instances": instances})
         return outputs
 
@@ -258,19 +261,35 @@ class CondInst(OneStageDetector):
     # Evaluation
 
     def _masks(
-        self, found: Instances, mask_features: torch.Tensor, image_size: tuple[int, int]
+        self,
+        found: Instances,
+        mask_features: torch.Tensor,
+        image_size: tuple[int, int],
+        output_size: tuple[int, int],
     ) -> torch.Tensor:
-        """(M, H, W) bool at the size of ``found``, from the image's mask features (C, H', W')."""
-        head, masks = self.mask_head, [mask_features.new_zeros(0, *found.image_size, dtype=torch.bool)]
+        """(M, H, W) bool at the size of the output, from the image's mask features (C, H', W')."""
+        kernels = found.top_feat, found.locations, found.fpn_levels
+        if is_recorded():  # the length of a loop would be, too. One more: ONNX has no reshape of nothing
+            kernels = tuple(torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in kernels)
+            return self._masks_of(*kernels, mask_features, image_size, output_size)[:-1]
+        masks = [mask_features.new_zeros(0, *output_size, dtype=torch.bool)]
         for start in range(0, len(found), self.max_instances_per_pass):
-            part = found[start : start + self.max_instances_per_pass]
-            logits = head(
-                mask_features[None], part.top_feat, part.locations, part.fpn_levels, [len(part)]
-            )
-            probabilities = aligned_bilinear(logits.float().sigmoid(), head.out_stride)
-            probabilities = probabilities[..., : image_size[0], : image_size[1]]
-            resized = F.interpolate(
-                probabilities, size=found.image_size, mode="bilinear", align_corners=False
-            )
-            masks.append(resized[:, 0] > 0.5)
+            part = [each[start : start + self.max_instances_per_pass] for each in kernels]
+            masks.append(self._masks_of(*part, mask_features, image_size, output_size))
         return torch.cat(masks)
+
+    def _masks_of(
+        self,
+        params: torch.Tensor,
+        locations: torch.Tensor,
+        levels: torch.Tensor,
+        mask_features: torch.Tensor,
+        image_size: tuple[int, int],
+        output_size: tuple[int, int],
+    ) -> torch.Tensor:
+        head = self.mask_head
+        logits = head(mask_features[None], params, locations, levels, [params.shape[0]])
+        probabilities = aligned_bilinear(logits.float().sigmoid(), head.out_stride)
+        probabilities = probabilities[..., : image_size[0], : image_size[1]]
+        resized = F.interpolate(probabilities, size=output_size, mode="bilinear", align_corners=False)
+        return resized[:, 0] > 0.5

@@ -10,6 +10,8 @@ from detectron2.layers import batched_nms
 from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.structures import Boxes, Instances
 
+from distill_d2.tracing import at_most
+
 #: Distances to the sides of a box, in sides of the square that stands for a location.
 TRANSFORM = Box2BoxTransformLinear(normalize_by_size=True)
 
@@ -87,7 +89,7 @@ class Selection:
     ) -> Instances:
         """Of (K, P) scores compared with the threshold, (K, P) final ones, (4, P) distances."""
         classes, rows = (compared > self.threshold).nonzero(as_tuple=True)
-        best, order = joint[classes, rows].topk(min(self.pre_nms_topk, len(rows)))
+        best, order = joint[classes, rows].topk(at_most(rows.shape[0], self.pre_nms_topk))
         classes, rows = classes[order], rows[order]
         squares = squares[rows]
         found = Instances(

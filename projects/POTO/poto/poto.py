@@ -18,6 +18,7 @@ from distill_d2.projects.fcos.losses import rank_mean
 from fvcore.nn import sigmoid_focal_loss_jit
 
 from distill_d2.plugins import register_if_free
+from distill_d2.tracing import at_most
 from distill_d2.views.matching import batched_iou, giou_distance
 
 from .assignment import Pairs, inside, match_quality, near_center, one_to_many, one_to_one
@@ -242,7 +243,8 @@ class POTO(DenseDetector):
         """
         thresholds = self.test_score_thresh, self.test_topk_candidates
         found = self._decode_multi_level_predictions(anchors, scores, deltas, *thresholds, image_size)
-        return found[found.scores.topk(min(len(found), self.max_detections_per_image)).indices]
+        count = at_most(found.scores.shape[0], self.max_detections_per_image)
+        return found[found.scores.topk(count).indices]
 
     def _levels(self, predictions: Sequence[Levels]) -> tuple[Levels, Levels, Levels]:
         """Logits (N, P, K) of each level, those after the max filter, and deltas (N, P, 4)."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from distill_d2.tracing import is_recorded
 
 Size = tuple[int, int]
 
@@ -121,13 +124,19 @@ def coordinates_of(feature: torch.Tensor) -> torch.Tensor:
     """The position of each cell of a map (N, C, H, W): (1, 2, H, W), x and y from -1 to 1, the first and
     the last cell included."""
     like = {"device": feature.device, "dtype": feature.dtype}
-    y, x = (torch.linspace(-1, 1, side, **like) for side in feature.shape[-2:])
+    y, x = (_from_minus_1_to_1(side, like) for side in feature.shape[-2:])
     return torch.stack(torch.meshgrid(x, y, indexing="xy"))[None]
+
+
+def _from_minus_1_to_1(count: int, like: dict[str, Any]) -> torch.Tensor:
+    if is_recorded():  # the length of linspace would be recorded
+        return torch.arange(count, **like) * 2 / (count - 1) - 1
+    return torch.linspace(-1, 1, count, **like)
 
 
 def resize(maps: torch.Tensor, size: Size) -> torch.Tensor:
     """Maps (N, C, H, W) in another size, bilinear."""
-    if tuple(maps.shape[-2:]) == tuple(size):
+    if not is_recorded() and tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 

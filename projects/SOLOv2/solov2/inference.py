@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from detectron2.structures import Boxes, Instances
 
+from distill_d2.tracing import is_recorded
+
 from .chunks import masks_at_once
 from .head import resize
 from .losses import predict_masks
@@ -89,7 +91,8 @@ class InstanceSelection:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of masks (n, H, W) the area and the mean inside it, each (n,); they are not kept."""
         areas, means = [], []
-        for part in kernels.split(masks_at_once(*features.shape[-2:])):
+        at_once = masks_at_once(*features.shape[-2:])
+        for part in [kernels] if is_recorded() else kernels.split(at_once):
             soft = predict_masks(part, features).flatten(1)
             inside = soft > self.mask_threshold
             areas.append(inside.sum(dim=1))
@@ -112,13 +115,18 @@ class InstanceSelection:
 
     def _full_size(self, masks: torch.Tensor, padded: Size, image: Size, output: Size) -> torch.Tensor:
         """Soft masks (n, H, W) of the padded image as masks (n, H', W'), bool, of the output."""
+        if is_recorded():  # without writing into a part of a tensor
+            return self._enlarged(masks, padded, image, output)
         found = torch.zeros(len(masks), *output, dtype=torch.bool, device=masks.device)
         at_once = masks_at_once(*(max(sides) for sides in zip(padded, output)))
         for part, place in zip(masks.split(at_once), found.split(at_once)):
             if len(part):
-                whole = resize(part[:, None], padded)[..., : image[0], : image[1]]
-                place[:] = resize(whole, output)[:, 0] > self.mask_threshold
+                place[:] = self._enlarged(part, padded, image, output)
         return found
+
+    def _enlarged(self, masks: torch.Tensor, padded: Size, image: Size, output: Size) -> torch.Tensor:
+        whole = resize(masks[:, None], padded)[..., : image[0], : image[1]]
+        return resize(whole, output)[:, 0] > self.mask_threshold
 
 
 def boxes_of(masks: torch.Tensor) -> Boxes:

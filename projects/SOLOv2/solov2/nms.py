@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from distill_d2.tracing import is_recorded
+
 
 def point_nms(scores: torch.Tensor) -> torch.Tensor:
     """Scores (N, K, S, S) that are the highest of the 2 x 2 window that ends at them; others are 0."""
@@ -32,9 +34,10 @@ def matrix_nms(ious: torch.Tensor, kernel: str = "gaussian", sigma: float = 2.0)
         ious: of ``mask_ious``, masks by falling score.
         kernel: "gaussian" or "linear"; sigma: of the first.
     """
-    if not len(ious):
-        return ious.new_zeros(0)
-    own = ious.amax(dim=0)[:, None]
+    # One more row, of zeros, which changes no minimum: the best mask's row is 1 at most. Without masks it is the
+    # only one, and there is always a maximum.
+    ious = F.pad(ious, (0, 0, 1, 0))
+    own = F.pad(ious.amax(dim=0), (1, 0))[:, None]
     if kernel == "gaussian":
         return torch.exp(-sigma * (ious.square() - own.square())).amin(dim=0)
     # A mask that equals a better one decays to 0, and makes no other decay that the better one does not.
@@ -47,6 +50,11 @@ def mask_nms(ious: torch.Tensor, threshold: float) -> torch.Tensor:
 
     Args: as of ``matrix_nms``.
     """
+    if is_recorded():
+        raise ValueError(
+            "MODEL.SOLOV2.NMS_TYPE is 'mask', whose number of rounds depends on the image; only 'matrix' can be "
+            "exported as a graph"
+        )
     overlaps = ious > threshold
     keep = torch.ones_like(overlaps[0]) if len(ious) else overlaps.new_zeros(0)
     while True:  # right is the first, and each whose better ones are: after n rounds all, mostly sooner

@@ -1,0 +1,160 @@
+"""Write a trained detector as one file, to be used elsewhere.
+
+weights       the weights without optimizers, with the names of classes and the config, for distill_d2 and its
+              commands; beside it a yaml for detectron2
+onnx          the whole detector, with normalization and non-maximum suppression, for onnxruntime
+torchscript   the same, for torch.jit.load in Python and C++
+torch-export  the same, for torch.export.load, for inputs of one size
+
+The last three are compared with the model on images, and a json beside the file describes input, outputs and
+classes.
+
+    distill-d2 export --run output/pkd --output pkd.pth
+    distill-d2 export --run output/pkd --output pkd.onnx --format onnx
+    distill-d2 export --run output/pkd --output deploy/ --format torch-export --size 480x640 --images photos/
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+
+from ..imports import add_import_argument
+from .arguments import add_device_argument
+
+SUFFIXES = {"weights": ".pth", "onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run",
+        metavar="RUN",
+        required=True,
+        help="a training's OUTPUT_DIR, a config with weights, or an exported file of weights",
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE", default="", help="other weights than those of the run"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE or FOLDER",
+        required=True,
+        help=f"in a folder the file is named as the run; endings: {', '.join(SUFFIXES.values())}",
+    )
+    parser.add_argument("--format", choices=list(SUFFIXES), default="weights", help="default: weights")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--size",
+        metavar="HxW",
+        help="height and width of the input; images are to be resized to fit, and filled up right and below",
+    )
+    size.add_argument(
+        "--dynamic",
+        action="store_true",
+        help="inputs of any size: the default of onnx, and what torchscript always has",
+    )
+    parser.add_argument(
+        "--images",
+        metavar="IMAGES",
+        nargs="+",
+        default=[],
+        help="files, folders or patterns, to compare the file with the model on; default: 8 of the run's test "
+        "data, or generated ones",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.0,
+        help="leave out lower scores; default: only the detector's own",
+    )
+    add_import_argument(parser)
+    add_device_argument(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    path, size = _path(args), _size(args)
+    if not 0 <= args.threshold < 1:
+        raise ValueError(f"--threshold {args.threshold}: expected a number from 0 to below 1")
+
+    from ..engine.output_dir import check_writable
+    from ..export import check_images, export, export_weights
+    from ..export.formats import require
+    from ..export.inputs import fixed_size
+    from ..imports import import_modules
+    from ..inference import load_trained
+    from ..inference.images import find_images
+    from .arguments import chosen_device
+
+    import_modules(args.imports)
+    if args.format == "onnx":
+        require("onnx"), require("onnxruntime")
+    images = find_images(args.images) if args.images else []
+    check_writable(os.path.dirname(path) or ".", "--output")
+    trained = load_trained(
+        args.run, args.weights, "cpu" if args.format == "onnx" else chosen_device(args)
+    )
+    if args.format == "weights":
+        missing = export_weights(trained, path)
+        _print_file(path)
+        _print_file(
+            f"{os.path.splitext(path)[0]}.yaml",
+            f"needs distill_d2: {', '.join(missing)}" if missing else "for detectron2 alone",
+        )
+        return
+    fixed = fixed_size(trained)
+    if args.dynamic and fixed:
+        raise ValueError(
+            f"--dynamic: INPUT.FIXED_SIZE is {list(fixed)}, the size of all its images; leave --dynamic out"
+        )
+    pixels, kind = check_images(trained, images)
+    exported = export(trained, path, args.format, pixels, size=size, threshold=args.threshold)
+    print(f"compared with the model on {kind}: {exported.differences}")
+    if not exported.differences.detections:
+        print(
+            "the model finds nothing on these images, so little was compared; give --images with objects"
+        )
+    _print_file(
+        exported.path,
+        f"input {_size_text(exported.size)}, outputs {', '.join(exported.names)}",
+    )
+    _print_file(exported.description, "how to use it")
+
+
+def _path(args: argparse.Namespace) -> str:
+    output, suffix = args.output, SUFFIXES[args.format]
+    found = os.path.splitext(output)[1]
+    if os.path.isdir(output) or found not in SUFFIXES.values():
+        name = os.path.basename(os.path.abspath(args.run))
+        if os.path.isfile(args.run):
+            name = os.path.splitext(name)[0]
+        return os.path.join(output, name + suffix)
+    if found != suffix:
+        raise ValueError(
+            f"--output '{output}' ends with {found}; a file of --format {args.format} ends with {suffix}"
+        )
+    return output
+
+
+def _size(args: argparse.Namespace) -> tuple[int, int] | None:
+    given = "--dynamic" if args.dynamic else f"--size {args.size}" if args.size else ""
+    if given and args.format == "weights":
+        raise ValueError(f"{given}: weights have no size of the input; it is for the other formats")
+    if args.dynamic and args.format == "torch-export":
+        raise ValueError(
+            "--dynamic: torch-export takes one size of the input; give --size HxW, or --format onnx"
+        )
+    if not args.size:
+        return None
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size)
+    if found is None:
+        raise ValueError(f"--size {args.size}: expected the height and width in pixels, such as 480x640")
+    return int(found[1]), int(found[2])
+
+
+def _size_text(size: tuple[int, int] | None) -> str:
+    return f"of {size[0]}x{size[1]} pixels" if size else "of any size"
+
+
+def _print_file(path: str, about: str = "") -> None:
+    print(f"{path} ({os.path.getsize(path) / 2**20:.2f} MB){f': {about}' if about else ''}")
