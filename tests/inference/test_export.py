@@ -174,7 +174,7 @@ def check(name, format, path):
     assert differences.detections > 100 and differences.within_limits, str(differences)
     blank = torch.zeros_like(image) + model.pixel_mean
     low, high = 0.0, 1.0
-    for _ in range(20):  # a threshold at which few are left
+    for _ in range(9):  # a threshold at which few are left
         middle = (low + high) / 2
         set_threshold(model, middle)
         low, high = (middle, high) if len(graph(image)[0]) > 6 else (low, middle)
