@@ -66,10 +66,10 @@ def test_yaml_is_for_detectron2_alone(tmp_path, monkeypatch):
 
 def test_onnx_describes_itself(run, tmp_path, capsys):
     path = tmp_path / "student.onnx"
-    command("--run", run.folder, "--output", path, "--format", "onnx", "--images", run.data / "images")
+    command("--run", run.folder, "--output", path, "--images", run.data / "images")
     lines = capsys.readouterr().out
     assert "images of --images: 6 images, 18 detections, 0 not found again" in lines
-    about = json.loads((tmp_path / "student.json").read_text())
+    about = json.loads((tmp_path / "student.onnx.json").read_text())
     kept = {item.key: item.value for item in onnx.load(path).metadata_props}
     assert json.loads(kept["classes"]) == about["classes"] == ["class0", "class1", "class2"]
     assert json.loads(kept["input"]) == about["input"]
