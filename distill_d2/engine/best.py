@@ -54,16 +54,21 @@ class BestCheckpoint(HookBase):
         Args:
             values: of the metric, by iteration; those of the main process count.
         """
+        if not self._metric:
+            return
         self._values = dict(comm.all_gather(dict(values))[0])
         if comm.is_main_process() and os.path.isfile(self._path):
             self._written = self._value_of_file()
 
     def note(self, results: Mapping[str, Any] | None) -> None:
-        """Take the results of an evaluation, which other processes than the main one do not have.
+        """Take the results of an evaluation, which other processes than the main one do not have. Nothing happens
+        without TEST.KEEP_BEST.
 
         Raises:
             ValueError: the metric is not one of them.
         """
+        if not self._metric:
+            return
         value, problem = comm.all_gather(self._value_of(results))[0]
         if problem:
             raise ValueError(problem)
@@ -78,6 +83,14 @@ class BestCheckpoint(HookBase):
     def after_step(self) -> None:
         if self.trainer.iter + 1 < self.trainer.max_iter:
             self.end_if_patient_enough()
+
+    def end_resumed(self) -> None:
+        """Before the first step of a resumed run: the same, after the last iteration of its checkpoint."""
+        trainer = self.trainer
+        if 0 < trainer.start_iter < trainer.max_iter:
+            trainer.iter = trainer.storage.iter = trainer.start_iter - 1
+            self.end_if_patient_enough()
+            trainer.iter = trainer.storage.iter = trainer.start_iter
 
     def end_if_patient_enough(self) -> None:
         """Save the last checkpoint and raise EndedEarly, if so many evaluations brought nothing better."""

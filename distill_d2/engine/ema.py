@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from detectron2.engine import HookBase
 from torch import nn
 
+_TRAINED = "trained_weights"
 _SLOW_START = 10  # after n steps the decay is at most (1 + n) / (_SLOW_START + n)
 
 
@@ -21,6 +23,10 @@ class AveragedWeights(HookBase):
     """
 
     def __init__(self, student: nn.Module, decay: float):
+        """
+        Args:
+            decay: SOLVER.EMA; 0: there is no average, and nothing is done.
+        """
         self._student = student
         self._decay = decay
         self._saved = set(student.state_dict())
@@ -28,12 +34,12 @@ class AveragedWeights(HookBase):
         self._applied = False
 
     def before_train(self) -> None:
-        if not self._average:
+        if self._decay and not self._average:
             self._start()
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self.trainer.pretraining:
+        if not self._decay or self.trainer.pretraining:
             return
         steps = self.trainer.iter - self.trainer.loss_training.pretrain_iters + 1
         decay = min(self._decay, (1 + steps) / (_SLOW_START + steps))
@@ -44,26 +50,34 @@ class AveragedWeights(HookBase):
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the student has the average; its tensors change places with it, and nothing is copied."""
+        if not self._decay:
+            yield
+            return
         self._exchange()
         try:
             yield
         finally:
             self._exchange()
 
-    def trained(self) -> dict[str, torch.Tensor]:
-        """The weights that are trained, by their names in the student's state_dict, also inside ``applied``."""
+    def entries(self) -> dict[str, Any]:
+        """Of the trainer's state: the weights that are trained, also inside ``applied``."""
+        if not self._decay:
+            return {}
         source = self._average if self._applied else self._tensors()
-        return {name: tensor.detach() for name, tensor in source.items()}
+        return {_TRAINED: {name: tensor.detach() for name, tensor in source.items()}}
 
-    def continue_from(self, trained: Mapping[str, torch.Tensor] | None) -> None:
-        """Go on from a checkpoint whose "model" the student has: the average.
+    @torch.no_grad()
+    def continue_from(self, entries: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint whose "model", which the student has, is the average.
 
         Args:
-            trained: of the checkpoint; None if its run had no average: the weights start a new one.
+            entries: of the trainer's state; those of a run without an average start one.
         """
-        self._start()
-        if trained is not None:
-            use_trained(self._student, trained)
+        if self._decay:
+            self._start()
+        tensors = self._student.state_dict()
+        for name, trained in entries.get(_TRAINED, {}).items():
+            tensors[name].copy_(trained)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Of the average: each process has its own of what is not trained."""
@@ -83,11 +97,3 @@ class AveragedWeights(HookBase):
         for name, tensor in self._tensors().items():
             tensor.data, self._average[name] = self._average[name], tensor.data
         self._applied = not self._applied
-
-
-@torch.no_grad()
-def use_trained(student: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
-    """Give a student the weights of ``AveragedWeights.trained``."""
-    tensors = dict(student.state_dict())
-    for name, tensor in trained.items():
-        tensors[name].copy_(tensor)

@@ -46,7 +46,7 @@ class PreciseBN(_AfterPretraining, hooks.PreciseBN):
     def update_stats(self) -> None:
         state = random_state()
         self._data_iter = None
-        with self.trainer.averaged():
+        with self.trainer.average.applied():
             super().update_stats()
         set_random_state(state)
 
@@ -54,7 +54,7 @@ class PreciseBN(_AfterPretraining, hooks.PreciseBN):
 class EvalHook(_AfterPretraining, hooks.EvalHook):
     """detectron2's, which a resumed run can ask for the evaluation that a kill has cut off."""
 
-    def __init__(self, period: int, evaluate: Callable[[], Any], best: BestCheckpoint | None = None):
+    def __init__(self, period: int, evaluate: Callable[[], Any], best: BestCheckpoint):
         """
         Args:
             best: told of the results.
@@ -73,8 +73,7 @@ class EvalHook(_AfterPretraining, hooks.EvalHook):
 
     def _do_eval(self) -> None:
         super()._do_eval()
-        if self._best is not None:
-            self._best.note(self.trainer.last_results)
+        self._best.note(self.trainer.last_results)
 
 
 class Writers(hooks.PeriodicWriter):

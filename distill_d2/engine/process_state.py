@@ -23,7 +23,7 @@ class ProcessState:
     are not persistent, but that training changes.
     """
 
-    def __init__(self, model: nn.Module, student: nn.Module, average: AveragedWeights | None = None):
+    def __init__(self, model: nn.Module, student: nn.Module, average: AveragedWeights):
         """
         Args:
             model: with all buffers, before the first step.
@@ -60,8 +60,7 @@ class ProcessState:
                     buffers[name].copy_(saved)
 
     def _buffers(self) -> dict[str, torch.Tensor]:
-        of_average = {} if self._average is None else self._average.buffers()
-        return {**dict(self._model.named_buffers()), **of_average}
+        return {**dict(self._model.named_buffers()), **self._average.buffers()}
 
     def _changed(self, buffers: Mapping[str, torch.Tensor]) -> set[str]:
         """Names of the buffers that are not persistent and were changed by training."""

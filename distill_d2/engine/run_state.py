@@ -29,7 +29,7 @@ class RunState:
         model: nn.Module,
         student: nn.Module,
         loader: Any,
-        average: AveragedWeights | None = None,
+        average: AveragedWeights,
     ):
         """
         Args:

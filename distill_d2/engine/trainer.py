@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
 from typing import Any
@@ -34,7 +33,7 @@ from . import classes
 from .acting import check_acting
 from .best import BestCheckpoint, EndedEarly
 from .distributed import distributed
-from .ema import AveragedWeights, use_trained
+from .ema import AveragedWeights
 from .evaluate import evaluate_teacher
 from .exact import exact_torchscript
 from .gradient_log import GradientLog
@@ -79,6 +78,7 @@ class DistillTrainer(DefaultTrainer):
         loss_training: pretraining and solvers of losses. ``iter`` and ``max_iter`` include the
             iterations of pretraining.
         last_results: of the last evaluation; None before the first.
+        average: of the student's weights, with SOLVER.EMA.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -99,9 +99,8 @@ class DistillTrainer(DefaultTrainer):
         self.max_iter = self.settings.max_iter + self.loss_training.pretrain_iters
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        decay = self.settings.ema
-        self._average = AveragedWeights(self._student(), decay) if decay else None
-        self._run_state = RunState(cfg, model, self._student(), data_loader, self._average)
+        self.average = AveragedWeights(self._student(), self.settings.ema)
+        self._run_state = RunState(cfg, model, self._student(), data_loader, self.average)
         self._gradients = GradientLog(model, data_loader, self.settings)
         self._check_classes()
         self._trainer = TrainStep(
@@ -118,7 +117,7 @@ class DistillTrainer(DefaultTrainer):
         self.stop = StopRequest()
         self._has_trained = False
         self.last_results: dict[str, Any] | None = None
-        self._best = BestCheckpoint(self.settings) if self.settings.keep_best else None
+        self._best = BestCheckpoint(self.settings)
         self._last_step = LastStep()
         self.register_hooks([*self.build_hooks(), self._last_step])
 
@@ -170,8 +169,7 @@ class DistillTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
         ret: list[HookBase] = [hooks.IterationTimer(), LRScheduler(), *self.loss_training.hooks()]
-        ret += [self._average] if self._average is not None else []
-        ret += self._precise_bn()
+        ret += [self.average, *self._precise_bn()]
         ret += [Checkpoints(self.settings.checkpoint_period), StopOnRequest()]
         ret.append(EvalHook(self.settings.eval_period, self._evaluate, self._best))
         if comm.is_main_process():
@@ -180,7 +178,7 @@ class DistillTrainer(DefaultTrainer):
             ret.append(Writers(lambda: self.build_writers() + self.loss_training.writers(), period))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())
-        return [*ret, BoundedHistories(), *([self._best] if self._best is not None else [])]
+        return [*ret, BoundedHistories(), self._best]
 
     def _precise_bn(self) -> list[HookBase]:
         if not self.settings.precise_bn_iters:
@@ -225,8 +223,7 @@ class DistillTrainer(DefaultTrainer):
             self.plain_model.preload_student()
         if resume:
             self._last_step.continue_metrics(self.settings.output_dir, self.start_iter - 1)
-            if self._best is not None:
-                self._best.continue_from(self._last_step.logged(self._best.metric))
+            self._best.continue_from(self._last_step.logged(self._best.metric))
 
     def _continue_from(self, loaded: dict[str, Any]) -> None:
         """Restore what depends on the checkpoint as a whole.
@@ -310,10 +307,7 @@ class DistillTrainer(DefaultTrainer):
         if not self.start_iter:
             self._gradients.start()
         self._run_state.restore_random_state()
-        if self._best is not None and 0 < self.start_iter < self.max_iter:
-            self.iter = self.storage.iter = self.start_iter - 1
-            self._best.end_if_patient_enough()
-            self.iter = self.storage.iter = self.start_iter
+        self._best.end_resumed()
 
     def after_train(self) -> None:
         if self.start_iter >= self.max_iter:
@@ -336,7 +330,7 @@ class DistillTrainer(DefaultTrainer):
         """Write a checkpoint; all processes call it, the main one writes."""
         self._trainer.report.flush()
         self._run_state.gather()
-        with self.averaged():
+        with self.average.applied():
             self.checkpointer.save(name, **self._metadata())
 
     def save_student(self, name: str, **metadata: Any) -> None:
@@ -345,12 +339,8 @@ class DistillTrainer(DefaultTrainer):
         Args:
             metadata: further entries of the file's metadata.
         """
-        with self.averaged():
+        with self.average.applied():
             self.checkpointer.save_weights(name, **self._metadata(**metadata))
-
-    def averaged(self) -> contextlib.AbstractContextManager:
-        """Inside, the student has the moving average of its weights, where there is one (SOLVER.EMA)."""
-        return contextlib.nullcontext() if self._average is None else self._average.applied()
 
     def _metadata(self, **entries: Any) -> dict[str, Any]:
         things = classes_of(self.settings.train_datasets)
@@ -362,8 +352,7 @@ class DistillTrainer(DefaultTrainer):
         state["optimizer_kind"] = optimizer_signature(self._trainer.optimizer)
         state.update(self.loss_training.state_dict())
         state.update(self._run_state.state_dict())
-        if self._average is not None:
-            state["trained_weights"] = self._average.trained()
+        state.update(self.average.entries())
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -374,11 +363,7 @@ class DistillTrainer(DefaultTrainer):
         super().load_state_dict(state_dict)
         self.loss_training.load_state_dict(state_dict)
         self._run_state.load_state_dict(state_dict)
-        trained = state_dict.get("trained_weights")
-        if self._average is not None:
-            self._average.continue_from(trained)
-        elif trained is not None:
-            use_trained(self._student(), trained)
+        self.average.continue_from(state_dict)
 
     def _student(self) -> nn.Module:
         model = self.plain_model
@@ -394,7 +379,7 @@ class DistillTrainer(DefaultTrainer):
         state = random_state()  # evaluation must not change what training draws afterwards
         try:
             with (
-                self.averaged(),
+                self.average.applied(),
                 self.model.register_forward_pre_hook(lambda *_: self._leave_if_asked()),
             ):
                 self.last_results = self.test(self.cfg, self.model)

@@ -19,9 +19,9 @@ class COCOEvaluatorOfAny(COCOEvaluator):
 
     What COCO's own code prints is logged as details."""
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluate(self, img_ids: Any = None) -> Any:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            results = super().evaluate(*args, **kwargs)
+            results = super().evaluate(img_ids)
         logger.debug(printed.getvalue())
         return results
 

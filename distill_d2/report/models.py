@@ -30,7 +30,7 @@ class Cost:
 
 def load_models(entries: Sequence[Entry], device: str) -> tuple[dict[str, Trained], list[str]]:
     """The detectors by names of entries, and notes: which weights were taken, or why one cannot be loaded."""
-    models, notes = {}, []
+    models, notes, best = {}, [], []
     for entry in entries:
         folder = entry.run.folder
         try:
@@ -39,7 +39,9 @@ def load_models(entries: Sequence[Entry], device: str) -> tuple[dict[str, Traine
             notes.append(f"{entry.name}: {message_of(error)}")
             continue
         if (folder / BEST).is_file():
-            notes.append(f"{entry.name}: size, speed and pictures are of {BEST}.")
+            best.append(entry.name)
+    if best:
+        notes.append(f"Size, speed and pictures of {', '.join(best)} are of {BEST}.")
     return models, notes
 
 

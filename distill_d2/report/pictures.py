@@ -23,7 +23,8 @@ from .matching import Found, Truth, best_threshold, f1, found_by, truth_of
 
 _LONGEST_SIDE = 640  # pixels of a picture in the page
 _QUALITY = 82
-_MOST_BOXES = 60
+_MOST_BOXES = 200
+_MOST_LABELS = 20  # more hide the image
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _panel(number: int, width: int, height: int, marks: list[_Mark], name: str, 
     size = width / 20
     marks = sorted(marks[:_MOST_BOXES], key=lambda mark: mark.kind != "right")
     boxes = "".join(mark.outline() for mark in reversed(marks))  # those that are right lie above
-    labels = _labels(marks, size, width, height)
+    labels = _labels(marks, size, width, height) if len(marks) <= _MOST_LABELS else ""
     return (
         f'<figure class="panel"><svg class="picture i{number}" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(name)}: {escape(text)}" style="font-size:{size:.1f}px">{boxes}{labels}</svg>'

@@ -41,12 +41,12 @@ def test_the_average_by_hand():
         average.after_step()
         for name, tensor in (("0.weight", weight), ("1.running_mean", mean)):
             expected[name] = decay * expected[name] + (1 - decay) * tensor.item()
-    trained = {name: tensor.clone() for name, tensor in average.trained().items()}
+    trained = {name: tensor.clone() for name, tensor in average.entries()["trained_weights"].items()}
     with average.applied():
         assert student[0].weight is weight
         for name, value in expected.items():
             assert float(student.state_dict()[name]) == pytest.approx(value)
-        assert_equal(average.trained(), trained)
+        assert_equal(average.entries()["trained_weights"], trained)
     assert_equal({name: student.state_dict()[name] for name in trained}, trained)
 
 
@@ -104,7 +104,7 @@ def run_here(words):
     trainer = DistillTrainer(setup(argument_parser().parse_args(words), distill=True))
     trainer.resume_or_load(resume="--resume" in words)
     trainer.train()
-    return {**trainer.plain_model.student.state_dict(), **trainer._average.buffers()}
+    return {**trainer.plain_model.student.state_dict(), **trainer.average.buffers()}
 
 
 def test_all_of_it_in_two_processes(pool, tmp_path):
