@@ -132,7 +132,7 @@ def export(
     finally:
         if os.path.exists(partial):
             os.remove(partial)
-    description = f"{os.path.splitext(path)[0]}.json"
+    description = f"{path}.json"
     text = json.dumps({**about, "checked": str(differences)}, indent=1, ensure_ascii=False)
     write_whole(description, lambda file: file.write(f"{text}\n".encode()))
     return Exported(path, description, size, graph.names, run, differences)

@@ -9,6 +9,7 @@ from distill_d2.cli import main
 from distill_d2.profiling.measure import Profile, gflops
 from distill_d2.profiling.onnx import onnx_milliseconds
 from distill_d2.profiling.parts import parameters, time_shares
+from distill_d2.profiling.subjects import find_subjects
 from distill_d2.profiling.words import verdict
 from distill_d2.testing import distiller_config, save_teacher, short_yaml, tiny_config, tiny_detector
 
@@ -92,3 +93,9 @@ def test_onnxruntime_takes_part():
 class _Semantic(torch.nn.Module):
     def forward(self, batch):
         return [{"sem_seg": batch[0]["image"]}]
+
+
+def test_runs_without_a_known_teacher_are_compared_with_the_largest(tmp_path):
+    runs = [save_teacher(tiny_config(width=width), tmp_path / str(width)) for width in (8, 16)]
+    small, large = find_subjects(runs, []).values()
+    assert (small.teacher, large.teacher) == ("16/teacher", "") and small.trained
