@@ -80,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     complete(args)
     from ..convert.conversion import check_paths
-    from ..pairs import pairs_of
 
     check_paths(args.input, args.output)
     args.opts = pairs_of(args.opts)
