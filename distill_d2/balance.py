@@ -17,7 +17,7 @@ def describe_gradients(measured: TermGradients) -> str:
     parts = [f"task {measured.task:.3g}"]
     for name, gradient in measured.losses.items():
         ratio = measured.ratio(name)
-        text = f"{name} {gradient:.3g}" + ("" if ratio is None else f" ({ratio:.2g} of the task's)")
+        text = f"{name} {gradient:.3g}" + ("" if ratio is None else f" ({_times(ratio)} of the task's)")
         terms = [f"{key} {t.gradient:.3g}" for key, t in measured.terms.items() if t.loss == name]
         parts.append(f"{text}: {', '.join(terms)}" if len(terms) > 1 else text)
     return f"Gradients in the student's backbone and neck: {'; '.join(parts)}"
@@ -51,12 +51,18 @@ def unbalanced(measured: TermGradients, losses: Mapping[str, DistillLoss]) -> It
         if _WEAK <= found <= _STRONG:
             yield from _weak_terms(name, measured)
             continue
-        pulls = f"{name} pulls on the student's backbone with {found:.2g} times the gradient of the task"
+        pulls = (
+            f"{name} pulls on the student's backbone with {_times(found)} times the gradient of the task"
+        )
         effect = "it hardly teaches" if found < _WEAK else "the student may neglect its own losses"
         balanced = balanced_weight(name, loss, measured)
         key = loss.config_key(loss.weight_setting)
         advice = "" if balanced is None else f". {key} {balanced:g} would make them equal"
         yield f"{pulls}: {effect}{advice}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
 def _weak_terms(name: str, measured: TermGradients) -> Iterator[str]:

@@ -26,6 +26,8 @@ _NO_NEWS = (
     ("detectron2.config.compat", "no VERSION. Assuming it to be compatible with latest"),
     # detectron2's report of the machine asks for the compiler.
     ("torch.utils.cpp_extension", "No CUDA runtime is found"),
+    # detectron2/modeling/poolers.py asks whether it is being traced.
+    ("torch.fx._symbolic_trace", "is_fx_tracing will return true"),
 )
 
 

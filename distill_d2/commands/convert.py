@@ -33,6 +33,8 @@ import argparse
 import importlib
 from typing import Any
 
+from ..pairs import pairs_of
+
 SOURCES = ("adet", "ssd", "torchdistill")
 # Options that not all sources have, and their defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -48,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="INPUT", help="path or URL of the weights")
     parser.add_argument("output", metavar="OUTPUT.pth", help="an older file of that name is replaced")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of the detector")
-    parser.set_defaults(**{name: None for options in OPTIONS.values() for name in options})
     parser.add_argument(
         "--config-file",
         metavar="FILE",
@@ -79,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     complete(args)
     from ..convert.conversion import check_paths
-    from ..pairs import pairs_of
 
     check_paths(args.input, args.output)
     args.opts = pairs_of(args.opts)

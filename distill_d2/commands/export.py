@@ -10,7 +10,7 @@ The last three are compared with the model on images, and a json beside the file
 classes.
 
     distill-d2 export --run output/pkd --output pkd.pth
-    distill-d2 export --run output/pkd --output pkd.onnx --format onnx
+    distill-d2 export --run output/pkd --output pkd.onnx
     distill-d2 export --run output/pkd --output deploy/ --format torch-export --size 480x640 --images photos/
 """
 
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help=f"in a folder the file is named as the run; endings: {', '.join(SUFFIXES.values())}",
     )
-    parser.add_argument("--format", choices=list(SUFFIXES), default="weights", help="default: weights")
+    parser.add_argument(
+        "--format", choices=list(SUFFIXES), help="default: what the ending of --output says, or weights"
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--size",
@@ -73,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    args.format = args.format or _format_of(args.output)
     path, size = _path(args), _size(args)
     if not 0 <= args.threshold < 1:
         raise ValueError(f"--threshold {args.threshold}: expected a number from 0 to below 1")
@@ -90,17 +93,14 @@ def run(args: argparse.Namespace) -> None:
     if args.format == "onnx":
         require("onnx"), require("onnxruntime")
     images = find_images(args.images) if args.images else []
+    device = "cpu" if args.format == "onnx" else chosen_device(args)
+    trained = load_trained(args.run, args.weights, device)
     check_writable(os.path.dirname(path) or ".", "--output")
-    trained = load_trained(
-        args.run, args.weights, "cpu" if args.format == "onnx" else chosen_device(args)
-    )
     if args.format == "weights":
         missing = export_weights(trained, path)
-        _print_file(path)
-        _print_file(
-            f"{os.path.splitext(path)[0]}.yaml",
-            f"needs distill_d2: {', '.join(missing)}" if missing else "for detectron2 alone",
-        )
+        needs = f"needs distill_d2: {', '.join(missing)}" if missing else "for detectron2 alone"
+        print(f"{path} ({_megabytes(path)}): weights, classes and config")
+        print(f"{os.path.splitext(path)[0]}.yaml: {needs}")
         return
     fixed = fixed_size(trained)
     if args.dynamic and fixed:
@@ -114,11 +114,14 @@ def run(args: argparse.Namespace) -> None:
         print(
             "the model finds nothing on these images, so little was compared; give --images with objects"
         )
-    _print_file(
-        exported.path,
-        f"input {_size_text(exported.size)}, outputs {', '.join(exported.names)}",
-    )
-    _print_file(exported.description, "how to use it")
+    names = ", ".join(exported.names)
+    print(f"{path} ({_megabytes(path)}): input {_size_text(exported.size)}, outputs {names}")
+    print(f"{exported.description}: its input, outputs and classes")
+
+
+def _format_of(output: str) -> str:
+    ending = os.path.splitext(output)[1]
+    return next((name for name, suffix in SUFFIXES.items() if suffix == ending), "weights")
 
 
 def _path(args: argparse.Namespace) -> str:
@@ -156,5 +159,5 @@ def _size_text(size: tuple[int, int] | None) -> str:
     return f"of {size[0]}x{size[1]} pixels" if size else "of any size"
 
 
-def _print_file(path: str, about: str = "") -> None:
-    print(f"{path} ({os.path.getsize(path) / 2**20:.2f} MB){f': {about}' if about else ''}")
+def _megabytes(path: str) -> str:
+    return f"{os.path.getsize(path) / 2**20:.2f} MB"

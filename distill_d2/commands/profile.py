@@ -56,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="of torch on a CPU; 0: as it chooses (default: 1)"
     )
+    parser.add_argument(
+        "--no-onnx",
+        dest="onnx",
+        action="store_false",
+        help="do not measure in onnxruntime, where it is installed",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all numbers here, too")
     add_import_argument(parser)
     add_device_argument(parser)
@@ -81,7 +87,15 @@ def run(args: argparse.Namespace) -> None:
     device = chosen_device(args)
     size = (int(sides[0]), int(sides[-1])) if sides else None
     report = measure(
-        args.runs, args.config_files, args.opts, device, size, args.images, args.seconds, args.threads
+        args.runs,
+        args.config_files,
+        args.opts,
+        device,
+        size,
+        args.images,
+        seconds=args.seconds,
+        threads=args.threads,
+        onnx=args.onnx,
     )
     tell(report)
     if args.json:

@@ -40,7 +40,7 @@ def export_weights(trained: Trained, path: str) -> list[str]:
         what of the detector detectron2 alone lacks; []: the yaml is all that detectron2's DefaultPredictor needs.
 
     Raises:
-        ValueError: the detector was trained from a LazyConfig.
+        ValueError: the detector was trained from a LazyConfig, or ``path`` is its checkpoint.
         OSError: a file cannot be written.
     """
     if not isinstance(trained.cfg, CfgNode):
@@ -48,6 +48,8 @@ def export_weights(trained: Trained, path: str) -> list[str]:
             f"the detector of {trained.source} comes from a LazyConfig, which is code and cannot be part of "
             "a file of weights; keep the .py file, or export onnx, torchscript or torch-export, which need none"
         )
+    if os.path.exists(path) and os.path.realpath(path) == os.path.realpath(trained.cfg.MODEL.WEIGHTS):
+        raise ValueError(f"'{path}' is the file that the weights come from; name another one")
     config, yaml = _config(trained), f"{os.path.splitext(path)[0]}.yaml"
     content = {
         "model": {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()},

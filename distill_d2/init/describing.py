@@ -20,7 +20,7 @@ def describe(
     plan: Plan,
     boxes: Boxes,
     datasets: Mapping[str, Sequence[Any]],
-    trial: Trial,
+    trial: Trial | None,
     remarks: Sequence[str],
     output: str,
 ) -> str:
@@ -29,13 +29,13 @@ def describe(
     Args:
         boxes: of training.
         datasets: records by name.
-        trial: of the plan's detectors.
+        trial: of the plan's detectors; None: they were not tried.
         remarks: on the choices.
         output: the folder, as the user named it.
     """
     lines = [*_data(plan, boxes, datasets), *(f"note: {remark}" for remark in remarks), ""]
     lines += [*_choices(plan, trial), "", f"Written to {output}: {', '.join(FILES)}.", ""]
-    return "\n".join([*lines, *_commands(plan, datasets, trial, output)])
+    return "\n".join([*lines, *_commands(plan, _durations(plan, datasets, trial), output)])
 
 
 def _data(plan: Plan, boxes: Boxes, datasets: Mapping[str, Sequence[Any]]) -> Iterator[str]:
@@ -57,13 +57,16 @@ def _data(plan: Plan, boxes: Boxes, datasets: Mapping[str, Sequence[Any]]) -> It
     )
 
 
-def _choices(plan: Plan, trial: Trial) -> Iterator[str]:
+def _choices(plan: Plan, trial: Trial | None) -> Iterator[str]:
     anchors = plan.anchors
     yield f"detectors: {plan.pair.summary}"
-    yield (
-        f"  here the student takes {1000 * trial.student_image:.0f} ms per image and the teacher "
-        f"{1000 * trial.teacher_image:.0f}, {trial.teacher_image / trial.student_image:.1f} times as long"
-    )
+    if trial:
+        yield (
+            f"  here the student takes {1000 * trial.student_image:.0f} ms per image and the teacher "
+            f"{1000 * trial.teacher_image:.0f}, {trial.teacher_image / trial.student_image:.1f} times as long"
+        )
+    else:
+        yield "  they are made for a GPU, so times were not measured here"
     yield (
         f"anchors: {anchors.sizes[0][0]:g} to {anchors.sizes[-1][-1]:g} pixels, heights by widths "
         f"{', '.join(f'{ratio:g}' for ratio in anchors.ratios)}; {100 * anchors.recall:.1f} % of the objects have "
@@ -72,23 +75,12 @@ def _choices(plan: Plan, trial: Trial) -> Iterator[str]:
     yield f"schedule: {plan.epochs:g} epochs of {plan.pair.batch} images per step; loss: PKD, weight {plan.pkd:g}"
 
 
-def _commands(
-    plan: Plan, datasets: Mapping[str, Sequence[Any]], trial: Trial, output: str
-) -> Iterator[str]:
-    trained_on = sum(bool(record["annotations"]) for name in plan.train for record in datasets[name])
-    evaluated = EVALUATIONS * sum(len(datasets[name]) for name in plan.test)
-    steps = plan.epochs * trained_on / plan.pair.batch
-    reading = trial.data * (steps * plan.pair.batch + evaluated)
-    runs = (
-        ("baseline", "teacher", steps * trial.teacher_step + evaluated * trial.teacher_image),
-        ("train", "distill", steps * trial.distilled_step + evaluated * trial.student_image),
-        ("baseline", "student", steps * trial.student_step + evaluated * trial.student_image),
-    )
+def _commands(plan: Plan, durations: Sequence[str], output: str) -> Iterator[str]:
     gpus = "" if plan.gpu else " --num-gpus 0"
+    names = (("baseline", "teacher"), ("train", "distill"), ("baseline", "student"))
     teacher, distilled, student = (
-        f"  distill-d2 {command}{gpus} --config-file {_word(output, f'{name}.yaml')}"
-        f"  # {_duration(reading + seconds)}"
-        for command, name, seconds in runs
+        f"  distill-d2 {command}{gpus} --config-file {_word(output, f'{name}.yaml')}{duration}"
+        for (command, name), duration in zip(names, durations)
     )
     report = f"  distill-d2 report {_word(output, 'teacher')} {_word(output, 'distilled')}"
     yield from ("Next:", teacher, distilled, f"{report} --output {_word(output, 'report.html')}")
@@ -96,6 +88,22 @@ def _commands(
         "The student alone, to compare with, before the report, which takes its folder too:",
         student,
     )
+
+
+def _durations(plan: Plan, datasets: Mapping[str, Sequence[Any]], trial: Trial | None) -> Sequence[str]:
+    """Comments on the commands: how long teacher, distillation and student alone take."""
+    if trial is None:
+        return ("", "", "")
+    trained_on = sum(bool(record["annotations"]) for name in plan.train for record in datasets[name])
+    evaluated = EVALUATIONS * sum(len(datasets[name]) for name in plan.test)
+    steps = plan.epochs * trained_on / plan.pair.batch
+    reading = trial.data * (steps * plan.pair.batch + evaluated)
+    times = (
+        steps * trial.teacher_step + evaluated * trial.teacher_image,
+        steps * trial.distilled_step + evaluated * trial.student_image,
+        steps * trial.student_step + evaluated * trial.student_image,
+    )
+    return [f"  # {_duration(reading + seconds)}" for seconds in times]
 
 
 def _word(*path: str) -> str:

@@ -87,10 +87,12 @@ def propose(
         pkd=pair.pkd or 1.0,
         output=os.path.abspath(output),
     )
-    with tempfile.TemporaryDirectory() as folder:
-        _write(folder, texts(plan))
-        trial = try_out(folder, device, few=bool(pair.weights) and not gpu)
-    plan = replace(plan, pkd=pair.pkd or trial.weight or 1.0)
+    trial = None
+    if gpu or not pair.weights:  # a step of large detectors takes a minute on a CPU
+        with tempfile.TemporaryDirectory() as folder:
+            _write(folder, texts(plan))
+            trial = try_out(folder, device)
+        plan = replace(plan, pkd=pair.pkd or trial.weight or 1.0)
     _write(output, texts(plan))
     remarks = [*layout.remarks, *unreadable, *([remark] if remark else [])]
     return describe(plan, boxes, found, trial, remarks, output)

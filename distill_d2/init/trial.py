@@ -51,13 +51,12 @@ class Trial:
     weight: float | None
 
 
-def try_out(folder: str, device: str, *, few: bool = False) -> Trial:
+def try_out(folder: str, device: str) -> Trial:
     """Train the detectors of a folder's distill.yaml and teacher.yaml for a few steps, from random weights;
     nothing is written but to a temporary folder.
 
     Args:
         device: of torch.
-        few: for large detectors without a GPU, steps of one image are measured, and the weight is not.
 
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: the configs do not load or fit.
@@ -73,16 +72,14 @@ def try_out(folder: str, device: str, *, few: bool = False) -> Trial:
         distiller += [teacher_cfg.MODEL.META_ARCHITECTURE, "MODEL.DISTILLER.TEACHER_WEIGHTS", weights]
         cfg = load_config(os.path.join(folder, "distill.yaml"), [*common, *distiller])
         model = build_model(cfg)
-        return _measure(cfg, teacher, model, few)
+        return _measure(cfg, teacher, model)
 
 
-def _measure(cfg: CfgNode, teacher: nn.Module, distiller: Any, few: bool) -> Trial:
-    weight, student = None, distiller.student
+def _measure(cfg: CfgNode, teacher: nn.Module, distiller: Any) -> Trial:
     batches = _batches(cfg)
-    if not few:
-        measured = mean_gradients([term_gradients(distiller, batch) for batch in batches])
-        weight = balanced_weight("PKD", distiller.losses["PKD"], measured)
-    batch = batches[0][:1] if few else batches[0]
+    measured = mean_gradients([term_gradients(distiller, batch) for batch in batches])
+    weight = balanced_weight("PKD", distiller.losses["PKD"], measured)
+    batch, student = batches[0], distiller.student
     seconds = _median_seconds(
         {
             "data": lambda: _batches(cfg, 1),
@@ -93,10 +90,7 @@ def _measure(cfg: CfgNode, teacher: nn.Module, distiller: Any, few: bool) -> Tri
             "student_image": _evaluation(student, batch[:1]),
         }
     )
-    images = len(batches[0])
-    seconds["data"] /= images
-    for name in ("teacher_step", "student_step", "distilled_step"):
-        seconds[name] *= images / len(batch)
+    seconds["data"] /= len(batch)
     return Trial(**seconds, weight=weight)
 
 

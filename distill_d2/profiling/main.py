@@ -61,6 +61,7 @@ def measure(
     images: Sequence[str] = (),
     seconds: float = 10.0,
     threads: int = 0,
+    onnx: bool = False,
 ) -> Report:
     """Measure the detectors of runs and configs, and their teachers.
 
@@ -71,6 +72,7 @@ def measure(
         images: files, folders or patterns; none: a generated image.
         seconds: about how long to measure times.
         threads: of torch on a CPU; 0: as it chooses.
+        onnx: also in onnxruntime, which computes on the CPU; without effect on another device.
 
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: an argument names nothing that can be measured.
@@ -80,7 +82,8 @@ def measure(
     first = next(iter(subjects.values()))
     models = {title: each.model for title, each in subjects.items()}
     with torch_threads(threads):
-        profiles = profile(models, size or _size_of(first.config), pictures, seconds)
+        onnx = onnx and device == "cpu"
+        profiles = profile(models, size or _size_of(first.config), pictures, seconds, onnx)
         where = f"{device} (threads: {torch.get_num_threads()})" if device == "cpu" else device
     return Report(subjects, profiles, f"one at a time, on {where}")
 
@@ -99,6 +102,9 @@ def tell(report: Report) -> None:
     random = [title for title, each in report.subjects.items() if not each.trained]
     if random:
         print(f"Random weights, which find other objects than trained ones: {', '.join(random)}.")
+    problems = dict.fromkeys(each.onnx_problem for each in report.profiles.values() if each.onnx_problem)
+    for text in problems:
+        print(f"Not measured in onnxruntime: {text}.")
     for text in report.verdicts():
         print(text)
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..benchmark.meter import Meter
 from ..views import view_type
+from .onnx import onnx_milliseconds
 from .parts import PARTS, has_bottom_up, parameters, part_of, time_shares
 from .timing import milliseconds_per_image
 
@@ -38,6 +39,7 @@ class Profile:
         shares: of each part in that time, and of pre- and post-processing.
         peak_megabytes: memory that a prediction takes beside the weights, 2^20 bytes; None: not known.
         onnx_milliseconds: as ``milliseconds``, in onnxruntime; []: not measured.
+        onnx_problem: why not; "": it was not asked for.
     """
 
     size: tuple[int, int]
@@ -48,6 +50,7 @@ class Profile:
     shares: dict[str, float]
     peak_megabytes: float | None = None
     onnx_milliseconds: list[float] = field(default_factory=list)
+    onnx_problem: str = ""
 
     @property
     def milliseconds_per_image(self) -> float:
@@ -60,6 +63,7 @@ def profile(
     size: tuple[int, int],
     images: Sequence[np.ndarray] = (),
     seconds: float = 10.0,
+    onnx: bool = False,
 ) -> dict[str, Profile]:
     """Measure detectors side by side.
 
@@ -68,9 +72,11 @@ def profile(
         size: (height, width) in pixels of the images; a detector of one fixed size gets that.
         images: (H, W, 3), uint8, BGR, resized to that size; none: a generated one, on which little is found.
         seconds: about how long to measure the times.
+        onnx: also in onnxruntime, where it is installed and the detector can be exported.
     """
     inputs = {name: inputs_of(model, size, images) for name, model in models.items()}
     times = milliseconds_per_image(models, inputs, seconds=seconds)
+    of_onnx, problems = onnx_milliseconds(models, inputs, seconds=seconds) if onnx else ({}, {})
     return {
         name: Profile(
             size=(inputs[name][0]["height"], inputs[name][0]["width"]),
@@ -78,8 +84,10 @@ def profile(
             gflops=gflops(model, inputs[name][0]),
             megabytes=sum(w.numel() * w.element_size() for w in model.state_dict().values()) / 1e6,
             milliseconds=times[name],
-            shares=time_shares(model, inputs[name]),
+            shares=time_shares(model, inputs[name], seconds=seconds / 4),
             peak_megabytes=peak_megabytes(model, inputs[name][0]),
+            onnx_milliseconds=of_onnx.get(name, []),
+            onnx_problem=problems.get(name, ""),
         )
         for name, model in models.items()
     }

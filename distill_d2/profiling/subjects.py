@@ -19,6 +19,7 @@ from ..engine.settings import distiller_node
 from ..inference import Source, build_detector, find_run, load_source
 from ..inference.titles import titles_of
 from ..lazy_config import apply_overrides, load_lazy_config
+from .parts import parameters
 
 _NODE = "MODEL.DISTILLER."
 
@@ -45,7 +46,7 @@ def find_subjects(
 ) -> dict[str, Subject]:
     """The detectors of runs, with their weights, and those of configs, with random ones; each behind its teacher,
     where it is known. A teacher has its weights where these are a file here. What has no teacher is compared with
-    the only teacher, or, where there is none, with the first.
+    the only teacher, or, where there is none, with the largest.
 
     Args:
         runs: see ``find_run``.
@@ -75,10 +76,11 @@ def find_subjects(
 
 def _compared(subjects: dict[str, Subject]) -> dict[str, Subject]:
     """The subjects, each with something to compare it with: see ``find_subjects``."""
-    teachers = {each.teacher for each in subjects.values() if each.teacher} or {next(iter(subjects))}
+    teachers = {each.teacher for each in subjects.values() if each.teacher}
     if len(teachers) > 1:
         return subjects
-    (teacher,) = teachers
+    sizes = {title: sum(parameters(each.model).values()) for title, each in subjects.items()}
+    (teacher,) = teachers or {max(subjects, key=lambda title: sizes[title])}
     return {
         title: each if title == teacher else replace(each, teacher=teacher)
         for title, each in subjects.items()

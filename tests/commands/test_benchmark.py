@@ -158,10 +158,10 @@ def test_peak_memory_counts_what_is_freed_again():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config-file", "x.py"], "only yaml"),
-        (["--config-file", "x.yaml", "--size", "1x2x3"], "--size"),
-        (["--config-file", "x.yaml", "--size", "0"], "--size 0"),
-        (["--config-file", "x.yaml", "--rounds", "0"], "--rounds 0"),
+        (["--config-file", "Distillation-GID/fcos_R_50_R101_gid_FPN_1x.py"], "only yaml"),
+        (["--config-file", "Base-SSD.yaml", "--size", "1x2x3"], "--size"),
+        (["--config-file", "Base-SSD.yaml", "--size", "0"], "--size 0"),
+        (["--config-file", "Base-SSD.yaml", "--rounds", "0"], "--rounds 0"),
     ],
 )
 def test_wrong_arguments(capsys, arguments, message):

@@ -102,3 +102,18 @@ def test_what_does_not_fit_is_listed(tmp_path, remove, add, message):
     with pytest.raises(SystemExit, match=f"(?s)distill-d2 convert: .*{message}"):
         converted(tmp_path, weights, "--config-file", CONFIGS["ssd300"])
     assert not (tmp_path / "converted.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--to", "detectron2", "--config-file", "Base-SSD.yaml"],
+            "--to is an option of adet, not of ssd",
+        ),
+        ([], "ssd needs --config-file, the config of the detector that INPUT is for"),
+    ],
+)
+def test_options_are_those_of_the_source(options, message):
+    with pytest.raises(SystemExit, match=f"distill-d2 convert: {message}"):
+        cli.main(["convert", "ssd", "a.pth", "b.pth", *options])

@@ -144,7 +144,10 @@ def refused(config, *more, method="pkd", output):
         (["MODEL.NOTHING", "1"], "unknown config key 'MODEL.NOTHING'"),
         (["DATASETS.TEST", "('nothing',)"], "names 'nothing', which is not registered"),
         (["DATASETS.TEST", "()"], "no image has annotations"),
-        (["--config-file", "model.py"], "model.py: a LazyConfig; only yaml configs can be drawn"),
+        (
+            ["--config-file", "Distillation-GID/fcos_R_50_R101_gid_FPN_1x.py"],
+            "a LazyConfig; only yaml configs can be drawn",
+        ),
     ],
 )
 def test_wrong_input(config, tmp_path, options, expected):
