@@ -123,8 +123,9 @@ MODEL:
     MODEL_DISTILLER_CONFIG: teacher.yaml
     TEACHER_WEIGHTS: {_flow(os.path.join(teacher, "model_best.pth"))}
     PKD:
-      # {how};
-      # `distill-d2 check --config-file distill.yaml` measures it with the trained teacher.
+      # {how}.
+      # OUTPUT_DIR/gradients.jsonl and the report have it over the run; in the first steps a head that starts
+      # from the teacher's has large gradients of its own.
       WEIGHT: {plan.pkd:g}
     EVAL_TEACHER: True
 OUTPUT_DIR: {_flow(os.path.join(plan.output, "distilled"))}
