@@ -22,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check the training of the student alone, without a teacher",
     )
     parser.add_argument(
-        "--batches", type=int, default=4, help="whose gradients are measured (default: 4)"
+        "--batches", metavar="N", type=int, default=4, help="whose gradients are measured (default: 4)"
     )
     parser.add_argument(
         "--ratio",
+        metavar="NUMBER",
         type=float,
         default=1.0,
         help="of a loss's gradient to the task's, for which weights are proposed (default: 1)",
