@@ -19,8 +19,8 @@ from ..engine.output_dir import check_writable
 from ..gradients import TermGradients
 from ..messages import shortened
 from .faults import Faults, noted
-from .run import build_trainer, check_data, read
 from .pictures import draw_batch
+from .run import build_trainer, check_data, read
 from .steps import (
     StepCost,
     evaluation_seconds,

@@ -44,9 +44,7 @@ def first_batches(trainer: DistillTrainer, count: int) -> list[list[dict[str, An
     return [next(trainer._trainer._data_loader_iter) for _ in range(count)]
 
 
-def measure_gradients(
-    trainer: DistillTrainer, batches: Sequence[list[dict[str, Any]]]
-) -> TermGradients:
+def measure_gradients(trainer: DistillTrainer, batches: Sequence[list[dict[str, Any]]]) -> TermGradients:
     """Means over batches, of at most four images each, at the iteration at which all losses act."""
     iteration = acting_iteration(trainer.plain_model)
     parts = 2 if trainer.settings.amp_key else 1  # float32 takes twice the memory
