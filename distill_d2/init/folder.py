@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..data.images import IMAGE_SUFFIXES
+from ..data.walking import walk
 
 #: Words in the names of files and folders.
 _ROLES = {
@@ -53,7 +54,7 @@ class Folder:
                 f"DATA_FOLDER '{root}' is a file; give the folder that holds the dataset"
             )
         files = []
-        for place, folders, names in os.walk(root, followlinks=True):
+        for place, folders, names in walk(root):
             folders[:] = [f for f in folders if not f.startswith(".") and f not in _SKIPPED]
             inside = os.path.relpath(place, root).replace(os.sep, "/")
             files += [name if inside == "." else f"{inside}/{name}" for name in names if name[0] != "."]
