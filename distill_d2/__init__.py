@@ -6,9 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .known_warnings import silence_known_warnings
-from .requirements import require_detectron2
+from .requirements import require_detectron2, warn_without_detectron2
 
 silence_known_warnings()
+warn_without_detectron2()
 
 __version__ = "0.2.0.dev0"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 MISSING = (
     "distill_d2 needs detectron2, which is not on the package index; `distill-d2 install-detectron2` installs it "
@@ -14,3 +15,9 @@ def require_detectron2() -> None:
     """Raises ImportError, whose message names the command that installs it, if detectron2 is not installed."""
     if importlib.util.find_spec("detectron2") is None:  # which does not import it
         raise ImportError(MISSING, name="detectron2")
+
+
+def warn_without_detectron2() -> None:
+    """For ``import distill_d2``: a submodule that is imported next ends with Python's own message."""
+    if importlib.util.find_spec("detectron2") is None:
+        warnings.warn(MISSING, stacklevel=3)

@@ -1,5 +1,6 @@
 """The command distill-d2."""
 
+import importlib
 import subprocess
 import sys
 
@@ -54,5 +55,7 @@ def test_without_detectron2(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--config-file", "quickstart/shapes_distill.yaml"])
     assert "distill-d2 train: distill_d2 needs detectron2" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="`distill-d2 install-detectron2`"):
+        importlib.reload(distill_d2)
     with pytest.raises(ImportError, match="`distill-d2 install-detectron2`"):
         print(distill_d2.Distiller)

@@ -117,6 +117,8 @@ def export(
         size = (inputs[0].shape[1], inputs[0].shape[2])
         inputs = [prepare(trained, image, size) for image in images]
     example = _with_most(trained, inputs)
+    if size is None:  # one is of another size in any case
+        inputs.append(example[:, : example.shape[1] * 3 // 4].contiguous())
     graph = graph_of(trained.model, example, threshold)
     about = describe(trained, graph, size, format)
     partial = path + PARTIAL
@@ -127,6 +129,7 @@ def export(
             raise ValueError(
                 f"the {format} file finds other objects than the model: {differences}. Detections count as found "
                 f"again within {LIMITS}, and {LOST:.0%} may be lost; nothing was written"
+                f"{'; with --size HxW the file is for one size' if size is None else ''}"
             )
         os.replace(partial, path)
     finally:

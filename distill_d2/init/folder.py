@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..data.images import IMAGE_SUFFIXES
+from ..data.walking import walk
 from . import check_data_folder
 
 #: Words in the names of files and folders.
@@ -47,7 +48,7 @@ class Folder:
         """Raises FileNotFoundError or NotADirectoryError if it is none."""
         check_data_folder(root)
         files = []
-        for place, folders, names in os.walk(root, followlinks=True):
+        for place, folders, names in walk(root):
             folders[:] = [f for f in folders if not f.startswith(".") and f not in _SKIPPED]
             inside = os.path.relpath(place, root).replace(os.sep, "/")
             files += [name if inside == "." else f"{inside}/{name}" for name in names if name[0] != "."]

@@ -241,7 +241,8 @@ def test_pretrained_run_sees_iterations_from_zero(probe, monkeypatch):
             return _original(self, *args)
 
         monkeypatch.setattr(ProbeLoss, name, spy)
-    probe.run(opts=[PRETRAIN, 2, "MODEL.DISTILLER.PROBE.START_ITER", 1, "SOLVER.MAX_ITER", 3])
+    measured = ["MODEL.DISTILLER.MEASURE_GRADIENTS", False]
+    probe.run(opts=[PRETRAIN, 2, "MODEL.DISTILLER.PROBE.START_ITER", 1, "SOLVER.MAX_ITER", 3, *measured])
     assert seen == [("pretrain", -2), ("pretrain", -1), ("forward", 1), ("forward", 2)]
 
 
