@@ -45,8 +45,9 @@ def unbalanced(measured: TermGradients, losses: Mapping[str, DistillLoss]) -> It
         losses: of the Distiller, by name. What a TrainedLoss teaches changes while it learns, so nothing is said.
     """
     for name, loss in losses.items():
-        found, weight = measured.ratio(name), getattr(loss.settings, loss.weight_setting)
-        if found is None or not math.isfinite(found) or not weight or isinstance(loss, TrainedLoss):
+        found = measured.ratio(name)
+        off = not getattr(loss.settings, loss.weight_setting)
+        if off or found is None or not math.isfinite(found) or isinstance(loss, TrainedLoss):
             continue
         if _WEAK <= found <= _STRONG:
             yield from _weak_terms(name, measured)

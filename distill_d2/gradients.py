@@ -93,6 +93,12 @@ def acting_iteration(model: nn.Module) -> int:
     return max(range(max(model.max_iter, 1)), key=strength)
 
 
+def distills(model: Distiller) -> bool:
+    """Whether some loss acts on the student in some iteration."""
+    iteration = acting_iteration(model)
+    return any(reaches_student(loss, iteration) for loss in model.losses.values())
+
+
 def mean_gradients(measured: Sequence[TermGradients]) -> TermGradients:
     """The means over several batches.
 

@@ -6,6 +6,7 @@ the whole run. Nothing is written to OUTPUT_DIR. The exit status is 1 if somethi
 
     distill-d2 check --config-file my_distill.yaml
     distill-d2 check --config-file my_distill.yaml --write my_balanced.yaml SOLVER.IMS_PER_BATCH 4
+    distill-d2 check --config-file my_teacher.yaml --baseline --pictures batch
 """
 
 from __future__ import annotations
@@ -24,16 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check the training of the student alone, without a teacher",
     )
     parser.add_argument(
-        "--batches", type=int, default=4, help="whose gradients are measured (default: 4)"
+        "--batches", metavar="N", type=int, default=4, help="whose gradients are measured (default: 4)"
     )
     parser.add_argument(
         "--ratio",
+        metavar="NUMBER",
         type=float,
         default=1.0,
         help="of a loss's gradient to the task's, for which weights are proposed (default: 1)",
     )
     parser.add_argument(
         "--write", metavar="FILE", default="", help="write a new yaml config with the proposed weights"
+    )
+    parser.add_argument(
+        "--pictures",
+        metavar="FOLDER",
+        default="",
+        help="draw the first batch there, as it is trained on: resized, augmented, with its ground truth",
     )
     add_device_argument(parser)
     add_config_arguments(parser)

@@ -16,12 +16,15 @@ def check(config_file, *arguments):
 def test_a_training_without_faults_is_measured(job, capsys):
     job.arguments()
     balanced = job.folder / "balanced.yaml"
-    words = ["--ratio", "0.5", "--write", str(balanced), "SOLVER.MAX_ITER", "9"]
+    pictures = job.folder / "pictures"
+    words = ["--ratio", "0.5", "--write", str(balanced), "--pictures", str(pictures)]
+    words += ["SOLVER.MAX_ITER", "9"]
     assert check(job.config_file, *words) == 0
     out = capsys.readouterr().out
     for text in ("class0 4", "Teacher: ", "| PKD    | p2", "| loss_pkd", "A step takes", "of 9 steps"):
         assert text in out
     assert "Nothing is wrong" in out and not job.output.exists()
+    assert len(list(pictures.glob("*_trained_on.png"))) == job.config.SOLVER.IMS_PER_BATCH
     cfg = load_config(str(balanced))
     assert cfg.SOLVER.MAX_ITER == 9 and f"PKD.WEIGHT {cfg.MODEL.DISTILLER.PKD.WEIGHT:g}" in out
     with pytest.raises(SystemExit):
