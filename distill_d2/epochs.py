@@ -42,7 +42,7 @@ def file_decides(values: dict[str, Any], source: str) -> None:
         keys = values.get(node)
         if isinstance(keys, dict) and name in keys:
             if keys.setdefault(in_epochs.split(".")[1], 0):
-                raise _both(source, in_iterations, in_epochs)
+                raise both_given(source, in_iterations, in_epochs)
 
 
 def options_decide(cfg: CfgNode, keys: Sequence[str]) -> None:
@@ -54,8 +54,8 @@ def options_decide(cfg: CfgNode, keys: Sequence[str]) -> None:
         if in_epochs not in keys:
             cfg[node][name] = 0.0
         elif cfg[node][name]:
-            raise _both("the command line", in_iterations, in_epochs)
+            raise both_given("the command line", in_iterations, in_epochs)
 
 
-def _both(source: str, in_iterations: str, in_epochs: str) -> ValueError:
+def both_given(source: str, in_iterations: str, in_epochs: str) -> ValueError:
     return ValueError(f"{source} sets {in_iterations} and {in_epochs}; give one of them")

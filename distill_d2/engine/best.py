@@ -181,4 +181,5 @@ def _unknown(metric: str, found: Collection[str]) -> str:
     close = difflib.get_close_matches(metric, found, n=1)
     advice = f"; the closest is {close[0]!r}" if close else ""
     listed = shortened(str(sorted(found)), 300)
-    return f"TEST.KEEP_BEST is {metric!r}; expected one of the evaluation's results {listed}{advice}"
+    key = "TEST.KEEP_BEST (train.keep_best)"
+    return f"{key} is {metric!r}; expected one of the evaluation's results {listed}{advice}"

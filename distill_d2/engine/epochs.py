@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from ..data import check_datasets, training_records
-from ..epochs import IN_EPOCHS, iterations_of
+from ..epochs import IN_EPOCHS, both_given, iterations_of
 from ..quiet import quiet
 from ..rules import COUNT_OR_0, PROBABILITY, Context, Rule, Sequence
 
@@ -66,11 +66,15 @@ def in_iterations(cfg: CfgNode) -> str:
     return f"The schedule in iterations: {', '.join(changes)}" if changes else ""
 
 
-def lazy_options_decide(cfg: DictConfig, keys: Iterable[str]) -> None:
-    """Let a length in iterations, of the command line, replace one in epochs of the file."""
+def lazy_options_decide(cfg: DictConfig, keys: Collection[str]) -> None:
+    """Let a length in iterations, of the command line, replace one in epochs of the file. Raises ValueError if it
+    gives both."""
     for key, in_epochs in LAZY_IN_EPOCHS.items():
-        if key in keys and in_epochs not in keys:
-            OmegaConf.update(cfg, in_epochs, 0)
+        if key not in keys:
+            continue
+        if in_epochs in keys and OmegaConf.select(cfg, in_epochs):
+            raise both_given("the command line", key, in_epochs)
+        OmegaConf.update(cfg, in_epochs, 0)
 
 
 def lazy_in_iterations(cfg: DictConfig) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from ..balance import describe_gradients, unbalanced
@@ -77,11 +78,12 @@ class GradientLog:
     def _measure(self, iteration: int | None) -> TermGradients | None:
         if not self._active:
             return None
-        with unchanged_random_state():
-            batch = example_batch(self._loader, _IMAGES, self._parts)
         try:
-            if batch is not None:
-                return term_gradients(self._model, batch, iteration)
+            with unchanged_random_state():
+                seed_all_rng(0)  # the same augmentations each time, also in a resumed run
+                batch = example_batch(self._loader, _IMAGES, self._parts)
+                if batch is not None:
+                    return term_gradients(self._model, batch, iteration)
             reason = "the data loader is not one of distill_d2's"
         except FloatingPointError:  # of detectron2's RPN, in all processes; the next step tells more
             return None

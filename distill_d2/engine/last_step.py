@@ -40,7 +40,8 @@ class LastStep(HookBase):
         missing = False
         if comm.is_main_process():
             logged = mend(folder, last)
-            missing = not logged - names_at(self._scalars, last) - {"iteration"}
+            # The line of a stopped run has the end of its step and an estimate, but no evaluation.
+            missing = not logged - names_at(self._scalars, last) - {"iteration", "eta_seconds"}
         self._evaluation_missing = comm.all_gather(missing)[0]
 
     def logged(self, name: str) -> dict[int, float]:

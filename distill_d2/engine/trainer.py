@@ -388,6 +388,7 @@ class DistillTrainer(DefaultTrainer):
             ):
                 self.last_results = self.test(self.cfg, self.model)
         except Interrupted:
+            set_random_state(state)
             if self.iter < self.max_iter:  # afterwards model_final is there
                 self.save(f"model_{self.iter:07d}")
             raise

@@ -71,7 +71,7 @@ def test_evaluations_without_improvement(values, count):
 def test_wrong_metrics_are_told_before_training(job):
     job.fails(
         ValueError,
-        "TEST.KEEP_BEST is 'bbox/AP5'",
+        "TEST.KEEP_BEST (train.keep_best) is 'bbox/AP5'",
         "results ['bbox/AP', ",
         "; the closest is 'bbox/AP",
         opts=["TEST.KEEP_BEST", "bbox/AP5"],
