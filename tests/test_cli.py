@@ -17,6 +17,8 @@ def test_help_and_wrong_arguments_import_nothing_heavy(tmp_path):
     train = ["train", "--config-file"]
     wrong = [["trian"], ["train"], [*train, "no.yaml"], [*train, str(broken)]]
     wrong.append([*train, "quickstart/shapes_distill.yaml", "SEED"])
+    wrong += [["train", "--confg-file", "x"], ["train", "my.yaml", "SEED", "1"], ["init", "no_data"]]
+    wrong += [["predict", "--run", "no_run", "x", "--output", "y"], ["report", "no_evaluations"]]
     code = f"""
 import sys
 from distill_d2 import cli
@@ -34,7 +36,10 @@ print(sorted({{"torch", "numpy", "cv2", "detectron2"}} & set(sys.modules)))
         "'no.yaml' does not exist",
         "not valid yaml",
     ]
-    assert all(message in done.stderr for message in [*messages, "a value after the key SEED"])
+    messages += ["a value after the key SEED", "--confg-file. Did you mean --config-file?"]
+    messages += ["a config is given by --config-file", "'no_data' does not exist"]
+    messages += ["the run 'no_run' does not exist", "'no_evaluations' does not exist"]
+    assert [message for message in messages if message not in done.stderr] == []
     assert done.stdout.splitlines()[-1] == "[]"
 
 

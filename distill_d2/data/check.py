@@ -220,9 +220,10 @@ def _check_registered(name: str, key: str) -> None:
     if name in known:
         return
     custom = [other for other in known if MetadataCatalog.get(other).get("custom_entry")]
+    close = difflib.get_close_matches(name, known, n=5)
+    advice = f"; the closest names are {close}" if close else ""
     raise ValueError(
-        f"{key} names '{name}', which is not registered; the closest names are "
-        f"{difflib.get_close_matches(name, known, n=5)}, those of DATASETS.CUSTOM are {custom}. Add "
+        f"{key} names '{name}', which is not registered{advice}; those of DATASETS.CUSTOM are {custom}. Add "
         "your own in DATASETS.CUSTOM; `distill-d2 init FOLDER` writes such an entry"
     )
 
