@@ -46,7 +46,8 @@ def unbalanced(measured: TermGradients, losses: Mapping[str, DistillLoss]) -> It
     """
     for name, loss in losses.items():
         found = measured.ratio(name)
-        if found is None or not math.isfinite(found) or isinstance(loss, TrainedLoss):
+        off = not getattr(loss.settings, loss.weight_setting)
+        if off or found is None or not math.isfinite(found) or isinstance(loss, TrainedLoss):
             continue
         if _WEAK <= found <= _STRONG:
             yield from _weak_terms(name, measured)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from .commands.arguments import check_config_arguments
 from .mistakes import add_debug_argument, ending_on_mistakes
@@ -78,7 +80,7 @@ def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | N
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     command = _module(name)
     prog = prog or Path(sys.argv[0]).name
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog, description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_debug_argument(parser)
@@ -90,6 +92,16 @@ def run_command(name: str, arguments: Sequence[str] | None = None, prog: str | N
             require_detectron2()
         check_config_arguments(args)
         return command.run(args) or 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Suggests options for those that do not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        close = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+        super().error(f"{message}. Did you mean {close[0]}?" if close else message)
 
 
 def _module(name: str) -> ModuleType:

@@ -24,7 +24,7 @@ _LARGEST_INTEGER = 2**63
 def set_values(
     cfg: CfgNode, values: Mapping[str, Any], source: Callable[[str], str] = lambda key: ""
 ) -> None:
-    """Set keys of a config, in place, to values that yaml has for them.
+    """Set keys of a config, in place, to values that yaml has for them. All that are wrong are told.
 
     As in yacs, a text that is a Python literal stands for its value, and lists and tuples become the type
     that the key has. Unlike there, a key of text keeps a text that looks like a number, and an integer is a
@@ -37,7 +37,9 @@ def set_values(
         KeyError: a key does not exist.
         ValueError: a value of another type.
     """
-    _set(cfg, values, cfg, "", source)
+    errors: list[Exception] = []
+    _set(cfg, values, cfg, "", source, errors.append)
+    _raise(errors)
 
 
 def set_options(cfg: CfgNode, words: Sequence[str]) -> None:
@@ -50,14 +52,27 @@ def set_options(cfg: CfgNode, words: Sequence[str]) -> None:
     """
     pairs = pairs_of(words)
     known = set(config_keys(cfg))
-    for key in pairs[::2]:
-        if key not in known:
-            raise _unknown_key(cfg, key, "")
+    _raise([_unknown_key(cfg, key, "") for key in dict.fromkeys(pairs[::2]) if key not in known])
+    errors: list[Exception] = []
     for key, text in zip(pairs[::2], pairs[1::2]):
         *parents, name = key.split(".")
         node = functools.reduce(getattr, parents, cfg)
-        value = _value_of(text, node[name], key)
-        _set(node, {name: value}, cfg, key[: -len(name)], lambda key: "")
+        try:
+            value = _value_of(text, node[name], key)
+        except ValueError as error:
+            errors.append(error)
+        else:
+            _set(node, {name: value}, cfg, key[: -len(name)], lambda key: "", errors.append)
+    _raise(errors)
+
+
+def _raise(errors: Sequence[Exception]) -> None:
+    """The only error, or one of the first one's type with all messages."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        messages = "\n".join(str(error.args[0]) for error in errors)
+        raise type(errors[0])(f"{len(errors)} keys of the config are wrong:\n{messages}")
 
 
 def config_keys(node: CfgNode, prefix: str = "") -> list[str]:
@@ -76,27 +91,35 @@ def _set(
     cfg: CfgNode,
     prefix: str,
     source_of: Callable[[str], str],
+    told: Callable[[Exception], None],
 ) -> None:
-    """Set values of a node, which is below ``prefix`` in the whole config ``cfg``."""
+    """Set values of a node, which is below ``prefix`` in the whole config ``cfg``; what is wrong is told."""
     for name, value in values.items():
         key = f"{prefix}{name}"
-        source = source_of(key)
-        if not isinstance(name, str):
-            raise ValueError(
-                f"{source}the key '{key}' is {type(name).__name__} in yaml; expected the name of a key"
-            )
-        if name not in node and not node.is_new_allowed():
-            raise _unknown_key(cfg, key, source)
-        current = node.get(name)
-        if not isinstance(value, Mapping):
-            node[name] = _fitted(value, current, key, source)
-        elif isinstance(current, CfgNode):
-            _set(current, value, cfg, f"{key}.", source_of)
-        elif name not in node:
-            _check_range(value, f"{source}{key}")
-            node[name] = CfgNode(copy.deepcopy(dict(value)))
-        else:
-            raise _mismatch(value, current, key, source)
+        if isinstance(value, Mapping) and isinstance(node.get(name), CfgNode):
+            _set(node[name], value, cfg, f"{key}.", source_of, told)
+            continue
+        try:
+            node[name] = _new_value(node, name, value, cfg, key, source_of(key))
+        except (KeyError, ValueError) as error:
+            told(error)
+
+
+def _new_value(node: CfgNode, name: Any, value: Any, cfg: CfgNode, key: str, source: str) -> Any:
+    """The value of a key of a node, as the config holds it."""
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{source}the key '{key}' is {type(name).__name__} in yaml; expected the name of a key"
+        )
+    if name not in node and not node.is_new_allowed():
+        raise _unknown_key(cfg, key, source)
+    current = node.get(name)
+    if not isinstance(value, Mapping):
+        return _fitted(value, current, key, source)
+    if name in node:
+        raise _mismatch(value, current, key, source)
+    _check_range(value, f"{source}{key}")
+    return CfgNode(copy.deepcopy(dict(value)))
 
 
 def _fitted(value: Any, current: Any, key: str, source: str) -> Any:

@@ -73,15 +73,17 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises OSError or ValueError for arguments that cannot be right."""
-    if Path(args.output).is_file():
-        raise NotADirectoryError(f"--output {args.output}: a file; expected a folder")
+    """Make the folder of the runs. Raises OSError or ValueError for arguments that cannot be right."""
     from .model_zoo import available_configs
 
     for method in args.methods:
         config = config_of(method, args.dataset)
         if config not in available_configs():
             raise ValueError(f"--methods {method}: there is no {config} for --dataset {args.dataset}")
+    try:
+        os.makedirs(args.output, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output {args.output}: this folder cannot be made: {error}") from error
 
 
 def config_of(name: str, dataset: str) -> str:
@@ -109,7 +111,6 @@ def start(name: str, args: argparse.Namespace) -> Run:
     command += ["SEED", str(args.seed), "OUTPUT_DIR", str(folder / name)]
     if name in METHODS:
         command += ["MODEL.DISTILLER.TEACHER_WEIGHTS", str(folder / "teacher" / "model_final.pth")]
-    folder.mkdir(parents=True, exist_ok=True)
     print(f"$ distill-d2 {shlex.join(command)}", flush=True)
     output = folder / f"{name}.out"
     with open(output, "w") as file:

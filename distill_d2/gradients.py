@@ -93,6 +93,12 @@ def acting_iteration(model: nn.Module) -> int:
     return max(range(max(model.max_iter, 1)), key=strength)
 
 
+def distills(model: Distiller) -> bool:
+    """Whether some loss acts on the student in some iteration."""
+    iterations = range(max(model.max_iter, 1))
+    return any(reaches_student(loss, i) for loss in model.losses.values() for i in iterations)
+
+
 def mean_gradients(measured: Sequence[TermGradients]) -> TermGradients:
     """The means over several batches.
 

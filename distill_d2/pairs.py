@@ -11,7 +11,7 @@ def pairs_of(words: Sequence[str]) -> list[str]:
     """The end of a command line, KEY VALUE KEY=VALUE ..., as KEY VALUE KEY VALUE ...
 
     Raises:
-        ValueError: an option stands where a key is expected; the last key has no value.
+        ValueError: an option or a config stands where a key is expected; the last key has no value.
     """
     pairs: list[str] = []
     for word in words:
@@ -23,6 +23,10 @@ def pairs_of(words: Sequence[str]) -> list[str]:
             )
         else:
             key, equals, value = word.partition("=")  # no key has a "="
+            if not equals and key.endswith((".yaml", ".yml", ".py")):
+                raise ValueError(
+                    f"{shortened(key)} stands where a key is expected; a config is given by --config-file"
+                )
             pairs += [key, value] if equals else [key]
     if len(pairs) % 2:
         raise ValueError(

@@ -25,7 +25,7 @@ pytest_plugins = ["memory"]
 # The files that take longest: started last, one of them would keep a parallel run waiting for a minute.
 LONGEST = (
     *("engine/test_processes.py", "test_golden.py", "laws/test_steps.py", "test_plugins.py"),
-    *("engine/test_solvers.py", "engine/test_commands.py", "tools/test_convert_torchdistill.py"),
+    *("engine/test_solvers.py", "engine/test_commands.py", "commands/test_convert_torchdistill.py"),
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.utils.events import EventStorage
 
-from ..commands.arguments import chosen_device
+from ..commands.arguments import chosen_device, height_and_width
 from ..engine import load_config
 from ..imports import import_modules
 from .meter import Meter, Sample
@@ -71,13 +71,12 @@ def check_arguments(args: argparse.Namespace) -> tuple[int, int]:
     Raises:
         ValueError: an argument is wrong.
     """
-    sides = args.size.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise ValueError(f"--size {args.size}: expected a number of pixels, or HEIGHTxWIDTH")
+    if args.threads < 0:
+        raise ValueError(f"--threads {args.threads}: expected 1 or more, or 0")
     for name in ("batch", "rounds", "warmup"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
-    return int(sides[0]), int(sides[-1])
+    return height_and_width(args.size)
 
 
 def run_rounds(tasks: Tasks, meter: Meter, rounds: int, warmup: int) -> dict[str, list[Sample]]:

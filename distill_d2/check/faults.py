@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 from collections.abc import Iterator
 
 from ..engine.run_log import is_for_screen
 from ..mistakes import is_mistake, message_of
+
+# The first line of a message that has a line for each fault.
+_SEVERAL = r"(.*: )?\d+ (values cannot be used|keys of the config are wrong):"
 
 
 class Faults:
@@ -26,8 +30,11 @@ class Faults:
 
     def add(self, error: Exception) -> None:
         text = message_of(error)
-        if not any(text in known for known in self.messages):
-            self.messages.append(text)
+        head, _, lines = text.partition("\n")
+        for each in lines.split("\n") if re.fullmatch(_SEVERAL, head) else [text]:
+            value, _, _ = each.partition("; expected")  # several parts look at a value
+            if not any(value in known for known in self.messages):
+                self.messages.append(each)
 
     @contextlib.contextmanager
     def collected(self) -> Iterator[None]:

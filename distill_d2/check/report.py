@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 
 from ..balance import unbalanced
@@ -15,11 +15,19 @@ from ..data.summary import summarize, summary_table
 from ..distiller import Distiller
 from ..duration import evaluations_of, expected_duration, spoken
 from ..engine import DistillTrainer, RunSettings
+from ..engine.output_dir import check_writable
 from ..gradients import TermGradients
 from ..messages import shortened
 from .faults import Faults, noted
+from .pictures import draw_batch
 from .run import build_trainer, check_data, read
-from .steps import StepCost, evaluation_seconds, measure_gradients, measure_steps
+from .steps import (
+    StepCost,
+    evaluation_seconds,
+    first_batches,
+    measure_gradients,
+    measure_steps,
+)
 from .weights import balanced_weights, write_weights
 
 _GIGABYTE = 2**30
@@ -32,6 +40,8 @@ def check_run(args: argparse.Namespace) -> int:
     Args:
         args: of the command, and those of a training.
     """
+    if args.pictures:
+        check_writable(args.pictures, "--pictures")
     faults = Faults()
     notes: list[str] = []
     with noted(notes):
@@ -63,17 +73,28 @@ def _measure(
 ) -> None:
     with noted(notes), faults.collected():
         try:
-            gradients = measure_gradients(trainer, args.batches)
+            batches = first_batches(trainer, args.batches)
+            pictures = _draw(args.pictures, trainer, batches[0]) if args.pictures else []
+            gradients = measure_gradients(trainer, batches)
             evaluation, cost = evaluation_seconds(trainer), measure_steps(trainer)
         finally:
             end_workers()
     if faults:
         return
+    if pictures:
+        print(f"The first batch, as trained on: {len(pictures)} pictures in {args.pictures}\n")
     print(f"{_terms(gradients)}\n\n{_cost(trainer.settings, cost, evaluation)}\n")
     model = trainer.plain_model
     if isinstance(model, Distiller):
         notes += unbalanced(gradients, model.losses)
         _tell_weights(args, balanced_weights(model.losses, gradients, args.ratio))
+
+
+def _draw(folder: str, trainer: DistillTrainer, batch: list[dict[str, Any]]) -> list[str]:
+    model, datasets = trainer.plain_model, trainer.settings.train_datasets
+    student = model.student if isinstance(model, Distiller) else model
+    classes = MetadataCatalog.get(datasets[0]).get("thing_classes", []) if datasets else []
+    return draw_batch(batch, folder, trainer.settings.channel_order(student), classes)
 
 
 def _print_list(title: str, lines: list[str]) -> None:

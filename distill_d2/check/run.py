@@ -45,18 +45,26 @@ def read(args: argparse.Namespace, faults: Faults) -> Any:
         import_modules(args.imports)
         plugins.detectors()
         distill = not args.baseline and _names_teacher(args)
-        if args.config_file.endswith(".py"):
-            cfg = lazy.read_run_config(args, distill)
-            cfg.train.device = args.device or cfg.train.device
-        else:
-            cfg = read_run_config(args, distill)
-            cfg.MODEL.DEVICE = args.device or cfg.MODEL.DEVICE
+        with faults.collected():
+            cfg = _read(args, distill)
+        if cfg is None and distill:  # without a teacher's config the rest can be checked
+            cfg = _read(args, False)
     if isinstance(cfg, CfgNode):
         _check_yaml(cfg, faults)
     elif cfg is not None:
         with faults.collected():
             check_lazy_keys(cfg)
             lazy_in_iterations(cfg)
+    return cfg
+
+
+def _read(args: argparse.Namespace, distill: bool) -> CfgNode | DictConfig:
+    if args.config_file.endswith(".py"):
+        lazy_cfg = lazy.read_run_config(args, distill)
+        lazy_cfg.train.device = args.device or lazy_cfg.train.device
+        return lazy_cfg
+    cfg = read_run_config(args, distill)
+    cfg.MODEL.DEVICE = args.device or cfg.MODEL.DEVICE
     return cfg
 
 

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +39,17 @@ class StepCost:
     memory: int
 
 
-def measure_gradients(trainer: DistillTrainer, batches: int) -> TermGradients:
-    """Means over some batches, of at most four images each, at the iteration at which all losses act."""
+def first_batches(trainer: DistillTrainer, count: int) -> list[list[dict[str, Any]]]:
+    """The batches with which the training would start."""
+    return [next(trainer._trainer._data_loader_iter) for _ in range(count)]
+
+
+def measure_gradients(trainer: DistillTrainer, batches: Sequence[list[dict[str, Any]]]) -> TermGradients:
+    """Means over batches, of at most four images each, at the iteration at which all losses act."""
     iteration = acting_iteration(trainer.plain_model)
     parts = 2 if trainer.settings.amp_key else 1  # float32 takes twice the memory
     measured = []
-    for _ in range(batches):
-        batch = next(trainer._trainer._data_loader_iter)
+    for batch in batches:
         count = max(1, min(_IMAGES, len(batch) // parts))
         measured.append(term_gradients(trainer.plain_model, batch[:count], iteration))
     return mean_gradients(measured)

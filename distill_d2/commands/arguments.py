@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from typing import Any
 
 from ..config_files import read_config
 from ..imports import add_import_argument
@@ -48,6 +50,31 @@ def check_config_arguments(args: argparse.Namespace) -> None:
     if path:
         read_config(path)
     pairs_of(words or [])
+
+
+def add_run_argument(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """Add --run, with these options of argparse; ``run_files.check_run`` checks it."""
+    repeatable = "; repeatable" if options.get("action") == "append" else ""
+    parser.add_argument(
+        "--run",
+        metavar="RUN",
+        help=f"a training's OUTPUT_DIR, a config with weights, or an exported file of weights{repeatable}",
+        **options,
+    )
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    """The value of --size, such as 480x640, or 480 for both.
+
+    Raises:
+        ValueError: it is another text.
+    """
+    found = re.fullmatch(r"([1-9]\d*)(?:[xX]([1-9]\d*))?", text)
+    if found is None:
+        raise ValueError(
+            f"--size {text}: expected height and width in pixels, such as 480x640, or one number for both"
+        )
+    return int(found[1]), int(found[2] or found[1])
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -95,17 +122,28 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, do not train")
     parser.add_argument(
-        "--num-gpus", type=int, default=1, help="GPUs of this machine; 0: on the CPU (default: 1)"
+        "--num-gpus",
+        metavar="N",
+        type=int,
+        default=1,
+        help="GPUs of this machine; 0: on the CPU (default: 1)",
     )
-    parser.add_argument("--num-machines", type=int, default=1, help="default: 1")
+    parser.add_argument("--num-machines", metavar="N", type=int, default=1, help="default: 1")
     parser.add_argument(
-        "--machine-rank", type=int, default=0, help="of this machine, from 0; each has another"
+        "--machine-rank",
+        metavar="N",
+        type=int,
+        default=0,
+        help="of this machine, from 0; each has another",
     )
     parser.add_argument(
-        "--dist-url", help="where processes meet, tcp://HOST:PORT; needed by several machines"
+        "--dist-url",
+        metavar="URL",
+        help="where processes meet, tcp://HOST:PORT; needed by several machines",
     )
     parser.add_argument(
         "--num-procs",
+        metavar="N",
         type=int,
         default=1,
         help="processes of this machine with --num-gpus 0 (default: 1)",

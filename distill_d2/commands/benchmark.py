@@ -40,18 +40,32 @@ from .arguments import add_config_arguments, add_device_argument
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("--size", default="512", help="of the images in pixels: 512, or HEIGHTxWIDTH")
-    parser.add_argument("--batch", type=int, default=2, help="images per step")
-    parser.add_argument("--objects", type=int, default=8, help="objects per image")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
+    parser.add_argument(
+        "--size", metavar="HxW", default="512", help="of the images in pixels (default: 512, for both)"
+    )
+    parser.add_argument("--batch", metavar="N", type=int, default=2, help="images per step (default: 2)")
+    parser.add_argument(
+        "--objects", metavar="N", type=int, default=8, help="objects per image (default: 8)"
+    )
+    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="default: 5")
+    parser.add_argument(
+        "--warmup", metavar="N", type=int, default=1, help="rounds that are not counted (default: 1)"
+    )
     add_device_argument(parser)
-    parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0: as it chooses")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=int,
+        default=0,
+        help="of torch on a CPU; 0: as it chooses (default: 0)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of images and weights (default: 0)"
+    )
     parser.add_argument(
         "--against-naive", action="store_true", help="time the slow naive versions of losses too"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the measurements of every round here")
+    parser.add_argument("--json", metavar="FILE", help="write the measurements of every round here, too")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", choices=SOURCES, help=", ".join(SOURCES))
     parser.add_argument("input", metavar="INPUT", help="path or URL of the weights")
     parser.add_argument("output", metavar="OUTPUT.pth", help="an older file of that name is replaced")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys of the detector")
+    parser.add_argument(
+        "opts", nargs="*", default=[], metavar="KEY VALUE", help="config keys of the detector"
+    )
     parser.add_argument(
         "--config-file",
         metavar="FILE",

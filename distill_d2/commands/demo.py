@@ -35,9 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["pkd"],
         help=f"{', '.join(METHODS)} (default: pkd)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="of all runs (default: 1)")
-    parser.add_argument("--output", metavar="FOLDER", default="output/demo", help="for the runs")
-    parser.add_argument("--num-gpus", type=int, default=0, help="default: 0, the CPU")
+    parser.add_argument("--seed", metavar="N", type=int, default=1, help="of all runs (default: 1)")
+    parser.add_argument(
+        "--output", metavar="FOLDER", default="output/demo", help="for the runs (default: output/demo)"
+    )
+    parser.add_argument(
+        "--num-gpus",
+        metavar="N",
+        type=int,
+        default=0,
+        help="GPUs of this machine; 0: on the CPU (default: 0)",
+    )
     parser.add_argument("opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="for all runs")
 
 

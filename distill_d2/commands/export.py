@@ -18,21 +18,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 
 from ..imports import add_import_argument
-from .arguments import add_device_argument
+from ..run_files import check_run
+from .arguments import add_device_argument, add_run_argument, height_and_width
 
 SUFFIXES = {"weights": ".pth", "onnx": ".onnx", "torchscript": ".pt", "torch-export": ".pt2"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--run",
-        metavar="RUN",
-        required=True,
-        help="a training's OUTPUT_DIR, a config with weights, or an exported file of weights",
-    )
+    add_run_argument(parser, required=True)
     parser.add_argument(
         "--weights", metavar="FILE", default="", help="other weights than those of the run"
     )
@@ -60,12 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         metavar="IMAGES",
         nargs="+",
+        action="extend",
         default=[],
         help="files, folders or patterns, to compare the file with the model on; default: 8 of the run's test "
         "data, or generated ones",
     )
     parser.add_argument(
         "--threshold",
+        metavar="SCORE",
         type=float,
         default=0.0,
         help="leave out lower scores; default: only the detector's own",
@@ -79,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
     path, size = _path(args), _size(args)
     if not 0 <= args.threshold < 1:
         raise ValueError(f"--threshold {args.threshold}: expected a number from 0 to below 1")
+    check_run(args.run)
 
     from ..engine.output_dir import check_writable
     from ..export import check_images, export, export_weights
@@ -147,12 +145,7 @@ def _size(args: argparse.Namespace) -> tuple[int, int] | None:
         raise ValueError(
             "--dynamic: torch-export takes one size of the input; give --size HxW, or --format onnx"
         )
-    if not args.size:
-        return None
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size)
-    if found is None:
-        raise ValueError(f"--size {args.size}: expected the height and width in pixels, such as 480x640")
-    return int(found[1]), int(found[2])
+    return height_and_width(args.size) if args.size else None
 
 
 def _size_text(size: tuple[int, int] | None) -> str:

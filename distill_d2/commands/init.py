@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..init import check_data_folder
 from .arguments import add_device_argument, chosen_device
 
 _FORMATS = ("voc", "coco", "yolo")
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--epochs",
+        metavar="NUMBER",
         type=float,
         default=0.0,
         help="passes over the training images (default: by their number)",
@@ -50,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_data_folder(args.data)
     device = chosen_device(args)
-    from ..init import propose
+    from ..init.proposing import propose
 
     text = propose(
         args.data,

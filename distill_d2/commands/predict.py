@@ -15,18 +15,12 @@ from __future__ import annotations
 import argparse
 
 from ..imports import add_import_argument
-from .arguments import add_device_argument
+from ..run_files import check_run
+from .arguments import add_device_argument, add_run_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--run",
-        dest="runs",
-        metavar="RUN",
-        action="append",
-        required=True,
-        help="a training's OUTPUT_DIR, a config with weights, or an exported file; repeatable, side by side",
-    )
+    add_run_argument(parser, dest="runs", action="append", required=True)
     parser.add_argument(
         "--weights",
         metavar="FILE",
@@ -40,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="FOLDER", required=True, help="for pictures and detections.json"
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="the lowest score that counts (default: 0.5)"
+        "--threshold",
+        metavar="SCORE",
+        type=float,
+        default=0.5,
+        help="the lowest score that counts (default: 0.5)",
     )
     parser.add_argument(
         "--truth",
@@ -56,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--threshold {args.threshold}: expected a number from 0 to 1")
     if args.weights and len(args.runs) > 1:
         raise ValueError(f"--weights is for one run; found {len(args.runs)} times --run")
+    for name in args.runs:
+        check_run(name)
 
     from ..engine.output_dir import check_writable
     from ..imports import import_modules

@@ -17,18 +17,12 @@ from __future__ import annotations
 import argparse
 
 from ..imports import add_import_argument
-from .arguments import OPTS_HELP, add_device_argument
+from ..run_files import check_run
+from .arguments import OPTS_HELP, add_device_argument, add_run_argument, height_and_width
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--run",
-        dest="runs",
-        metavar="RUN",
-        action="append",
-        default=[],
-        help="a training's OUTPUT_DIR, a config with weights, or an exported file; repeatable",
-    )
+    add_run_argument(parser, dest="runs", action="append", default=[])
     parser.add_argument(
         "--config-file",
         dest="config_files",
@@ -51,10 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file, folder or pattern, of which at most 8 are taken; repeatable; default: a generated image",
     )
     parser.add_argument(
-        "--seconds", type=float, default=10.0, help="how long to measure times (default: 10)"
+        "--seconds",
+        metavar="NUMBER",
+        type=float,
+        default=10.0,
+        help="how long to measure times (default: 10)",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, help="of torch on a CPU; 0: as it chooses (default: 1)"
+        "--threads",
+        metavar="N",
+        type=int,
+        default=1,
+        help="of torch on a CPU; 0: as it chooses (default: 1)",
     )
     parser.add_argument(
         "--no-onnx",
@@ -71,13 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not args.runs and not args.config_files:
         raise ValueError("nothing to measure; give --run (an OUTPUT_DIR) or --config-file")
-    sides = args.size.lower().split("x") if args.size else []
-    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise ValueError(f"--size {args.size}: expected HEIGHTxWIDTH in pixels, or one number")
+    size = height_and_width(args.size) if args.size else None
     if args.threads < 0:
         raise ValueError(f"--threads {args.threads}: expected 1 or more, or 0")
     if not args.seconds > 0:
         raise ValueError(f"--seconds {args.seconds}: expected more than 0")
+    for name in args.runs:
+        check_run(name)
 
     from ..imports import import_modules
     from ..profiling.main import measure, tell
@@ -85,7 +87,6 @@ def run(args: argparse.Namespace) -> None:
 
     import_modules(args.imports)
     device = chosen_device(args)
-    size = (int(sides[0]), int(sides[-1])) if sides else None
     report = measure(
         args.runs,
         args.config_files,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 
 from ..imports import add_import_argument
+from ..report.kinds import kinds_of
 from .arguments import add_device_argument, chosen_device
 
 
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    for run in (*args.runs, *args.teacher, *args.student):
+        kinds_of([run])  # before the slow imports: does it exist?
+
     from ..imports import import_modules
     from ..report.making import make_report
 

@@ -31,12 +31,18 @@ from .arguments import add_config_arguments, add_device_argument
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("--method", required=True, help="defeat, fgfi, gid, icd, mimic or pkd")
+    parser.add_argument(
+        "--method", metavar="NAME", required=True, help="defeat, fgfi, gid, icd, mimic or pkd"
+    )
     parser.add_argument("--output", metavar="FOLDER", required=True, help="for the pictures")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures of the same names")
     add_device_argument(parser)
     parser.add_argument(
-        "--images", type=int, default=4, help="how many, spread over DATASETS.TEST (default: 4)"
+        "--images",
+        metavar="N",
+        type=int,
+        default=4,
+        help="how many, spread over DATASETS.TEST (default: 4)",
     )
 
 

@@ -389,4 +389,4 @@ def print_command(path: str, config_file: str, opts: list[str], keys: dict[str, 
     command += ["MODEL.WEIGHTS", path, *opts]
     print(f"Wrote {path}. To evaluate it:\n  {shlex.join(command)}")
     if "MODEL.ROI_HEADS.NUM_CLASSES" in opts[::2] and "DATASETS.TEST" not in opts[::2]:
-        print("  with DATASETS.TEST, a dataset of its classes in their order: see datasets/README.md")
+        print("  with DATASETS.TEST, a dataset of its classes in their order, from DATASETS.CUSTOM")

@@ -220,10 +220,11 @@ def _check_registered(name: str, key: str) -> None:
     if name in known:
         return
     custom = [other for other in known if MetadataCatalog.get(other).get("custom_entry")]
+    close = difflib.get_close_matches(name, known, n=5)
+    advice = f"; the closest names are {close}" if close else ""
     raise ValueError(
-        f"{key} names '{name}', which is not registered; the closest names are "
-        f"{difflib.get_close_matches(name, known, n=5)}, those of DATASETS.CUSTOM are {custom}. Add "
-        "your own in DATASETS.CUSTOM (datasets/README.md)"
+        f"{key} names '{name}', which is not registered{advice}; those of DATASETS.CUSTOM are {custom}. Add "
+        "your own in DATASETS.CUSTOM; `distill-d2 init FOLDER` writes such an entry"
     )
 
 
@@ -241,7 +242,8 @@ def _load(name: str) -> list[dict[str, Any]]:
         looked = f" (looked for in {places})" if places else ""
         raise FileNotFoundError(
             f"the annotations of dataset '{name}' do not exist: {error.filename or error}{looked}. "
-            f"$DETECTRON2_DATASETS, '{root}': {found} (layouts: datasets/README.md)"
+            f"$DETECTRON2_DATASETS, '{root}': {found}. For data of your own, "
+            "`distill-d2 init FOLDER` writes configs"
         ) from error
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from .images import check_image
+from .images import SKIPPING, check_image
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def _check_existence(name: str, files: Sequence[str]) -> None:
         hint = " (an address below a folder is not a file; download the images)" if is_address else ""
         raise FileNotFoundError(
             f"dataset '{name}': {len(missing)} of {len(files)} images do not exist, the first is '{missing[0]}'"
-            f"{hint}; its folder holds {sorted(found)[:3]}, {len(found)} files in all"
+            f"{hint}; its folder holds {sorted(found)[:3]}, {len(found)} files in all. {SKIPPING}"
         )
 
 
@@ -77,8 +77,7 @@ def _decode(name: str, sample: Sequence[dict[str, Any]], deep: bool) -> None:
     faults = [str(fault) for fault in found if isinstance(fault, ValueError)]
     if faults:
         more = f"; {len(faults)} of {len(sample)} images of dataset '{name}' cannot be used"
-        advice = ". DATASETS.SKIP_UNREADABLE True leaves such images out"
-        raise ValueError(faults[0] + more * (len(faults) > 1) + advice)
+        raise ValueError(f"{faults[0]}{more * (len(faults) > 1)}. {SKIPPING}")
     files = collections.defaultdict(list)
     for record, remarks in zip(sample, found):
         for text in remarks if isinstance(remarks, list) else ():

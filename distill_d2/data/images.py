@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,13 +13,18 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from .walking import walk
+
 #: Endings of image files, lower case.
 IMAGE_SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 IMAGE_SUFFIXES += (".jpe", ".jfif", ".jp2", ".pgm", ".ppm")
+#: Advice on images that cannot be used.
+SKIPPING = "DATASETS.SKIP_UNREADABLE True (of init: --skip-unreadable) leaves such images out"
 _READERS = 8  # threads
 _ORIENTATION = 0x0112  # the EXIF tag
 _DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...
 _TURNED = (5, 6, 7, 8)  # its values that exchange height and width
+_unreadable_allowed = contextvars.ContextVar("unreadable_allowed", default=False)
 
 
 def load_images(name: str, folder: str) -> list[dict[str, Any]]:
@@ -31,15 +39,14 @@ def load_images(name: str, folder: str) -> list[dict[str, Any]]:
     """
     paths = [
         os.path.join(place, file)
-        for place, _, files in os.walk(folder)
+        for place, _, files in walk(folder)
         for file in files
         if file.lower().endswith(IMAGE_SUFFIXES)
     ]
     if not paths:
         raise ValueError(f"dataset '{name}': '{folder}' holds no images ({', '.join(IMAGE_SUFFIXES)})")
     paths.sort()
-    with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        sizes = list(pool.map(image_size, paths))
+    sizes = image_sizes(paths)
     return [
         {
             "file_name": path,
@@ -118,6 +125,35 @@ def _remarks(image: Image.Image) -> list[str]:
     return found
 
 
+def image_sizes(paths: Sequence[str]) -> list[tuple[int, int]]:
+    """Heights and widths as detectron2 reads the images; inside ``unreadable_allowed`` (1, 1) of those that
+    cannot be read.
+
+    Raises:
+        ValueError: one does not exist, or is not an image.
+    """
+    allowed = _unreadable_allowed.get()  # a thread has variables of its own
+    with ThreadPoolExecutor(max_workers=_READERS) as pool:
+        return list(pool.map(lambda path: _size_or_one(path) if allowed else image_size(path), paths))
+
+
+@contextlib.contextmanager
+def unreadable_allowed() -> Iterator[None]:
+    """Inside, datasets that take sizes from images load with images that cannot be read."""
+    token = _unreadable_allowed.set(True)
+    try:
+        yield
+    finally:
+        _unreadable_allowed.reset(token)
+
+
+def _size_or_one(path: str) -> tuple[int, int]:
+    try:
+        return image_size(path)
+    except ValueError:
+        return 1, 1
+
+
 def image_size(path: str) -> tuple[int, int]:
     """Height and width as detectron2 reads the image.
 
@@ -129,4 +165,4 @@ def image_size(path: str) -> tuple[int, int]:
             turned = image.getexif().get(_ORIENTATION) in _TURNED
             return (image.width, image.height) if turned else (image.height, image.width)
     except (OSError, SyntaxError) as error:  # Pillow's, of a damaged PNG
-        raise ValueError(f"the image '{path}' cannot be used: {error}") from error
+        raise ValueError(f"the image '{path}' cannot be used: {error}. {SKIPPING}") from error

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 from .images import IMAGE_SUFFIXES
 from .text import read_lines
+from .walking import walk
 
 #: The last column of VOC's lists of one class: whether the image shows it (0: difficult).
 _LABEL = re.compile(r"(.*\S)\s+(-1|0|1)")
@@ -17,7 +18,7 @@ def files_by_id(folder: str, suffixes: Sequence[str]) -> dict[str, list[str]]:
     """The files with these endings (lower case) in a folder and the folders inside it: their paths relative to
     it, with /, by their ids, the paths without the ending. Empty if there is no folder."""
     found: dict[str, list[str]] = {}
-    for place, _, files in os.walk(folder, followlinks=True):
+    for place, _, files in walk(folder):
         prefix = os.path.relpath(place, folder).replace(os.sep, "/") + "/"
         for file in sorted(files):
             stem, suffix = os.path.splitext(file)

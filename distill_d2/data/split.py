@@ -46,9 +46,14 @@ class Share:
         return cls(start, stop, seed)
 
     def of(self, ids: Iterable[str]) -> set[str]:
-        """Those of the ids that belong to the share."""
+        """Those of the ids that belong to the share. Raises ValueError if there are ids, and none does."""
         everything = sorted(set(ids), key=self._rank)
         first, last = (round(fraction * len(everything)) for fraction in (self.start, self.stop))
+        if everything and first == last:
+            raise ValueError(
+                f"SPLIT {self} of {len(everything)} images holds none of them; add images, or give training and "
+                "validation the same ones without SPLIT"
+            )
         return set(everything[first:last])
 
     def _rank(self, key: str) -> tuple[bytes, str]:

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 
 from ..checkpoint import write_whole
 from .image_files import DECODERS, is_local
-from .images import check_image
+from .images import check_image, unreadable_allowed
 
 LIST = "unreadable_images.txt"
 
@@ -52,9 +52,10 @@ def _listed(found: dict[str, dict[str, str]], path: str) -> list[str]:
 
 def _unreadable(name: str) -> dict[str, str]:
     """What is wrong with the images of a dataset, by file name."""
-    records = [
-        record for record in DatasetCatalog.get(name) if "file_name" in record and is_local(record)
-    ]
+    with unreadable_allowed():
+        records = [
+            record for record in DatasetCatalog.get(name) if "file_name" in record and is_local(record)
+        ]
     with ThreadPoolExecutor(max_workers=DECODERS) as pool:
         reasons = list(pool.map(_reason, records))
     return {os.fspath(record["file_name"]): reason for record, reason in zip(records, reasons) if reason}
@@ -69,7 +70,7 @@ def _reason(record: dict[str, Any]) -> str:
 
 
 def _leave_out(name: str, files: set[str]) -> None:
-    load = DatasetCatalog[name]
+    load = unreadable_allowed()(DatasetCatalog[name])
     DatasetCatalog.pop(name)
     DatasetCatalog.register(
         name,

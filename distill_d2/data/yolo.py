@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 from detectron2.structures import BoxMode
 from detectron2.utils.logger import log_first_n
 
-from .images import IMAGE_SUFFIXES, image_size
+from .images import IMAGE_SUFFIXES, image_sizes
 from .lists import files_by_id, read_list
 from .split import Share
 from .text import read_lines, read_text
@@ -22,7 +21,6 @@ from .text import read_lines, read_text
 #: Files that name classes.
 NAMES_FILES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml", "classes.txt", "obj.names")
 _LEVELS = 3  # folders above the images in which the classes are looked for
-_READERS = 8  # threads
 _BEYOND = 0.01  # by which rounding may exceed the image
 
 
@@ -87,7 +85,9 @@ def read_classes(file: str) -> list[str]:
         names: Any = read_lines(file)
     else:
         try:
-            content = yaml.safe_load(read_text(file))
+            content = yaml.load(
+                read_text(file), yaml.BaseLoader
+            )  # text: a class may be called no, or 007
         except yaml.YAMLError as error:
             raise ValueError(f"'{file}' is not yaml: {error}") from error
         names = content.get("names") if isinstance(content, dict) else None
@@ -133,8 +133,7 @@ def load_yolo(name: str, folder: YoloFolder, classes: Sequence[str]) -> list[dic
     if without:
         text = f"Dataset '{name}': {without} of {len(ids)} images have no text file, thus no objects"
         log_first_n(logging.WARNING, text, key="message")
-    with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        sizes = list(pool.map(image_size, paths))
+    sizes = image_sizes(paths)
     records = [
         {
             "file_name": path,

@@ -18,7 +18,7 @@ from ..balance import describe_gradients, unbalanced
 from ..checkpoint import write_whole
 from ..data import example_batch
 from ..distiller import Distiller
-from ..gradients import TermGradients, term_gradients
+from ..gradients import TermGradients, distills, term_gradients
 from ..random_state import unchanged_random_state
 from ..run_files import GRADIENTS
 from .settings import RunSettings
@@ -30,7 +30,8 @@ _IMAGES = 4  # per process
 
 class GradientLog:
     """Measures the terms' gradients on the same few images of the training data, at the start of a distillation
-    and with each evaluation in it. The run itself stays as it is, bit for bit.
+    and with each evaluation in it. The run itself stays as it is, bit for bit. Losses that are all off for the
+    whole run are not measured.
 
     A line of the file has "iteration", the number of the student's iterations that are done; "terms", the value,
     the gradient and the loss of each one ("": the student's own); "task" and "losses", the gradients of all terms
@@ -47,7 +48,9 @@ class GradientLog:
         self._loader = loader
         self._folder = settings.output_dir
         self._parts = 2 if settings.amp_key else 1  # float32 takes twice the memory
-        self._active = isinstance(model, Distiller) and settings.distiller.MEASURE_GRADIENTS
+        self._active = (
+            isinstance(model, Distiller) and settings.distiller.MEASURE_GRADIENTS and distills(model)
+        )
 
     def start(self) -> None:
         """Before the first step; log what was measured, and warn of losses that are much too weak or too strong.
@@ -80,6 +83,8 @@ class GradientLog:
             if batch is not None:
                 return term_gradients(self._model, batch, iteration)
             reason = "the data loader is not one of distill_d2's"
+        except FloatingPointError:  # of detectron2's RPN, in all processes; the next step tells more
+            return None
         except torch.cuda.OutOfMemoryError:
             if comm.get_world_size() > 1:  # the others may wait for this process
                 raise

@@ -71,7 +71,9 @@ def check_lazy_data(
     )
     set_random_state(state)
     if train:
-        check_metric(settings.keep_best, metrics)
+        check_metric(
+            settings.keep_best, {name: metrics.get(name, set()) for name in settings.test_datasets}
+        )
 
 
 def _needs(cfg: DictConfig, student: DictConfig) -> MapperNeeds:

@@ -68,6 +68,8 @@ def log_schedule(cfg: Any, start: int, end: int, loader: Any) -> None:
         start, end: the first iteration, and the one after the last.
         loader: of the training.
     """
+    if start >= end:  # nothing is left, as the resume says
+        return
     settings = RunSettings.from_config(cfg)
     evaluation = "no evaluation"
     if settings.test_datasets or (not isinstance(cfg, CfgNode) and "evaluator" in cfg.dataloader):

@@ -144,7 +144,7 @@ def check_data(
     check_datasets(cfg, train, try_evaluation, told)
     set_random_state(state)
     if train:
-        check_metric(cfg.TEST.KEEP_BEST, metrics)
+        check_metric(cfg.TEST.KEEP_BEST, {name: metrics.get(name, set()) for name in cfg.DATASETS.TEST})
 
 
 def _with_output(cfg: CfgNode, folder: str) -> CfgNode:

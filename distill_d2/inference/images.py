@@ -10,6 +10,7 @@ import numpy as np
 from detectron2.data.detection_utils import read_image
 
 from ..data.images import IMAGE_SUFFIXES, refuse_deep_image
+from ..data.walking import walk
 from ..mistakes import UnreadableRecord
 
 
@@ -57,7 +58,7 @@ def _images_in(path: str, output: str) -> list[str]:
         return [path]
     left_out = os.path.realpath(output) if output else None
     images: list[str] = []
-    for folder, folders, files in os.walk(path):
+    for folder, folders, files in walk(path):
         folders[:] = [
             name for name in folders if os.path.realpath(os.path.join(folder, name)) != left_out
         ]

@@ -21,15 +21,12 @@ from ..config_values import set_values
 from ..engine.config_writing import STUDENT_FILE
 from ..lazy_config import load_lazy_config
 from ..rules import assertions_told, check_model
+from ..run_files import EXPECTED_RUN, check_run
 from ..safe_yaml import read_yaml
 
 #: Checkpoints of a finished run, the first that exists is taken.
 PREFERRED = ("model_best.pth", "model_final.pth")
 
-_EXPECTED = (
-    "expected the OUTPUT_DIR of a training, a config (.yaml or .py) with weights, or a file that "
-    "`distill-d2 export` wrote (.pth)"
-)
 _MOST_LISTED = 8
 
 
@@ -60,6 +57,7 @@ def find_run(run: str, weights: str = "") -> Source:
     Raises:
         FileNotFoundError, OSError, ValueError, KeyError: the message names the file or key.
     """
+    check_run(run)
     path = os.path.expanduser(run)
     folder, name = os.path.split(path)
     if name == STUDENT_FILE and not weights and run_checkpoints(folder):
@@ -68,9 +66,7 @@ def find_run(run: str, weights: str = "") -> Source:
         return _of_folder(path, weights)
     if path.endswith((".yaml", ".yml", ".py")):
         return _of_config(model_zoo.find_config(path), weights)
-    if os.path.isfile(path):
-        return _of_file(path, weights)
-    raise FileNotFoundError(f"the run '{run}' does not exist; {_EXPECTED}")
+    return _of_file(path, weights)
 
 
 def build_detector(source: Source, device: str = "cpu") -> nn.Module:
@@ -97,7 +93,7 @@ def _of_folder(folder: str, weights: str) -> Source:
         )
     if not os.path.isfile(file):
         raise FileNotFoundError(
-            f"the folder '{folder}' has no {STUDENT_FILE}; it holds {_listing(folder)}; {_EXPECTED}"
+            f"the folder '{folder}' has no {STUDENT_FILE}; it holds {_listing(folder)}; {EXPECTED_RUN}"
         )
     return Source(folder, _read(file)[0], weights or _checkpoint_in(folder))
 

@@ -58,10 +58,15 @@ def _entry(folder: Folder, file: str) -> Entry:
         raise ValueError(
             f"'{path}' is not COCO's json: {type(error).__name__}: {error}; expected images with a file_name each"
         ) from error
-    images, count = folder.images_of(names, os.path.dirname(file))
+    inside = [
+        name[len(folder.root) + 1 :] if name.startswith(f"{folder.root}/") else name for name in names
+    ]
+    images, count = folder.images_of(inside, os.path.dirname(file))
     if not count:
+        is_whole = any(name.startswith("/") or name[1:3] == ":/" for name in names)
+        advice = "; a file_name is best a path relative to the folder of images" if is_whole else ""
         raise ValueError(
             f"'{path}' names {len(names)} images, such as {names[:1]}, and none of them is below '{folder.root}'; "
-            "give a folder that holds the json and its images"
+            f"give a folder that holds the json and its images{advice}"
         )
     return {"FORMAT": "coco", "JSON": path, "IMAGES": folder.path(images)}

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..data.images import IMAGE_SUFFIXES
+from ..data.walking import walk
+from . import check_data_folder
 
 #: Words in the names of files and folders.
 _ROLES = {
@@ -44,16 +46,9 @@ class Folder:
     @classmethod
     def read(cls, root: str) -> Folder:
         """Raises FileNotFoundError or NotADirectoryError if it is none."""
-        if not os.path.exists(root):
-            raise FileNotFoundError(
-                f"DATA_FOLDER '{root}' does not exist; give the folder of the dataset"
-            )
-        if not os.path.isdir(root):
-            raise NotADirectoryError(
-                f"DATA_FOLDER '{root}' is a file; give the folder that holds the dataset"
-            )
+        check_data_folder(root)
         files = []
-        for place, folders, names in os.walk(root, followlinks=True):
+        for place, folders, names in walk(root):
             folders[:] = [f for f in folders if not f.startswith(".") and f not in _SKIPPED]
             inside = os.path.relpath(place, root).replace(os.sep, "/")
             files += [name if inside == "." else f"{inside}/{name}" for name in names if name[0] != "."]

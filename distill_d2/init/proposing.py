@@ -17,6 +17,7 @@ from ..checkpoint import write_whole
 from ..data import check_dataset, register_builtin_voc, register_custom_datasets, register_shapes
 from ..data.classes import classes_of
 from ..data.unreadable import skip_unreadable as leave_out
+from ..engine.output_dir import check_writable
 from .anchors import fit_anchors
 from .backbones import PAIRS, can_be_had
 from .boxes import Boxes
@@ -28,6 +29,7 @@ from .writing import FILES, Plan, texts
 
 _LEAST_EPOCHS, _MOST_EPOCHS = 12, 200
 _CHECKED_IMAGES = 500
+_MANY_MISSED = 0.2  # of the objects
 
 
 def propose(
@@ -61,6 +63,8 @@ def propose(
     """
     _check(output, backbone, epochs, overwrite)
     layout = find_layout(data, kind)
+    _check_place(output, [*layout.train, *layout.val])
+    check_writable(output, "--output")
     train, test = _named(data, layout.train, "train"), _named(data, layout.val, "val")
     entries = [{**e, **({"CLASSES": layout.classes} if layout.classes else {})} for e in train + test]
     register_custom_datasets(entries)
@@ -81,7 +85,7 @@ def propose(
         anchors=fit_anchors(boxes.resized(short, long), pair.pyramids, usual=bool(pair.weights)),
         short=short,
         long=long,
-        epochs=epochs or _epochs(pair.images, len(boxes.images)),
+        epochs=epochs or _epochs(pair.images, len(set(boxes.owners))),  # empty ones are left out
         gpu=gpu,
         skip_unreadable=skip_unreadable,
         pkd=pair.pkd or 1.0,
@@ -94,7 +98,7 @@ def propose(
             trial = try_out(folder, device)
         plan = replace(plan, pkd=pair.pkd or trial.weight or 1.0)
     _write(output, texts(plan))
-    remarks = [*layout.remarks, *unreadable, *([remark] if remark else [])]
+    remarks = [*layout.remarks, *unreadable, *filter(None, (remark, _remark_on_anchors(plan)))]
     return describe(plan, boxes, found, trial, remarks, output)
 
 
@@ -108,6 +112,16 @@ def _check(output: str, backbone: str, epochs: float, overwrite: bool) -> None:
         raise ValueError(f"--backbone {backbone}: there is none; expected one of {', '.join(PAIRS)}")
     if not 0 <= epochs < math.inf:
         raise ValueError(f"--epochs {epochs}: expected a number above 0")
+
+
+def _check_place(output: str, entries: Sequence[dict[str, Any]]) -> None:
+    """Later pictures of runs must not become images of the dataset."""
+    for images in (entry["IMAGES"] for entry in entries if entry["FORMAT"] == "yolo"):
+        if os.path.realpath(output).startswith(os.path.join(os.path.realpath(images), "")):
+            raise ValueError(
+                f"--output '{output}' is inside the folder of images '{images}', so that pictures of runs would "
+                "become images of the dataset; give another folder"
+            )
 
 
 def _named(data: str, entries: Sequence[dict[str, Any]], role: str) -> list[dict[str, Any]]:
@@ -139,6 +153,16 @@ def _choose(backbone: str, gpu: bool) -> tuple[str, str]:
     if missing:
         return "small", "pretrained weights cannot be had from here, so all starts from random ones"
     return name, "" if gpu or backbone else "no GPU, so the detectors are small ones"
+
+
+def _remark_on_anchors(plan: Plan) -> str:
+    missed = 1 - plan.anchors.recall
+    if missed < _MANY_MISSED:
+        return ""
+    return (
+        f"{100 * missed:.0f} % of the objects are too small, too narrow or too large for the anchors in images "
+        f"of {plan.short} x {plan.long} pixels, and will hardly be found"
+    )
 
 
 def _epochs(images_of_a_run: int, images: int) -> int:

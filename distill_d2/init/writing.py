@@ -71,7 +71,7 @@ def _base(plan: Plan) -> str:
     small = _small_levels(plan.anchors.strides) if not pair.base else ""
     entries = "".join(f"    - {_flow(entry)}\n" for entry in plan.entries)
     skip = "  SKIP_UNREADABLE: True\n" if plan.skip_unreadable else ""
-    every = round(plan.epochs / EVALUATIONS, 2)
+    every = plan.epochs / EVALUATIONS
     return f"""\
 # {plan.title}. What teacher and student share; written by distill-d2 init.
 {base}MODEL:
@@ -94,9 +94,9 @@ DATALOADER: {{NUM_WORKERS: {4 if plan.gpu else 0}}}
 SOLVER:
   EPOCHS: {plan.epochs:g}  # passes over the training images; longer runs are better, of both
   IMS_PER_BATCH: {pair.batch}
-{pair.solver}  CHECKPOINT_EPOCHS: {every:g}
+{pair.solver}  CHECKPOINT_EPOCHS: {every:.3g}
 TEST:
-  EVAL_EPOCHS: {every:g}
+  EVAL_EPOCHS: {every:.3g}
   KEEP_BEST: bbox/AP  # model_best.pth
 SEED: 1
 VERSION: 2
@@ -122,10 +122,12 @@ MODEL:
     MODEL_LOAD_OFFICIAL: False
     MODEL_DISTILLER_CONFIG: teacher.yaml
     TEACHER_WEIGHTS: {_flow(os.path.join(teacher, "model_best.pth"))}
+    # On few images a neck and head that fit the teacher's features are a worse start than random ones.
+    PRELOAD_FPN: False
+    PRELOAD_HEAD: False
     PKD:
-      # {how}.
-      # OUTPUT_DIR/gradients.jsonl and the report have it over the run; in the first steps a head that starts
-      # from the teacher's has large gradients of its own.
+      # {how};
+      # `distill-d2 check --config-file distill.yaml` measures it with the trained teacher.
       WEIGHT: {plan.pkd:g}
     EVAL_TEACHER: True
 OUTPUT_DIR: {_flow(os.path.join(plan.output, "distilled"))}

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ..data.text import read_lines, read_text
+from ..data.walking import walk
 from ..data.yolo import NAMES_FILES, YoloFolder, find_names, labels_of, read_classes
 from .folder import Folder, common_folder, without_ending
 from .parts import Entry, Layout, Parts, layout_of, parts_by_folders
@@ -85,7 +86,7 @@ def _entry_of_path(folder: Folder, path: str) -> Entry | None:
     """The entry of a folder of images, or of a list of them; None if there are no labels."""
     if os.path.isdir(path):
         labels = labels_of(path)
-        is_labeled = any(name.endswith(".txt") for _, _, names in os.walk(labels) for name in names)
+        is_labeled = any(name.endswith(".txt") for _, _, names in walk(labels) for name in names)
         return _entry(path, labels) if is_labeled else None
     if not path.endswith(".txt"):
         return None

@@ -43,7 +43,7 @@ def kinds_of(arguments: Sequence[str]) -> list[Kind]:
 
     Raises:
         OSError: a run does not exist; the message says what was expected.
-        ValueError: two kinds have the same name.
+        ValueError: two kinds have the same name; an argument names no run.
     """
     given = [_parts(argument) for argument in arguments]
     folders = [run.name for _, runs in given for run in runs]
@@ -62,6 +62,8 @@ def _parts(argument: str) -> tuple[str, list[Run]]:
     name, equals, value = argument.partition("=")
     if not equals or os.path.exists(argument):
         name, value = "", argument
+    if not value.strip(","):
+        raise ValueError(f"'{argument}' names no run; expected RUN or NAME=RUN")
     words = [value] if os.path.exists(value) else [word for word in value.split(",") if word]
     paths = [path for word in words for path in sorted(glob.glob(word)) or [word]]
     return name, [Run(path) for path in dict.fromkeys(paths)]

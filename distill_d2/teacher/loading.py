@@ -263,7 +263,8 @@ def _find_weights(weights: str, plan: _Plan) -> str:
     for folder in ("", *plan.folders):
         if os.path.isfile(os.path.join(folder, weights)):
             return os.path.join(folder, weights)
+    places = dict.fromkeys([os.getcwd(), *map(os.path.abspath, plan.folders)])
     raise FileNotFoundError(
-        f"the teacher's weights '{weights}' do not exist (looked in {', '.join([os.getcwd(), *plan.folders])}); "
+        f"the teacher's weights '{weights}' do not exist (looked in {', '.join(places)}); "
         "set MODEL.DISTILLER.TEACHER_WEIGHTS"
     )

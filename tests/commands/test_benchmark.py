@@ -161,6 +161,7 @@ def test_peak_memory_counts_what_is_freed_again():
         (["--config-file", "Distillation-GID/fcos_R_50_R101_gid_FPN_1x.py"], "only yaml"),
         (["--config-file", "Base-SSD.yaml", "--size", "1x2x3"], "--size"),
         (["--config-file", "Base-SSD.yaml", "--size", "0"], "--size 0"),
+        (["--config-file", "Base-SSD.yaml", "--threads", "-1"], "--threads -1"),
         (["--config-file", "Base-SSD.yaml", "--rounds", "0"], "--rounds 0"),
     ],
 )

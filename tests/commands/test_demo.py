@@ -73,7 +73,7 @@ def test_a_failed_run_ends_the_demo(tmp_path, capsys, code, status, shown):
     "words, message",
     [
         (["--methods", "ssdkd"], "there is no quickstart/shapes_ssdkd.yaml for --dataset shapes"),
-        (["--output", __file__], "a file; expected a folder"),
+        (["--output", __file__], "this folder cannot be made"),
     ],
 )
 def test_wrong_arguments(capsys, words, message):

@@ -117,7 +117,7 @@ def test_missing_dataset_names_both_places(root, tmp_path, monkeypatch, elsewher
     with pytest.raises(FileNotFoundError) as caught:
         check_dataset("voc_2007_test")
     places = [str(root / "VOC2007"), str(root / "VOCdevkit" / "VOC2007")]
-    for text in ("voc_2007_test", f"looked for in {places}", "['VOC2012']", "datasets/README.md"):
+    for text in ("voc_2007_test", f"looked for in {places}", "['VOC2012']", "distill-d2 init"):
         assert text in str(caught.value)
 
 

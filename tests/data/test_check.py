@@ -70,7 +70,7 @@ def test_each_dataset_is_read_once_and_after_all_names_are_checked(cfg, monkeypa
 def test_missing_annotations(cfg, folder, tmp_path):
     (folder / "annotations.json").unlink()
     (tmp_path / "datasets" / "coco").mkdir(parents=True)
-    texts = [name_of(cfg), "annotations.json", "['coco']", "datasets/README.md"]
+    texts = [name_of(cfg), "annotations.json", "['coco']", "distill-d2 init"]
     assert_fails(cfg, *texts, error=FileNotFoundError)
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from runs import Job, checkpoint
 from small_datasets import write_voc
@@ -40,3 +41,22 @@ def test_evaluation_without_them_too(tmp_path):
     described = with_ground_truth("unreadable_coco", str(tmp_path / "truth"))
     truth = json.loads(Path(MetadataCatalog.get(described).json_file).read_text())
     assert len(truth["images"]) == 5 and len(truth["annotations"]) == 10
+
+
+def test_sizes_that_are_read_from_images(tmp_path):
+    images, labels = Path(write_dataset(tmp_path / "data")["IMAGES"]), tmp_path / "labels"
+    labels.mkdir()
+    broken, *rest = sorted(images.iterdir())
+    for file in (broken, *rest):
+        (labels / f"{file.stem}.txt").write_text("0 0.5 0.5 0.2 0.2")
+    broken.write_bytes(b"no image")
+    yolo = {"FORMAT": "yolo", "IMAGES": str(images), "LABELS": str(labels), "CLASSES": ["a"]}
+    names = ["unreadable_yolo", "unreadable_images"]
+    register_custom_datasets(
+        [{**yolo, "NAME": names[0]}, {"FORMAT": "images", "IMAGES": str(images), "NAME": names[1]}]
+    )
+    for name in names:
+        with pytest.raises(ValueError, match=f"{broken.name}.*SKIP_UNREADABLE"):
+            DatasetCatalog.get(name)
+    skip_unreadable(names, str(tmp_path))
+    assert [len(DatasetCatalog.get(name)) for name in names] == [len(rest)] * 2

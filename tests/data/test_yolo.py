@@ -76,17 +76,18 @@ def test_wrong_rows_are_told_with_file_and_line(root, row, text):
 @pytest.mark.parametrize(
     "file, content",
     [
-        ("data.yaml", "names: [cat, dog]"),
-        ("data.yaml", "nc: 2\nnames: {1: dog, 0: cat}"),
-        ("labels/train/classes.txt", "cat\r\ndog\r\n"),
-        ("images/obj.names", "cat\ndog"),
+        ("data.yaml", "names: [no, 007]"),
+        ("data.yaml", "nc: 2\nnames: {1: 007, 0: no}"),
+        ("labels/train/classes.txt", "no\r\n007\r\n"),
+        ("images/obj.names", "no\n007"),
     ],
 )
 def test_classes_of_a_file(root, file, content):
+    """They are text, whatever yaml would take them for."""
     (root / file).write_text(content)
     one = entry(CLASSES=None)
     load(one)
-    assert MetadataCatalog.get(one["NAME"]).thing_classes == ["cat", "dog"]
+    assert MetadataCatalog.get(one["NAME"]).thing_classes == ["no", "007"]
 
 
 def test_classes_that_are_missing_or_wrong(root):

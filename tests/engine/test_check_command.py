@@ -16,14 +16,20 @@ def check(config_file, *arguments):
 def test_a_training_without_faults_is_measured(job, capsys):
     job.arguments()
     balanced = job.folder / "balanced.yaml"
-    words = ["--ratio", "0.5", "--write", str(balanced), "SOLVER.MAX_ITER", "9"]
+    pictures = job.folder / "pictures"
+    words = ["--ratio", "0.5", "--write", str(balanced), "--pictures", str(pictures)]
+    words += ["SOLVER.MAX_ITER", "9"]
     assert check(job.config_file, *words) == 0
     out = capsys.readouterr().out
     for text in ("class0 4", "Teacher: ", "| PKD    | p2", "| loss_pkd", "A step takes", "of 9 steps"):
         assert text in out
     assert "Nothing is wrong" in out and not job.output.exists()
+    assert len(list(pictures.glob("*_trained_on.png"))) == job.config.SOLVER.IMS_PER_BATCH
     cfg = load_config(str(balanced))
     assert cfg.SOLVER.MAX_ITER == 9 and f"PKD.WEIGHT {cfg.MODEL.DISTILLER.PKD.WEIGHT:g}" in out
+    with pytest.raises(SystemExit):
+        check(balanced, "--write", str(balanced))
+    assert f"'{balanced}' exists" in capsys.readouterr().err
     check(balanced)
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| loss_pkd")]
     assert float(row.split("|")[-2]) == pytest.approx(0.5, rel=0.3)
@@ -33,7 +39,9 @@ def test_all_faults_are_listed(job, capsys):
     job.config.SOLVER.BASE_LR = -1.0
     job.config.MODEL.RETINANET.NUM_CLASSES = 7
     job.config.DATASETS.TEST = ("no_such_dataset",)
+    job.config.TEST.KEEP_BEST = "bbox/AP"  # right, but the evaluation could not be tried
     job.node.TEACHER_WEIGHTS = "nothing.pth"
+    job.node.TYPES = ["PKDD"]
     job.arguments()
     assert check(job.config_file) == 1
     out = capsys.readouterr().out.partition("Wrong:")[2]
@@ -42,10 +50,16 @@ def test_all_faults_are_listed(job, capsys):
         "NUM_CLASSES is 7",
         "no_such_dataset",
         "'nothing.pth' do not exist",
+        "TYPES is ['PKDD']",
     ):
         assert out.count(text) == 1
-    assert check(job.config_file, "SOLVER.MAX_ITERS", "2") == 1 and not job.output.exists()
-    assert "unknown config key 'SOLVER.MAX_ITERS'" in capsys.readouterr().out
+    assert "KEEP_BEST" not in out
+    assert check(job.config_file, "SOLVER.MAX_ITERS", "2", "SEEED", "1") == 1 and not job.output.exists()
+    out = capsys.readouterr().out
+    assert "- unknown config key 'SOLVER.MAX_ITERS'" in out and "- unknown config key 'SEEED'" in out
+    assert check(job.config_file, "MODEL.DISTILLER.MODEL_DISTILLER_CONFIG", "nothing.yaml") == 1
+    out = capsys.readouterr().out
+    assert "config 'nothing.yaml' does not exist" in out and "SOLVER.BASE_LR is -1" in out
 
 
 def test_the_student_alone_and_a_lazy_config(job, lazy_job, capsys):

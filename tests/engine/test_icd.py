@@ -131,6 +131,7 @@ def test_fakes_repeat_with_the_seed(job, monkeypatch):
         return queries
 
     monkeypatch.setattr(InstanceQueries, "sample", spy)
+    job.node.MEASURE_GRADIENTS = False  # two steps of each run draw fakes, and nothing else
     for seed in (1, 1, 2):
         job.run(opts=["SEED", seed, "OUTPUT_DIR", job.folder / f"of{len(points)}", "SOLVER.MAX_ITER", 2])
     first, again, other = points[:2], points[2:4], points[4:]

@@ -26,7 +26,7 @@ SMALL = [
     *("dataloader.train.total_batch_size=2", "dataloader.train.num_workers=0"),
     *("dataloader.test.num_workers=0", "dataloader.test.mapper.augmentations.0.short_edge_length=64"),
     *("train.max_iter=1", "train.log_period=1", "train.init_checkpoint=''"),
-    "distiller.BYPASS_DISTILL=0",
+    *("distiller.BYPASS_DISTILL=0", "distiller.MEASURE_GRADIENTS=False"),
 ]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +70,17 @@ def coco(root):
     }
 
 
+def coco_with_whole_paths(root):
+    """One json, its images named by whole paths, and a link back to the folder."""
+    entry = write_dataset(root)
+    content = json.loads(Path(entry["JSON"]).read_text())
+    for image in content["images"]:
+        image["file_name"] = f"{entry['IMAGES']}/{image['file_name']}"
+    Path(entry["JSON"]).write_text(json.dumps(content))
+    (Path(entry["IMAGES"]) / "back").symlink_to(root)
+    return {"train": {"JSON": Path(entry["JSON"]).name, "IMAGES": "", "SPLIT": SHARE}}
+
+
 def write_yolo(root, images, labels, *names):
     shutil.move(voc(root / "voc") / "JPEGImages", root / images)
     shutil.rmtree(root / "voc")
@@ -101,7 +113,16 @@ def yolo_without_yaml(root):
     return {"train": {"IMAGES": "photos", "LABELS": "truth", "SPLIT": SHARE}}
 
 
-FORMS = [voc_layout, voc_flat, voc_beside, coco, yolo, yolo_lists, yolo_without_yaml]
+FORMS = [
+    voc_layout,
+    voc_flat,
+    voc_beside,
+    coco,
+    coco_with_whole_paths,
+    yolo,
+    yolo_lists,
+    yolo_without_yaml,
+]
 
 
 @pytest.mark.parametrize("write", FORMS)
@@ -169,6 +190,19 @@ def boxes(side, image=(640, 480), count=200):
         [low, low + np.array([1, 0.5]) * side * random.uniform(0.8, 1.3, (count, 1))], 1
     )
     return Boxes(np.array([image] * count, float), corners, np.arange(count), {})
+
+
+@pytest.mark.parametrize(
+    "images, output, message",
+    [(4, "photos/out", "is inside the folder of images"), (2, "out", "of 2 images holds none of them")],
+)
+def test_refuses_what_cannot_be_trained(tmp_path, capsys, images, output, message):
+    yolo_without_yaml(tmp_path)
+    for file in sorted((tmp_path / "photos").iterdir())[images:]:
+        file.unlink()
+    with pytest.raises(SystemExit):
+        cli.main(["init", str(tmp_path), "--output", str(tmp_path / output)])
+    assert message in capsys.readouterr().err
 
 
 def test_anchors_fit_and_small_objects_get_a_finer_pyramid():

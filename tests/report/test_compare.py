@@ -106,3 +106,9 @@ def test_folder_of_runs(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["compare", str(tmp_path)])
     assert "runs are in it: good" in capsys.readouterr().err
+
+
+def test_name_without_a_run(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", "alone="])
+    assert "'alone=' names no run" in capsys.readouterr().err
