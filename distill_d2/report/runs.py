@@ -49,7 +49,7 @@ class Run:
         self.path = path
         place = Path(path)
         self.folder = place if place.is_dir() else place.parent
-        names = [METRICS, EVALUATIONS] if place.is_dir() else [place.name]
+        names = [METRICS, EVALUATIONS] if place.is_dir() else [place.name] * (place.suffix == ".json")
         self._files = [self.folder / name for name in names if (self.folder / name).is_file()]
         if not self._files:
             raise FileNotFoundError(_what_is_there(place))
@@ -176,6 +176,8 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _what_is_there(place: Path) -> str:
     expected = "expected the OUTPUT_DIR of a training or evaluation"
+    if place.is_file():
+        return f"'{place}' is no file of evaluations ({METRICS}, {EVALUATIONS}); {expected}"
     if not place.is_dir():
         return f"'{place}' does not exist; {expected}"
     runs = sorted(path.parent.name for path in place.glob(f"*/{METRICS}"))

@@ -45,6 +45,20 @@ def test_weights_are_a_run_of_their_own(run, tmp_path, capsys):
     assert "needs distill_d2: build_small_resnet_backbone" in capsys.readouterr().out
 
 
+def test_files_of_others_are_not_overwritten(tmp_path):
+    """Those of an earlier export are."""
+    config = tiny_config()
+    trained = Trained(build_model(config).eval(), config, ["a", "b", "c"], "a run", None)
+    for _ in range(2):
+        export_weights(trained, str(tmp_path / "mine.pth"))
+    for name in ("model_final.pth", "last_checkpoint", "config.yaml"):
+        (tmp_path / name).write_text("text")
+    for name in ("model_final", "config"):
+        with pytest.raises(ValueError, match="name another file"):
+            export_weights(trained, str(tmp_path / f"{name}.pth"))
+    assert (tmp_path / "model_final.pth").read_text() == (tmp_path / "config.yaml").read_text() == "text"
+
+
 def test_yaml_is_for_detectron2_alone(tmp_path, monkeypatch):
     config = tiny_config()
     config.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"

@@ -106,6 +106,10 @@ def test_folder_of_runs(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["compare", str(tmp_path)])
     assert "runs are in it: good" in capsys.readouterr().err
+    (tmp_path / "pkd.pth").write_bytes(b"PK")
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", str(tmp_path / "pkd.pth")])
+    assert "is no file of evaluations" in capsys.readouterr().err
 
 
 def test_name_without_a_run(capsys):
