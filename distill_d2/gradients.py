@@ -95,8 +95,8 @@ def acting_iteration(model: nn.Module) -> int:
 
 def distills(model: Distiller) -> bool:
     """Whether some loss acts on the student in some iteration."""
-    iteration = acting_iteration(model)
-    return any(reaches_student(loss, iteration) for loss in model.losses.values())
+    iterations = range(max(model.max_iter, 1))
+    return any(reaches_student(loss, i) for loss in model.losses.values() for i in iterations)
 
 
 def mean_gradients(measured: Sequence[TermGradients]) -> TermGradients:

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 # Keys that change nothing of the training; yaml's, then LazyConfig's.
 _IGNORED = re.compile(
     r"(OUTPUT_DIR|MODEL\.(WEIGHTS|DEVICE)|TEST\.|DATASETS\.(TEST|CHECK|PROPOSAL_FILES_TEST)|VERSION$|VIS_PERIOD"
-    r"|SOLVER\.CHECKPOINT_PERIOD|EXTRA_CFG|CUDNN_BENCHMARK|MODEL\.DISTILLER\.(EVAL_TEACHER|MEASURE_GRADIENTS)"
-    r"|train\.(output_dir|init_checkpoint|device|eval_period|log_period|checkpointer)"
+    r"|SOLVER\.CHECKPOINT_PERIOD|EXTRA_CFG|CUDNN_BENCHMARK|WANDB\.|MLFLOW\."
+    r"|(MODEL\.DISTILLER|distiller)\.(EVAL_TEACHER|MEASURE_GRADIENTS)"
+    r"|train\.(output_dir|init_checkpoint|device|eval_|log_period|checkpointer|keep_best|patience)"
     r"|dataloader\.(test|evaluator)|distiller_not_used)"
 )
 PROCESSES, IMAGES = "the number of processes", "the training images"

@@ -83,6 +83,8 @@ class GradientLog:
             if batch is not None:
                 return term_gradients(self._model, batch, iteration)
             reason = "the data loader is not one of distill_d2's"
+        except FloatingPointError:  # of detectron2's RPN, in all processes; the next step tells more
+            return None
         except torch.cuda.OutOfMemoryError:
             if comm.get_world_size() > 1:  # the others may wait for this process
                 raise

@@ -65,7 +65,9 @@ class EvalHook(_AfterPretraining, hooks.EvalHook):
     def is_due(self, iteration: int) -> bool:
         """Whether an evaluation follows this iteration, other than that at the end of the training."""
         ends = iteration + 1
-        return self._period > 0 and ends % self._period == 0 and ends != self.trainer.max_iter
+        if ends <= self.trainer.loss_training.pretrain_iters or ends == self.trainer.max_iter:
+            return False
+        return self._period > 0 and ends % self._period == 0
 
     def evaluate(self) -> None:
         """Evaluate now; the results are scalars of the storage's iteration."""
@@ -77,18 +79,28 @@ class EvalHook(_AfterPretraining, hooks.EvalHook):
 
 
 class Writers(hooks.PeriodicWriter):
-    """detectron2's, whose files are opened only when the training begins."""
+    """detectron2's, whose files are opened only when the training begins. They write after each evaluation, too,
+    because they know only the last one."""
 
-    def __init__(self, build: Callable[[], list[EventWriter]], period: int):
+    def __init__(self, build: Callable[[], list[EventWriter]], period: int, evaluation: EvalHook):
         super().__init__([], period)
         self._build = build
+        self._evaluation = evaluation
 
     def before_train(self) -> None:
         self._writers = self._build()
 
+    def after_step(self) -> None:
+        self.complete(self.trainer.iter)
+
     def complete(self, iteration: int) -> None:
         """Write what is due after this iteration and not written yet."""
-        if (iteration + 1) % self._period == 0 or iteration + 1 == self.trainer.max_iter:
+        ends = iteration + 1
+        if (
+            ends % self._period == 0
+            or ends == self.trainer.max_iter
+            or self._evaluation.is_due(iteration)
+        ):
             for writer in self._writers:
                 writer.write()
 

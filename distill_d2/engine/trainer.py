@@ -166,16 +166,20 @@ class DistillTrainer(DefaultTrainer):
         writers = [CommonMetricPrinter(self.max_iter), MetricsFile(folder), Events(folder)]
         return writers + build_trackers(self.cfg, folder)
 
+    def _all_writers(self) -> list[EventWriter]:
+        return self.build_writers() + self.loss_training.writers()
+
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
         ret: list[HookBase] = [hooks.IterationTimer(), LRScheduler(), *self.loss_training.hooks()]
         ret += [self.average, *self._precise_bn()]
         ret += [Checkpoints(self.settings.checkpoint_period), StopOnRequest()]
-        ret.append(EvalHook(self.settings.eval_period, self._evaluate, self._best))
+        evaluation = EvalHook(self.settings.eval_period, self._evaluate, self._best)
+        ret.append(evaluation)
         if comm.is_main_process():
             period = self.settings.log_period
             ret.append(ExpectedDuration())
-            ret.append(Writers(lambda: self.build_writers() + self.loss_training.writers(), period))
+            ret.append(Writers(self._all_writers, period, evaluation))
         if ProgressBar.is_enabled():
             ret.append(ProgressBar())
         return [*ret, BoundedHistories(), self._best]

@@ -122,10 +122,12 @@ MODEL:
     MODEL_LOAD_OFFICIAL: False
     MODEL_DISTILLER_CONFIG: teacher.yaml
     TEACHER_WEIGHTS: {_flow(os.path.join(teacher, "model_best.pth"))}
+    # On few images a neck and head that fit the teacher's features are a worse start than random ones.
+    PRELOAD_FPN: False
+    PRELOAD_HEAD: False
     PKD:
-      # {how}.
-      # OUTPUT_DIR/gradients.jsonl and the report have it over the run; in the first steps a head that starts
-      # from the teacher's has large gradients of its own.
+      # {how};
+      # `distill-d2 check --config-file distill.yaml` measures it with the trained teacher.
       WEIGHT: {plan.pkd:g}
     EVAL_TEACHER: True
 OUTPUT_DIR: {_flow(os.path.join(plan.output, "distilled"))}

@@ -133,16 +133,18 @@ class Run:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file with a line of json each.
+    """The entries of a file with a line of json each; without the last one if a killed run has left it torn.
 
     Raises:
         ValueError: a line is something else.
     """
     entries = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(True), start=1):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
+            if not line.endswith("\n"):
+                break
             raise ValueError(f"'{path}', line {number}, is not JSON: {error}") from error
         if not isinstance(entry, dict):
             raise ValueError(f"'{path}', line {number}, holds no numbers by name")

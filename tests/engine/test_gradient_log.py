@@ -33,6 +33,15 @@ def test_a_loss_that_is_too_weak_or_too_strong_is_told(job, weight, words):
     assert words in log and "MODEL.DISTILLER.PKD.WEIGHT" in log.rpartition(words)[2]
 
 
+def test_a_step_tells_of_a_divergence(job, monkeypatch):
+    def diverged(*_):
+        raise FloatingPointError
+
+    monkeypatch.setattr("distill_d2.engine.gradient_log.term_gradients", diverged)
+    job.trainer(opts=["TEST.EVAL_PERIOD", 0])._gradients.start()
+    assert not read_gradients(job.output)
+
+
 def test_losses_that_are_off_are_not_measured(job, monkeypatch):
     monkeypatch.setattr("distill_d2.engine.gradient_log.term_gradients", None)
     job.node.PKD.WEIGHT = 0.0

@@ -87,6 +87,7 @@ def test_all_of_it_resumes_exactly(job):
     job.config.INPUT.CROP.ENABLED = True
     job.run(opts=ALL)
     whole, best = checkpoint(job.output), checkpoint(job.output, "model_best")
+    assert [line["iteration"] for line in metrics(job.output) if "bbox/AP" in line] == [0, 1, 3]
     assert whole["trainer"]["iteration"] == 2
     rewind(job.output, "model_0000000")
     (job.output / "model_final.pth").unlink()

@@ -246,14 +246,19 @@ def test_pretrained_run_sees_iterations_from_zero(probe, monkeypatch):
     assert seen == [("pretrain", -2), ("pretrain", -1), ("forward", 1), ("forward", 2)]
 
 
+def logged_lines(job):
+    return [(line["iteration"], "bbox/AP" in line) for line in metrics(job.output)]
+
+
 @pytest.mark.parametrize("last", ["model_0000000", "model_0000003"])
 def test_resume_in_and_after_pretraining(probe, last):
-    options = [PRETRAIN, 2, "SOLVER.CHECKPOINT_PERIOD", 1]
+    options = [PRETRAIN, 2, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 1]
     probe.run(opts=options)
-    whole = checkpoint(probe.output)
+    whole, logged = checkpoint(probe.output), logged_lines(probe)
     rewind(probe.output, last)
     probe.run("--resume", opts=options)
     resumed = checkpoint(probe.output)
+    assert logged_lines(probe) == logged
     assert_equal(whole["model"], resumed["model"])
     assert_equal(whole["distiller"], resumed["distiller"])
 

@@ -79,7 +79,7 @@ def test_several_datasets(tmp_path, capsys):
         (None, "holds neither metrics.json nor evaluations.json; expected the OUTPUT_DIR"),
         ('{"total_loss": 1.0}', "no evaluation is there"),
         ('{"segm/AP": 1.0}', "no metrics in common (good: bbox; bad: segm)"),
-        ("{", "line 1, is not JSON"),
+        ("{\n", "line 1, is not JSON"),
         ("[1]", "line 1, holds no numbers by name"),
     ],
 )
@@ -91,6 +91,14 @@ def test_nothing_to_compare(tmp_path, capsys, text, message):
     with pytest.raises(SystemExit, match="2"):
         main(["compare", good, str(bad)])
     assert message in capsys.readouterr().err
+
+
+def test_torn_last_line_of_a_killed_run(tmp_path, capsys):
+    run = run_of(tmp_path / "run", evaluation())
+    whole = tables(capsys, run)
+    with open(f"{run}/metrics.json", "a") as file:
+        file.write('{"iteration": 2, "bbox/A')
+    assert tables(capsys, run) == whole
 
 
 def test_folder_of_runs(tmp_path, capsys):
