@@ -105,6 +105,7 @@ def test_a_size_is_filled_with_the_mean_color(run):
     ("words", "message"),
     [
         (["--output", "a.pth", "--format", "onnx"], "ends with .onnx"),
+        (["--output", "a.onx"], "ends with .onx; expected a file that ends with one of .pth, .onnx"),
         (["--output", "a.onnx", "--format", "onnx", "--size", "480x"], "such as 480x640"),
         (["--output", "a.pt2", "--format", "torch-export", "--dynamic"], "takes one size"),
         (["--output", "a.pth", "--size", "64x64"], "weights have no size"),
