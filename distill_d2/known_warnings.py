@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import warnings
 
 _HARMLESS = (
@@ -38,6 +39,14 @@ def silence_known_warnings() -> None:
             warnings.filterwarnings("ignore", message=message, category=category)
     for name, text in _NO_NEWS:
         logging.getLogger(name).addFilter(functools.partial(_is_news, text))
+
+
+def silence_in_spawned_processes() -> None:
+    """For those of ``python -m distill_d2``, which import torch and detectron2 before this package."""
+    own = "ignore:`torch.jit.script` is deprecated:FutureWarning"
+    given = os.environ.get("PYTHONWARNINGS", "")
+    if own not in given:
+        os.environ["PYTHONWARNINGS"] = f"{given},{own}" if given else own
 
 
 def _is_news(known: str, record: logging.LogRecord) -> bool:

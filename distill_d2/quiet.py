@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 
 
@@ -26,5 +27,18 @@ def tell(logger: logging.Logger, text: str) -> None:
     logging.disable(logging.NOTSET)
     try:
         logger.warning(text)
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Without the warnings and logs of a trace: what is recorded as a constant, what is not counted."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(level)

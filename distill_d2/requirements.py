@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 import warnings
 
 MISSING = (
@@ -18,6 +20,10 @@ def require_detectron2() -> None:
 
 
 def warn_without_detectron2() -> None:
-    """For ``import distill_d2``: a submodule that is imported next ends with Python's own message."""
+    """For ``import distill_d2``: a submodule that is imported next ends with Python's own message. The command
+    says it itself."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if name in ("distill-d2", "-m"):  # "-m": Python is still looking for the module that it is to run
+        return
     if importlib.util.find_spec("detectron2") is None:
         warnings.warn(MISSING, stacklevel=3)

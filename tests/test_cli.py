@@ -50,12 +50,15 @@ def test_unknown_command(capsys):
     assert "there is no command 'trian'. Did you mean train? Known: " in capsys.readouterr().err
 
 
-def test_without_detectron2(monkeypatch, capsys):
+def test_without_detectron2(monkeypatch, capsys, recwarn):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         cli.main(["train", "--config-file", "quickstart/shapes_distill.yaml"])
     assert "distill-d2 train: distill_d2 needs detectron2" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="`distill-d2 install-detectron2`"):
         importlib.reload(distill_d2)
+    monkeypatch.setattr("sys.argv", ["/usr/bin/distill-d2", "train"])  # the command has said it
+    importlib.reload(distill_d2)
+    assert not recwarn.list
     with pytest.raises(ImportError, match="`distill-d2 install-detectron2`"):
         print(distill_d2.Distiller)

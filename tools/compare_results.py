@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""The command distill-d2 compare, at its old place."""
+"""The same as `distill-d2 compare`."""
 
 import sys
+from pathlib import Path
 
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the package of this checkout
 from distill_d2.cli import run_command
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import resource
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,6 @@ from detectron2.utils.events import EventStorage
 from ..distiller import Distiller
 from ..engine import DistillTrainer
 from ..gradients import TermGradients, acting_iteration, mean_gradients, term_gradients
-from ..profiling.timing import clock
 
 _WARM_UP, _STEPS = 1, 5
 _IMAGES = 4  # of a batch, whose gradients are measured
@@ -64,9 +64,9 @@ def measure_steps(trainer: DistillTrainer) -> StepCost:
     for index in range(_WARM_UP + _STEPS):
         trainer.iter = start + index
         with EventStorage(trainer.iter) as storage, _timed_parts(model) as parts:
-            began = clock()
+            began = _now()
             trainer.run_step()
-            seconds = clock() - began
+            seconds = _now() - began
             costs.append({"step": seconds, "data": storage.latest()["data_time"][0], **parts})
     costs = sorted(costs[_WARM_UP:], key=lambda cost: cost["step"])
     median = costs[len(costs) // 2]
@@ -82,9 +82,9 @@ def evaluation_seconds(trainer: DistillTrainer) -> float:
             times = []
             batches = iter(loader)
             for _ in range(min(_TESTED, len(loader))):
-                began = clock()
+                began = _now()
                 model(next(batches))
-                times.append(clock() - began)
+                times.append(_now() - began)
             seconds += statistics.median(times or [0.0]) * len(loader)
     model.train()
     return seconds
@@ -116,13 +116,20 @@ def _timed_parts(model: Any) -> Iterator[dict[str, float]]:
 
 def _timed(function: Callable, seconds: dict[str, float], part: str) -> Callable:
     def run(*args: Any, **keys: Any) -> Any:
-        began = clock()
+        began = _now()
         try:
             return function(*args, **keys)
         finally:
-            seconds[part] += clock() - began
+            seconds[part] += _now() - began
 
     return run
+
+
+def _now() -> float:
+    """Seconds on the wall, which ``data_time`` has too and a run takes, when what was given to the GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _forget_peak() -> None:

@@ -3,7 +3,7 @@
 The parts of a step are measured in turn in one process.
 
     distill-d2 benchmark --config-file Distillation-PKD/retinanet_R_50_R101_pkd_FPN_1x.yaml \\
-        --size 512 --threads 1 [KEY VALUE ...]
+        --size 512 --threads 1 SOLVER.AMP.ENABLED True
 
 Works on generated images and random weights (a teacher's with MODEL.DISTILLER.TEACHER_WEIGHTS), with
 learning rate 0, so that every round does the same work. Each round runs, after one round of warm-up:

@@ -125,11 +125,16 @@ def _format_of(output: str) -> str:
 def _path(args: argparse.Namespace) -> str:
     output, suffix = args.output, SUFFIXES[args.format]
     found = os.path.splitext(output)[1]
-    if os.path.isdir(output) or found not in SUFFIXES.values():
+    if os.path.isdir(output) or not found or output.endswith(os.sep):
         name = os.path.basename(os.path.abspath(args.run))
         if os.path.isfile(args.run):
             name = os.path.splitext(name)[0]
         return os.path.join(output, name + suffix)
+    if found not in SUFFIXES.values():
+        raise ValueError(
+            f"--output '{output}' ends with {found}; expected a file that ends with one of "
+            f"{', '.join(SUFFIXES.values())}, or a folder"
+        )
     if found != suffix:
         raise ValueError(
             f"--output '{output}' ends with {found}; a file of --format {args.format} ends with {suffix}"

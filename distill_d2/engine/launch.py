@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..commands.arguments import add_training_arguments
+from ..known_warnings import silence_in_spawned_processes
 from ..mistakes import Message, add_debug_argument, end, ending_on_mistakes, prefixed
 from .interrupt import forwarding_signals
 from .launch_arguments import check_address, check_processes
@@ -61,6 +62,7 @@ def _launch_several(main: Callable, args: argparse.Namespace, processes: int) ->
     minutes = round(DEFAULT_TIMEOUT.total_seconds() / 60)
     if args.num_machines > 1:
         print(f"{machine}: waiting for the others, up to {minutes} minutes", file=sys.stderr, flush=True)
+    silence_in_spawned_processes()
     # It logs that it ends the other processes, which is expected after a mistake in one of them.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with forwarding_signals() as request, tempfile.TemporaryDirectory() as folder:

@@ -99,7 +99,7 @@ def _epochs(loader: Any, iterations: int, accumulate: int) -> str:
 
 
 def log_end(results: Mapping[str, Any] | None, settings: RunSettings, config_file: str) -> None:
-    """The results of a training, where its student is, and what to do next."""
+    """The results of a training, where its detector is, and what to do next."""
     log_results(results or {}, settings)
     folder = settings.output_dir
     best, last = os.path.join(folder, BEST), os.path.join(folder, "model_final.pth")
@@ -115,7 +115,7 @@ def log_end(results: Mapping[str, Any] | None, settings: RunSettings, config_fil
         commands.append(f"predict --run {shlex.quote(folder)} IMAGE ... --output pictures")
     commands.append(f"report {shlex.quote(folder)}")
     lines = "".join(f"\n  distill-d2 {command}" for command in commands)
-    logger.info(f"The student is in {weights}. Next:{lines}")
+    logger.info(f"The trained detector is in {weights}. Next:{lines}")
 
 
 def log_results(results: Mapping[str, Any], settings: RunSettings) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..quiet import without_warnings
 from .graph import INPUT, DetectorGraph
 from .symbolics import OPSET, registered_symbolics
 from .traceable import exportable, traceable
@@ -38,7 +36,7 @@ def write_onnx(
     options: dict[str, Any] = {"dynamo": False}  # torch.export cannot record a size that is not fixed
     if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
         options = {}
-    with _without_warnings(), traceable(), registered_symbolics():
+    with without_warnings(), traceable(), registered_symbolics():
         torch.onnx.export(
             graph,
             (example,),
@@ -59,7 +57,7 @@ def write_torchscript(
     graph: DetectorGraph, example: torch.Tensor, path: str, about: dict[str, Any], dynamic: bool
 ) -> None:
     """Args: see ``write_onnx``; any size is allowed."""
-    with _without_warnings(), traceable():
+    with without_warnings(), traceable():
         traced = torch.jit.trace(graph, (example,), check_trace=False)
         torch.jit.save(traced, path, _extra_files={EXTRA: json.dumps(about)})
 
@@ -68,7 +66,7 @@ def write_torch_export(
     graph: DetectorGraph, example: torch.Tensor, path: str, about: dict[str, Any], dynamic: bool
 ) -> None:
     """Args: see ``write_onnx``; no other size is allowed."""
-    with _without_warnings(), exportable():
+    with without_warnings(), exportable():
         program = torch.export.export(graph, (example,), strict=False)
         torch.export.save(program, path, extra_files={EXTRA: json.dumps(about)})
 
@@ -80,12 +78,12 @@ def read_onnx(path: str, device: str = "cpu") -> Run:
 
 
 def read_torchscript(path: str, device: str = "cpu") -> Run:
-    with _without_warnings():
+    with without_warnings():
         return _outputs_of(torch.jit.load(path, map_location=device))
 
 
 def read_torch_export(path: str, device: str = "cpu") -> Run:
-    with _without_warnings():
+    with without_warnings():
         return _outputs_of(torch.export.load(path).module())
 
 
@@ -111,16 +109,3 @@ def _outputs_of(module: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> Run
         return [output.cpu().numpy() for output in module(image)]
 
     return run
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Without those about what is recorded as a constant, which the comparison with the model tells, and about the
-    names of files that are still being written."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

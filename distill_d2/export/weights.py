@@ -15,6 +15,7 @@ from ..inference import Trained
 # Their keys say nothing about the model and its input.
 _OF_TRAINING = ("DATASETS", "DATALOADER", "SOLVER", "TEST")
 
+_USE = 'DefaultPredictor(cfg)(image)["instances"]'
 _PLAIN = """\
 # For detectron2 alone, from the folder of this file:
 #     cfg = get_cfg()
@@ -40,7 +41,8 @@ def export_weights(trained: Trained, path: str) -> list[str]:
         what of the detector detectron2 alone lacks; []: the yaml is all that detectron2's DefaultPredictor needs.
 
     Raises:
-        ValueError: the detector was trained from a LazyConfig, or ``path`` is its checkpoint.
+        ValueError: the detector was trained from a LazyConfig; ``path`` is a training's checkpoint, or the yaml
+            beside it exists and is no export's.
         OSError: a file cannot be written.
     """
     if not isinstance(trained.cfg, CfgNode):
@@ -48,9 +50,9 @@ def export_weights(trained: Trained, path: str) -> list[str]:
             f"the detector of {trained.source} comes from a LazyConfig, which is code and cannot be part of "
             "a file of weights; keep the .py file, or export onnx, torchscript or torch-export, which need none"
         )
-    if os.path.exists(path) and os.path.realpath(path) == os.path.realpath(trained.cfg.MODEL.WEIGHTS):
-        raise ValueError(f"'{path}' is the file that the weights come from; name another one")
-    config, yaml = _config(trained), f"{os.path.splitext(path)[0]}.yaml"
+    yaml = f"{os.path.splitext(path)[0]}.yaml"
+    _check_free(path, yaml, trained.cfg.MODEL.WEIGHTS)
+    config = _config(trained)
     content = {
         "model": {name: tensor.cpu() for name, tensor in trained.model.state_dict().items()},
         "metadata": {"thing_classes": trained.classes},
@@ -66,6 +68,23 @@ def export_weights(trained: Trained, path: str) -> list[str]:
     text = comment + config.dump()
     write_whole(yaml, lambda file: file.write(text.encode()))
     return missing
+
+
+def _check_free(path: str, yaml: str, weights: str) -> None:
+    """Files of an earlier export are replaced, no others."""
+    if os.path.exists(path):
+        if os.path.realpath(path) == os.path.realpath(weights):
+            raise ValueError(f"'{path}' is the file that the weights come from; name another one")
+        folder, name = os.path.split(path)
+        if name.startswith("model_") and os.path.isfile(os.path.join(folder, "last_checkpoint")):
+            raise ValueError(f"'{path}' is a checkpoint of a training; name another file")
+    if os.path.exists(yaml):
+        with open(yaml, encoding="utf-8", errors="replace") as file:
+            if _USE not in file.read():
+                raise ValueError(
+                    f"'{yaml}', which would be written beside '{os.path.basename(path)}', exists and is no "
+                    "export's; name another file"
+                )
 
 
 def _config(trained: Trained) -> CfgNode:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import statistics
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +15,7 @@ from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 
 from ..benchmark.meter import Meter
+from ..quiet import without_warnings
 from ..views import view_type
 from .onnx import onnx_milliseconds
 from .parts import PARTS, has_bottom_up, parameters, part_of, time_shares
@@ -120,7 +118,7 @@ def peak_megabytes(model: nn.Module, item: dict[str, Any]) -> float | None:
 def gflops(model: nn.Module, item: dict[str, Any]) -> dict[str, float]:
     """10^9 multiply-adds for one image, by part, as fvcore counts them: those of convolutions, matrix products and
     the like; {} where the model cannot be traced."""
-    with _silent():
+    with without_warnings():
         try:
             counts = FlopCountAnalysis(model, [item]).by_module()
         except Exception:  # tracing runs the whole detector, and may raise anything
@@ -143,16 +141,3 @@ def _generated(channels: int, height: int, width: int) -> torch.Tensor:
     return F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)[0].to(
         torch.uint8
     )
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without the warnings of a trace, and of operations that are not counted."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -59,7 +59,8 @@ def line_chart(
         places = [(across(x), up(y)) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline class="line c{line.color}{" dashed" * line.dashed}" points="{path}"/>')
-        if dots and not line.dashed and len(places) <= _MOST_DOTS:
+        alone = len(places) == 1  # without a dot nothing is seen of it
+        if alone or dots and not line.dashed and len(places) <= _MOST_DOTS:
             parts += [_dot(line, place, point) for place, point in zip(places, line.points)]
     legend = "".join(
         f'<li><span class="swatch c{line.color}{" dashed" * line.dashed}"></span>{escape(line.name)}</li>'

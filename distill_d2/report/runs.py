@@ -49,7 +49,7 @@ class Run:
         self.path = path
         place = Path(path)
         self.folder = place if place.is_dir() else place.parent
-        names = [METRICS, EVALUATIONS] if place.is_dir() else [place.name]
+        names = [METRICS, EVALUATIONS] if place.is_dir() else [place.name] * (place.suffix == ".json")
         self._files = [self.folder / name for name in names if (self.folder / name).is_file()]
         if not self._files:
             raise FileNotFoundError(_what_is_there(place))
@@ -133,16 +133,18 @@ class Run:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file with a line of json each.
+    """The entries of a file with a line of json each; without the last one if a killed run has left it torn.
 
     Raises:
         ValueError: a line is something else.
     """
     entries = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(True), start=1):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
+            if not line.endswith("\n"):
+                break
             raise ValueError(f"'{path}', line {number}, is not JSON: {error}") from error
         if not isinstance(entry, dict):
             raise ValueError(f"'{path}', line {number}, holds no numbers by name")
@@ -174,6 +176,8 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _what_is_there(place: Path) -> str:
     expected = "expected the OUTPUT_DIR of a training or evaluation"
+    if place.is_file():
+        return f"'{place}' is no file of evaluations ({METRICS}, {EVALUATIONS}); {expected}"
     if not place.is_dir():
         return f"'{place}' does not exist; {expected}"
     runs = sorted(path.parent.name for path in place.glob(f"*/{METRICS}"))

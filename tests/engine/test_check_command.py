@@ -1,5 +1,7 @@
 """distill-d2 check: all faults at once, what a step does, and no trace in OUTPUT_DIR."""
 
+import re
+
 import pytest
 
 from distill_d2.cli import main
@@ -24,6 +26,9 @@ def test_a_training_without_faults_is_measured(job, capsys):
     for text in ("class0 4", "Teacher: ", "| PKD    | p2", "| loss_pkd", "A step takes", "of 9 steps"):
         assert text in out
     assert "Nothing is wrong" in out and not job.output.exists()
+    line = out.partition("A step takes")[2].partition(";")[0]
+    step, *parts = map(float, re.findall(r"\d[\d.e-]*", line))
+    assert len(parts) == 5 and sum(parts) == pytest.approx(step, rel=0.05)  # on one clock
     assert len(list(pictures.glob("*_trained_on.png"))) == job.config.SOLVER.IMS_PER_BATCH
     cfg = load_config(str(balanced))
     assert cfg.SOLVER.MAX_ITER == 9 and f"PKD.WEIGHT {cfg.MODEL.DISTILLER.PKD.WEIGHT:g}" in out

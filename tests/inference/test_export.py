@@ -45,6 +45,20 @@ def test_weights_are_a_run_of_their_own(run, tmp_path, capsys):
     assert "needs distill_d2: build_small_resnet_backbone" in capsys.readouterr().out
 
 
+def test_files_of_others_are_not_overwritten(tmp_path):
+    """Those of an earlier export are."""
+    config = tiny_config()
+    trained = Trained(build_model(config).eval(), config, ["a", "b", "c"], "a run", None)
+    for _ in range(2):
+        export_weights(trained, str(tmp_path / "mine.pth"))
+    for name in ("model_final.pth", "last_checkpoint", "config.yaml"):
+        (tmp_path / name).write_text("text")
+    for name in ("model_final", "config"):
+        with pytest.raises(ValueError, match="name another file"):
+            export_weights(trained, str(tmp_path / f"{name}.pth"))
+    assert (tmp_path / "model_final.pth").read_text() == (tmp_path / "config.yaml").read_text() == "text"
+
+
 def test_yaml_is_for_detectron2_alone(tmp_path, monkeypatch):
     config = tiny_config()
     config.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
@@ -91,6 +105,7 @@ def test_a_size_is_filled_with_the_mean_color(run):
     ("words", "message"),
     [
         (["--output", "a.pth", "--format", "onnx"], "ends with .onnx"),
+        (["--output", "a.onx"], "ends with .onx; expected a file that ends with one of .pth, .onnx"),
         (["--output", "a.onnx", "--format", "onnx", "--size", "480x"], "such as 480x640"),
         (["--output", "a.pt2", "--format", "torch-export", "--dynamic"], "takes one size"),
         (["--output", "a.pth", "--size", "64x64"], "weights have no size"),
@@ -169,8 +184,7 @@ def check(name, format, path):
     image, other = (item["image"].float() for item in batch)
     graph = graph_of(model, image)
     run = export_graph(graph, image, path, format, dynamic=True)
-    one_size = format == "torch-export" or (name, format) == ("CondInst", "onnx")
-    inputs = [image, image.flip(2)] + [other] * (not one_size)
+    inputs = [image, image.flip(2)] + [other] * (format != "torch-export")
     differences = compare(graph.names, graph, run, inputs)
     assert differences.detections > 100 and differences.within_limits, str(differences)
     blank = torch.zeros_like(image) + model.pixel_mean

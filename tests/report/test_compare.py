@@ -79,7 +79,7 @@ def test_several_datasets(tmp_path, capsys):
         (None, "holds neither metrics.json nor evaluations.json; expected the OUTPUT_DIR"),
         ('{"total_loss": 1.0}', "no evaluation is there"),
         ('{"segm/AP": 1.0}', "no metrics in common (good: bbox; bad: segm)"),
-        ("{", "line 1, is not JSON"),
+        ("{\n", "line 1, is not JSON"),
         ("[1]", "line 1, holds no numbers by name"),
     ],
 )
@@ -93,11 +93,23 @@ def test_nothing_to_compare(tmp_path, capsys, text, message):
     assert message in capsys.readouterr().err
 
 
+def test_torn_last_line_of_a_killed_run(tmp_path, capsys):
+    run = run_of(tmp_path / "run", evaluation())
+    whole = tables(capsys, run)
+    with open(f"{run}/metrics.json", "a") as file:
+        file.write('{"iteration": 2, "bbox/A')
+    assert tables(capsys, run) == whole
+
+
 def test_folder_of_runs(tmp_path, capsys):
     run_of(tmp_path / "good", evaluation())
     with pytest.raises(SystemExit, match="2"):
         main(["compare", str(tmp_path)])
     assert "runs are in it: good" in capsys.readouterr().err
+    (tmp_path / "pkd.pth").write_bytes(b"PK")
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", str(tmp_path / "pkd.pth")])
+    assert "is no file of evaluations" in capsys.readouterr().err
 
 
 def test_name_without_a_run(capsys):

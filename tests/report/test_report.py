@@ -15,7 +15,7 @@ from runs import Job
 
 from distill_d2.cli import main
 from distill_d2.report import models
-from distill_d2.report.charts import log_ticks, thinned, ticks
+from distill_d2.report.charts import Line, line_chart, log_ticks, thinned, ticks
 from distill_d2.report.kinds import kinds_of
 from distill_d2.report.matching import Truth, best_threshold, f1, found_by
 from distill_d2.report.roles import entries_of
@@ -131,6 +131,11 @@ def test_detections_find_objects():
     assert found.objects.tolist() == [-1, 0, -1, 1]  # the cat's box on the dog, dog, dog again, cat
     assert found.counts(0.5) == (1, 2) and f1(found, truth, 0.5) == pytest.approx(2 / 5)
     assert best_threshold([found], [truth]) < 0.3
+
+
+def test_a_single_point_is_seen():
+    lines = [Line("loss", [(19, 0.5)], 1)]
+    assert line_chart("a", lines, "x", "y", dots=False).count("<circle") == 1
 
 
 def test_scales():

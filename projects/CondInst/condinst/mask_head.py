@@ -82,7 +82,7 @@ class DynamicMaskHead(nn.Module):
         x = x + biases[0].unsqueeze(-1)
         for weight, bias in zip(weights[1:], biases[1:]):
             x = torch.baddbmm(bias.unsqueeze(-1), weight, F.relu(x))
-        return aligned_bilinear(x.unflatten(-1, size), self.in_stride // self.out_stride)
+        return aligned_bilinear(x.reshape(*x.shape[:2], *size), self.in_stride // self.out_stride)
 
     def _split(self, params: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         lengths = [out * into for out, into in self.shapes]
