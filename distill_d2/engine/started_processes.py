@@ -121,13 +121,15 @@ def join(main: Callable, args: argparse.Namespace, place: Place) -> None:
     gpu = args.num_gpus > 0
     if gpu:
         torch.cuda.set_device(_gpu(place))
-    dist.init_process_group(
-        "nccl" if gpu else "gloo",
-        init_method="env://",
-        world_size=place.world_size,
-        rank=place.rank,
-        timeout=DEFAULT_TIMEOUT,
+    store, rank, size = next(
+        dist.rendezvous("env://", place.rank, place.world_size, timeout=DEFAULT_TIMEOUT)
     )
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # The agent of torchrun keeps its store after a restart. Where the agents are several they count restarts
+        # on their own: see docs/several_machines.md.
+        store = dist.PrefixStore(f"distill_d2/{place.restarts}", store)
+    backend = "nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=DEFAULT_TIMEOUT)
     comm.create_local_process_group(place.local_size)
     comm.synchronize()
     message = _SharedMessage()
