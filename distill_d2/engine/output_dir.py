@@ -39,6 +39,7 @@ _WRITTEN = (
     COMMANDS,
     "wandb_id.txt",
     "mlflow_id.txt",
+    "unreadable_images.txt",
     *(
         f"{folder}/**/{name}"
         for folder in _INFERENCE
