@@ -1,4 +1,4 @@
-"""COCO's evaluation by faster-coco-eval, which computes the same numbers; import it only where that is installed."""
+"""COCO's evaluation by faster-coco-eval: the same numbers; import it only where that is installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class FastCOCOeval(COCOeval_faster):
             self._numbered(truth), self._numbered(found), iou_type, print_function=lambda _: None
         )
         self.params.imgIds = sorted(truth.imgs)
-        self.params.catIds = sorted(truth.cats)  # for keypoints it would leave out classes without objects
+        self.params.catIds = sorted(
+            truth.cats
+        )  # for keypoints it would leave out classes without objects
 
     def evaluate(self) -> None:
         self.params.imgIds = [self._numbers[key] for key in self.params.imgIds]

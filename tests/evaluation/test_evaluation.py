@@ -145,7 +145,12 @@ def test_faster_coco_eval_gives_the_same_numbers(monkeypatch, tmp_path, limit):
             evaluator.process([record], [{"instances": disturbed(record, random)}])
         for ids in (None, [record["image_id"] for record in records[:7]]):
             results += evaluator.evaluate(ids).values()
-    assert len(results) == 8 and used == [0, 0, 2, 2] and 5 < results[0]["AP"] < 95 and results[0] != results[2]
+    assert (
+        len(results) == 8
+        and used == [0, 0, 2, 2]
+        and 5 < results[0]["AP"] < 95
+        and results[0] != results[2]
+    )
     for found, official in zip(results[:4], results[4:]):
         assert found == pytest.approx(official, abs=1e-9, nan_ok=True)
 
