@@ -45,8 +45,8 @@ class COCOEvaluatorOfAny(COCOEvaluator):
 
 @contextlib.contextmanager
 def _fastest() -> Iterator[None]:
-    """Inside, detectron2's evaluation uses faster-coco-eval where that is installed. detectron2 has no argument for
-    it: its own fast code is one of its extensions, which an installation without a compiler lacks."""
+    """Inside, detectron2's evaluation uses faster-coco-eval where that is installed; detectron2 has no argument
+    for it (its own fast code is one of its extensions, which not every installation has)."""
     if FastCOCOeval is None:
         logger.debug("COCO's evaluation by pycocotools; faster-coco-eval is not installed")
         yield
