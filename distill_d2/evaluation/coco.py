@@ -52,8 +52,7 @@ def _fastest() -> Iterator[None]:
         yield
         return
     logger.debug("COCO's evaluation by faster-coco-eval")
-    names = ("COCOeval", "COCOevalMaxDets")
-    with mock.patch.multiple(coco_evaluation, **dict.fromkeys(names, FastCOCOeval)):
+    with mock.patch.multiple(coco_evaluation, COCOeval=FastCOCOeval, COCOevalMaxDets=FastCOCOeval):
         yield
 
 
