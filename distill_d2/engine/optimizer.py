@@ -53,14 +53,11 @@ def _parameter_groups(solver: CfgNode, trained: nn.Module) -> list[dict[str, Any
     exceptions = {id(parameter) for parameter in without_decay(trained)}
     if not exceptions:
         return groups
-    decays = ({"weight_decay": 0.0}, {})
-    return reduce_param_groups(
-        [
-            {**group, "params": [parameter], **decays[id(parameter) not in exceptions]}
-            for group in groups
-            for parameter in group["params"]
-        ]
-    )
+    single = [{**group, "params": [p]} for group in groups for p in group["params"]]
+    for group in single:
+        if id(group["params"][0]) in exceptions:
+            group["weight_decay"] = 0.0
+    return reduce_param_groups(single)
 
 
 def create_optimizer(solver: CfgNode, params: list[dict[str, Any]], key: str) -> torch.optim.Optimizer:
