@@ -84,3 +84,6 @@ register_detector(
         family="distill_d2.projects.timm_backbone.tiny:FAMILY",
     )
 )
+register_detector(
+    Detector("timm ViT", family="distill_d2.projects.timm_backbone.tiny:VIT_FAMILY"),
+)
