@@ -114,6 +114,14 @@ def example_batch(loader: Any, most: int, parts: int = 1) -> list[Any] | None:
     return stream.examples(max(1, min(most, stream.sampler.batch_size // parts)))
 
 
+def mapper_and_records(
+    loader: Any,
+) -> tuple[Callable[[dict[str, Any]], Any], Sequence[dict[str, Any]]] | None:
+    """The mapper and the dataset dicts of a loader of ``build_train_loader``; None for other loaders."""
+    stream = getattr(loader, "dataset", None)
+    return (stream.mapper._obj, stream.dataset) if isinstance(stream, _MappedStream) else None
+
+
 def _describe(dataset: Sequence[dict[str, Any]]) -> str:
     """The number of images, and a checksum of their files' names and numbers of annotations."""
     names = (
