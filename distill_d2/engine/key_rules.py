@@ -200,6 +200,7 @@ LAZY: dict[str, Rule] = {
     **dict.fromkeys(LAZY_IN_EPOCHS.values(), NOT_NEGATIVE),
     "train.accumulate": COUNT,
     "train.ema": _DECAY,
+    "train.fast_kernels": Flag(),
     "train.keep_best": Text(),
     "train.patience": COUNT_OR_0,
     "train.amp.enabled": Flag(),
