@@ -28,6 +28,7 @@ from ..data import (
 from ..data.classes import classes_in, classes_of
 from ..distiller import Distiller
 from ..evaluation import build_evaluator, with_model_evaluators
+from ..kernels import FastKernels, follow_layout
 from ..random_state import random_state, set_random_state
 from ..rules import assertions_told
 from . import classes
@@ -95,6 +96,7 @@ class DistillTrainer(DefaultTrainer):
         self.settings = RunSettings.from_config(cfg)
         model = self.build_model(cfg)
         self.plain_model = model
+        self._kernels = FastKernels(self._student()) if self.settings.fast_kernels else None
         if isinstance(model, Distiller):
             check_acting(model.losses, model.phases, self.settings.max_iter)
         self.loss_training = LossTraining(model, self.settings)
@@ -305,6 +307,8 @@ class DistillTrainer(DefaultTrainer):
                 return None
             finally:
                 end_workers()
+                if self._kernels is not None:
+                    self._kernels.undo()
 
     def _verified_results(self) -> dict[str, Any] | None:
         results = self.last_results
@@ -382,6 +386,7 @@ class DistillTrainer(DefaultTrainer):
         check_optimizer(self._trainer.optimizer, state_dict)
         self._ratios.check(state_dict)
         super().load_state_dict(state_dict)
+        follow_layout(self._trainer.optimizer)
         self.loss_training.load_state_dict(state_dict)
         self._ratios.load_state_dict(state_dict)
         self._run_state.load_state_dict(state_dict)
