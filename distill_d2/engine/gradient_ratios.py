@@ -30,10 +30,10 @@ _SMALL, _GROWTH = 0.01, 200
 class GradientRatios:
     """Sets the weight of each loss that has a GRADIENT_RATIO.
 
-    It is measured before the student's first step and, with GRADIENT_RATIO_ITERS or where adapters start almost
-    at 0, again after 1, 2, 4, ... steps with the loss, up to that number; until then it is at most the config's. All
-    processes measure the same images, and take the first one's numbers. The weights are part of a checkpoint; a
-    resumed run measures none of them again.
+    It is measured before the student's first step. With GRADIENT_RATIO_ITERS, or where adapters start almost at 0,
+    it is measured again after 1, 2, 4, ... steps with the loss, up to that number; until then it is at most the
+    config's. All processes measure the same images, and take the first one's numbers. The weights are part of a
+    checkpoint; a resumed run measures none of them again.
     """
 
     def __init__(self, model: nn.Module, loader: Any, settings: RunSettings):
