@@ -27,7 +27,8 @@ _MEANINGS = [
         "the learning rate follows the new length from {iteration} on",
     ),
     (
-        r"SOLVER\.(BASE_LR|MOMENTUM|NESTEROV|WEIGHT_DECAY|BIAS_LR_FACTOR)|optimizer\.",
+        r"SOLVER\.(BASE_LR|MOMENTUM|NESTEROV|WEIGHT_DECAY|BIAS_LR_FACTOR|BACKBONE_LR_FACTOR|LAYER_DECAY)"
+        r"|optimizer\.",
         "without effect: the optimizer goes on with what the checkpoint has",
     ),
     (
@@ -39,6 +40,7 @@ _MEANINGS = [
         r"SOLVER\.ACCUMULATE|train\.accumulate",
         "the step stays, but for rounding, batch statistics and groups of images by aspect ratio",
     ),
+    (r"MODEL\.FAST_KERNELS|train\.fast_kernels", "results differ by float rounding"),
     (r"SEED|train\.seed", "without effect: the random state comes from the checkpoint"),
     (
         r"DATALOADER\.NUM_WORKERS|dataloader\.train\.num_workers",

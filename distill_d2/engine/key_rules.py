@@ -163,6 +163,8 @@ TRAINING: dict[str, Rule] = {
     "SOLVER.REFERENCE_WORLD_SIZE": COUNT_OR_0,
     "SOLVER.CHECKPOINT_PERIOD": COUNT_OR_0,
     **_solver("SOLVER"),
+    "SOLVER.BACKBONE_LR_FACTOR": NOT_NEGATIVE,
+    "SOLVER.LAYER_DECAY": Number(above=0, at_most=1),
     "TEST.EVAL_PERIOD": COUNT_OR_0,
     "TEST.PRECISE_BN.NUM_ITER": COUNT,
     "SOLVER.ACCUMULATE": COUNT,
@@ -177,10 +179,13 @@ DISTILLATION: dict[str, Rule] = {
     "MODEL.DISTILLER.TYPES": Sequence(Choice(DISTILL_LOSS_REGISTRY), least=1, unique=True),
     "MODEL.DISTILLER.TASK_LOSS_WEIGHT": NOT_NEGATIVE,
     "MODEL.DISTILLER.FREEZE": _NAMES,
+    "MODEL.DISTILLER.GRADIENT_RATIO_PERIOD": COUNT_OR_0,
     "MODEL.DISTILLER.MODEL_DISTILLER_CONFIG": _NAME,
     "MODEL.DISTILLER.TEACHER_WEIGHTS": Text(),
     "MODEL.DISTILLER.TEACHER_ALLOW_MISSING": _NAMES,
     "MODEL.DISTILLER.TEACHER_AUTOCAST": Choice(AUTOCAST_CHOICES),
+    "MODEL.DISTILLER.TEACHER_CACHE": Text(),
+    "MODEL.DISTILLER.TEACHER_CACHE_GB": POSITIVE,
     "MODEL.DISTILLER.PRELOAD_NAMES": _NAMES,
     "MODEL.DISTILLER.PRELOAD_TEACHER": Text(),
     "MODEL.DISTILLER.PRELOAD_TYPE": Choice(("all", "teacher_only")),
@@ -200,6 +205,7 @@ LAZY: dict[str, Rule] = {
     **dict.fromkeys(LAZY_IN_EPOCHS.values(), NOT_NEGATIVE),
     "train.accumulate": COUNT,
     "train.ema": _DECAY,
+    "train.fast_kernels": Flag(),
     "train.keep_best": Text(),
     "train.patience": COUNT_OR_0,
     "train.amp.enabled": Flag(),
@@ -303,6 +309,9 @@ def _solver_relations(context: Context) -> Iterator[str]:
         yield wrong("SOLVER.WARMUP_ITERS", expected)
     if node.OPTIMIZER.lower() == "sgd" and node.NESTEROV and not node.MOMENTUM:
         yield wrong("SOLVER.NESTEROV", "False, or a MOMENTUM above 0")
+    if not node.BACKBONE_LR_FACTOR:
+        expected = "above 0. MODEL.BACKBONE.FREEZE_AT fixes layers, and saves the time to train them"
+        yield wrong("SOLVER.BACKBONE_LR_FACTOR", expected)
 
 
 def _best_relations(context: Context) -> Iterator[str]:
