@@ -41,6 +41,12 @@ def add_distill_config(cfg: CN) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
     # More arguments of that class, such as {betas: [0.9, 0.99]}.
     cfg.SOLVER.OPTIMIZER_ARGS = CN(new_allowed=True)
+    # The learning rate of the bottom-up network, all that is below the FPN or another neck, is this times BASE_LR;
+    # of a detector without a neck that of its backbone.
+    cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0
+    # The rates of the bottom-up network's layers, of a model of timm or detectron2's ViT, are multiplied by this
+    # once more per layer, from the last one down to the stem, such as 0.7. 1: they are not.
+    cfg.SOLVER.LAYER_DECAY = 1.0
 
     # A step's IMS_PER_BATCH images go through the models in this many parts, whose gradients are averaged: for
     # batches that the memory does not hold at once.

@@ -27,7 +27,8 @@ _MEANINGS = [
         "the learning rate follows the new length from {iteration} on",
     ),
     (
-        r"SOLVER\.(BASE_LR|MOMENTUM|NESTEROV|WEIGHT_DECAY|BIAS_LR_FACTOR)|optimizer\.",
+        r"SOLVER\.(BASE_LR|MOMENTUM|NESTEROV|WEIGHT_DECAY|BIAS_LR_FACTOR|BACKBONE_LR_FACTOR|LAYER_DECAY)"
+        r"|optimizer\.",
         "without effect: the optimizer goes on with what the checkpoint has",
     ),
     (

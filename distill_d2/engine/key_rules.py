@@ -163,6 +163,8 @@ TRAINING: dict[str, Rule] = {
     "SOLVER.REFERENCE_WORLD_SIZE": COUNT_OR_0,
     "SOLVER.CHECKPOINT_PERIOD": COUNT_OR_0,
     **_solver("SOLVER"),
+    "SOLVER.BACKBONE_LR_FACTOR": NOT_NEGATIVE,
+    "SOLVER.LAYER_DECAY": Number(above=0, at_most=1),
     "TEST.EVAL_PERIOD": COUNT_OR_0,
     "TEST.PRECISE_BN.NUM_ITER": COUNT,
     "SOLVER.ACCUMULATE": COUNT,
@@ -303,6 +305,9 @@ def _solver_relations(context: Context) -> Iterator[str]:
         yield wrong("SOLVER.WARMUP_ITERS", expected)
     if node.OPTIMIZER.lower() == "sgd" and node.NESTEROV and not node.MOMENTUM:
         yield wrong("SOLVER.NESTEROV", "False, or a MOMENTUM above 0")
+    if not node.BACKBONE_LR_FACTOR:
+        expected = "above 0. MODEL.BACKBONE.FREEZE_AT fixes layers, and saves the time to train them"
+        yield wrong("SOLVER.BACKBONE_LR_FACTOR", expected)
 
 
 def _best_relations(context: Context) -> Iterator[str]:

@@ -8,10 +8,12 @@ from typing import Any, Callable
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import reduce_param_groups
 from torch import nn
 
 from ..distiller import Distiller
 from ..losses import DistillLoss, TrainedLoss
+from .learning_rates import rate_factors, without_decay
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -19,19 +21,43 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     All take SOLVER's BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR and
     CLIP_GRADIENTS, SGD also MOMENTUM and NESTEROV, and further arguments from OPTIMIZER_ARGS.
+    BACKBONE_LR_FACTOR and LAYER_DECAY multiply the rates of the backbone; what networks of timm name to have no
+    weight decay, such as position embeddings, has none.
     Parameters of a Distiller's losses that have a solver of their own are left out.
 
     Raises:
-        ValueError: see ``create_optimizer``.
+        ValueError: see ``create_optimizer`` and ``rate_factors``.
     """
-    params = get_default_optimizer_params(
-        trained_with_student(model),
-        base_lr=cfg.SOLVER.BASE_LR,
-        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    return create_optimizer(
+        cfg.SOLVER, _parameter_groups(cfg.SOLVER, trained_with_student(model)), "SOLVER"
     )
-    return create_optimizer(cfg.SOLVER, params, "SOLVER")
+
+
+def _parameter_groups(solver: CfgNode, trained: nn.Module) -> list[dict[str, Any]]:
+    """detectron2's groups of what is trained, with the factors and exceptions of its backbone."""
+    factors = rate_factors(trained, solver)
+
+    def factor_of(name: str) -> float:
+        # Here, because detectron2's own BIAS_LR_FACTOR replaces the rate that the other factors give.
+        of_bias = solver.BIAS_LR_FACTOR if name.endswith(".bias") else 1.0
+        return factors.get(name, 1.0) * of_bias
+
+    groups = get_default_optimizer_params(
+        trained,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=1.0 if factors else solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        lr_factor_func=factor_of if factors else None,
+    )
+    exceptions = {id(parameter) for parameter in without_decay(trained)}
+    if not exceptions:
+        return groups
+    single = [{**group, "params": [p]} for group in groups for p in group["params"]]
+    for group in single:
+        if id(group["params"][0]) in exceptions:
+            group["weight_decay"] = 0.0
+    return reduce_param_groups(single)
 
 
 def create_optimizer(solver: CfgNode, params: list[dict[str, Any]], key: str) -> torch.optim.Optimizer:

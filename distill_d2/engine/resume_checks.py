@@ -41,13 +41,23 @@ def check_trainer(state: Mapping[str, Any], folder: str) -> None:
 
 
 def check_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Raises ValueError if a trainer's state is of another optimizer of the student, or of other tensors."""
+    """Raises ValueError if a trainer's state is of another optimizer of the student, of other tensors, or of
+    tensors in other groups."""
     signature = optimizer_signature(optimizer)
     if state.get("optimizer_kind", signature) != signature:
         raise ValueError(
             f"--resume: the checkpoint's optimizer is {state['optimizer_kind']}, this run's is "
             f"{signature} (SOLVER.OPTIMIZER, MODEL.DISTILLER.FREEZE, MODEL.BACKBONE.FREEZE_AT). Use the "
             "checkpoint's settings, another OUTPUT_DIR, or start without --resume"
+        )
+    saved = state["_trainer"]["optimizer"]["param_groups"]
+    sizes, own_sizes = ([len(g["params"]) for g in groups] for groups in (saved, optimizer.param_groups))
+    if sizes != own_sizes:
+        keys = "BACKBONE_LR_FACTOR, LAYER_DECAY, BIAS_LR_FACTOR, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS"
+        raise ValueError(
+            f"--resume: the checkpoint's optimizer has groups of {sizes} tensors with a learning rate and weight "
+            f"decay each, this run's has {own_sizes} (SOLVER.{keys}). Use the checkpoint's settings, another "
+            "OUTPUT_DIR, or start without --resume"
         )
 
 

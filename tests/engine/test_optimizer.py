@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling.backbone.vit import ViT
 from probe_loss import ProbeLoss, solver_of
 from runs import Job, assert_equal, rewind
 from torch import nn
@@ -53,23 +54,99 @@ def test_each_by_its_name_in_any_case(name):
     assert all(p.isfinite().all() for p in after)
 
 
+def settings_of(model, **solver):
+    """Learning rate and weight decay of each parameter, by name."""
+    groups = built(model, **solver).param_groups
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    return {name: found[id(p)] for name, p in model.named_parameters() if id(p) in found}
+
+
 @pytest.mark.parametrize("name", ["Adam", "RMSprop", "SGD"])
 def test_rate_and_decay_of_each_group(name):
     keys = {"BASE_LR": 0.3, "WEIGHT_DECAY": 0.1, "WEIGHT_DECAY_NORM": 0.2, "WEIGHT_DECAY_BIAS": 0.05}
-    model = small_model()
-    optimizer = built(model, OPTIMIZER=name, BIAS_LR_FACTOR=2.0, **keys)
-    found = {
-        id(parameter): (group["lr"], group["weight_decay"])
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    settings = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
-    assert settings == {
+    assert settings_of(small_model(), OPTIMIZER=name, BIAS_LR_FACTOR=2.0, **keys) == {
         "0.weight": (0.3, 0.1),
         "2.weight": (0.3, 0.1),
         "1.weight": (0.3, 0.2),
         **{f"{index}.bias": (0.6, 0.05) for index in range(3)},
     }
+
+
+# The backbone's rates and decays.
+
+
+def detector(network, neck=True):
+    """What has the parts of a detector by name."""
+    model = nn.Module()
+    model.backbone = nn.Module() if neck else network
+    if neck:
+        model.backbone.bottom_up = network
+        model.backbone.lateral = nn.Linear(4, 4)
+    model.head = nn.Linear(4, 2)
+    return model
+
+
+def test_rates_of_the_backbone():
+    """Of biases, too, where BIAS_LR_FACTOR comes on top."""
+    keys = {"BASE_LR": 0.5, "WEIGHT_DECAY": 0.1, "WEIGHT_DECAY_NORM": 0.2, "WEIGHT_DECAY_BIAS": 0.05}
+    found = settings_of(detector(small_model()), BACKBONE_LR_FACTOR=0.25, BIAS_LR_FACTOR=2.0, **keys)
+    below = "backbone.bottom_up."
+    assert found == {
+        **{f"{below}{index}.weight": (0.125, 0.1) for index in (0, 2)},
+        f"{below}1.weight": (0.125, 0.2),
+        **{f"{below}{index}.bias": (0.25, 0.05) for index in range(3)},
+        **{f"{name}.weight": (0.5, 0.1) for name in ("backbone.lateral", "head")},
+        **{f"{name}.bias": (1.0, 0.05) for name in ("backbone.lateral", "head")},
+    }
+    found = settings_of(detector(small_model(), neck=False), BACKBONE_LR_FACTOR=0.25, BASE_LR=0.5)
+    assert {name: rate for name, (rate, _) in found.items()} == {
+        name: 0.5 if name.startswith("head") else 0.125 for name in found
+    }
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
+def test_layer_decay_and_weight_decay_are_timms(name):
+    """The neck has the place of timm's classifier; detectron2 decays biases as weights, timm does not."""
+    timm, optim = (pytest.importorskip(module) for module in ("timm", "timm.optim"))
+    network, whole = timm.create_model(name, num_classes=0), timm.create_model(name)
+    keys = {"BASE_LR": 0.5, "WEIGHT_DECAY": 0.1, "WEIGHT_DECAY_NORM": 0.0, "WEIGHT_DECAY_BIAS": 0.0}
+    found = settings_of(detector(network), LAYER_DECAY=0.7, BACKBONE_LR_FACTOR=0.25, **keys)
+    exempt = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else ()
+    groups = optim.param_groups_layer_decay(whole, 0.1, exempt, layer_decay=0.7)
+    scales = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    expected = {name: scales[id(p)] for name, p in whole.named_parameters()}
+    names = [name for name, _ in network.named_parameters()]
+    assert len({expected[name][0] for name in names}) > 4
+    for name in names:
+        scale, decay = expected[name]
+        assert found[f"backbone.bottom_up.{name}"] == (pytest.approx(0.125 * scale), decay)
+    (classifier,) = {expected[name][0] for name in expected if name not in names}
+    assert found["head.weight"] == (0.5 * classifier, 0.1)
+
+
+def test_layer_decay_of_detectron2s_vit():
+    pytest.importorskip("timm")  # which it needs
+    network = ViT(img_size=32, patch_size=16, embed_dim=8, depth=2, num_heads=2, pretrain_img_size=32)
+    model = detector(network)
+    model.backbone.net = model.backbone._modules.pop("bottom_up")  # as in its SimpleFeaturePyramid
+    found = settings_of(model, LAYER_DECAY=0.5, BASE_LR=1.0, WEIGHT_DECAY=0.1)
+    path, rates = "backbone.net.", {"patch_embed": 0.125, "blocks.0": 0.25, "blocks.1": 0.5}
+    for part, rate in rates.items():
+        assert {v[0] for name, v in found.items() if name.startswith(path + part)} == {rate}
+    assert found[f"{path}pos_embed"] == (0.125, 0.0) and found["backbone.lateral.weight"] == (1.0, 0.1)
+
+
+def test_factors_that_reach_nothing():
+    network = small_model()
+    with pytest.raises(
+        ValueError, match="LAYER_DECAY is 0.7, but the layers of 'backbone', a Sequential,"
+    ):
+        built(detector(network, neck=False), LAYER_DECAY=0.7)
+    network.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="BACKBONE_LR_FACTOR is 0.1, but .* no parameter of 'backbone.bott"
+    ):
+        built(detector(network), BACKBONE_LR_FACTOR=0.1)
 
 
 def test_what_is_not_trained_is_left_out():
@@ -224,6 +301,8 @@ def test_resume_with_another_optimizer_or_other_tensors(ghnd):
             ghnd.run("--resume", opts=options)
         message = f"--resume: the checkpoint's optimizer is Adam of 25 tensors, this run's is {kind} ("
         assert str(caught.value).startswith(message)
+    with pytest.raises(ValueError, match=r"groups of \[9, 16\] .* has \[9, 8, 8\] \(SOLVER.BACKBONE_LR"):
+        ghnd.run("--resume", opts=["SOLVER.WEIGHT_DECAY_BIAS", 0.5])
     keys = ["SOLVER.OPTIMIZER", "MODEL.DISTILLER.FREEZE", "MODEL.BACKBONE.FREEZE_AT", "without --resume"]
     assert all(key in str(caught.value) for key in keys)
     assert (ghnd.output / "last_checkpoint").read_text() == "model_0000000.pth"

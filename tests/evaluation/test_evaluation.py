@@ -12,7 +12,7 @@ from pycocotools import mask as rle
 from torch import nn
 
 from distill_d2.data import register_custom_datasets, register_shapes, shapes
-from distill_d2.evaluation import build_evaluator, with_model_evaluators
+from distill_d2.evaluation import build_evaluator, coco, with_model_evaluators
 
 
 def evaluate(name, output_dir, shift=0.0, **options):
@@ -103,6 +103,58 @@ def test_more_than_100_detections_of_an_image_count_on_request(tmp_path):
     assert evaluate("evaluate_crowded", tmp_path, detections_per_image=150)["bbox"]["AP50"] > 99
 
 
+def disturbed(record, random):
+    """Ground truth as detections of few different scores: shifted, twice, of wrong classes, at wrong places."""
+    parts = []
+    for shift in (0.0, 2.0, 12.0):
+        part = _instances(record, shift)
+        part = part[torch.from_numpy(random.rand(len(part)) < 0.6)]
+        wrong = torch.from_numpy(random.rand(len(part)) < 0.2)
+        part.pred_classes = torch.where(wrong, (part.pred_classes + 1) % 3, part.pred_classes)
+        part.scores = torch.from_numpy(random.rand(len(part)).round(1))
+        parts.append(part)
+    return Instances.cat(parts)
+
+
+@pytest.mark.skipif(coco.FastCOCOeval is None, reason="faster-coco-eval is not installed")
+@pytest.mark.parametrize("limit", [100, 120])
+def test_faster_coco_eval_gives_the_same_numbers(monkeypatch, tmp_path, limit):
+    """All metrics of all classes, for boxes and masks; image ids are strings that int() would change."""
+    monkeypatch.setattr(shapes, "SPLITS", {"train": (2, 1), "val": (12, 2)})
+    register_shapes()
+    records = [{**r, "image_id": f"00{i}"} for i, r in enumerate(DatasetCatalog.get("shapes_val"))]
+    for record in records[::3]:
+        record["annotations"][0]["iscrowd"] = 1
+    name = f"evaluate_both_{limit}"
+    DatasetCatalog.register(name, lambda: records)
+    classes = [*MetadataCatalog.get("shapes_val").thing_classes, "a class without objects"]
+    MetadataCatalog.get(name).set(thing_classes=classes, evaluator_type="coco")
+    results, used = [], []
+
+    class Fast(coco.FastCOCOeval):
+        def evaluate(self):
+            used.append(len(results))
+            super().evaluate()
+
+    for fast in (Fast, None):
+        monkeypatch.setattr(coco, "FastCOCOeval", fast)
+        random = np.random.RandomState(0)
+        evaluator = build_evaluator(name, str(tmp_path), detections_per_image=limit)
+        evaluator.reset()
+        for record in records:
+            evaluator.process([record], [{"instances": disturbed(record, random)}])
+        for ids in (None, [record["image_id"] for record in records[:7]]):
+            results += evaluator.evaluate(ids).values()
+    assert (
+        len(results) == 8
+        and used == [0, 0, 2, 2]
+        and 5 < results[0]["AP"] < 95
+        and results[0] != results[2]
+    )
+    for found, official in zip(results[:4], results[4:]):
+        assert found == pytest.approx(official, abs=1e-9, nan_ok=True)
+
+
 def test_no_detection_is_an_ap_of_0(tmp_path):
     crowded("evaluate_nothing", 2)
     evaluator = build_evaluator("evaluate_nothing", str(tmp_path))
@@ -113,13 +165,16 @@ def test_no_detection_is_an_ap_of_0(tmp_path):
     assert results["AP"] == 0 and np.isnan(results["APs"])  # there are no small objects
 
 
-def test_keypoint_sigmas_are_used(tmp_path):
+def test_keypoint_sigmas_are_used(monkeypatch, tmp_path):
     """The similarity of a keypoint is exp(-d^2 / (2 area (2 sigma)^2)): at sqrt(18) pixels in a box of 30x60
     it is 0.88 for a sigma of 0.1, and below 0.1 for 0.02."""
     crowded("evaluate_keypoints", 2, keypoints=[10, 20, 2, 20, 40, 2], num_keypoints=2)
-    for sigma, ap in ((0.1, 100), (0.02, 0)):
-        results = evaluate("evaluate_keypoints", tmp_path, shift=3.0, keypoint_sigmas=[sigma, sigma])
-        assert results["keypoints"]["AP50"] == pytest.approx(ap)
+    for fast in {coco.FastCOCOeval, None}:
+        monkeypatch.setattr(coco, "FastCOCOeval", fast)
+        for sigma, ap in ((0.1, 100), (0.02, 0)):
+            sigmas = [sigma, sigma]
+            results = evaluate("evaluate_keypoints", tmp_path, shift=3.0, keypoint_sigmas=sigmas)
+            assert results["keypoints"]["AP50"] == pytest.approx(ap)
 
 
 def test_coco_dataset_that_is_not_there_is_named(tmp_path):

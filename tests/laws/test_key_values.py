@@ -195,6 +195,8 @@ ROWS = [
         {"SOLVER__CLIP_GRADIENTS__CLIP_VALUE": -1.0},
         ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE is -1.0", "above 0"],
     ),
+    ("retinanet", {"SOLVER__BACKBONE_LR_FACTOR": 0}, ["BACKBONE_LR_FACTOR is 0", "FREEZE_AT fixes"]),
+    ("retinanet", {"SOLVER__LAYER_DECAY": 1.1}, ["SOLVER.LAYER_DECAY is 1.1", "at most 1"]),
     ("retinanet", {"SOLVER__BASE_LR": math.nan}, ["SOLVER.BASE_LR is nan; expected a finite number"]),
     (
         "retinanet",
