@@ -26,15 +26,22 @@ def physical_cores() -> int:
     return len({file.read_text() if file.is_file() else file.parts[5] for file in files})
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, news: Callable[[Sequence[Job]], None]) -> None:
+def run_jobs(
+    jobs: Sequence[Job],
+    processes: int,
+    news: Callable[[Sequence[Job]], None],
+    start: Callable[[Job], Run] | None = None,
+) -> None:
     """Run jobs in their order, so many at a time.
 
     Args:
         news: is given the running jobs from time to time.
+        start: default: ``start_job``.
 
     Raises:
         SystemExit: a job failed, with its status; the others were stopped, and left a checkpoint.
     """
+    start = start or start_job
     waiting, running = list(jobs), list[tuple[Job, Run]]()
     shown = time.time()
     with _terminated_as_interrupted():
@@ -55,7 +62,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, news: Callable[[Sequence[Job]]
             _end([run.process for _, run in running])
 
 
-def start(job: Job) -> Run:
+def start_job(job: Job) -> Run:
     """Start a job; what it prints goes to the end of its CONSOLE."""
     job.prepare()
     print(f"$ {job.command}", flush=True)
