@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from ..kernels import plain_layout
 from .addresses import direct_address, local_file
 from .choosing import LAST, choose
+from .initial import check_backbones, load_initial_weights
 from .integrity import check_finite, check_weights
 from .reading import errors_name_file, read_pickle, read_pycls, read_torch
 from .writing import write_whole
@@ -55,6 +57,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _write(self, name: str, data: dict[str, Any]) -> None:
         path = os.path.join(self.save_dir, name)
         logger.info(f"Saving checkpoint to {path}")
+        data = plain_layout(data)
         write_whole(path, lambda file: torch.save(data, file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -105,14 +108,15 @@ class SafeCheckpointer(DetectionCheckpointer):
     def resume_or_load(
         self, path: str, *, resume: bool = True, with_losses: bool = True
     ) -> dict[str, Any]:
-        """Like fvcore's; a checkpoint that is resumed must match this model exactly.
+        """Like fvcore's; a checkpoint that is resumed must match this model exactly. Without any, the modules that
+        have pretrained weights of their own load them.
 
         Args:
             with_losses: it must also match the losses; False if only the model is needed.
 
         Raises:
             ValueError: it is from another model, or from other losses, or no tensor of ``path`` fits; the message
-                lists keys.
+                lists keys. ``path`` lacks tensors of a backbone with weights of its own.
             FileNotFoundError: ``path`` does not exist.
         """
         self._resumed_from = self.get_checkpoint_file() if resume else ""
@@ -123,9 +127,12 @@ class SafeCheckpointer(DetectionCheckpointer):
             loaded = self.load(path, checkpointables=[])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{_KEY}: {error}") from error
-        if path:
-            self._check_use(path)
-            self._tell_missing(path)
+        if not path:
+            load_initial_weights(self.model)
+            return loaded
+        self._check_use(path)
+        check_backbones(self.model, self._not_loaded(), f"{_KEY} '{path}'")
+        self._tell_missing(path)
         return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -143,10 +150,15 @@ class SafeCheckpointer(DetectionCheckpointer):
                 "model or its backbone, or '' to start from random ones"
             )
 
+    def _not_loaded(self) -> set[str]:
+        """The tensors of the model that the last ``load`` did not fill."""
+        mis_shaped = {name for name, _, _ in self.incompatible.incorrect_shapes}
+        return mis_shaped | set(self.incompatible.missing_keys)
+
     def _tell_missing(self, path: str) -> None:
         """In one line; fvcore logs each tensor."""
-        mis_shaped = {name for name, _, _ in self.incompatible.incorrect_shapes}
-        missing = sorted(mis_shaped | set(self.incompatible.missing_keys))
+        mis_shaped = self.incompatible.incorrect_shapes
+        missing = sorted(self._not_loaded())
         if missing:
             other = f" ({len(mis_shaped)} are there in another shape)" if mis_shaped else ""
             logger.log(

@@ -78,7 +78,8 @@ class Context:
 # A run asks for the same levels several times: while its config is checked, when the Distiller is built, ...
 _LEVELS: dict[str, list[str] | None] = {}
 _MOST_LEVELS = 100
-_OTHER_KEYS = ("DISTILLER", "META_ARCHITECTURE", "WEIGHTS", "DEVICE")
+# The architecture counts: a pyramid may have as many levels as it reads.
+_OTHER_KEYS = ("DISTILLER", "WEIGHTS", "DEVICE")
 
 
 def _levels(cfg: CfgNode, name: str) -> list[str] | None:
