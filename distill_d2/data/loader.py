@@ -117,6 +117,14 @@ def example_batches(loader: Any, count: int, most: int, parts: int = 1) -> list[
     return [images[first : first + size] for first in range(0, len(images), size)]
 
 
+def mapper_and_records(
+    loader: Any,
+) -> tuple[Callable[[dict[str, Any]], Any], Sequence[dict[str, Any]]] | None:
+    """The mapper and the dataset dicts of a loader of ``build_train_loader``; None for other loaders."""
+    stream = getattr(loader, "dataset", None)
+    return (stream.mapper._obj, stream.dataset) if isinstance(stream, _MappedStream) else None
+
+
 def _describe(dataset: Sequence[dict[str, Any]]) -> str:
     """The number of images, and a checksum of their files' names and numbers of annotations."""
     names = (

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "distiller."
 
+Images = list[torch.Tensor]
+Terms = dict[str, torch.Tensor]
+
 
 @META_ARCH_REGISTRY.register()
 class Distiller(nn.Module):
@@ -208,9 +211,11 @@ class Distiller(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         self.phases.check_trainer(first_step=self._steps == 0)
-        images = [item["image"].to(self.device, non_blocking=True) for item in batched_inputs]
+        originals = [item["image"] for item in batched_inputs]
+        images = [image.to(self.device, non_blocking=True) for image in originals]
         inputs = [{**item, "image": image} for item, image in zip(batched_inputs, images)]
-        losses = self._pretrain(inputs, images) if self.iteration < 0 else self._train(inputs, images)
+        step = self._pretrain if self.iteration < 0 else self._train
+        losses = step(inputs, images, originals)
         self._steps += 1
         return losses
 
@@ -233,15 +238,13 @@ class Distiller(nn.Module):
 
     # A training step.
 
-    def _train(
-        self, inputs: list[dict[str, Any]], images: list[torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _train(self, inputs: list[dict[str, Any]], images: Images, originals: Images) -> Terms:
         factors = {name: loss.factor(self.iteration) for name, loss in self.losses.items()}
         with self.student_view.recording(), self.teacher.view.recording():
             losses = self._task_losses(inputs)
             self._apply_task_weights(losses, factors)
             if any(factors.values()):
-                self._observe(images)
+                self._observe(images, originals)
             batch = Batch(inputs, self.padding.size, self.iteration, self.max_iter)
             self.owners = {}
             for name, loss in self.losses.items():
@@ -274,10 +277,13 @@ class Distiller(nn.Module):
                 if term in task_losses and weight != 1.0:
                     task_losses[term] = task_losses[term] * weight
 
-    def _observe(self, images: list[torch.Tensor]) -> None:
+    def _observe(self, images: Images, originals: Images) -> None:
+        """Show the images to the teacher; ``originals`` are those of the batch, where the mapper left them."""
+        if self.teacher.cache is None or any(image.is_cuda for image in originals):
+            originals = []
         if self._reverse_channels:
-            images = [image.flip(0) for image in images]
-        self.teacher.observe(images, self.padding.size)
+            images, originals = ([image.flip(0) for image in part] for part in (images, originals))
+        self.teacher.observe(images, self.padding.size, originals)
 
     def _distill_losses(self, loss: DistillLoss, factor: float, batch: Batch) -> dict[str, torch.Tensor]:
         if factor == 0.0:
@@ -288,14 +294,12 @@ class Distiller(nn.Module):
             check_terms(terms, loss)
         return {name: term * factor for name, term in terms.items()}
 
-    def _pretrain(
-        self, inputs: list[dict[str, Any]], images: list[torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _pretrain(self, inputs: list[dict[str, Any]], images: Images, originals: Images) -> Terms:
         """The losses learn from the teacher alone."""
         self.padding.size = self.padding.of_images(images)
         batch = Batch(inputs, self.padding.size, self.iteration, self.max_iter)
         with self.teacher.view.recording():
-            self._observe(images)
+            self._observe(images, originals)
             with torch.autocast(self.device.type, enabled=False):
                 terms = self.phases.pretrain(self.teacher.view, batch)
         first = next(iter(terms))

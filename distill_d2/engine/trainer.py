@@ -62,6 +62,7 @@ from .run_state import RunState
 from .run_summary import log_schedule, log_student
 from .settings import RunSettings, micro_batch
 from .step import TrainStep
+from .teacher_cache import use_teacher_cache
 from .trackers import build_trackers
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ class DistillTrainer(DefaultTrainer):
             accumulate=self.settings.accumulate,
             extra=functools.partial(ratios_in_step, model),
         )
+        if isinstance(model, Distiller):
+            use_teacher_cache(model, data_loader, self.max_iter * self.settings.accumulate)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self._build_checkpointer(model)
         self.stop = StopRequest()
