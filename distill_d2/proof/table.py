@@ -18,7 +18,7 @@ from .jobs import Job
 from .rows import Pair, Row
 from .settings import Settings
 
-DRAWS = 2000
+DRAWS = 1000
 
 
 @dataclass(frozen=True)
