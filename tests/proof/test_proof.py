@@ -255,13 +255,13 @@ def test_the_whole_command(photos, tmp_path, capsys):
     """A few iterations of a teacher, the student alone and a distilled one, from random weights; the second time
     nothing is trained."""
     words = ["proof", "--data", str(photos), "--output", str(tmp_path / "out"), "--pairs", "retinanet"]
-    words += ["--only", "pkd", "--seeds", "1", "--best-seeds", "2", "--no-gates"]
+    words += ["--only", "pkd", "--seeds", "1", "--best-seeds", "1", "--no-gates"]
     words += ["MODEL.TIMM.WEIGHTS", "", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
     words += ["SOLVER.WARMUP_ITERS", "0"]
     cli.main(words)
     content = json.loads((tmp_path / "out" / "table.json").read_text())
     pair = content["pairs"]["retinanet"]
-    assert len(pair["methods"]["methods"]["PKD"]["gains"]) == 2
+    assert len(pair["methods"]["methods"]["PKD"]["gains"]) == 1
     assert all(value >= 0 for row in pair["AP on test"].values() for value in row.values())
 
     capsys.readouterr()
