@@ -11,6 +11,7 @@ import yaml
 from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
+from detectron2.utils.events import EventStorage
 
 from distill_d2 import model_zoo
 from distill_d2.config import add_distill_config, load_yaml, student_config
@@ -172,7 +173,10 @@ HEADS = (
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(f"{head}.yaml".format(net), marks=() if i % 3 == j else pytest.mark.slow)
+        pytest.param(
+            f"{head}.yaml".format(net),
+            marks=() if i % 3 == j and net != "ConvNeXt_S" else pytest.mark.slow,
+        )
         for i, net in enumerate(BACKBONES)
         for j, head in enumerate(HEADS)
     ],
@@ -183,7 +187,8 @@ def test_a_detector_on_timm_is_built_and_stepped(name):
     check_model(student_config(cfg))
     cfg.MODEL.DEVICE, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.ROI_BOX_HEAD.FC_DIM = "cpu", 32, 32
     model = build_model(cfg).train()
-    losses = model(tiny_batch())
+    with EventStorage():
+        losses = model(tiny_batch())
     sum(losses.values()).backward()
     assert all(value.isfinite() for value in losses.values())
     assert [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
@@ -324,7 +329,7 @@ def test_adets_detectors_are_built(name):
     assert (cfg.MODEL.FCOS.BOX_QUALITY == "iou") == ("iou" in parts)
     assert (cfg.MODEL.CONDINST.MASK_BRANCH.SEMANTIC_LOSS_ON) == ("sem" in parts)
     assert (cfg.MODEL.RESNETS.DEPTH == 101) == ("101" in parts)
-    assert cfg.MODEL.WEIGHTS or "Base" in name
+    assert cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS or "Base" in name
     keys = set(model.state_dict())
     assert ("proposal_generator.fcos_head.cls_tower.9.offset.weight" in keys) == ("dcnv2" in parts)
     assert ("backbone.repeated_bifpn.5.weights_f4_4_11" in keys) == ("BiFPN" in parts)
