@@ -10,6 +10,7 @@ from detectron2.structures import Boxes
 from torch import nn
 from torch.nn import functional as F
 
+from distill_d2.kernels import prefer_onednn
 from distill_d2.precision import native_bfloat16
 from distill_d2.teacher import Teacher, prepare
 from distill_d2.teacher.prepare import fold_norms
@@ -201,7 +202,7 @@ def test_prefer_onednn_changes_no_output(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), *pointwise, nn.Conv2d(4, 2, (1, 3)))
     image = torch.randn(2, 3, 9, 9)
     expected = model(image)
-    assert prepare.prefer_onednn(model) == 2
+    assert prefer_onednn(model) == 2
     torch.testing.assert_close(model(image), expected)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert prepare.prefer_onednn(model) == 0  # it is no faster there
+    assert prefer_onednn(model) == 0  # it is no faster there

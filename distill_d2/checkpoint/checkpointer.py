@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from ..kernels import plain_layout
 from .addresses import direct_address, local_file
 from .choosing import LAST, choose
 from .initial import check_backbones, load_initial_weights
@@ -56,6 +57,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _write(self, name: str, data: dict[str, Any]) -> None:
         path = os.path.join(self.save_dir, name)
         logger.info(f"Saving checkpoint to {path}")
+        data = plain_layout(data)
         write_whole(path, lambda file: torch.save(data, file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

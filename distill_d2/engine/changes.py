@@ -40,6 +40,7 @@ _MEANINGS = [
         r"SOLVER\.ACCUMULATE|train\.accumulate",
         "the step stays, but for rounding, batch statistics and groups of images by aspect ratio",
     ),
+    (r"MODEL\.FAST_KERNELS|train\.fast_kernels", "results differ by float rounding"),
     (r"SEED|train\.seed", "without effect: the random state comes from the checkpoint"),
     (
         r"DATALOADER\.NUM_WORKERS|dataloader\.train\.num_workers",

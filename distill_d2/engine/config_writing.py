@@ -46,6 +46,7 @@ def plain_student_config(cfg: CfgNode) -> CfgNode:
     they have their default values: if none is left, plain detectron2 loads it."""
     cfg = student_config(cfg)
     del cfg.MODEL["DISTILLER"], cfg[EXTRA_KEY]
+    del cfg.MODEL["FAST_KERNELS"]
     for name in _OF_TRAINING:
         del cfg[name]
     defaults = get_cfg()

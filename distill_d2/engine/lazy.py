@@ -69,7 +69,13 @@ _REQUIRED = (
     "train.amp.enabled",
 )
 # ... what it reads where it is there ...
-_OPTIONAL = ("train.accumulate", "train.ema", "train.keep_best", "train.patience")
+_OPTIONAL = (
+    "train.accumulate",
+    "train.ema",
+    "train.fast_kernels",
+    "train.keep_best",
+    "train.patience",
+)
 # ... and what a training reads, too.
 _REQUIRED_TO_TRAIN = ("optimizer", "lr_multiplier", "dataloader.train")
 

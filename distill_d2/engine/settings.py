@@ -48,6 +48,9 @@ class RunSettings:
     accumulate: int
     # The decay of the moving average of the student's weights, 0 for none: SOLVER.EMA, train.ema.
     ema: float
+    # Whether the student's convolutions use the faster layout and kernels: MODEL.FAST_KERNELS,
+    # train.fast_kernels.
+    fast_kernels: bool
     # The metric of model_best.pth, "" for none: TEST.KEEP_BEST, train.keep_best.
     keep_best: str
     # Evaluations without a better one after which the run ends, 0 for never: TEST.PATIENCE, train.patience.
@@ -90,6 +93,7 @@ class RunSettings:
             eval_period=cfg.TEST.EVAL_PERIOD,
             accumulate=cfg.SOLVER.ACCUMULATE,
             ema=cfg.SOLVER.EMA,
+            fast_kernels=cfg.MODEL.FAST_KERNELS,
             keep_best=cfg.TEST.KEEP_BEST,
             patience=cfg.TEST.PATIENCE,
             log_period=LOG_PERIOD,
@@ -122,6 +126,7 @@ class RunSettings:
             eval_period=train.eval_period,
             accumulate=train.get("accumulate", 1),
             ema=train.get("ema", 0.0),
+            fast_kernels=train.get("fast_kernels", False),
             keep_best=train.get("keep_best", ""),
             patience=train.get("patience", 0),
             log_period=train.log_period,

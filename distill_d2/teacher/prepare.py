@@ -11,6 +11,8 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ..kernels import in_memory_format, prefer_onednn
+
 
 def prepared_copy(
     model: nn.Module, memory_format: torch.memory_format, *, heads: bool, tapped: Iterable[str] = ()
@@ -60,24 +62,6 @@ def fold_norms(model: nn.Module, kept: Sequence[nn.Module] = ()) -> int:
     return folded
 
 
-def prefer_onednn(model: nn.Module) -> int:
-    """Let oneDNN compute the 1x1 convolutions on a CPU, too.
-
-    With one thread and less than 16 images torch computes them as a matrix product instead, which is a
-    tenth slower where oneDNN has kernels of its own (x86 with AVX2 or more). It does not do so with a
-    dilation, which changes nothing in a kernel of one pixel.
-
-    Returns:
-        the number of layers changed.
-    """
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return 0
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
-    for conv in convs:
-        conv.dilation = (2, 2)
-    return len(convs)
-
-
 def _has_fixed_statistics(norm: nn.Module | None) -> bool:
     kinds = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
     return isinstance(norm, kinds) and norm.running_var is not None
@@ -111,19 +95,9 @@ def _use_memory_format(model: nn.Module, memory_format: torch.memory_format) -> 
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() in (4, 5):
-                tensor = _in_memory_format(parameter, memory_format)
+                tensor = in_memory_format(parameter, memory_format)
                 if tensor is not parameter:
                     setattr(module, name, nn.Parameter(tensor, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.dim() in (4, 5):
-                setattr(module, name, _in_memory_format(buffer, memory_format))
-
-
-def _in_memory_format(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """The tensor itself if it has this layout; the same memory, or else a copy, with these strides."""
-    strides = torch.empty_like(tensor, device="meta", memory_format=memory_format).stride()
-    if tensor.stride() == strides:
-        return tensor
-    if tensor.is_contiguous(memory_format=memory_format):  # a kernel of one pixel has every layout
-        return tensor.detach().as_strided(tensor.shape, strides)
-    return tensor.detach().to(memory_format=memory_format)
+                setattr(module, name, in_memory_format(buffer, memory_format))

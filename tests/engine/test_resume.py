@@ -29,10 +29,10 @@ def resumed_and_whole(job, run, name="model_0000001"):
 @pytest.mark.parametrize(
     "opts",
     [
-        ["DATALOADER.NUM_WORKERS", 2],
+        ["DATALOADER.NUM_WORKERS", 2, "MODEL.FAST_KERNELS", True],
         ["SEED", -1, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", *PRECISE_BN],
     ],
-    ids=["workers", "repeat factors and precise BN"],
+    ids=["workers and fast kernels", "repeat factors and precise BN"],
 )
 def test_resumed_run_equals_the_whole(job, opts):
     job.config.INPUT.MIN_SIZE_TRAIN = (48, 56, 64)
