@@ -39,7 +39,7 @@ def test_measured_anew(recipe):
 def step_with(period):
     """The gradients of a step in which each ``period``-th one is measured, and what was measured."""
     model, _, batch = weighed("PKD", "RetinaNet")
-    model.gradient_ratio_period = period
+    model.gradient_ratio_period, model.phases.supported_by_trainer = period, True
     losses = losses_of(distributed(model), batch)
     ratios = ratios_in_step(model, losses, lambda loss: loss)
     sum(losses.values()).backward()
