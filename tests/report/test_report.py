@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,8 +95,20 @@ def test_page_without_detectors_and_data(tmp_path):
     other = run_of(tmp_path / "other", evaluation(iteration=9))
     parts = Page(made(tmp_path, other, "--student", ",".join(seeds))).texts
     assert re.search(r"seed1, seed2\s+41.5 ± 0.7", parts["results"])
-    assert "no detector could be loaded" in parts["pictures"]
+    assert "gain over" not in parts["results"] and "no detector could be loaded" in parts["pictures"]
     assert "other: " in parts["size-and-speed"] and "Nothing was distilled" in parts["gradients"]
+
+
+def test_gains_of_several_seeds(tmp_path):
+    alone, pkd = (
+        [run_of(tmp_path / f"{name}{seed}", evaluation(gain + seed, iteration=9)) for seed in (1, 2, 3)]
+        for name, gain in (("alone", 0.0), ("pkd", 2.0))
+    )
+    for run in pkd:
+        Path(run, "distill_config.yaml").write_text("MODEL: {DISTILLER: {TYPES: [PKD]}}")
+    page = made(tmp_path, "alone=" + ",".join(alone), "PKD=" + ",".join(pkd))
+    found = " ".join(Page(page).texts["results"].partition("gain over alone")[2].split())
+    assert "PKD 1, 2, 3 44.00 ± 1.00 +2.00, +2.00, +2.00 +2.00 +2.00 to +2.00 < 0.001" in found
 
 
 def test_roles(tmp_path):
