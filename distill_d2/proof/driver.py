@@ -12,7 +12,7 @@ from .jobs import Job
 from .plan import Plan
 from .rows import Pair, Row
 from .settings import Settings
-from .table import write_tables
+from .table import Results, results_of, write_tables
 
 #: Runs jobs, so many at a time, and tells news of those that run.
 RunJobs = Callable[[Sequence[Job], int, Callable[[Sequence[Job]], None]], None]
@@ -58,9 +58,7 @@ class Proof:
             return
         tests = [self._plan.test(job) for pair in self._pairs for job in self._trained(pair)]
         self._finish(f"evaluations on {self.settings.photos.test}", tests)
-        trained = {pair: self._trained(pair) for pair in self._pairs}
-        results = {pair: [self._plan.test(job) for job in jobs] for pair, jobs in trained.items()}
-        print(write_tables(self.settings, trained, results, self.gates))
+        print(write_tables(self.settings, [self._results(pair) for pair in self._pairs], self.gates))
 
     def tell(self) -> None:
         """Print how many runs are left, and their hours."""
@@ -122,6 +120,10 @@ class Proof:
         plan = self._plan
         first = [plan.teacher(pair), *plan.alone(pair), *plan.doubled(pair)]
         return [*first, *plan.methods(pair), *self._same_time(pair), *self._more_seeds(pair)]
+
+    def _results(self, pair: Pair) -> Results:
+        trained = self._trained(pair)
+        return results_of(pair, trained, [self._plan.test(job) for job in trained], self.settings)
 
     def _finish(self, stage: str, jobs: Sequence[Job]) -> None:
         """Run those jobs of a stage that are not finished.

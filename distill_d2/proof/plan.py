@@ -13,8 +13,15 @@ from .jobs import FINAL, Job, noted_length
 from .rows import Pair, Row
 from .settings import Settings
 
+_CACHE = "MODEL.DISTILLER.TEACHER_CACHE"
 # Keys that change nothing of what is learned.
-_NOT_COMPARED = ("DATASETS.CUSTOM", "SOLVER.CHECKPOINT_PERIOD", "MODEL.DISTILLER.TEACHER_CACHE")
+_NOT_COMPARED = (
+    "DATASETS.CUSTOM",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+    _CACHE,
+    f"{_CACHE}_GB",
+)
 
 
 class Plan:
@@ -82,6 +89,8 @@ class Plan:
         if row in pair.methods:
             teacher = self._folder("train", pair, pair.teacher, self.settings.seeds[0])
             own["MODEL.DISTILLER.TEACHER_WEIGHTS"] = str(teacher / FINAL)
+            if _CACHE not in self._options:
+                own[_CACHE] = str(self.settings.output / "teacher_cache" / pair.name)
             values.update(
                 (f"teacher {k}", v) for k, v in self._values(pair.config(pair.teacher)).items()
             )
@@ -94,7 +103,7 @@ class Plan:
             return self._known[config]
         values = dict(flat(read_config(model_zoo.find_config(config)).values))
         values.update(self._options)
-        values = {key: v for key, v in values.items() if not key.startswith(_NOT_COMPARED)}
+        values = {key: v for key, v in values.items() if key not in _NOT_COMPARED}
         return self._known.setdefault(config, values)
 
     def _folder(self, part: str, pair: Pair, row: Row, seed: int) -> Path:
