@@ -171,6 +171,7 @@ def test_only_a_new_training_loads_them(tmp_path):
     body = student.backbone.bottom_up.body.state_dict()
     assert all(value.equal(state[key]) for key, value in body.items())
     job.run()
+    assert f"random weights, but for the backbone's, {path}" in (job.output / "log.txt").read_text()
     path.unlink()
     job.run("--resume", opts=["SOLVER.MAX_ITER", 2])
     assert load_trained(str(job.output)).model.backbone.bottom_up.weights == str(path)
