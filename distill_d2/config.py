@@ -135,9 +135,21 @@ def add_distill_config(cfg: CN) -> None:
     distiller.TEACHER_AUTOCAST = "auto"
     # torch.compile of the teacher's backbone; each new input shape costs a compilation.
     distiller.TEACHER_COMPILE = False
-    # Measure how strongly each term pulls on the student, on four images per process: before training, and
-    # with each evaluation in it (OUTPUT_DIR/gradients.jsonl).
+    # Where the teacher's outputs are kept, so that it is run once for each image: "memory", of each process, or
+    # a folder, which runs with the same teacher share, also at the same time; "": nowhere. For images that are
+    # the same in each pass over the data but for flips: one INPUT.MIN_SIZE_TRAIN or FIXED_SIZE, no crops.
+    distiller.TEACHER_CACHE = ""
+    # The most that is kept, in gigabytes; for the images that do not fit, the teacher is run in each step.
+    distiller.TEACHER_CACHE_GB = 4.0
+    # Keep float16, half the size. Not exact: outputs are rounded to 11 bits.
+    distiller.TEACHER_CACHE_HALF = False
+    # Measure how strongly each term pulls on the student, on twelve training images: before training, and with
+    # each evaluation in it (OUTPUT_DIR/gradients.jsonl).
     distiller.MEASURE_GRADIENTS = True
+    # Above 0: in every this many steps, measure on the step's own images the gradient of each loss in units of
+    # the task's (grad_ratio/<loss> in metrics.json). Such a step has a backward pass more for each loss, and one
+    # for the task.
+    distiller.GRADIENT_RATIO_PERIOD = 0
     # Evaluate the teacher on DATASETS.TEST too, on the student's images: with --eval-only, and before
     # training.
     distiller.EVAL_TEACHER = False

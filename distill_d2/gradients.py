@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -57,27 +56,34 @@ class TermGradients:
 
 
 def term_gradients(
-    model: nn.Module, batch: Sequence[Mapping[str, Any]], iteration: int | None = None
+    model: nn.Module, *batches: Sequence[Mapping[str, Any]], iteration: int | None = None
 ) -> TermGradients:
-    """The value of each term of a training step, and the norm of its gradient in the student's backbone.
+    """The value of each term of a training step, and the norm of its gradient in the student's backbone: means
+    over the batches of values and of gradients, as in a step on all of them.
 
-    It leaves no trace: the step is one of a copy, and random numbers are as before. In float32. The processes of
-    a distributed run call it together, because some detectors average over them.
+    It leaves no trace: each step is one of a copy, and random numbers are as before. In float32. Gradients are
+    added on the host. The processes of a distributed run call it together, because some detectors average over
+    them.
 
     Args:
         model: a detector, or a Distiller around one; not wrapped in DistributedDataParallel.
-        batch: as a dataset mapper gives it.
+        batches: each as a dataset mapper gives it.
         iteration: of the student, for losses with a schedule; None: ``acting_iteration``.
+
+    Raises:
+        ValueError: there are no batches.
     """
+    if not batches:
+        raise ValueError("no batch to measure gradients on; expected at least one")
     if iteration is None:
         iteration = acting_iteration(model)
-    with _copy_of(model) as copied, unchanged_random_state(), quiet(), torch.enable_grad():
-        losses, owners = _step(copied, batch, iteration)
-        student: Any = copied.student if isinstance(copied, Distiller) else copied
-        parameters = [p for p in student.backbone.parameters() if p.requires_grad]
-        terms, sums = _measure(losses, owners, parameters)
+    teacher = model.teacher.lent() if isinstance(model, Distiller) else contextlib.nullcontext()
+    total = _Total()
+    with teacher, unchanged_random_state(), quiet(), torch.enable_grad():
+        for batch in batches:
+            total.add(*_step(_copy_of(model), batch, iteration))
     names = list(model.losses) if isinstance(model, Distiller) else []
-    return TermGradients(iteration, terms, sums.get("", 0.0), {n: sums.get(n, 0.0) for n in names})
+    return total.mean(iteration, len(batches), names)
 
 
 def acting_iteration(model: nn.Module) -> int:
@@ -99,75 +105,18 @@ def distills(model: Distiller) -> bool:
     return any(reaches_student(loss, i) for loss in model.losses.values() for i in iterations)
 
 
-def mean_gradients(measured: Sequence[TermGradients]) -> TermGradients:
-    """The means over several batches.
+def trained_backbone(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the student's backbone and neck that are trained.
 
-    Raises:
-        ValueError: there are none.
+    Args:
+        model: a detector, or a Distiller around one.
     """
-    first = measured[0]
-    terms = {
-        name: TermGradient(
-            fmean(each.terms[name].value for each in measured),
-            fmean(each.terms[name].gradient for each in measured),
-            term.loss,
-        )
-        for name, term in first.terms.items()
-    }
-    losses = {name: fmean(each.losses[name] for each in measured) for name in first.losses}
-    return TermGradients(first.iteration, terms, fmean(each.task for each in measured), losses)
+    student: Any = model.student if isinstance(model, Distiller) else model
+    return [parameter for parameter in student.backbone.parameters() if parameter.requires_grad]
 
 
-@contextlib.contextmanager
-def _copy_of(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy in training mode. It shares the teacher, whose only state is its preparation."""
-    if not isinstance(model, Distiller):
-        yield copy.deepcopy(model).train()
-        return
-    teacher = model.teacher
-    with teacher.lent():
-        copied = copy.deepcopy(model, {id(each): each for each in (teacher, teacher.view)}).train()
-        copied.phases.supported_by_trainer = True
-        yield copied
-
-
-def _step(
-    model: nn.Module, batch: Sequence[Mapping[str, Any]], iteration: int
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The terms of a step, and the distillation loss that each one is of."""
-    owners: dict[str, str] = {}
-    pretrained = 0
-    if isinstance(model, Distiller):
-        pretrained = model.phases.pretrain_iters
-        for name, loss in model.losses.items():
-            owners.update(dict.fromkeys(loss.idle(), name))
-            loss.register_forward_hook(
-                lambda _loss, _inputs, terms, name=name: owners.update(dict.fromkeys(terms, name))
-            )
-    with EventStorage(iteration + pretrained):
-        losses = model(batch)
-    return {name: loss for name, loss in losses.items() if name != "loss_idle"}, owners
-
-
-def _measure(
-    losses: Mapping[str, torch.Tensor], owners: Mapping[str, str], parameters: Sequence[nn.Parameter]
-) -> tuple[dict[str, TermGradient], dict[str, float]]:
-    """The terms, and the norms of the gradients of all terms of an owner together; "" owns the student's."""
-    norms: dict[str, torch.Tensor] = {}
-    sums: dict[str, list[torch.Tensor]] = {}
-    for name, loss in losses.items():
-        gradients, owner = _gradients(loss, parameters), owners.get(name, "")
-        norms[name] = _norm(gradients)
-        sums[owner] = [a + b for a, b in zip(sums[owner], gradients)] if owner in sums else gradients
-    terms = {
-        name: TermGradient(loss.item(), norms[name].item(), owners.get(name, ""))
-        for name, loss in losses.items()
-    }
-    return terms, {owner: _norm(gradients).item() for owner, gradients in sums.items()}
-
-
-def _gradients(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
-    """Those of a term; zeros where it does not reach a parameter."""
+def gradients_in(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    """The gradients of a scalar, whose graph stays; zeros where it does not reach a parameter."""
     if not loss.requires_grad or not parameters:
         return [torch.zeros_like(parameter) for parameter in parameters]
     found = torch.autograd.grad(
@@ -176,7 +125,69 @@ def _gradients(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> list[t
     return list(found)
 
 
-def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+def norm_of(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of all of them together: a scalar."""
     if not gradients:
         return torch.zeros(())
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
+class _Total:
+    """Sums over batches of values and, on the host, of gradients."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+        self._gradients: dict[str, list[torch.Tensor]] = {}
+        self._owners: dict[str, str] = {}
+
+    def add(
+        self, model: nn.Module, losses: Mapping[str, torch.Tensor], owners: Mapping[str, str]
+    ) -> None:
+        parameters = trained_backbone(model)
+        for name, loss in losses.items():
+            gradients = [gradient.cpu() for gradient in gradients_in(loss, parameters)]
+            if name in self._gradients:
+                torch._foreach_add_(self._gradients[name], gradients)
+            else:
+                self._gradients[name] = gradients
+            self._values[name] = self._values.get(name, 0.0) + loss.item()
+            self._owners[name] = owners.get(name, "")
+
+    def mean(self, iteration: int, count: int, names: Sequence[str]) -> TermGradients:
+        """Of ``count`` batches; ``names`` are those of the distillation losses."""
+        terms = {
+            name: TermGradient(value / count, self._norm([name]) / count, self._owners[name])
+            for name, value in self._values.items()
+        }
+        task = self._norm_of_owner("") / count
+        return TermGradients(iteration, terms, task, {n: self._norm_of_owner(n) / count for n in names})
+
+    def _norm_of_owner(self, owner: str) -> float:
+        return self._norm([name for name, each in self._owners.items() if each == owner])
+
+    def _norm(self, names: Sequence[str]) -> float:
+        """Of the sum of these terms."""
+        gradients = [sum(parts) for parts in zip(*(self._gradients[name] for name in names))]
+        return norm_of(gradients).item()
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    """A copy in training mode. It shares the teacher, whose only state is its preparation."""
+    if not isinstance(model, Distiller):
+        return copy.deepcopy(model).train()
+    teacher = model.teacher
+    copied = copy.deepcopy(model, {id(each): each for each in (teacher, teacher.view)}).train()
+    copied.phases.supported_by_trainer = True
+    return copied
+
+
+def _step(
+    model: nn.Module, batch: Sequence[Mapping[str, Any]], iteration: int
+) -> tuple[nn.Module, dict[str, torch.Tensor], Mapping[str, str]]:
+    """The model, the terms of a step, and the distillation loss that each one is of."""
+    distiller = model if isinstance(model, Distiller) else None
+    pretrained = distiller.phases.pretrain_iters if distiller else 0
+    with EventStorage(iteration + pretrained):
+        losses = model(batch)
+    terms = {name: loss for name, loss in losses.items() if name != "loss_idle"}
+    return model, terms, distiller.owners if distiller else {}

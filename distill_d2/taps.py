@@ -164,6 +164,17 @@ class Taps:
         """Remember an output of the module ``path``, as if it had run."""
         self._calls.setdefault(path, []).append((output, _versions(output)))
 
+    def take(self) -> dict[str, list[Any]]:
+        """The outputs of each module that ran, one for each run; they are forgotten here.
+
+        Raises: see ``output``.
+        """
+        for path in self._calls:
+            self.output(path)
+        taken = {path: [output for output, _ in calls] for path, calls in self._calls.items()}
+        self._calls.clear()
+        return taken
+
     def has(self, path: str) -> bool:
         """Whether the module ran since recording began."""
         return path in self._calls

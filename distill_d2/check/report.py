@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from tabulate import tabulate
 
-from ..balance import unbalanced
+from ..balance import gradient_table, unbalanced
 from ..data import end_workers
 from ..data.summary import summarize, summary_table
 from ..distiller import Distiller
 from ..duration import evaluations_of, expected_duration, spoken
 from ..engine import DistillTrainer, RunSettings
 from ..engine.output_dir import check_writable
-from ..gradients import TermGradients
 from ..messages import shortened
 from .faults import Faults, noted
 from .pictures import draw_batch
@@ -24,7 +21,7 @@ from .run import build_trainer, check_data, read
 from .steps import (
     StepCost,
     evaluation_seconds,
-    first_batches,
+    first_batch,
     measure_gradients,
     measure_steps,
 )
@@ -73,9 +70,8 @@ def _measure(
 ) -> None:
     with noted(notes), faults.collected():
         try:
-            batches = first_batches(trainer, args.batches)
-            pictures = _draw(args.pictures, trainer, batches[0]) if args.pictures else []
-            gradients = measure_gradients(trainer, batches)
+            pictures = _draw(args.pictures, trainer, first_batch(trainer)) if args.pictures else []
+            gradients = measure_gradients(trainer, args.batches)
             evaluation, cost = evaluation_seconds(trainer), measure_steps(trainer)
         finally:
             end_workers()
@@ -83,7 +79,7 @@ def _measure(
         return
     if pictures:
         print(f"The first batch, as trained on: {len(pictures)} pictures in {args.pictures}\n")
-    print(f"{_terms(gradients)}\n\n{_cost(trainer.settings, cost, evaluation)}\n")
+    print(f"{gradient_table(gradients)}\n\n{_cost(trainer.settings, cost, evaluation)}\n")
     model = trainer.plain_model
     if isinstance(model, Distiller):
         notes += unbalanced(gradients, model.losses)
@@ -128,29 +124,6 @@ def _models(trainer: DistillTrainer) -> str:
     if isinstance(model, Distiller):
         lines += [f"Teacher: {model.teacher.describe()}", "", model.describe_levels()]
     return "\n".join(lines).rstrip()
-
-
-def _terms(measured: TermGradients) -> str:
-    """A table of the terms, with sums over the task and over each loss that has several."""
-    rows: list[tuple] = [
-        (name, term.loss or "task", term.value, term.gradient, _share(term.gradient, measured))
-        for name, term in measured.terms.items()
-    ]
-    rows.append(("all of the task", "", None, measured.task, None))
-    counts = Counter(term.loss for term in measured.terms.values())
-    for name, gradient in measured.losses.items():
-        if counts[name] > 1:
-            rows.append((f"all of {name}", "", None, gradient, _share(gradient, measured)))
-    header = ["term", "of", "value", "gradient", "in units of the task's"]
-    title = (
-        f"Terms of a step at iteration {measured.iteration}: values, and norms of the gradients in the student's "
-        "backbone and neck"
-    )
-    return f"{title}\n{tabulate(rows, header, tablefmt='pipe', floatfmt='.3g')}"
-
-
-def _share(gradient: float, measured: TermGradients) -> float | None:
-    return gradient / measured.task if measured.task > 0 else None
 
 
 def _cost(settings: RunSettings, cost: StepCost, evaluation: float) -> str:

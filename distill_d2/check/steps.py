@@ -7,7 +7,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from detectron2.utils.events import EventStorage
 
 from ..distiller import Distiller
 from ..engine import DistillTrainer
-from ..gradients import TermGradients, acting_iteration, mean_gradients, term_gradients
+from ..engine.gradient_examples import BATCH, gradient_examples
+from ..gradients import TermGradients, acting_iteration, term_gradients
 
 _WARM_UP, _STEPS = 1, 5
-_IMAGES = 4  # of a batch, whose gradients are measured
 _TESTED = 3  # images whose evaluation is timed
 
 
@@ -39,20 +39,19 @@ class StepCost:
     memory: int
 
 
-def first_batches(trainer: DistillTrainer, count: int) -> list[list[dict[str, Any]]]:
-    """The batches with which the training would start."""
-    return [next(trainer._trainer._data_loader_iter) for _ in range(count)]
+def first_batch(trainer: DistillTrainer) -> list[dict[str, Any]]:
+    """With which the training would start."""
+    return next(trainer._trainer._data_loader_iter)
 
 
-def measure_gradients(trainer: DistillTrainer, batches: Sequence[list[dict[str, Any]]]) -> TermGradients:
-    """Means over batches, of at most four images each, at the iteration at which all losses act."""
-    iteration = acting_iteration(trainer.plain_model)
-    parts = 2 if trainer.settings.amp_key else 1  # float32 takes twice the memory
-    measured = []
-    for batch in batches:
-        count = max(1, min(_IMAGES, len(batch) // parts))
-        measured.append(term_gradients(trainer.plain_model, batch[:count], iteration))
-    return mean_gradients(measured)
+def measure_gradients(trainer: DistillTrainer, count: int) -> TermGradients:
+    """Where most losses act, on ``count`` batches of four images; with three as a training does at its
+    start, which sets the weights of losses with a GRADIENT_RATIO."""
+    trainer._ratios.before(0)
+    with gradient_examples(trainer._trainer.data_loader, trainer.settings, count) as batches:
+        if batches is None:
+            batches = [first_batch(trainer)[:BATCH] for _ in range(count)]
+        return term_gradients(trainer.plain_model, *batches)
 
 
 def measure_steps(trainer: DistillTrainer) -> StepCost:

@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check the training of the student alone, without a teacher",
     )
     parser.add_argument(
-        "--batches", metavar="N", type=int, default=4, help="whose gradients are measured (default: 4)"
+        "--batches",
+        metavar="N",
+        type=int,
+        default=3,
+        help="of four images, on which gradients are measured (default: 3, as a training does)",
     )
     parser.add_argument(
         "--ratio",

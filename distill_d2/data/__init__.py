@@ -8,8 +8,9 @@ from .coco import adopt_coco_datasets
 from .config_loader import train_loader_of_config, training_records
 from .custom import register_custom_datasets
 from .custom_entries import check_name, datasets_root, with_absolute_paths
-from .loader import ShieldedLoader, build_train_loader, end_workers, example_batch
+from .loader import ShieldedLoader, build_train_loader, end_workers, example_batches
 from .read_errors import NamedReadErrors
+from .repeating import RepeatingImages, repeating_images
 from .sampler import ResumableTrainingSampler, sampler_of_config, seeded
 from .shapes import generate_shapes, register_shapes
 from .statistics import BoxStatistics, box_statistics
@@ -21,6 +22,7 @@ __all__ = [
     "BoxStatistics",
     "DataPlan",
     "NamedReadErrors",
+    "RepeatingImages",
     "ResumableTrainingSampler",
     "ShieldedLoader",
     "adopt_coco_datasets",
@@ -33,12 +35,13 @@ __all__ = [
     "check_plan",
     "datasets_root",
     "end_workers",
-    "example_batch",
+    "example_batches",
     "generate_shapes",
     "raised",
     "register_builtin_voc",
     "register_custom_datasets",
     "register_shapes",
+    "repeating_images",
     "sampler_of_config",
     "seeded",
     "skip_unreadable",

@@ -96,14 +96,15 @@ def build_train_loader(
     )
 
 
-def example_batch(loader: Any, most: int, parts: int = 1) -> list[Any] | None:
-    """This process's share of images from all over the training data, mapped; the same ones at each call. The
-    order in which images are trained on stays as it is.
+def example_batches(loader: Any, count: int, most: int, parts: int = 1) -> list[list[Any]] | None:
+    """Images from all over the training data, mapped; the same ones at each call and in each process. The order
+    in which images are trained on stays as it is.
 
     Args:
         loader: of ``build_train_loader``.
-        most: the number of images, at most.
-        parts: of a batch, one of which is the number of images, at most.
+        count: the number of images, at most.
+        most: the number of images in a batch, at most.
+        parts: of one of the loader's batches, one of which is the number of images in a batch, at most.
 
     Returns:
         None for other loaders.
@@ -111,7 +112,17 @@ def example_batch(loader: Any, most: int, parts: int = 1) -> list[Any] | None:
     stream = getattr(loader, "dataset", None)
     if not isinstance(stream, _MappedStream):
         return None
-    return stream.examples(max(1, min(most, stream.sampler.batch_size // parts)))
+    images = stream.examples(min(count, len(stream.dataset)))
+    size = max(1, min(most, stream.sampler.batch_size // parts))
+    return [images[first : first + size] for first in range(0, len(images), size)]
+
+
+def mapper_and_records(
+    loader: Any,
+) -> tuple[Callable[[dict[str, Any]], Any], Sequence[dict[str, Any]]] | None:
+    """The mapper and the dataset dicts of a loader of ``build_train_loader``; None for other loaders."""
+    stream = getattr(loader, "dataset", None)
+    return (stream.mapper._obj, stream.dataset) if isinstance(stream, _MappedStream) else None
 
 
 def _describe(dataset: Sequence[dict[str, Any]]) -> str:
@@ -143,10 +154,8 @@ class _MappedStream(IterableDataset):
             yield self._mapped(index)
 
     def examples(self, count: int) -> list[Any]:
-        """Images evenly spaced over the dataset, other ones in each process."""
-        parts = count * comm.get_world_size()
-        places = range(self.rank, parts, comm.get_world_size())
-        return [self._mapped(len(self.dataset) * place // parts) for place in places]
+        """Images evenly spaced over the dataset."""
+        return [self._mapped(len(self.dataset) * place // count) for place in range(count)]
 
     def _seed(self, place: int) -> int:
         entropy = [self.sampler.seed, self.rank, place]

@@ -42,6 +42,7 @@ def node_arguments(distiller: CfgNode, device: str, datasets: Sequence[str]) -> 
         "fix_backbone_before": distiller.FIX_BACKBONE_BEFORE,
         "fix_head_before": distiller.FIX_HEAD_BEFORE,
         "freeze_names": distiller.FREEZE,
+        "gradient_ratio_period": distiller.GRADIENT_RATIO_PERIOD,
     }
 
 

@@ -23,12 +23,15 @@ from ..teacher import Teacher
 from ..views import Batch, build_view
 from .building import node_arguments, separate_randomness
 from .padding import CommonPadding
-from .phases import TrainingPhases, add_terms, check_terms, reaches_student
+from .phases import TrainingPhases, add_terms, check_terms, gradient_ratios, reaches_student
 from .report import describe_levels
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "distiller."
+
+Images = list[torch.Tensor]
+Terms = dict[str, torch.Tensor]
 
 
 @META_ARCH_REGISTRY.register()
@@ -47,11 +50,15 @@ class Distiller(nn.Module):
         losses: the distillation losses by registered name.
         features_only: whether a training step runs the student only as far as the losses read it.
         phases: what is trained when; a trainer reads it.
+        owners: of the terms of the last step that are not the student's own, the loss of each one, by name.
+        gradient_ratio_period: steps between two measurements of the losses' gradients; a trainer reads it.
     """
 
     # Any, because Module's annotations know none of a detector's attributes, nor ModuleDict's of its values.
     student: Any
     losses: Any
+    owners: dict[str, str]
+    gradient_ratio_period: int
 
     @configurable
     def __init__(
@@ -72,6 +79,7 @@ class Distiller(nn.Module):
         fix_backbone_before: int = 0,
         fix_head_before: int = 0,
         freeze_names: Sequence[str] = (),
+        gradient_ratio_period: int = 0,
     ):
         """
         Args:
@@ -93,6 +101,8 @@ class Distiller(nn.Module):
             fix_head_before: the rest of the student is not trained before this iteration.
             freeze_names: regular expressions of names in the student's ``state_dict()``: parameters
                 that are not trained, and running statistics of batch norms that do not change.
+            gradient_ratio_period: above 0: in every this many steps DistillTrainer measures the gradient of
+                each loss in the student's backbone and neck.
 
         Raises:
             KeyError, TypeError, ValueError: a loss asks for what a detector cannot give; a number
@@ -133,6 +143,9 @@ class Distiller(nn.Module):
         self.padding = CommonPadding(self.student.backbone, *teacher.padding)
         self._reverse_channels = input_format != teacher.input_format
         self._steps = 0
+        self.owners = {}
+        self.gradient_ratio_period = gradient_ratio_period
+        self._check_ratios()
         with separate_randomness():
             for loss in losses.values():
                 loss.bind(self.student_view, teacher.view)
@@ -198,9 +211,11 @@ class Distiller(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         self.phases.check_trainer(first_step=self._steps == 0)
-        images = [item["image"].to(self.device, non_blocking=True) for item in batched_inputs]
+        originals = [item["image"] for item in batched_inputs]
+        images = [image.to(self.device, non_blocking=True) for image in originals]
         inputs = [{**item, "image": image} for item, image in zip(batched_inputs, images)]
-        losses = self._pretrain(inputs, images) if self.iteration < 0 else self._train(inputs, images)
+        step = self._pretrain if self.iteration < 0 else self._train
+        losses = step(inputs, images, originals)
         self._steps += 1
         return losses
 
@@ -223,18 +238,19 @@ class Distiller(nn.Module):
 
     # A training step.
 
-    def _train(
-        self, inputs: list[dict[str, Any]], images: list[torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _train(self, inputs: list[dict[str, Any]], images: Images, originals: Images) -> Terms:
         factors = {name: loss.factor(self.iteration) for name, loss in self.losses.items()}
         with self.student_view.recording(), self.teacher.view.recording():
             losses = self._task_losses(inputs)
             self._apply_task_weights(losses, factors)
             if any(factors.values()):
-                self._observe(images)
+                self._observe(images, originals)
             batch = Batch(inputs, self.padding.size, self.iteration, self.max_iter)
+            self.owners = {}
             for name, loss in self.losses.items():
-                add_terms(losses, self._distill_losses(loss, factors[name], batch), name)
+                terms = self._distill_losses(loss, factors[name], batch)
+                add_terms(losses, terms, name)
+                self.owners.update(dict.fromkeys(terms, name))
         if self.features_only and not all(
             reaches_student(loss, self.iteration) for loss in self.losses.values()
         ):
@@ -261,10 +277,13 @@ class Distiller(nn.Module):
                 if term in task_losses and weight != 1.0:
                     task_losses[term] = task_losses[term] * weight
 
-    def _observe(self, images: list[torch.Tensor]) -> None:
+    def _observe(self, images: Images, originals: Images) -> None:
+        """Show the images to the teacher; ``originals`` are those of the batch, where the mapper left them."""
+        if self.teacher.cache is None or any(image.is_cuda for image in originals):
+            originals = []
         if self._reverse_channels:
-            images = [image.flip(0) for image in images]
-        self.teacher.observe(images, self.padding.size)
+            images, originals = ([image.flip(0) for image in part] for part in (images, originals))
+        self.teacher.observe(images, self.padding.size, originals)
 
     def _distill_losses(self, loss: DistillLoss, factor: float, batch: Batch) -> dict[str, torch.Tensor]:
         if factor == 0.0:
@@ -275,14 +294,12 @@ class Distiller(nn.Module):
             check_terms(terms, loss)
         return {name: term * factor for name, term in terms.items()}
 
-    def _pretrain(
-        self, inputs: list[dict[str, Any]], images: list[torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _pretrain(self, inputs: list[dict[str, Any]], images: Images, originals: Images) -> Terms:
         """The losses learn from the teacher alone."""
         self.padding.size = self.padding.of_images(images)
         batch = Batch(inputs, self.padding.size, self.iteration, self.max_iter)
         with self.teacher.view.recording():
-            self._observe(images)
+            self._observe(images, originals)
             with torch.autocast(self.device.type, enabled=False):
                 terms = self.phases.pretrain(self.teacher.view, batch)
         first = next(iter(terms))
@@ -294,6 +311,16 @@ class Distiller(nn.Module):
         return torch.stack(sums).sum() * 0.0
 
     # Checks, choices and log messages of the constructor.
+
+    def _check_ratios(self) -> None:
+        ratios = gradient_ratios(self.losses)
+        if self.gradient_ratio_period:
+            ratios["MODEL.DISTILLER.GRADIENT_RATIO_PERIOD"] = self.gradient_ratio_period
+        if ratios and self.task_loss_weight == 0:
+            raise ValueError(
+                f"{ratios}, but MODEL.DISTILLER.TASK_LOSS_WEIGHT is 0: without the student's own losses there is "
+                "no gradient to compare with; set them to 0, and give the losses' weights"
+            )
 
     def _check_fixed_size(self) -> None:
         side = self.student_view.fixed_size

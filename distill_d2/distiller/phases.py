@@ -68,7 +68,8 @@ class TrainingPhases:
         """
         if self.supported_by_trainer:
             return
-        settings = {key: value for key, value in self._settings().items() if value}
+        settings: dict[str, float] = {key: value for key, value in self._settings().items() if value}
+        settings.update(gradient_ratios(self._losses))
         if settings:
             raise RuntimeError(
                 f"{settings}: this trainer does not support it. Train with distill_d2.engine.DistillTrainer "
@@ -129,6 +130,14 @@ class TrainingPhases:
 
     def _pretrain_setting(self) -> str:
         return f"MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS is {self.pretrain_iters}"
+
+
+def gradient_ratios(losses: Mapping[str, DistillLoss]) -> dict[str, float]:
+    """The settings GRADIENT_RATIO that are not 0, by config key."""
+    ratios = {
+        loss.config_key("gradient_ratio"): loss.settings.gradient_ratio for loss in losses.values()
+    }
+    return {key: ratio for key, ratio in ratios.items() if ratio}
 
 
 def reaches_student(loss: DistillLoss, iteration: int) -> bool:

@@ -12,21 +12,17 @@ from typing import Any
 
 import torch
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from ..balance import describe_gradients, unbalanced
+from ..balance import gradient_table, unbalanced
 from ..checkpoint import write_whole
-from ..data import example_batch
 from ..distiller import Distiller
 from ..gradients import TermGradients, distills, term_gradients
-from ..random_state import unchanged_random_state
 from ..run_files import GRADIENTS
+from .gradient_examples import gradient_examples
 from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
-
-_IMAGES = 4  # per process
 
 
 class GradientLog:
@@ -36,7 +32,7 @@ class GradientLog:
 
     A line of the file has "iteration", the number of the student's iterations that are done; "terms", the value,
     the gradient and the loss of each one ("": the student's own); "task" and "losses", the gradients of all terms
-    of the student and of each loss together. Numbers that are not finite are null.
+    of the student and of each loss together; "weights", those of the losses. Numbers that are not finite are null.
     """
 
     def __init__(self, model: nn.Module, loader: Any, settings: RunSettings):
@@ -47,14 +43,15 @@ class GradientLog:
         """
         self._model: Any = model
         self._loader = loader
+        self._settings = settings
         self._folder = settings.output_dir
-        self._parts = 2 if settings.amp_key else 1  # float32 takes twice the memory
         self._active = (
             isinstance(model, Distiller) and settings.distiller.MEASURE_GRADIENTS and distills(model)
         )
 
     def start(self) -> None:
-        """Before the first step; log what was measured, and warn of losses that are much too weak or too strong.
+        """Before the student's first step; log what was measured, and warn of losses that are much too weak or too
+        strong.
 
         All processes call it together, and ``after``, because some detectors average over them.
         """
@@ -62,7 +59,7 @@ class GradientLog:
         if measured is None:
             return
         self._write(0, measured)
-        logger.info(describe_gradients(measured))
+        logger.info(gradient_table(measured))
         for line in unbalanced(measured, self._model.losses):
             logger.warning(line)
 
@@ -79,11 +76,9 @@ class GradientLog:
         if not self._active:
             return None
         try:
-            with unchanged_random_state():
-                seed_all_rng(0)  # the same augmentations each time, also in a resumed run
-                batch = example_batch(self._loader, _IMAGES, self._parts)
-                if batch is not None:
-                    return term_gradients(self._model, batch, iteration)
+            with gradient_examples(self._loader, self._settings) as batches:
+                if batches is not None:
+                    return term_gradients(self._model, *batches, iteration=iteration)
             reason = "the data loader is not one of distill_d2's"
         except FloatingPointError:  # of detectron2's RPN, in all processes; the next step tells more
             return None
@@ -102,7 +97,8 @@ class GradientLog:
         lines = [line for line in read_gradients(self._folder) if line["iteration"] < iterations]
         terms = {name: _finite(asdict(term)) for name, term in measured.terms.items()}
         line = {"iteration": iterations, "terms": terms, "task": measured.task}
-        lines.append({**_finite(line), "losses": _finite(measured.losses)})
+        weights = {name: float(loss.applied_weight) for name, loss in self._model.losses.items()}
+        lines.append({**_finite(line), "losses": _finite(measured.losses), "weights": weights})
         content = "".join(f"{json.dumps(line)}\n" for line in lines)
         path = os.path.join(self._folder, GRADIENTS)
         write_whole(path, lambda file: file.write(content.encode()))

@@ -51,6 +51,16 @@ class PreciseBN(_AfterPretraining, hooks.PreciseBN):
         set_random_state(state)
 
 
+class MeasuredWeights(HookBase):
+    """Before each step. The first hook, so that its time is none of the step's."""
+
+    def __init__(self, measure: Callable[[], None]):
+        self._measure = measure
+
+    def before_step(self) -> None:
+        self._measure()
+
+
 class EvalHook(_AfterPretraining, hooks.EvalHook):
     """detectron2's, which a resumed run can ask for the evaluation that a kill has cut off."""
 

@@ -94,7 +94,10 @@ class LossReport:
             storage.put_scalars(cur_iter=step.iteration, **losses)
         for name, value in extra.items():
             if math.isfinite(value):  # float16 may overflow; the update is skipped, and JSON has no inf
-                storage.put_scalar(name, value, cur_iter=step.iteration)
+                smooth = not name.startswith(
+                    "grad_ratio/"
+                )  # some steps have one, so each is logged as it is
+                storage.put_scalar(name, value, cur_iter=step.iteration, smoothing_hint=smooth)
 
 
 def _check_finite(losses: Mapping[str, float], step: _Pending) -> None:

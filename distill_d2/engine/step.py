@@ -33,11 +33,13 @@ def _image_names(batch: Sequence[Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A micro-batch of a step: its data, the random state before it (with detect_anomaly), and its losses."""
+    """A micro-batch of a step: its data, the random state before it (with detect_anomaly), its losses, and what
+    else is reported of them."""
 
     data: Any
     state: dict[str, Any]
     losses: dict[str, torch.Tensor]
+    extra: Mapping[str, torch.Tensor]
 
 
 def _mean(losses: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -69,6 +71,7 @@ class TrainStep(SimpleTrainer):
         own_optimizers: Mapping[str, torch.optim.Optimizer] = MappingProxyType({}),
         frozen_parameters: Callable[[], Sequence[nn.Parameter]] = tuple,
         accumulate: int = 1,
+        extra: Callable[..., dict[str, torch.Tensor]] = lambda losses, scale: {},
     ):
         """
         Args:
@@ -77,6 +80,8 @@ class TrainStep(SimpleTrainer):
             own_optimizers: those of losses, by their names; with any, gradient norms are reported.
             frozen_parameters: returns the parameters that this step must not change.
             accumulate: the loader's batches in a step; their losses and gradients are averaged.
+            extra: returns further scalars to report by name, of the losses of a step's first batch before its
+                backward pass, whose graph it leaves; and of the function that scales a loss.
         """
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device
@@ -88,6 +93,7 @@ class TrainStep(SimpleTrainer):
         self.own_optimizers = dict(own_optimizers)
         self.frozen_parameters = frozen_parameters
         self.accumulate = accumulate
+        self.extra = extra
         self.detect_anomaly = False
 
     def run_step(self) -> None:
@@ -96,7 +102,7 @@ class TrainStep(SimpleTrainer):
         self._data_time = 0.0
         for index in range(self.accumulate):
             with self._without_synchronization(index + 1 < self.accumulate):
-                parts.append(self._backward(optimizers if index == 0 else []))
+                parts.append(self._backward(optimizers, first=index == 0))
         get_event_storage().put_scalar("data_time", self._data_time)
         for parameter in self.frozen_parameters():
             parameter.grad = None  # not zero: weight decay and momentum would still move it
@@ -104,29 +110,27 @@ class TrainStep(SimpleTrainer):
         images = [name for part in parts for name in _image_names(part.data)]
         try:
             losses = _mean([part.losses for part in parts])
-            self.report.push(losses, self.iter, self.stop_requested, self._gradient_norms(), images)
+            extra = {**self._gradient_norms(), **parts[0].extra}
+            self.report.push(losses, self.iter, self.stop_requested, extra, images)
             if self.detect_anomaly:
                 self.report.flush()
         except FloatingPointError as error:
             raise FloatingPointError(str(error) + self._explain(parts)) from None
         self._update(optimizers)
 
-    def _backward(self, cleared: Sequence[torch.optim.Optimizer]) -> _Part:
-        """Add the gradients of the next micro-batch.
-
-        Args:
-            cleared: optimizers whose gradients are dropped before.
-        """
+    def _backward(self, optimizers: Sequence[torch.optim.Optimizer], first: bool) -> _Part:
+        """Add the gradients of the next micro-batch; before the first one the optimizers' are dropped."""
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         self._data_time += time.perf_counter() - start
         state = random_state() if self.detect_anomaly else {}
         losses = self._forward(data)
-        for optimizer in cleared:
+        for optimizer in optimizers if first else ():
             optimizer.zero_grad()
+        extra = self.extra(losses, self.grad_scaler.scale) if first else {}
         total = sum(losses.values())
         self.grad_scaler.scale(total if self.accumulate == 1 else total / self.accumulate).backward()
-        return _Part(data, state, {name: loss.detach() for name, loss in losses.items()})
+        return _Part(data, state, {name: loss.detach() for name, loss in losses.items()}, extra)
 
     def _without_synchronization(self, active: bool) -> contextlib.AbstractContextManager:
         """Inside, DistributedDataParallel leaves each process its own gradients, if ``active``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from typing import Any
@@ -38,12 +39,14 @@ from .ema import AveragedWeights
 from .evaluate import evaluate_teacher
 from .exact import exact_torchscript
 from .gradient_log import GradientLog
+from .gradient_ratios import GradientRatios, ratios_in_step
 from .hooks import (
     BoundedHistories,
     Checkpoints,
     EvalHook,
     ExpectedDuration,
     LRScheduler,
+    MeasuredWeights,
     PreciseBN,
     ProgressBar,
     StopOnRequest,
@@ -59,6 +62,7 @@ from .run_state import RunState
 from .run_summary import log_schedule, log_student
 from .settings import RunSettings, micro_batch
 from .step import TrainStep
+from .teacher_cache import use_teacher_cache
 from .trackers import build_trackers
 
 logger = logging.getLogger(__name__)
@@ -104,6 +108,7 @@ class DistillTrainer(DefaultTrainer):
         self.average = AveragedWeights(self._student(), self.settings.ema)
         self._run_state = RunState(cfg, model, self._student(), data_loader, self.average)
         self._gradients = GradientLog(model, data_loader, self.settings)
+        self._ratios = GradientRatios(model, data_loader, self.settings)
         self._check_classes()
         self._trainer = TrainStep(
             distributed(model, **self.settings.ddp),
@@ -113,7 +118,10 @@ class DistillTrainer(DefaultTrainer):
             own_optimizers=self.loss_training.optimizers,
             frozen_parameters=self.loss_training.frozen_parameters,
             accumulate=self.settings.accumulate,
+            extra=functools.partial(ratios_in_step, model),
         )
+        if isinstance(model, Distiller):
+            use_teacher_cache(model, data_loader, self.max_iter * self.settings.accumulate)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = self._build_checkpointer(model)
         self.stop = StopRequest()
@@ -173,7 +181,12 @@ class DistillTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """DefaultTrainer's hooks, with our checkpoints, stop requests and progress bar."""
-        ret: list[HookBase] = [hooks.IterationTimer(), LRScheduler(), *self.loss_training.hooks()]
+        ret: list[HookBase] = [
+            MeasuredWeights(self.measure_weights),
+            hooks.IterationTimer(),
+            LRScheduler(),
+        ]
+        ret += self.loss_training.hooks()
         ret += [self.average, *self._precise_bn()]
         ret += [Checkpoints(self.settings.checkpoint_period), StopOnRequest()]
         evaluation = EvalHook(self.settings.eval_period, self._evaluate, self._best)
@@ -312,8 +325,6 @@ class DistillTrainer(DefaultTrainer):
 
     def before_train(self) -> None:
         super().before_train()
-        if not self.start_iter:
-            self._gradients.start()
         self._run_state.restore_random_state()
         self._best.end_resumed()
 
@@ -321,6 +332,13 @@ class DistillTrainer(DefaultTrainer):
         if self.start_iter >= self.max_iter:
             self.iter = self.max_iter  # TrainerBase counts a step where none was left
         super().after_train()
+
+    def measure_weights(self) -> None:
+        """Before each step: set the weights that are measured, and once measure all gradients."""
+        iteration = self.iter - self.loss_training.pretrain_iters
+        self._ratios.before(iteration)
+        if iteration == 0:
+            self._gradients.start()
 
     def note_stop_request(self) -> None:
         """Tell the step whether this process was asked to stop; the processes then agree."""
@@ -359,6 +377,7 @@ class DistillTrainer(DefaultTrainer):
         state = super().state_dict()
         state["optimizer_kind"] = optimizer_signature(self._trainer.optimizer)
         state.update(self.loss_training.state_dict())
+        state.update(self._ratios.state_dict())
         state.update(self._run_state.state_dict())
         state.update(self.average.entries())
         return state
@@ -368,9 +387,11 @@ class DistillTrainer(DefaultTrainer):
         # Before anything is loaded: with other solvers the student's optimizer differs, too.
         self.loss_training.check(state_dict)
         check_optimizer(self._trainer.optimizer, state_dict)
+        self._ratios.check(state_dict)
         super().load_state_dict(state_dict)
         follow_layout(self._trainer.optimizer)
         self.loss_training.load_state_dict(state_dict)
+        self._ratios.load_state_dict(state_dict)
         self._run_state.load_state_dict(state_dict)
         self.average.continue_from(state_dict)
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..balance import balanced_weight
 from ..data import build_mapper, training_records
 from ..engine import load_config
-from ..gradients import mean_gradients, term_gradients
+from ..gradients import term_gradients
 from ..profiling.timing import clock
 from ..quiet import quiet
 from ..random_state import unchanged_random_state
@@ -77,7 +77,7 @@ def try_out(folder: str, device: str) -> Trial:
 
 def _measure(cfg: CfgNode, teacher: nn.Module, distiller: Any) -> Trial:
     batches = _batches(cfg)
-    measured = mean_gradients([term_gradients(distiller, batch) for batch in batches])
+    measured = term_gradients(distiller, *batches)
     weight = balanced_weight("PKD", distiller.losses["PKD"], measured)
     batch, student = batches[0], distiller.student
     seconds = _median_seconds(

@@ -61,6 +61,10 @@ class DistillLoss(nn.Module):
 
     settings: LossSettings
 
+    #: The weight of what trains the student: the setting ``weight_setting``, until GRADIENT_RATIO has set it. A
+    #: loss with a ``weight_setting`` of its own multiplies by this number, not by the setting.
+    applied_weight: float
+
     def __init__(self, **keys: Any):
         """
         Args:
@@ -79,6 +83,10 @@ class DistillLoss(nn.Module):
             self.settings = self.Settings(**keys)
         except SettingError as error:
             raise ValueError(f"{self.config_key(error.name)} {error.problem}") from None
+        self.applied_weight = getattr(self.settings, self.weight_setting)
+        expected = f"above 0, or GRADIENT_RATIO 0.0, which is {self.settings.gradient_ratio}"
+        is_on = self.applied_weight > 0 or not self.settings.gradient_ratio
+        self.check_setting(self.weight_setting, is_on, expected)
 
     @classmethod
     def config_key(cls, name: str) -> str:
@@ -128,11 +136,12 @@ class DistillLoss(nn.Module):
     def factor(self, iteration: int) -> float:
         """Weight times schedule at this iteration; 0 where the loss is off."""
         s = self.settings
+        weight = self.applied_weight if self.weight_setting == "weight" else s.weight
         if iteration < s.start_iter or 0 <= s.stop_iter <= iteration:
             return 0.0
         if iteration < s.start_iter + s.warmup_iters:
-            return s.weight * (iteration - s.start_iter + 1) / (s.warmup_iters + 1)
-        return s.weight
+            return weight * (iteration - s.start_iter + 1) / (s.warmup_iters + 1)
+        return weight
 
     def idle(self) -> dict[str, torch.Tensor]:
         """A zero that reaches every parameter of this loss, so that DDP sees all of them each step."""

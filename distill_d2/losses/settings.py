@@ -101,6 +101,19 @@ class LossSettings:
     """
 
     weight: float = key(1.0, "Multiplies all terms of the loss.", at_least=0)
+    gradient_ratio: float = key(
+        0.0,
+        "Above 0: the weight is measured when the training starts, such that the loss's gradient in the "
+        "student's backbone and neck is this many times the task's; WEIGHT does not matter.",
+        at_least=0,
+    )
+    gradient_ratio_iters: int = key(
+        -1,
+        "Above 0: measure it again after 1, 2, 4, ... iterations with the loss, up to this many; before the last "
+        "time it is at most WEIGHT. -1: 200 where adapters start almost at 0, so that gradients grow with "
+        "them, else 0.",
+        at_least=-1,
+    )
     start_iter: int = key(0, "First iteration (from 0) with the loss.", at_least=0)
     stop_iter: int = key(-1, "First iteration without the loss; -1: it never stops.", at_least=-1)
     warmup_iters: int = key(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import math
 import os
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,10 +53,55 @@ def kinds_of(arguments: Sequence[str]) -> list[Kind]:
         Kind(name or ", ".join(run.name if distinct else run.path for run in runs), runs)
         for name, runs in given
     ]
-    twice = [kind.name for kind in kinds if sum(kind.name == other.name for other in kinds) > 1]
+    return with_baseline(kinds)
+
+
+def kinds_of_folders(patterns: Sequence[str]) -> list[Kind]:
+    """The kinds of runs that lie in one folder per kind, whose name is the kind's.
+
+    Args:
+        patterns: of the runs: "output/*/seed*".
+
+    Raises:
+        FileNotFoundError: a pattern matches nothing.
+        OSError: what it matches is no run.
+    """
+    folders: dict[str, list[str]] = {}
+    for pattern in patterns:
+        paths = sorted(glob.glob(pattern, recursive=True), key=_by_numbers)
+        if not paths:
+            raise FileNotFoundError(
+                f"--runs '{pattern}' matches nothing in '{os.getcwd()}'; expected a pattern of OUTPUT_DIRs, such "
+                "as 'output/*/seed*'"
+            )
+        for path in paths:
+            folders.setdefault(os.path.dirname(os.path.abspath(path)), []).append(path)
+    names = [os.path.basename(folder) for folder in folders]
+    distinct = len(set(names)) == len(names)
+    return [
+        Kind(name if distinct else os.path.relpath(folder), [Run(path) for path in dict.fromkeys(paths)])
+        for name, (folder, paths) in zip(names, folders.items())
+    ]
+
+
+def with_baseline(kinds: Sequence[Kind], name: str = "") -> list[Kind]:
+    """The kinds, with the one of this name first; "": as they are.
+
+    Raises:
+        ValueError: two have the same name, or none has this one.
+    """
+    names = [kind.name for kind in kinds]
+    twice = [each for each in names if names.count(each) > 1]
     if twice:
         raise ValueError(f"two runs have the name '{twice[0]}'; name them by NAME=RUN")
-    return kinds
+    if name and name not in names:
+        raise ValueError(f"--baseline '{name}' is none of the runs: {', '.join(names)}")
+    return sorted(kinds, key=lambda kind: kind.name != name) if name else list(kinds)
+
+
+def _by_numbers(path: str) -> list[tuple[int, str]]:
+    """A key that sorts "seed10" after "seed2"."""
+    return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", path)]
 
 
 def _parts(argument: str) -> tuple[str, list[Run]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -71,24 +70,31 @@ def _split(task: str, names: list[str]) -> list[Table]:
 def as_markdown(kinds: Sequence[Kind]) -> str:
     """All tables as Markdown, which is also readable as it is. Raises ValueError as ``tables_of``."""
     header = header_of(kinds)
-    texts = []
-    for table in tables_of(kinds):
-        rows = [[row, *cells(kinds, table, row)] for row in table.rows]
-        columns = ["class" if table.metric else "", *header]
-        align = ("left", *("right" for _ in header))
-        body = tabulate(rows, columns, tablefmt="pipe", disable_numparse=True, colalign=align)
-        texts.append(f"### {table.title}\n\n{body}\n")
-    return "\n".join(texts)
+    return "\n".join(
+        markdown(
+            table.title,
+            ["class" if table.metric else "", *header],
+            [[row, *cells(kinds, table, row)] for row in table.rows],
+        )
+        for table in tables_of(kinds)
+    )
 
 
-def as_json(kinds: Sequence[Kind]) -> str:
+def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table under a heading."""
+    align = ("left", *("right" for _ in columns[1:]))
+    body = tabulate(rows, columns, tablefmt="pipe", disable_numparse=True, colalign=align)
+    return f"### {title}\n\n{body}\n"
+
+
+def as_values(kinds: Sequence[Kind]) -> dict[str, dict[str, dict[str, list[float]]]]:
     """{task: {metric: {kind: values of its runs}}}. Raises ValueError as ``tables_of``."""
     content: dict[str, dict[str, dict[str, list[float]]]] = {}
     for table in tables_of(kinds):
         for key in map(table.key, table.rows):
             values = {kind.name: kind.values(table.task, key) for kind in kinds}
             content.setdefault(table.task, {})[key] = values
-    return json.dumps(content, indent=2)
+    return content
 
 
 def header_of(kinds: Sequence[Kind]) -> list[str]:
@@ -108,7 +114,11 @@ def cells(kinds: Sequence[Kind], table: Table, row: str) -> list[str]:
 
 def cell(kind: Kind, task: str, metric: str, digits: int = 2) -> str:
     """A mean, "40.0 ± 1.2" of several runs."""
-    values = kind.values(task, metric)
+    return spread(kind.values(task, metric), digits)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """A mean, "40.0 ± 1.2" of several values with their standard deviation."""
     if not values:
         return MISSING
     text = f"{statistics.fmean(values):.{digits}f}"

@@ -23,6 +23,7 @@ from ..data.classes import classes_in, classes_of, classes_of_config
 from ..freeze import compile_patterns
 from ..lazy_config import load_lazy_config
 from ..rules import assertions_told, check_model
+from .cache import CacheSettings
 from .running import Teacher
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,9 @@ def teacher_of(distiller: CfgNode, device: str) -> Teacher:
         prepare=distiller.TEACHER_PREPARE,
         autocast=distiller.TEACHER_AUTOCAST,
         compile=distiller.TEACHER_COMPILE,
+        cache=CacheSettings(
+            distiller.TEACHER_CACHE, distiller.TEACHER_CACHE_GB, distiller.TEACHER_CACHE_HALF
+        ),
     )
 
 
@@ -73,7 +77,7 @@ def load_teacher(
         weights: path or URL that replaces those of the config.
         allow_missing: regular expressions of checkpoint keys that need not fit.
         device: where to build it.
-        options: prepare, autocast, compile, classes of Teacher. Its classes are by default those of its
+        options: prepare, autocast, compile, classes, cache of Teacher. Its classes are by default those of its
             checkpoint or of its config's training dataset, where they are known.
 
     Raises:

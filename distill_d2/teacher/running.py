@@ -13,6 +13,7 @@ from torch import nn
 
 from ..precision import native_bfloat16
 from ..views import build_view
+from .cache import CacheSettings, TeacherCache
 from .prepare import prepared_copy
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,12 @@ class Teacher:
         view: what losses may ask of it in a step.
         input_format: channel order of its input, "BGR" or "RGB".
         classes: the names of its classes, by number; None: not known.
+        cache_settings: where its outputs are to be kept.
+        cache: keeps its outputs; None: it is run in each step. A trainer that knows the images sets it, see
+            ``distill_d2.engine.teacher_cache``.
     """
+
+    cache: TeacherCache | None
 
     def __init__(
         self,
@@ -47,6 +53,7 @@ class Teacher:
         autocast: str = "auto",
         compile: bool = False,
         classes: Sequence[str] | None = None,
+        cache: CacheSettings | None = None,
     ):
         """
         Args:
@@ -59,6 +66,7 @@ class Teacher:
                 "float16", or "bfloat16".
             compile: torch.compile the backbone.
             classes: the names of its classes, by number; not used if the detector has more or fewer.
+            cache: where its outputs are to be kept; None: nowhere.
 
         Raises:
             ValueError: unknown input_format or autocast.
@@ -75,6 +83,9 @@ class Teacher:
         self.view.context = self._context
         fits = classes is not None and len(classes) == self.view.num_classes
         self.classes = list(classes) if classes and fits else None
+        self.cache_settings = cache or CacheSettings()
+        self.cache = None
+        self._lent = False
         self._prepare = prepare
         self._autocast = autocast
         self._dtype = _DTYPES.get(autocast)  # of this step; None: float32
@@ -96,6 +107,7 @@ class Teacher:
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply what ``nn.Module._apply`` applies (a move, a cast) to the teacher."""
         self._discard_prepared()
+        self.cache = None
         self.model._apply(function)
 
     def check_device(self, device: torch.device) -> None:
@@ -115,8 +127,13 @@ class Teacher:
                 "compiled backbone; use levels of the neck, or set it to False"
             )
 
-    def observe(self, images: Sequence[torch.Tensor], padded_size: tuple[int, int]) -> None:
-        """Run backbone and neck, or as much of them as losses read.
+    def observe(
+        self,
+        images: Sequence[torch.Tensor],
+        padded_size: tuple[int, int],
+        originals: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Run backbone and neck, or as much of them as losses read, or take what the cache has of them.
 
         The view remembers the outputs, if it is recording.
 
@@ -124,8 +141,16 @@ class Teacher:
             images: N images (3, H_i, W_i) in this teacher's channel order. Each is normalized with the
                 teacher's mean and std and padded with zeros, at bottom and right.
             padded_size: (H, W) of the padded images in pixels.
+            originals: the same images on the host; without them the cache is not used.
         """
         self._dtype = self._precision()
+        if self.cache is None or self._lent or not originals:
+            self.run(images, padded_size)
+        else:
+            self.cache.observe(images, padded_size, originals, self._dtype)
+
+    def run(self, images: Sequence[torch.Tensor], padded_size: tuple[int, int]) -> None:
+        """As ``observe``, in the precision of its last call, without the cache."""
         backbone = self._backbone or self._make_ready()
         batch = self._batch(images, padded_size)
         with self._context(), self._until_read():
@@ -136,13 +161,29 @@ class Teacher:
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
         """Inside, another model may let it run, in a precision of its own; what prepares it for the first step is
-        not decided there."""
-        ready = self._backbone is not None
+        not decided there, and nothing is kept."""
+        ready, lent = self._backbone is not None, self._lent
+        self._lent = True
         try:
             yield
         finally:
+            self._lent = lent
             if not ready:
                 self._discard_prepared()
+
+    def image_outputs(
+        self, images: Sequence[torch.Tensor], padded_size: tuple[int, int]
+    ) -> dict[str, list[Any]]:
+        """The outputs of backbone, neck, and of the heads that losses read and that depend on the image alone, by
+        dotted name of the module, one for each of its runs; the view, which must be recording, forgets them."""
+        self.run(images, padded_size)
+        self.view.run_image_heads()
+        return self.view.take()
+
+    @property
+    def run_settings(self) -> tuple[Any, ...]:
+        """What its outputs depend on besides its model, in plain values."""
+        return self.input_format, self._prepare, self._compile
 
     def predictor(self, input_format: str) -> nn.Module:
         """The detector, with its usual predictions, for images in the channel order ``input_format``."""
@@ -162,7 +203,7 @@ class Teacher:
 
     def __getstate__(self) -> dict[str, Any]:
         self._discard_prepared()  # it is made again when needed
-        return self.__dict__
+        return {**self.__dict__, "cache": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         # Parameters of its own, so that a move of one does not move the other, but the same memory.

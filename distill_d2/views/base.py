@@ -53,6 +53,10 @@ class DetectorView:
     #: What this kind of detector offers beyond features and taps: names of methods, "dense" for one.
     offers: tuple[str, ...] = ()
 
+    #: Which of these run a head that depends on the image alone, and whose outputs a tap remembers; what is
+    #: below it gives only shapes then. What else is offered may read any level of the neck.
+    image_heads: tuple[str, ...] = ()
+
     #: Whether its dense predictions have a centerness; whether they have a background class.
     has_centerness = False
     has_background = False
@@ -182,6 +186,29 @@ class DetectorView:
         paths = self._taps_read.union(map(self._level_path, self._levels_read))
         inside = all(path.split(".")[0] == "backbone" for path in paths)
         return sorted(paths) if inside and not self.required else []
+
+    @property
+    def reads(self) -> tuple[list[str], ...]:
+        """What losses have stated to read: levels, taps and capabilities, each in order."""
+        return sorted(self._levels_read), sorted(self._taps_read), sorted(self.required)
+
+    def reads_entry(self, path: str, name: str) -> bool:
+        """Whether the numbers of the entry ``name`` of the dict that the module ``path`` returns are read."""
+        if path in self._taps_read or name in self._levels_read:
+            return True
+        return path == "backbone" and not self.required <= {*self.image_heads, "anchors"}
+
+    def run_image_heads(self) -> None:
+        """Run the ``image_heads`` that losses read on what the backbone computed; taps remember the outputs."""
+        for capability in self.image_heads:
+            if capability in self.required:
+                getattr(self, capability)()
+
+    def take(self) -> dict[str, list[Any]]:
+        """All recorded outputs by module, one for each of its runs; the view forgets them."""
+        taken = self.taps.take()
+        self._of_step.clear()
+        return taken
 
     def outputs_read(self) -> list[Any]:
         """The recorded outputs, levels and taps, that losses have stated to read."""

@@ -26,6 +26,7 @@ _PREDICTOR = "roi_heads.box_predictor"
 
 @register_view(GeneralizedRCNN)
 class RCNNView(DetectorView):
+    image_heads = ("rpn",)
     class_losses = ("loss_cls", "loss_rpn_cls")
     box_losses = ("loss_box_reg", "loss_rpn_loc")
 

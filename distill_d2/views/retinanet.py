@@ -17,6 +17,7 @@ from .predictions import Predictions
 @register_view(RetinaNet)
 class RetinaNetView(DetectorView):
     offers = ("dense", "anchors")
+    image_heads = ("dense",)
 
     @property
     def num_classes(self) -> int:

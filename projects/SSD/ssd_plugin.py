@@ -27,6 +27,9 @@ def add_ssd_config(cfg: CN) -> None:
     node.LITE_HEAD = True
     # Channels of the backbone are those of the paper times this.
     node.WIDTH = 1.0
+    # Channels of the extra levels on any other backbone than VGG16 and SSD's MobileNetV2, each half as wide as
+    # the one before, from the last stage to the largest stride.
+    node.EXTRA_CHANNELS = 256
     # VGG16: read conv4_3 (normalized) as the first level, as the original SSD300 does.
     node.CONV4_3 = False
     # Training: the lowest IoU at which a prior is an object; the number of negatives, the hardest ones, per
@@ -63,6 +66,7 @@ RULES: dict[str, Rule] = {
     "MODEL.SSD.MAX_SIZES": Sequence(POSITIVE, count=_levels),
     "MODEL.SSD.ASPECT_RATIOS": Sequence(Sequence(POSITIVE), count=_levels),
     "MODEL.SSD.WIDTH": POSITIVE,
+    "MODEL.SSD.EXTRA_CHANNELS": COUNT,
     "MODEL.SSD.IOU_THRESHOLD": OVERLAP,
     "MODEL.SSD.NEGATIVES_PER_POSITIVE": NOT_NEGATIVE,
     "MODEL.SSD.SCORE_THRESH_TEST": FRACTION,

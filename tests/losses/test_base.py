@@ -71,6 +71,8 @@ def test_node_has_the_arguments_and_their_defaults():
     Scaled.add_config(distiller)
     assert dict(distiller.SCALED) == {
         "WEIGHT": 2.0,
+        "GRADIENT_RATIO": 0.0,
+        "GRADIENT_RATIO_ITERS": -1,
         "START_ITER": 0,
         "STOP_ITER": -1,
         "WARMUP_ITERS": 0,
@@ -88,10 +90,12 @@ def test_from_config_passes_every_key_of_all_nodes():
     distiller.FINER.merge_from_list(["WEIGHT", 3.0, "START_ITER", 4, "STOP_ITER", 9, "WARMUP_ITERS", 2])
     distiller.merge_from_list(["FINER.LEVELS", ["p4", "p5"], "FINER.TAU", 0.1, "FINER.SIDE", 5])
     distiller.merge_from_list(["FINER.MODE", "sum", "FINER.PLAIN", False, "OTHER.EXTRA", 2, "ROOT", 8])
+    distiller.FINER.merge_from_list(["GRADIENT_RATIO", 0.5, "GRADIENT_RATIO_ITERS", 7])
     schedule = {"weight": 3.0, "start_iter": 4, "stop_iter": 9, "warmup_iters": 2}
     own = {"levels": ["p4", "p5"], "tau": 0.1, "side": 5, "mode": "sum", "plain": False}
     found = vars(Finer.from_config(distiller).settings)
-    assert found == {**schedule, **own, "extra": 2, "root": 8}
+    ratio = {"gradient_ratio": 0.5, "gradient_ratio_iters": 7}
+    assert found == {**schedule, **ratio, **own, "extra": 2, "root": 8}
 
 
 WRONG = [
@@ -160,10 +164,7 @@ def test_every_key_has_a_comment_that_a_dump_shows(register):
     add_distill_config(cfg)
     text = dump(cfg)
     assert yaml.safe_load(text) == yaml.safe_load(cfg.dump())
-    assert (
-        "    FINER:\n      # Levels by name.\n      LEVELS:\n      - p3\n      # Over all cells.\n"
-        in text
-    )
+    assert "\n      # Levels by name.\n      LEVELS:\n      - p3\n      # Over all cells.\n" in text
 
 
 def test_every_registered_loss_is_built_from_its_defaults():

@@ -78,7 +78,8 @@ def coco(content):
 def evaluated(content, found):
     """COCOeval after its evaluation of boxes."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco(content)
+        items = [dict(item) for item in content["annotations"]]  # COCO writes into them
+        truth = coco({**content, "annotations": items})
         evaluation = COCOeval(truth, truth.loadRes([dict(item) for item in found]), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()

@@ -68,3 +68,20 @@ def test_names_of_metrics():
     for task, name in (("bbox", "AR"), ("box_proposals", "AP"), ("bbox", "AP60")):
         with pytest.raises(ValueError, match="cannot be computed from stored detections"):
             Metric.named(task, name)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Test sets are drawn from 60 images, whose gain is the truth."""
+    content = dataset(images=60)
+    runs = [
+        matches_of(coco(content), detections(content, noise), Metric.named("bbox", "AP50"))
+        for noise in (10.0, 20.0)
+    ]
+    whole = [run.ap(np.ones((60, 1), int)) for run in runs]
+    generator, covered = np.random.default_rng(0), 0
+    for _ in range(100):
+        test_set = generator.multinomial(60, np.full(60, 1 / 60))
+        weights = generator.multinomial(60, test_set / 60, size=100).T
+        found = bootstrap_gain([runs[0].ap(weights)], [runs[1].ap(weights)])
+        covered += bool(found.low <= (whole[0] - whole[1])[0] <= found.high)
+    assert 88 <= covered <= 99

@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import build_model
 from distill_d2.projects.ssd import SSDVGG16, SSDMobileNetV2
 from distill_d2.projects.ssd.vgg import L2Norm
-from ssd_case import NARROW, NETWORKS, WIDTHS, config, ssd
+from ssd_case import NARROW, NETWORKS, WIDTHS, batch, config, ssd
 
 LEVELS = {
     "A": dict(s8=512, s16=1024, s32=512, s64=256, s100=256, s300=256),
@@ -100,3 +100,54 @@ def test_layers_that_shapes_do_not_show():
     with torch.no_grad():
         levels = model.backbone(torch.zeros(1, 3, 300, 300))
     assert torch.equal(levels["s16"], outputs[0])
+
+
+# Levels on any other backbone
+
+
+def levels_on_a_resnet(strides=(8, 16, 32, 64), size=100):
+    cfg = config(STRIDES=list(strides), SIZE=size, NUM_CLASSES=3, EXTRA_CHANNELS=24)
+    cfg.MODEL.SSD.MIN_SIZES, cfg.MODEL.SSD.MAX_SIZES = [20.0] * len(strides), [40.0] * len(strides)
+    cfg.MODEL.SSD.ASPECT_RATIOS = [[2.0]] * len(strides)
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    node = cfg.MODEL.RESNETS
+    node.RES2_OUT_CHANNELS, node.WIDTH_PER_GROUP, node.STEM_OUT_CHANNELS = 16, 4, 8
+    node.OUT_FEATURES = ["res3", "res4"]
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def test_levels_of_any_backbone():
+    """Its stages, whatever their scale, and extra levels; a whole step reaches every parameter."""
+    model = levels_on_a_resnet().train()
+    shapes = model.backbone.output_shape()
+    assert {name: shape.channels for name, shape in shapes.items()} == dict(
+        s8=32, s16=64, s32=24, s64=24
+    )
+    images = batch(2, 1, size=100, classes=3)
+    with torch.no_grad():
+        x = model.preprocess_image(images).tensor
+        stages, maps = model.backbone.bottom_up(x), model.backbone(x)
+    assert [level.shape[-1] for level in maps.values()] == [13, 7, 4, 2]
+    assert model.backbone.size_divisibility == 0
+    for level, stage in (("s8", "res3"), ("s16", "res4")):
+        length = stages[stage].square().mean(dim=1, keepdim=True).sqrt()
+        torch.testing.assert_close(maps[level], stages[stage] / length)
+    sum(model(images).values()).backward()
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad is not None, name
+
+
+@pytest.mark.parametrize(
+    "strides, message",
+    [
+        ((4, 8, 16), r"\['s4'\] are none of them"),
+        ((8, 32), "its last one, s16, is not read"),
+        ((16, 64), "that of stride 64 is 4 cells wide, expected 2 of an image of 100 pixels"),
+    ],
+)
+def test_strides_that_another_backbone_does_not_reach(strides, message):
+    with pytest.raises(
+        ValueError, match=rf"MODEL.SSD.STRIDES is \[{', '.join(map(str, strides))}\].*{message}"
+    ):
+        levels_on_a_resnet(strides)

@@ -234,7 +234,7 @@ class InstanceConditionalDistillation(TrainedLoss):
             )
             for student, layer in zip(self.student, decoded)
         ]
-        return s.weight_value * torch.stack(distances).mean()
+        return self.applied_weight * torch.stack(distances).mean()
 
     # Schedules.
 

@@ -20,6 +20,7 @@ from distill_d2.views.matching import batched_iou
 from distill_d2.views.predictions import by_position, encoder_of, rows_of
 
 from .head import SSDHead
+from .levels import SSDLevels
 from .multibox import Targets, match_priors, multibox_losses
 from .priors import SSDPriors
 
@@ -76,8 +77,10 @@ class SSD(DenseDetector):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.SSD
-        backbone = build_backbone(cfg)
-        shapes, names = backbone.output_shape(), [f"s{stride}" for stride in node.STRIDES]
+        backbone, names = build_backbone(cfg), [f"s{stride}" for stride in node.STRIDES]
+        if not set(names) & set(backbone.output_shape()):  # not one of SSD's own
+            backbone = SSDLevels(backbone, node.STRIDES, node.SIZE, node.EXTRA_CHANNELS)
+        shapes = backbone.output_shape()
         missing = [name for name in names if name not in shapes]
         if missing:
             raise ValueError(

@@ -57,12 +57,12 @@ class SSDVGG16(Backbone):
         names = [name for name in names if int(name[1:]) <= last]
         strides = ([2, 2, 1, 1] if conv4_3 else [2, 2, 2, 2, 2])[: len(names) - 2]
         outs = [512, 256, 256, 256, 256][: len(strides)]
-        self.extras = nn.ModuleList(_extras(_times(1024, width), outs, strides, width))
+        self.extras = nn.ModuleList(extra_layers(_times(1024, width), outs, strides, width))
         channels = [plan[-2], *(_times(c, width) for c in (1024, *outs))]
         self._out_features = names
         self._out_feature_channels = dict(zip(names, channels))
         self._out_feature_strides = {name: int(name[1:]) for name in names}
-        _initialize(self)
+        initialize(self)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """From images (N, 3, H, W) to levels by name, from fine to coarse."""
@@ -97,7 +97,9 @@ def _trunk(plan: Sequence[str | int], channels: int) -> nn.Sequential:
     )
 
 
-def _extras(channels: int, outs: Sequence[int], strides: Sequence[int], width: float) -> list[nn.Module]:
+def extra_layers(
+    channels: int, outs: Sequence[int], strides: Sequence[int], width: float = 1.0
+) -> list[nn.Module]:
     """Pairs of a 1x1 convolution that halves the channels and a 3x3 one; of stride 1 without padding."""
     layers = []
     for out, stride in zip(outs, strides):
@@ -111,7 +113,8 @@ def _extras(channels: int, outs: Sequence[int], strides: Sequence[int], width: f
     return layers
 
 
-def _initialize(module: nn.Module) -> None:
+def initialize(module: nn.Module) -> None:
+    """He's weights for convolutions with ReLUs, and biases of 0, in place."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

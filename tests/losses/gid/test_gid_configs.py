@@ -63,6 +63,8 @@ DISTILLATION = [*QUICKSTART, *(f"Distillation-GID/{name}" for name in PLAIN)]
 # (0.005), RESPONSE_REG_WEIGHT (0.1) and IOU_THRESHOLDS (0.3, 0.7), which the six override.
 DEFAULTS = {
     "WEIGHT": 1.0,
+    "GRADIENT_RATIO": 0.0,
+    "GRADIENT_RATIO_ITERS": -1,
     "START_ITER": 0,
     "STOP_ITER": -1,
     "WARMUP_ITERS": 0,

@@ -1,0 +1,36 @@
+"""GRADIENT_RATIO: the weight of a loss by its gradient, when a training starts, in a checkpoint, step by step."""
+
+import pytest
+from runs import Job, assert_equal, checkpoint, metrics, rewind
+
+from distill_d2.engine.gradient_log import read_gradients
+
+RATIO = "MODEL.DISTILLER.PKD.GRADIENT_RATIO"
+PERIOD = "MODEL.DISTILLER.GRADIENT_RATIO_PERIOD"
+SCHEDULE = ["SOLVER.MAX_ITER", 3, "TEST.EVAL_PERIOD", 0, "SOLVER.CHECKPOINT_PERIOD", 1]
+
+
+def test_the_gradient_is_that_many_times_the_tasks_in_a_resumed_run_too(tmp_path, log_every_iteration):
+    """With any weight in the config; a step's own measurements change nothing."""
+    job = Job(tmp_path, evaluate=False)
+    opts = [*SCHEDULE, RATIO, 2.0, "MODEL.DISTILLER.PKD.START_ITER", 1]
+    job.run(opts=[*opts, "MODEL.DISTILLER.PKD.WEIGHT", 5.0])
+    whole = checkpoint(job.output)
+    weight = whole["trainer"]["gradient_ratios"]["PKD"]["weight"]
+    first = read_gradients(job.output)[0]
+    assert first["losses"]["PKD"] == pytest.approx(2 * first["task"], rel=1e-3)
+    assert first["weights"] == {"PKD": weight} == {"PKD": metrics(job.output)[0]["weight/PKD"]}
+    assert f"PKD.WEIGHT is {weight:g} now" in (job.output / "log.txt").read_text()
+
+    rewind(job.output, "model_0000000")
+    with pytest.raises(
+        ValueError, match=f"{RATIO} is 3.0, but the checkpoint's run has 2.0, with the weight"
+    ):
+        job.run("--resume", opts=[*SCHEDULE, RATIO, 3.0])
+    job.run("--resume", opts=opts)
+    assert_equal(whole["model"], checkpoint(job.output)["model"])
+
+    job.run("--overwrite", opts=[*opts, "MODEL.DISTILLER.PKD.WEIGHT", 50.0, PERIOD, 2])
+    assert_equal(whole["model"], checkpoint(job.output)["model"])
+    lines = [line.get("grad_ratio/PKD") for line in metrics(job.output) if "total_loss" in line]
+    assert lines[:2] == [None, None] and 0.5 < lines[2] < 8
