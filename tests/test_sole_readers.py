@@ -130,12 +130,13 @@ def test_prepared_models_of_timm_compute_the_same(name, frozen):
     body = randomize(timm.create_model(name, num_classes=0, global_pool=""))
     if frozen:
         body = timm.layers.freeze_batch_norm_2d(body)
-    model, image = Detector(body), torch.randn(2, 3, 64, 96)
+    # Many layers without trained statistics enlarge rounding; in float64 none of it is seen.
+    model, image = Detector(body).double(), torch.randn(2, 3, 64, 96).double()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected = model.backbone(image)
     ready = prepared_copy(model, torch.channels_last, heads=False)
     actual = ready.backbone(image)
-    assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (actual - expected).abs().max() < 1e-9 * expected.abs().max()
     assert not any(getattr(m, "running_var", None) is not None for m in ready.modules())
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
