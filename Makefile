@@ -1,4 +1,4 @@
-# `make demo`, `make test`, `make lint`: each does the set-up it needs and reuses what is there.
+# `make demo`, `make proof`, `make test`, `make lint`: each does the set-up it needs and reuses what is there.
 # Needs nothing but make and Python 3.9 or later; `make VENV=path PYTHON=python3.12 test` chooses others.
 
 VENV ?= .venv
@@ -20,10 +20,11 @@ RUN = OMP_NUM_THREADS=1 "$(VENV_PYTHON)"
 PYTEST = $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lint test test-slow test-gpu clean
+.PHONY: help env demo proof lint test test-slow test-gpu clean
 
 help:
 	@echo "make demo       set up, then train a teacher, a student alone and a distilled student"
+	@echo "make proof      set up, then repeat the proof that distillation helps, in hours: DATA=FOLDER (docs/proof.md)"
 	@echo "make test       set up, then run the test suite"
 	@echo "make test-slow  set up, then run the slow tests too (minutes of training)"
 	@echo "make test-gpu   check every loss and detector on one GPU, and measure costs (8 minutes; sets nothing up)"
@@ -36,6 +37,11 @@ env: $(READY)
 
 demo: env
 	@$(RUN) -m distill_d2 demo
+
+# DATA: the photos. ARGS: more options, such as ARGS="--list" or ARGS="--pairs retinanet --processes 4".
+DATA ?= datasets/voc_animals
+proof: env
+	@$(RUN) -m distill_d2 proof --data "$(DATA)" $(ARGS)
 
 lint: env
 	"$(VENV_PYTHON)" -m ruff check .

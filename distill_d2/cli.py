@@ -38,6 +38,7 @@ COMMANDS = (
     "export",
     "convert",
     "benchmark",
+    "proof",
     "check-golden",
     "install-detectron2",
 )

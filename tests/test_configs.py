@@ -11,18 +11,23 @@ import yaml
 from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
+from detectron2.utils.events import EventStorage
 
 from distill_d2 import model_zoo
 from distill_d2.config import add_distill_config, load_yaml, student_config
 from distill_d2.engine.key_rules import check_keys, run_rules
 from distill_d2.losses.base import build_losses
-from distill_d2.rules import Context, Levels, faults
+from distill_d2.rules import Context, Levels, check_model, faults
+from distill_d2.testing import tiny_batch
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DETECTRON2_CONFIGS = Path(detectron2_zoo.__file__).parent / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 # Folders below them hold plain detectors.
 DISTILLATION = [name for name in NAMES if name.startswith("Distillation-") and name.count("/") == 1]
+# On backbones of timm.
+BACKBONES = sorted(path.stem for path in (CONFIGS / "Backbones").glob("*.yaml"))
+OF_TIMM = [name for name in DISTILLATION if re.search("|".join(f"_{each}_" for each in BACKBONES), name)]
 FEATURE_LOSSES = [
     name for name in DISTILLATION if name.split("/")[0] in ("Distillation-Mimic", "Distillation-PKD")
 ]
@@ -82,7 +87,9 @@ def test_holds_plain_values_and_known_keys(name):
     assert "MultiStep" not in cfg.SOLVER.LR_SCHEDULER_NAME or last < cfg.SOLVER.MAX_ITER
 
 
-@pytest.mark.parametrize("name", {name.split("/")[0]: name for name in NAMES}.values())
+@pytest.mark.parametrize(
+    "name", {name.split("/")[0]: name for name in NAMES if not name.startswith("Backbones/")}.values()
+)
 def test_the_keys_fit_together(name):
     """One config of each folder; this builds backbones without weights."""
     cfg = load(name)
@@ -120,7 +127,7 @@ def test_distillation_builds_its_losses_and_finds_its_teacher(name):
     assert detectron2_zoo.get_checkpoint_url(teacher).startswith("https://")  # raises without weights
 
 
-@pytest.mark.parametrize("name", FEATURE_LOSSES + ICD)
+@pytest.mark.parametrize("name", [name for name in FEATURE_LOSSES + ICD if name not in OF_TIMM])
 def test_distillation_student_is_the_plain_1x_config(name):
     plain = {
         "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
@@ -154,6 +161,38 @@ def test_pkd_weight_is_the_papers(name):
     one_stage = "retinanet" in cfg.MODEL.DISTILLER.MODEL_DISTILLER_CONFIG
 
     assert cfg.MODEL.DISTILLER.PKD.WEIGHT == (10.0 if one_stage else 6.0)
+
+
+HEADS = (
+    "COCO-Detection/retinanet_{}_FPN_1x",
+    "COCO-Detection/faster_rcnn_{}_FPN_1x",
+    "FCOS-Detection/{}_1x",
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            f"{head}.yaml".format(net),
+            marks=() if i % 3 == j and net != "ConvNeXt_S" else pytest.mark.slow,
+        )
+        for i, net in enumerate(BACKBONES)
+        for j, head in enumerate(HEADS)
+    ],
+)
+def test_a_detector_on_timm_is_built_and_stepped(name):
+    """Narrow, from random weights; all that is trained gets a gradient."""
+    cfg = load(name)
+    check_model(student_config(cfg))
+    cfg.MODEL.DEVICE, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.ROI_BOX_HEAD.FC_DIM = "cpu", 32, 32
+    model = build_model(cfg).train()
+    with EventStorage():
+        losses = model(tiny_batch())
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert cfg.MODEL.TIMM.WEIGHTS and cfg.MODEL.META_ARCHITECTURE == type(model).__name__
 
 
 # Table 6.1 of ICD's specification: official teacher, its config, levels, MAX_LABELS, WEIGHT_VALUE,
@@ -290,7 +329,7 @@ def test_adets_detectors_are_built(name):
     assert (cfg.MODEL.FCOS.BOX_QUALITY == "iou") == ("iou" in parts)
     assert (cfg.MODEL.CONDINST.MASK_BRANCH.SEMANTIC_LOSS_ON) == ("sem" in parts)
     assert (cfg.MODEL.RESNETS.DEPTH == 101) == ("101" in parts)
-    assert cfg.MODEL.WEIGHTS or "Base" in name
+    assert cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS or "Base" in name
     keys = set(model.state_dict())
     assert ("proposal_generator.fcos_head.cls_tower.9.offset.weight" in keys) == ("dcnv2" in parts)
     assert ("backbone.repeated_bifpn.5.weights_f4_4_11" in keys) == ("BiFPN" in parts)

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from .meter import Meter, Sample
-from .rows import PART, PREPARED, WHOLE
+from .rows import CACHED, PART, PREPARED, WHOLE
 from .subjects import DISTILLED, STUDENT
 
 TIMES = ("wall", "process", "event")
@@ -33,6 +33,8 @@ def summarize(
     ratios = {
         f"{DISTILLED} / ({STUDENT} + {PART})": paired(times[DISTILLED], floor),
         f"{DISTILLED} / ({STUDENT} + {WHOLE})": paired(times[DISTILLED], whole),
+        f"{DISTILLED} / {STUDENT}": paired(times[DISTILLED], times[STUDENT]),
+        f"{CACHED} / {STUDENT}": paired(times[CACHED], times[STUDENT]),
         f"{PREPARED} / {PART}": paired(times[PREPARED], times[PART]),
     }
     for above, below in compared:

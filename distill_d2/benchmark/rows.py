@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any, Callable
 
 import torch
 
 from distill_d2 import DistillLoss, Teacher
+from distill_d2.teacher.cache import MemoryStore
 from distill_d2.testing.replay import Records, Replay, record
 
 from .naive import NAIVE, SLOW_NAIVE, NaiveFormula
@@ -15,6 +17,7 @@ from .parts import PARTS, Compute
 from .subjects import DISTILLED, STUDENT, Subjects, own_optimizer
 
 PART, PREPARED, WHOLE = "teacher part, plain", "teacher part, prepared", "teacher whole, plain"
+CACHED = f"{DISTILLED}, teacher cached"
 # A loss takes milliseconds, a step seconds: each round repeats the losses this often.
 LOSS_REPEATS = 5
 NAIVE_ROW = "{}, naive formula"
@@ -31,6 +34,7 @@ def build_tasks(subjects: Subjects, against_naive: bool = False) -> Tasks:
         STUDENT: subjects.steps[STUDENT].run_step,
         PART: in_precision(lambda: part(plain), subjects),
         DISTILLED: subjects.steps[DISTILLED].run_step,
+        CACHED: cached_step(subjects),
         PREPARED: in_precision(lambda: part(distiller.teacher), subjects),
         WHOLE: in_precision(lambda: run_whole(plain, subjects.inputs), subjects),
     }
@@ -38,6 +42,26 @@ def build_tasks(subjects: Subjects, against_naive: bool = False) -> Tasks:
     for name, loss in distiller.losses.items():
         tasks.update(loss_tasks(name, loss, formulas.get(name), Replay(distiller, records)))
     return tasks
+
+
+def cached_step(subjects: Subjects) -> Callable[[], None]:
+    """A distilled step that takes the teacher's outputs from memory, as with TEACHER_CACHE "memory".
+
+    Raises:
+        ValueError: an output cannot be kept; the message names the module.
+    """
+    teacher, step = subjects.distiller.teacher, subjects.steps[DISTILLED]
+    teacher.keep_outputs(MemoryStore(sys.maxsize))
+    cache, teacher.cache = teacher.cache, None
+
+    def run() -> None:
+        teacher.cache = cache
+        try:
+            step.run_step()
+        finally:
+            teacher.cache = None
+
+    return run
 
 
 def in_precision(run: Callable[[], None], subjects: Subjects) -> Callable[[], None]:

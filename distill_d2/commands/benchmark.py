@@ -13,6 +13,7 @@ learning rate 0, so that every round does the same work. Each round runs, after 
                              a loss that costs next to nothing
     teacher part, plain      the part of the teacher that the losses use, as detectron2 built it
     distilled step           forward, backward and all optimizers of the Distiller
+    distilled step, teacher cached   the same with the teacher's outputs from memory, see TEACHER_CACHE
     teacher part, prepared   the part as the Distiller runs it
     teacher whole, plain     the whole prediction
     <loss> alone             forward and backward of one loss on recorded features, and the update of
@@ -22,7 +23,8 @@ learning rate 0, so that every round does the same work. Each round runs, after 
                              and 80 thousand anchors: at a linear cost each ratio of two is 4, or
                              less where a fixed cost counts
 
-The headline is the ratio distilled step / (student step + teacher part, plain), taken in each round.
+The headline is the ratio distilled step / (student step + teacher part, plain), taken in each round. Beside it are
+the ratios of the distilled step, with and without a cached teacher, to the student step.
 Beside "<loss> alone" runs "<loss> alone, naive formula", and time and peak memory of the two are
 compared: always for PKD, whose formula takes a few lines; with --against-naive also where it is slower
 (distill_d2/benchmark/naive.py): DeFeat, GID of RetinaNets, and InstanceConditionalDistillation (about twice the

@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbone",
         metavar="NAME",
         default="",
-        help="of the student: small, resnet18 or resnet50; default: resnet50 with a GPU and pretrained weights, "
-        "else small",
+        help="of the student: small, lite0 (pretrained, for a CPU), resnet18 or resnet50; default: resnet50 "
+        "with a GPU and pretrained weights, else small",
     )
     parser.add_argument(
         "--epochs",

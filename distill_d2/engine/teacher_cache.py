@@ -11,13 +11,12 @@ from detectron2.utils import comm
 from ..data import repeating_images
 from ..distiller import Distiller
 from ..teacher import Teacher
-from ..teacher.cache import CachePlan, FolderStore, Layout, MemoryStore, TeacherCache, fingerprint
+from ..teacher.cache import CachePlan, FolderStore, Layout, MemoryStore, fingerprint
 from ..teacher.cache.layout import size_of
 
 logger = logging.getLogger(__name__)
 
 _KEY = "MODEL.DISTILLER.TEACHER_CACHE"
-_IMAGES = 3  # with which the teacher's outputs are checked
 
 
 def use_teacher_cache(model: Distiller, loader: Any, batches: int) -> None:
@@ -40,7 +39,7 @@ def use_teacher_cache(model: Distiller, loader: Any, batches: int) -> None:
         repeating = repeating_images(loader)
     except ValueError as error:
         raise ValueError(f"{_KEY} is '{settings.place}', but {error}; or set {_KEY} to ''") from None
-    layout = _checked_layout(teacher)
+    layout = teacher.layout()
     plan = CachePlan(
         repeating.sizes or [teacher.view.probe_size] * repeating.count,
         len(repeating.flips),
@@ -49,10 +48,7 @@ def use_teacher_cache(model: Distiller, loader: Any, batches: int) -> None:
         settings,
     )
     plan.bytes_per_pixel = _bytes_per_pixel(teacher, layout, plan.common)
-    teacher.cache = TeacherCache(
-        teacher.view,
-        teacher.run,
-        teacher.image_outputs,
+    teacher.keep_outputs(
         _store(teacher),
         layout,
         flips=repeating.flips,
@@ -90,15 +86,6 @@ def _warnings(in_memory: bool, passes: float) -> list[str]:
             f"{_KEY} is 'memory': each process keeps what it has seen itself; a folder is shared by all"
         )
     return found
-
-
-def _checked_layout(teacher: Teacher) -> Layout:
-    """The layout of what is read of the teacher, by outputs of black images."""
-    height, width = teacher.view.probe_size
-    images = [torch.zeros(3, height, width, device=teacher.device)] * _IMAGES
-    with teacher.lent(), teacher.view.recording():
-        outputs = teacher.image_outputs(images, (height, width))
-    return Layout.checked(teacher.view, outputs, _IMAGES)
 
 
 def _bytes_per_pixel(teacher: Teacher, layout: Layout, size: tuple[int, int]) -> float:

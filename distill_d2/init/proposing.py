@@ -92,7 +92,9 @@ def propose(
         output=os.path.abspath(output),
     )
     trial = None
-    if gpu or not pair.weights:  # a step of large detectors takes a minute on a CPU
+    if not pair.missing_packages() and (
+        gpu or not pair.weights
+    ):  # a step of large detectors takes a minute on a CPU
         with tempfile.TemporaryDirectory() as folder:
             _write(folder, texts(plan))
             trial = try_out(folder, device)
@@ -144,6 +146,9 @@ def _checked(name: str, first: str) -> list[dict[str, Any]]:
 def _choose(backbone: str, gpu: bool) -> tuple[str, str]:
     """The pair, and what to remark on it."""
     name = backbone or ("resnet50" if gpu else "small")
+    packages = PAIRS[name].missing_packages()
+    if packages:
+        return name, f"a run needs packages that are not installed: pip install {' '.join(packages)}"
     missing = not can_be_had(PAIRS[name].weights)
     if missing and backbone:
         return (

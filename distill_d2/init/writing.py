@@ -68,7 +68,7 @@ def texts(plan: Plan) -> dict[str, str]:
 def _base(plan: Plan) -> str:
     pair = plan.pair
     base = f"_BASE_: {pair.base}\n" if pair.base else ""
-    small = _small_levels(plan.anchors.strides) if not pair.base else ""
+    small = _small_levels(plan.anchors.strides) if "small_resnet" in pair.model else ""
     entries = "".join(f"    - {_flow(entry)}\n" for entry in plan.entries)
     skip = "  SKIP_UNREADABLE: True\n" if plan.skip_unreadable else ""
     every = plan.epochs / EVALUATIONS
@@ -135,9 +135,7 @@ OUTPUT_DIR: {_flow(os.path.join(plan.output, "distilled"))}
 
 
 def _retinanet(plan: Plan) -> str:
-    levels = (
-        "" if plan.pair.base else f"IN_FEATURES: [{', '.join(_levels('p', plan.anchors.strides))}], "
-    )
+    levels = f"IN_FEATURES: [{', '.join(_levels('p', plan.anchors.strides))}], "
     head = f", {plan.pair.head}" if plan.pair.head else ""
     return f"{levels}NUM_CLASSES: {len(plan.classes)}{head}"
 

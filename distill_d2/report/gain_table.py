@@ -10,17 +10,14 @@ from .gains import Gain, Gains
 from .statistics import Interval
 from .tables import MISSING, markdown, spread
 
-_COLUMNS = ["seeds", "mean", "gain per seed", "gain", "95 %, seeds", "p", "95 %, images", "p", "proven"]
+_OVER_SEEDS = ["seeds", "mean", "gain per seed", "gain", "95 %, seeds", "p"]
+_OVER_IMAGES = ["95 %, images", "p", "proven"]
 
 
 def gains_as_markdown(gains: Gains) -> str:
     """A table with a row per kind of runs, and notes below it."""
-    metric = f"{gains.task}/{gains.metric}"
-    rows = [[gains.baseline, ", ".join(gains.seeds), spread(gains.values), *[""] * 7]]
-    rows += [[row.name, *_cells(row)] for row in gains.rows]
-    title = f"{metric}: gain over {gains.baseline}"
-    lines = [markdown(title, ["", *_COLUMNS], rows), f"{_legend(gains)}\n"]
-    return "\n".join([*lines, *(f"- {note}" for note in gains.notes), *[""] * bool(gains.notes)])
+    notes = "".join(f"\n- {note}" for note in gains.notes)
+    return f"{markdown(title_of(gains), header_of(gains), rows_of(gains))}\n{legend_of(gains)}\n{notes}".rstrip()
 
 
 def gains_as_json(gains: Gains) -> dict[str, Any]:
@@ -30,6 +27,36 @@ def gains_as_json(gains: Gains) -> dict[str, Any]:
     for row, gain in zip(methods.values(), gains.rows):
         row["proven"] = gain.proven
     return _without_nan({**content, "methods": methods})
+
+
+def title_of(gains: Gains) -> str:
+    return f"{gains.task}/{gains.metric}: gain over {gains.baseline}"
+
+
+def header_of(gains: Gains) -> list[str]:
+    return ["", *_OVER_SEEDS, *(_OVER_IMAGES if gains.draws else [])]
+
+
+def rows_of(gains: Gains) -> list[list[str]]:
+    """The baseline, and each kind of runs beside it; texts."""
+    width = len(header_of(gains))
+    base = [gains.baseline, ", ".join(gains.seeds), spread(gains.values)]
+    rows = [base + [""] * (width - len(base))]
+    return rows + [[row.name, *_cells(row)][:width] for row in gains.rows]
+
+
+def legend_of(gains: Gains) -> str:
+    """What the columns are, in words."""
+    parts = ["95 %, seeds: Student's interval of the gain over seeds"]
+    if gains.draws:
+        parts.append(
+            f"95 %, images: over {gains.draws} draws of the test images, of the mean of the seeds"
+        )
+    if len(gains.rows) > 1:
+        parts.append(f"p: corrected for {len(gains.rows)} comparisons (Holm)")
+    if gains.draws:
+        parts.append("proven: both p are below 0.05")
+    return "; ".join(parts) + "."
 
 
 def _cells(row: Gain) -> list[str]:
@@ -51,20 +78,9 @@ def _interval(interval: Interval) -> str:
 
 
 def _p(value: float) -> str:
-    return MISSING if math.isnan(value) else f"{value:.3f}"
-
-
-def _legend(gains: Gains) -> str:
-    images = (
-        f"over test images: {gains.draws} draws of them with replacement, mean of the seeds"
-        if gains.draws
-        else "over test images: not computed (--bootstrap 1000)"
-    )
-    return (
-        "Intervals of the gain over seeds: Student's t of the differences, seed by seed; "
-        f"{images}. p is corrected for {len(gains.rows)} comparison{'s' * (len(gains.rows) > 1)} (Holm). Proven: "
-        "both p are below 0.05."
-    )
+    if math.isnan(value):
+        return MISSING
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _without_nan(value: Any) -> Any:

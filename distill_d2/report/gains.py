@@ -101,7 +101,7 @@ def gains_of(
     if len(kinds) < 2:
         raise ValueError(f"gains need at least two kinds of runs, found {[kind.name for kind in kinds]}")
     task, name = _metric(kinds, metric)
-    notes: list[str] = []
+    notes = [*_uneven(kinds), *_too_few(draws, len(kinds) - 1)]
     by_seed = [_by_seed(kind, notes) for kind in kinds]
     values = {run.path: _value(run, task, name) for kind in kinds for run in kind.runs}
     base, *others = by_seed
@@ -140,6 +140,27 @@ def _value(run: Run, task: str, name: str) -> float:
         found = f"has the value {value}" if name in known else f"is not among {', '.join(known)}"
         raise ValueError(f"'{run.path}': {task}/{name} {found}; choose another metric (--metric)")
     return value
+
+
+def _uneven(kinds: Sequence[Kind]) -> list[str]:
+    """Kinds of which some runs have not come as far as others."""
+    lengths = {kind.name: {run.name: run.last.iterations for run in kind.runs} for kind in kinds}
+    return [
+        f"{name}: its last evaluations are not after the same iterations: "
+        + ", ".join(f"{run} {number}" for run, number in found.items())
+        for name, found in lengths.items()
+        if len(set(found.values())) > 1
+    ]
+
+
+def _too_few(draws: int, comparisons: int) -> list[str]:
+    if not draws or 2 * comparisons / (draws + 1) < _SIGNIFICANT:
+        return []
+    needed = math.ceil(2 * comparisons / _SIGNIFICANT)
+    return [
+        f"{draws} draws of the test images are too few to prove anything in {comparisons} comparisons: "
+        f"--bootstrap {needed} at least, better ten times as many."
+    ]
 
 
 def _by_seed(kind: Kind, notes: list[str]) -> dict[str, Run]:

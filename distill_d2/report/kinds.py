@@ -68,7 +68,8 @@ def kinds_of_folders(patterns: Sequence[str]) -> list[Kind]:
     """
     folders: dict[str, list[str]] = {}
     for pattern in patterns:
-        paths = sorted(glob.glob(pattern, recursive=True), key=_by_numbers)
+        found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        paths = sorted(found, key=_by_numbers)
         if not paths:
             raise FileNotFoundError(
                 f"--runs '{pattern}' matches nothing in '{os.getcwd()}'; expected a pattern of OUTPUT_DIRs, such "

@@ -36,7 +36,7 @@ def page_of(
         ValueError: a file of a run holds something else than it should.
     """
     parts = {
-        "Results": results.result_tables(entries, tables),
+        "Results": results.result_tables(entries, tables) + results.gains(entries, tables[0].task),
         "AP over iterations": results.curves(entries, tables),
         "AP per class": results.classes(entries, tables),
         "Size and speed": _costs(entries, costs, notes),

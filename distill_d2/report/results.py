@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from .charts import Line, dot_rows, line_chart, number
+from .gain_table import header_of, legend_of, rows_of, title_of
+from .gains import gains_of
 from .html import folded, named, signed, soft, table
 from .models import Cost
 from .roles import ALONE, DISTILLED, TEACHER, Entry
@@ -55,6 +57,20 @@ def result_tables(entries: Sequence[Entry], tables: Sequence[Table]) -> str:
     outside = [entry for entry in entries if entry.run.last.weights]
     parts += [soft(f"{e.name}: evaluated alone, with {e.run.last.weights}.") for e in outside]
     return "".join(parts)
+
+
+def gains(entries: Sequence[Entry], task: str) -> str:
+    """How sure the gains over the student alone are, where there are several seeds; else ""."""
+    alone = _first(entries, ALONE)
+    kinds = [entry.kind for entry in entries if entry.role == DISTILLED]
+    kinds = [alone.kind, *kinds] if alone and kinds else []
+    known = all(len(kind.values(task, "AP")) == len(kind.runs) for kind in kinds)
+    if not (known and any(len(kind.runs) > 1 for kind in kinds)):
+        return ""
+    found = gains_of(kinds, f"{task}/AP")
+    rows = [[escape(cell) for cell in row] for row in rows_of(found)]
+    notes = "".join(map(soft, [legend_of(found), *found.notes]))
+    return f"<h3>{escape(title_of(found))}</h3>{table(header_of(found), rows)}{notes}"
 
 
 def _result_row(entry: Entry, base: Entry | None, task_table: Table) -> list[str]:

@@ -1,5 +1,6 @@
 """Teachers: build, load, verify, freeze and run one."""
 
+from .cache import CacheSettings
 from .loading import (
     build_teacher,
     in_official_zoo,
@@ -13,6 +14,7 @@ from .running import AUTOCAST_CHOICES, Teacher
 
 __all__ = [
     "AUTOCAST_CHOICES",
+    "CacheSettings",
     "Teacher",
     "build_teacher",
     "in_official_zoo",

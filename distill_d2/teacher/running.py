@@ -13,13 +13,15 @@ from torch import nn
 
 from ..precision import native_bfloat16
 from ..views import build_view
-from .cache import CacheSettings, TeacherCache
+from .cache import CacheSettings, Layout, TeacherCache
+from .cache.cache import Store
 from .prepare import prepared_copy
 
 logger = logging.getLogger(__name__)
 
 _KEY = "MODEL.DISTILLER.TEACHER_AUTOCAST"
 _DTYPES = {"": None, "float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_PROBED = 3  # images
 #: Values of TEACHER_AUTOCAST.
 AUTOCAST_CHOICES = ("auto", *_DTYPES)
 
@@ -179,6 +181,29 @@ class Teacher:
         self.run(images, padded_size)
         self.view.run_image_heads()
         return self.view.take()
+
+    def layout(self) -> Layout:
+        """Where the tensors that losses read are in its outputs for some black images.
+
+        Raises:
+            ValueError: an output cannot be kept by image; the message names the module.
+        """
+        height, width = self.view.probe_size
+        images = [torch.zeros(3, height, width, device=self.device)] * _PROBED
+        with self.lent(), self.view.recording():
+            return Layout.checked(self.view, self.image_outputs(images, (height, width)), _PROBED)
+
+    def keep_outputs(self, store: Store, layout: Layout | None = None, **options: Any) -> None:
+        """Keep what losses read of it by image from now on; call it when all losses are bound.
+
+        Args:
+            layout: of ``layout``.
+            options: of TeacherCache.
+
+        Raises: see ``layout``.
+        """
+        layout = layout or self.layout()
+        self.cache = TeacherCache(self.view, self.run, self.image_outputs, store, layout, **options)
 
     @property
     def run_settings(self) -> tuple[Any, ...]:

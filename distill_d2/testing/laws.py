@@ -15,6 +15,7 @@ from typing import Callable
 import torch
 
 from distill_d2 import DistillLoss
+from distill_d2.teacher.cache import MemoryStore
 
 from .cells import Cell, Terms, counting, gradients_of, losses_of, parts_of, step
 from .family import families
@@ -40,6 +41,19 @@ def reaches_all_that_is_trained(cell: Cell) -> None:
         step(model, cell.family.batch(objects=objects))
         where = f" with TASK_LOSS_WEIGHT 0 and {objects} objects per image"
         _check_all_are_there(gradients_of(model), where)
+
+
+def scales_with_its_weight(cell: Cell) -> None:
+    """The number ``applied_weight``, which GRADIENT_RATIO sets, multiplies terms of the loss, and nothing else."""
+    model = cell.distiller()
+    (loss,) = model.losses.values()
+    loss.applied_weight *= 2
+    losses, first = losses_of(model, cell.family.batch()), cell.first
+    scaled = [n for n in first.terms if torch.allclose(losses[n], 2 * first.losses[n], rtol=1e-3)]
+    same = [n for n in first.losses if torch.allclose(losses[n], first.losses[n], rtol=1e-3)]
+    _check(bool(scaled), f"twice applied_weight doubles none of {list(first.terms)}")
+    other = first.losses.keys() - {*scaled, *same}
+    _check(not other, f"twice applied_weight changes {sorted(other)}")
 
 
 def off_equals_the_baseline(cell: Cell) -> None:
@@ -105,6 +119,26 @@ def asks_for_no_more_than_it_needs(cell: Cell) -> None:
         _check(not others, f"the teacher ran {others}, which the loss does not need")
 
 
+def reads_the_same_from_a_cache(cell: Cell) -> None:
+    """With what TEACHER_CACHE kept of the same images, in another batch, the loss is the same up to rounding, and
+    the teacher's backbone does not run."""
+    model = cell.distiller()
+    teacher, batch = model.teacher, cell.family.batch()
+    images = [item["image"] for item in batch]
+    teacher.keep_outputs(MemoryStore(2**30))
+    with teacher.view.recording():
+        teacher.observe(images[::-1], model.padding.of_images(images), images[::-1])
+    with counting({"backbone": teacher.view.model.backbone}) as calls:
+        losses = losses_of(model, batch)
+    _check(not calls, "the teacher's backbone ran")
+    off = {
+        name: (losses[name].item(), term.item())
+        for name, term in cell.first.terms.items()
+        if not torch.allclose(losses[name], term, rtol=1e-4, atol=1e-6)
+    }
+    _check(not off, f"from the cache, and computed: {off}")
+
+
 def is_float32_without_waiting(cell: Cell) -> None:
     """Law 7: under autocast the terms are float32 and finite, with finite gradients, and the loss does not
     make the host wait for the device."""
@@ -155,9 +189,11 @@ LAWS: list[Callable[[Cell], None]] = [
     leaves_the_teacher_alone,
     keeps_the_student_plain,
     asks_for_no_more_than_it_needs,
+    reads_the_same_from_a_cache,
     is_float32_without_waiting,
     takes_images_without_objects,
     is_zero_for_equals,
+    scales_with_its_weight,
 ]
 
 

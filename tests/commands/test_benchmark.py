@@ -21,9 +21,10 @@ from distill_d2.benchmark.report import paired, print_report, spread, summarize
 from distill_d2.benchmark.rows import build_tasks
 from distill_d2.benchmark.subjects import DISTILLED, STUDENT, build_subjects, own_optimizer
 from distill_d2.engine import load_config
+from distill_d2.testing.cells import counting
 from distill_d2.testing.tiny import distiller_config, save_teacher, tiny_config
 
-STEPS = ["student step", "teacher part, plain", "distilled step"]
+STEPS = ["student step", "teacher part, plain", "distilled step", "distilled step, teacher cached"]
 STEPS += ["teacher part, prepared", "teacher whole, plain"]
 HEADLINE = "distilled step / (student step + teacher part, plain)"
 ICD = "InstanceConditionalDistillation"
@@ -375,3 +376,15 @@ def test_whose_proposals_are_scored(make_config, proposals):
     assert len(plain) == len(expected)
     for boxes, recorded in zip(plain, expected):
         assert all(torch.equal(a, b.tensor) for a, b in zip(boxes, recorded))
+
+
+def test_a_cached_step_does_not_run_the_teacher_again(make_config):
+    subjects, tasks = tasks_of(make_config(["PKD"]), settings={})
+    cached = "distilled step, teacher cached"
+    with EventStorage(0):
+        tasks[cached]()
+        with counting({"backbone": subjects.distiller.teacher.view.model.backbone}) as calls:
+            tasks[cached]()
+            assert not calls
+            tasks["distilled step"]()
+            assert calls == {"backbone": 1}

@@ -76,7 +76,9 @@ def test_table(root, capsys):
     *_, row = (line for line in text.splitlines() if line.startswith("| pkd"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == "1, 2, 10" and len(cells[3].split(", ")) == 3 and cells[4].startswith("+")
-    assert cells[7:] == ["-", "-", "-"]  # without images nothing is proven
+    assert (
+        "p: corrected" not in text and cells[7:] == []
+    )  # one comparison, no images, so nothing is proven
 
 
 def test_other_seeds(root, capsys):
@@ -111,6 +113,17 @@ def test_single_runs_have_an_interval_over_images(root, capsys):
     pkd = found["methods"]["pkd/seed1"]
     assert pkd["over_images"]["low"] < pkd["gain"] < pkd["over_images"]["high"]
     assert pkd["over_seeds"]["low"] is None and pkd["proven"] == ""
+
+
+def test_what_a_reader_must_know(root, capsys):
+    """Runs that have not come as far as others, and too few draws for a small p."""
+    evaluated_line = json.loads((root / "pkd/seed1/metrics.json").read_text())
+    (root / "pkd/seed1/metrics.json").write_text(json.dumps({**evaluated_line, "iteration": 5}))
+    for name in ("c", "d", "e", "f"):
+        shutil.copytree(root / "pkd/seed10", root / name / "seed10")
+    found = compared(capsys, "--runs", "*/seed*", "--bootstrap", "199")["gains"]
+    assert found["notes"][0].endswith("same iterations: seed1 5, seed2 9, seed10 9")
+    assert "199 draws" in found["notes"][1] and "in 5 comparisons: --bootstrap 200" in found["notes"][1]
 
 
 def test_truth_from_elsewhere(root, capsys):

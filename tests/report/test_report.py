@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,7 @@ def job(tmp_path_factory):
     terms = {"loss_cls": {"value": 1.0, "gradient": 2.0, "loss": ""}}
     terms["loss_pkd"] = {"value": 9.0, "gradient": None, "loss": "PKD"}
     lines = [{"iteration": i, "terms": terms, "task": 2.0, "losses": {"PKD": 1.0 + i}} for i in (0, 1)]
+    lines[1]["weights"] = {"PKD": 7.5}
     run_of(job.output, *lines, name=GRADIENTS)
     return job
 
@@ -82,6 +84,7 @@ def test_page_on_a_distillation(job, tmp_path):
     assert parts["size-and-speed"].count("ms ") == 3
     assert "loss_pkd 9 - - 9 - -" in " ".join(parts["gradients"].split())
     assert "loss_pkd" in parts["losses"] and "the task's" in parts["gradients"]
+    assert "Weights of the losses: PKD 7.5." in parts["gradients"]
     assert (
         re.search(r"TYPES\s+\['PKD'\]", parts["settings"]) and "distill_config.yaml" in parts["settings"]
     )
@@ -94,8 +97,20 @@ def test_page_without_detectors_and_data(tmp_path):
     other = run_of(tmp_path / "other", evaluation(iteration=9))
     parts = Page(made(tmp_path, other, "--student", ",".join(seeds))).texts
     assert re.search(r"seed1, seed2\s+41.5 ± 0.7", parts["results"])
-    assert "no detector could be loaded" in parts["pictures"]
+    assert "gain over" not in parts["results"] and "no detector could be loaded" in parts["pictures"]
     assert "other: " in parts["size-and-speed"] and "Nothing was distilled" in parts["gradients"]
+
+
+def test_gains_of_several_seeds(tmp_path):
+    alone, pkd = (
+        [run_of(tmp_path / f"{name}{seed}", evaluation(gain + seed, iteration=9)) for seed in (1, 2, 3)]
+        for name, gain in (("alone", 0.0), ("pkd", 2.0))
+    )
+    for run in pkd:
+        Path(run, "distill_config.yaml").write_text("MODEL: {DISTILLER: {TYPES: [PKD]}}")
+    page = made(tmp_path, "alone=" + ",".join(alone), "PKD=" + ",".join(pkd))
+    found = " ".join(Page(page).texts["results"].partition("gain over alone")[2].split())
+    assert "PKD 1, 2, 3 44.00 ± 1.00 +2.00, +2.00, +2.00 +2.00 +2.00 to +2.00 < 0.001" in found
 
 
 def test_roles(tmp_path):

@@ -119,8 +119,9 @@ def _halved(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _batched(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """One tensor of those of all images: in float32 where one of them did not fit into float16."""
     first = parts[0]
     if first.is_meta:
         shape = (len(parts), *first.shape[1:])
         return torch.full((), torch.nan, dtype=first.dtype, device=device).expand(shape)
-    return upload(torch.cat([part.to(first.dtype) for part in parts]), device)
+    return upload(torch.cat(list(parts)), device)

@@ -19,6 +19,9 @@ def freeze_until(body: nn.Module, stages: Mapping[int, str], stride: int) -> Non
     Args:
         stages: the modules that end the stages, by stride, rising.
         stride: 2: what lies before the first stage of stride 4 or more, the stem.
+
+    Raises:
+        ValueError: a stage does not end with a module of its own, as in HRNet.
     """
     import_timm()
     from timm.utils.model import freeze
@@ -26,10 +29,10 @@ def freeze_until(body: nn.Module, stages: Mapping[int, str], stride: int) -> Non
     names = [name for name, _ in body.named_modules()][1:]
     if stride == 2:
         first = next((module for each, module in stages.items() if each >= 4), names[0])
-        last = names.index(first) - 1
+        last = names.index(_checked(first, names)) - 1
     else:
         inside = [module for each, module in stages.items() if each <= stride]
-        last = _ends(names)[inside[-1]] if inside else -1
+        last = _ends(names)[_checked(inside[-1], names)] if inside else -1
     for parameter in body.parameters(recurse=False):  # of no part, such as embeddings of positions
         parameter.requires_grad_(False)
     frozen = _whole(names, last)
@@ -41,12 +44,21 @@ def freeze_unread(body: nn.Module, stage: str) -> None:
     """Exclude from training what lies behind the last stage, in place: no gradient reaches it.
 
     Args:
-        stage: the module that ends the last stage.
+        stage: the module that ends the last stage; nothing is done where there is no such module.
     """
     names = [name for name, _ in body.named_modules()][1:]
-    for name in names[_ends(names)[stage] + 1 :]:
+    for name in names[_ends(names).get(stage, len(names)) + 1 :]:
         for parameter in body.get_submodule(name).parameters(recurse=False):
             parameter.requires_grad_(False)
+
+
+def _checked(stage: str, names: list[str]) -> str:
+    if stage not in names:
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE_AT must be 0 for this model of timm (MODEL.TIMM.NAME): it has no "
+            f"module '{stage}' that ends a stage"
+        )
+    return stage
 
 
 def _ends(names: list[str]) -> dict[str, int]:

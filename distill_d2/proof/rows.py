@@ -1,0 +1,101 @@
+"""What is trained: pairs of a student and a teacher, and for each pair the rows of its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TEACHER = "teacher"
+ALONE = "student"
+DOUBLED = "student_doubled"
+SAME_TIME = "student_same_time"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a pair's table.
+
+    Attributes:
+        name: of its folder; of a method, its config is configs/proof/<pair>_<name>.yaml.
+        title: in the table.
+        seconds: per iteration, on one core of an AMD EPYC, to tell hours before anything was measured here.
+    """
+
+    name: str
+    title: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student.
+
+    Attributes:
+        methods: the distillations of the student.
+        best: so many of the methods, the best on val, are trained with more seeds.
+    """
+
+    name: str
+    title: str
+    teacher: Row
+    alone: Row
+    methods: tuple[Row, ...]
+    best: int = 0
+
+    @property
+    def doubled(self) -> Row:
+        return Row(DOUBLED, "student alone, twice the schedule", self.alone.seconds)
+
+    @property
+    def same_time(self) -> Row:
+        return Row(SAME_TIME, "student alone, same wall time", self.alone.seconds)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """In the order of the table."""
+        return (self.teacher, self.alone, self.doubled, self.same_time, *self.methods)
+
+    def config(self, row: Row) -> str:
+        """The name of a row's packaged config."""
+        own = row.name if row in (self.teacher, *self.methods) else ALONE
+        return f"proof/{self.name}_{own}.yaml"
+
+
+RETINANET = Pair(
+    "retinanet",
+    "RetinaNet, EfficientNet-Lite2 to EfficientNet-Lite0 up to stride 16",
+    Row(TEACHER, "teacher", 0.35),
+    Row(ALONE, "student alone", 0.16),
+    (
+        Row("pkd", "PKD", 0.24),
+        Row("mimic", "FeatureMimic", 0.24),
+        Row("icd", "ICD", 0.28),
+        Row("gid", "GID", 0.30),
+        Row("defeat", "DeFeat", 0.26),
+        Row("fgfi", "FGFI", 0.26),
+    ),
+    best=2,
+)
+RCNN = Pair(
+    "rcnn",
+    "Faster R-CNN, EfficientNet-Lite2 to EfficientNet-Lite0 up to stride 16",
+    Row(TEACHER, "teacher", 0.45),
+    Row(ALONE, "student alone", 0.25),
+    (
+        Row("headkd", "HeadKD", 0.35),
+        Row("defeat", "DeFeat, neck and classes", 0.35),
+        Row("pkd", "PKD", 0.33),
+    ),
+)
+SSD = Pair(
+    "ssd",
+    "SSD, EfficientNet-Lite2 to EfficientNet-Lite0",
+    Row(TEACHER, "teacher", 0.35),
+    Row(ALONE, "student alone", 0.16),
+    (
+        Row("ssdkd_paper", "SSDKD, the paper's losses", 0.25),
+        Row("ssdkd_repository", "SSDKD, the repository's losses", 0.25),
+    ),
+)
+PAIRS = {pair.name: pair for pair in (RETINANET, RCNN, SSD)}
+#: What --only names.
+METHODS = list(dict.fromkeys(row.name for pair in PAIRS.values() for row in pair.methods))
