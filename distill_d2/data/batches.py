@@ -120,7 +120,8 @@ def _size(record: dict[str, Any], mapper: Callable[[dict[str, Any]], Any]) -> Si
     height, width = record.get("height"), record.get("width")
     if height is None or width is None or type(mapper) is not DatasetMapper:
         return None
-    for augmentation in mapper.augmentations.augs:
+    detectron2s: Any = mapper
+    for augmentation in detectron2s.augmentations.augs:
         if type(augmentation) is T.ResizeShortestEdge and len(set(augmentation.short_edge_length)) == 1:
             shortest = augmentation.short_edge_length[0]
             if shortest:

@@ -214,7 +214,7 @@ class LazyDistillTrainer(DistillTrainer):
 def _test_loader(node: DictConfig, model: nn.Module) -> Any:
     """detectron2's ``build_detection_test_loader`` with a batch_size has batches of one padded size; other loaders
     are as they are."""
-    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    arguments = {str(key): value for key, value in node.items() if key != "_target_"}
     known = {"dataset", "mapper", "num_workers", "batch_size"}
     detectron2s = node.get("_target_") in _DETECTRON2_TEST_LOADER and set(arguments) <= known
     if not detectron2s or arguments.get("batch_size", 1) == 1:
