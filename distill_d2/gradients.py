@@ -14,6 +14,7 @@ from torch import nn
 
 from .distiller import Distiller
 from .distiller.phases import reaches_student
+from .moving_numbers import settle
 from .quiet import quiet
 from .random_state import unchanged_random_state
 
@@ -61,9 +62,9 @@ def term_gradients(
     """The value of each term of a training step, and the norm of its gradient in the student's backbone: means
     over the batches of values and of gradients, as in a step on all of them.
 
-    It leaves no trace: each step is one of a copy, and random numbers are as before. In float32. Gradients are
-    added on the host. The processes of a distributed run call it together, because some detectors average over
-    them.
+    It leaves no trace: each step is one of a copy, and random numbers are as before. In float32. Moving averages
+    that scale a detector's losses have settled, see ``settle``. Gradients are added on the host. The processes of
+    a distributed run call it together, because some detectors average over them.
 
     Args:
         model: a detector, or a Distiller around one; not wrapped in DistributedDataParallel.
@@ -81,7 +82,9 @@ def term_gradients(
     total = _Total()
     with teacher, unchanged_random_state(), quiet(), torch.enable_grad():
         for batch in batches:
-            total.add(*_step(_copy_of(model), batch, iteration))
+            copied = _copy_of(model)
+            settle(copied.student if isinstance(copied, Distiller) else copied, batch)
+            total.add(*_step(copied, batch, iteration))
     names = list(model.losses) if isinstance(model, Distiller) else []
     return total.mean(iteration, len(batches), names)
 
@@ -147,9 +150,8 @@ class _Total:
         for name, loss in losses.items():
             gradients = [gradient.cpu() for gradient in gradients_in(loss, parameters)]
             if name in self._gradients:
-                torch._foreach_add_(self._gradients[name], gradients)
-            else:
-                self._gradients[name] = gradients
+                gradients = list(torch._foreach_add(self._gradients[name], gradients))
+            self._gradients[name] = gradients
             self._values[name] = self._values.get(name, 0.0) + loss.item()
             self._owners[name] = owners.get(name, "")
 

@@ -12,6 +12,8 @@ METRICS = "metrics.json"
 EVALUATIONS = "evaluations.json"
 #: A line of json per evaluation in training: each loss term's value, and the norm of its gradient.
 GRADIENTS = "gradients.jsonl"
+#: What the names of scalars in METRICS begin with: the weights that GRADIENT_RATIO has set, by loss.
+WEIGHT = "weight/"
 #: The command lines that trained and evaluated.
 COMMANDS = "commands.txt"
 #: The student alone, and the whole distillation.

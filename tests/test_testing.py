@@ -111,6 +111,11 @@ class Waking(Means):
         return super().forward(student, teacher, batch)
 
 
+class OfItsSettings(Means):
+    def factor(self, iteration):
+        return self.settings.weight
+
+
 @pytest.mark.parametrize(
     "loss, law",
     [
@@ -125,6 +130,7 @@ class Waking(Means):
         (Keeping, "reaches_all_that_is_trained|leaves_the_teacher_alone|keeps_the_student_plain"),
         (Meddling, "leaves_the_teacher_alone"),
         (Waking, "leaves_the_teacher_alone"),
+        (OfItsSettings, "scales_with_its_weight"),
     ],
 )
 def test_losses_that_break_a_law(loss, law):

@@ -20,13 +20,13 @@ def balanced_weights(
 ) -> dict[str, float]:
     """By config key, the weight with which the gradient of a loss would be ``ratio`` times the task's.
 
-    A loss whose gradient cannot be compared has none, nor has a TrainedLoss: before it has learned, its gradient
-    says little.
+    A loss whose gradient cannot be compared has none, nor has one with a GRADIENT_RATIO, nor a TrainedLoss: before
+    it has learned, its gradient says little.
     """
     found = {
         loss.config_key(loss.weight_setting): balanced_weight(name, loss, measured, ratio)
         for name, loss in losses.items()
-        if not isinstance(loss, TrainedLoss)
+        if not isinstance(loss, TrainedLoss) and not loss.settings.gradient_ratio
     }
     return {key: weight for key, weight in found.items() if weight is not None}
 

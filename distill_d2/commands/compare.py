@@ -13,6 +13,7 @@ pattern in quotes. NAME=RUN names a column. --runs takes a pattern of runs that 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 _DRAWS, _FEWEST = 1000, 100
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     from ..report.gain_table import gains_as_json, gains_as_markdown
     from ..report.gains import gains_of
     from ..report.kinds import kinds_of, kinds_of_folders, with_baseline
-    from ..report.tables import as_markdown, as_values
+    from ..report.tables import as_markdown, as_values, weights_as_markdown, weights_of
 
     draws = _draws(args)
     kinds = with_baseline([*kinds_of(args.runs), *kinds_of_folders(args.patterns)], args.baseline)
@@ -67,13 +68,13 @@ def run(args: argparse.Namespace) -> None:
     if args.patterns or draws or (len(kinds) > 1 and any(len(kind.runs) > 1 for kind in kinds)):
         gains = gains_of(kinds, args.metric, draws=draws, seed=args.seed, truth=args.truth)
     if args.format == "json":
-        print(
-            json.dumps(
-                {**as_values(kinds), **({"gains": gains_as_json(gains)} if gains else {})}, indent=2
-            )
-        )
+        content: dict[str, Any] = dict(as_values(kinds))
+        content.update({"gains": gains_as_json(gains)} if gains else {})
+        content.update({"weights": weights_of(kinds)} if weights_of(kinds) else {})
+        print(json.dumps(content, indent=2))
         return
-    print("\n".join([as_markdown(kinds), *([gains_as_markdown(gains)] if gains else [])]))
+    parts = [as_markdown(kinds), weights_as_markdown(kinds), gains_as_markdown(gains) if gains else ""]
+    print("\n".join(filter(None, parts)))
 
 
 def _draws(args: argparse.Namespace) -> int:

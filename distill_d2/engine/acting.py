@@ -59,7 +59,7 @@ def _check(name: str, loss: DistillLoss, phases: TrainingPhases, max_iter: int) 
             f"{name} acts on the student in about {share:.0%} of the {max_iter} iterations, from iteration "
             f"{acting[0]} to {acting[-1]}: {causes}"
         )
-    last, full = loss.factor(max_iter - 1), loss.applied_weight
+    last, full = loss.factor(max_iter - 1), loss.settings.weight
     if 0 < last < full:
         logger.warning(
             f"{name} does not reach its weight: it is {last:.3g} of {full:.3g} in the last iteration: "

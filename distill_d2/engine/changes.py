@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 _IGNORED = re.compile(
     r"(OUTPUT_DIR|MODEL\.(WEIGHTS|DEVICE)|TEST\.|DATASETS\.(TEST|CHECK|PROPOSAL_FILES_TEST)|VERSION$|VIS_PERIOD"
     r"|SOLVER\.CHECKPOINT_PERIOD|EXTRA_CFG|CUDNN_BENCHMARK|WANDB\.|MLFLOW\."
-    r"|(MODEL\.DISTILLER|distiller)\.(EVAL_TEACHER|MEASURE_GRADIENTS)"
+    r"|(MODEL\.DISTILLER|distiller)\.(EVAL_TEACHER|MEASURE_GRADIENTS|GRADIENT_RATIO_PERIOD)"
     r"|train\.(output_dir|init_checkpoint|device|eval_|log_period|checkpointer|keep_best|patience)"
     r"|dataloader\.(test|evaluator)|distiller_not_used)"
 )

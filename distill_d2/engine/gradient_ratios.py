@@ -16,13 +16,12 @@ from ..balance import weights_by_ratio
 from ..distiller import Distiller
 from ..gradients import gradients_in, norm_of, trained_backbone
 from ..losses import DistillLoss
+from ..run_files import WEIGHT
 from .gradient_examples import gradient_examples
 from .settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
-#: What the names of scalars begin with: the weights that were set, and the ratios of a step.
-WEIGHT, RATIO = "weight/", "grad_ratio/"
 # A deviation of adapters' first weights far below PyTorch's default, and the iterations in which they grow.
 _SMALL, _GROWTH = 0.01, 200
 
@@ -141,7 +140,7 @@ def ratios_in_step(
         sums[owner] = sums[owner] + loss if owner in sums else loss
     norms = {owner: norm_of(gradients_in(scale(loss), parameters)) for owner, loss in sums.items()}
     task = norms.pop("")
-    return {f"{RATIO}{owner}": norm / task for owner, norm in norms.items()}
+    return {f"grad_ratio/{owner}": norm / task for owner, norm in norms.items()}
 
 
 def _is_due(model: Distiller) -> bool:

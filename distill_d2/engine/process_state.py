@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from detectron2.utils import comm
 from torch import nn
 
+from ..moving_numbers import numbers_of, set_numbers
 from ..random_state import random_state
-from ..views import view_type
 from .ema import AveragedWeights
 
 
@@ -45,14 +45,14 @@ class ProcessState:
         return comm.all_gather(
             {
                 "random": random_state(),
-                "numbers": _numbers(self._student),
+                "numbers": numbers_of(self._student),
                 "buffers": {name: buffers[name].detach().cpu() for name in sorted(own)},
             }
         )
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore numbers and buffers of one of the states that ``gather`` gave; see ``set_random_state``."""
-        _set_numbers(self._student, state["numbers"])
+        set_numbers(self._student, state["numbers"])
         buffers = self._buffers()
         for name, saved in state["buffers"].items():
             if name in buffers and buffers[name].shape == saved.shape:
@@ -89,33 +89,3 @@ def _digest(buffer: torch.Tensor) -> tuple[tuple[int, ...], int]:
     """Shape and checksum."""
     data = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return tuple(buffer.shape), zlib.crc32(data.tobytes())
-
-
-def _numbers(student: nn.Module) -> dict[str, float]:
-    """The values of the ``training_state`` that the detector's view names, as far as it has them."""
-    return {
-        name: float(getattr(owner, attribute))
-        for name, owner, attribute in _places(student)
-        if hasattr(owner, attribute)
-    }
-
-
-def _set_numbers(student: nn.Module, numbers: Mapping[str, float]) -> None:
-    """Restore what ``_numbers`` gave."""
-    for name, owner, attribute in _places(student):
-        if name not in numbers:
-            continue
-        value = getattr(owner, attribute, None)
-        if isinstance(value, torch.Tensor):
-            value.fill_(numbers[name])
-        else:
-            setattr(owner, attribute, numbers[name])
-
-
-def _places(student: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """The dotted name of each number, the module that holds it, and its name there."""
-    modules = dict(student.named_modules())
-    for name in view_type(student).training_state:
-        path, _, attribute = name.rpartition(".")
-        if path in modules:
-            yield name, modules[path], attribute

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..run_files import DISTILLATION_FILE, EVALUATIONS, GRADIENTS, METRICS, STUDENT_FILE
+from ..run_files import DISTILLATION_FILE, EVALUATIONS, GRADIENTS, METRICS, STUDENT_FILE, WEIGHT
 from ..safe_yaml import read_yaml
 
 Metrics = dict[str, float]  # of one task, by name: "AP", "AP50-dog"
@@ -111,6 +111,16 @@ class Run:
         this file."""
         path = self.folder / GRADIENTS
         return read_lines(path) if path.is_file() else []
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """The weights that GRADIENT_RATIO has set, by the loss's name; the last ones."""
+        scalars = {name: value for line in self.lines for name, value in line.items()}
+        return {
+            name.removeprefix(WEIGHT): value
+            for name, value in scalars.items()
+            if name.startswith(WEIGHT)
+        }
 
     @cached_property
     def settings(self) -> dict[str, Any]:

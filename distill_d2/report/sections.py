@@ -91,7 +91,9 @@ def _gradient_table(entry: Entry) -> str:
         for line in (first, last)
         for what in ("value", "gradient", "ratio")
     ]
-    return f"<h3>{named(entry.name, entry.color)}</h3>" + table(["term", *at], rows)
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in last.get("weights", {}).items())
+    note = soft(f"Weights of the losses: {escape(weights)}.") if weights else ""
+    return f"<h3>{named(entry.name, entry.color)}</h3>" + table(["term", *at], rows) + note
 
 
 def _term(line: dict[str, Any], name: str) -> list[str]:

@@ -97,6 +97,26 @@ def as_values(kinds: Sequence[Kind]) -> dict[str, dict[str, dict[str, list[float
     return content
 
 
+def weights_of(kinds: Sequence[Kind]) -> dict[str, dict[str, list[float]]]:
+    """{loss: {kind: weights that GRADIENT_RATIO has set in its runs}}."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for kind in kinds:
+        for run in kind.runs:
+            for loss, weight in run.weights.items():
+                found.setdefault(loss, {}).setdefault(kind.name, []).append(weight)
+    return found
+
+
+def weights_as_markdown(kinds: Sequence[Kind]) -> str:
+    """A table of them; "" if there are none."""
+    names = [kind.name for kind in kinds]
+    rows = [
+        [loss, *(", ".join(f"{w:g}" for w in of_kind.get(name, ())) or MISSING for name in names)]
+        for loss, of_kind in weights_of(kinds).items()
+    ]
+    return markdown("weights by GRADIENT_RATIO", ["loss", *names], rows) if rows else ""
+
+
 def header_of(kinds: Sequence[Kind]) -> list[str]:
     """Names of the columns: kinds, and their differences to the first."""
     first, *others = [kind.name for kind in kinds]

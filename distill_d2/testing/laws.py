@@ -43,6 +43,19 @@ def reaches_all_that_is_trained(cell: Cell) -> None:
         _check_all_are_there(gradients_of(model), where)
 
 
+def scales_with_its_weight(cell: Cell) -> None:
+    """The number ``applied_weight``, which GRADIENT_RATIO sets, multiplies terms of the loss, and nothing else."""
+    model = cell.distiller()
+    (loss,) = model.losses.values()
+    loss.applied_weight *= 2
+    losses, first = losses_of(model, cell.family.batch()), cell.first
+    scaled = [n for n in first.terms if torch.allclose(losses[n], 2 * first.losses[n], rtol=1e-3)]
+    same = [n for n in first.losses if torch.allclose(losses[n], first.losses[n], rtol=1e-3)]
+    _check(bool(scaled), f"twice applied_weight doubles none of {list(first.terms)}")
+    other = first.losses.keys() - {*scaled, *same}
+    _check(not other, f"twice applied_weight changes {sorted(other)}")
+
+
 def off_equals_the_baseline(cell: Cell) -> None:
     """Law 1: while the loss is off, the student's losses and gradients are bit for bit those of the student
     alone, the teacher does not run, and what the loss trains has a gradient of zero."""
@@ -180,6 +193,7 @@ LAWS: list[Callable[[Cell], None]] = [
     is_float32_without_waiting,
     takes_images_without_objects,
     is_zero_for_equals,
+    scales_with_its_weight,
 ]
 
 

@@ -5,7 +5,13 @@ from runs import assert_equal, checkpoint, rewind
 
 from distill_d2.engine.gradient_log import read_gradients
 
+pytestmark = pytest.mark.usefixtures("measuring")
 SCHEDULE = ["SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 1]
+
+
+@pytest.fixture
+def measuring(job):
+    job.node.MEASURE_GRADIENTS = True
 
 
 def test_each_evaluation_has_a_line_and_the_run_is_the_same_without(job):

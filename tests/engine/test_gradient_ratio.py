@@ -13,6 +13,7 @@ SCHEDULE = ["SOLVER.MAX_ITER", 3, "TEST.EVAL_PERIOD", 0, "SOLVER.CHECKPOINT_PERI
 def test_the_gradient_is_that_many_times_the_tasks_in_a_resumed_run_too(tmp_path, log_every_iteration):
     """With any weight in the config; a step's own measurements change nothing."""
     job = Job(tmp_path, evaluate=False)
+    job.node.MEASURE_GRADIENTS = True
     opts = [*SCHEDULE, RATIO, 2.0, "MODEL.DISTILLER.PKD.START_ITER", 1]
     job.run(opts=[*opts, "MODEL.DISTILLER.PKD.WEIGHT", 5.0])
     whole = checkpoint(job.output)
@@ -34,3 +35,29 @@ def test_the_gradient_is_that_many_times_the_tasks_in_a_resumed_run_too(tmp_path
     assert_equal(whole["model"], checkpoint(job.output)["model"])
     lines = [line.get("grad_ratio/PKD") for line in metrics(job.output) if "total_loss" in line]
     assert lines[:2] == [None, None] and 0.5 < lines[2] < 8
+
+
+def test_adapters_that_start_almost_at_0_are_measured_while_they_grow(tmp_path, log_every_iteration):
+    job = Job(tmp_path, types=["DeFeat"], evaluate=False)
+    job.node.DEFEAT.GRADIENT_RATIO = 1.0
+    assert job.trainer()._ratios._due == {"DeFeat": [0, 1, 2, 4, 8, 16, 32, 64, 128, 200]}
+    opts = [*SCHEDULE, "SOLVER.MAX_ITER", 5, "MODEL.DISTILLER.DEFEAT.GRADIENT_RATIO_ITERS", 3]
+    job.run("--overwrite", opts=opts)
+    whole, weights = checkpoint(job.output), [m.get("weight/DeFeat") for m in metrics(job.output)]
+    assert weights[0] == job.node.DEFEAT.WEIGHT and all(weights[:4]) and weights[4] is None
+    assert whole["trainer"]["gradient_ratios"]["DeFeat"]["weight"] == weights[3]
+    rewind(job.output, "model_0000001")
+    job.run("--resume", opts=opts)
+    assert_equal(whole["model"], checkpoint(job.output)["model"])
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("TASK_LOSS_WEIGHT", 0.0, f"{RATIO}': 1.0}}, but MODEL.DISTILLER.TASK_LOSS_WEIGHT is 0"),
+        ("PKD.WEIGHT", 0.0, "PKD.WEIGHT is 0.0; expected above 0, or GRADIENT_RATIO 0.0, which is 1.0"),
+        ("FREEZE", ["backbone.*"], "in the student's trained backbone and neck the gradient of its own"),
+    ],
+)
+def test_what_no_weight_can_give(job, key, value, message):
+    job.fails(ValueError, message, opts=[RATIO, 1.0, f"MODEL.DISTILLER.{key}", value])

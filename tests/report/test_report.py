@@ -57,6 +57,7 @@ def job(tmp_path_factory):
     terms = {"loss_cls": {"value": 1.0, "gradient": 2.0, "loss": ""}}
     terms["loss_pkd"] = {"value": 9.0, "gradient": None, "loss": "PKD"}
     lines = [{"iteration": i, "terms": terms, "task": 2.0, "losses": {"PKD": 1.0 + i}} for i in (0, 1)]
+    lines[1]["weights"] = {"PKD": 7.5}
     run_of(job.output, *lines, name=GRADIENTS)
     return job
 
@@ -83,6 +84,7 @@ def test_page_on_a_distillation(job, tmp_path):
     assert parts["size-and-speed"].count("ms ") == 3
     assert "loss_pkd 9 - - 9 - -" in " ".join(parts["gradients"].split())
     assert "loss_pkd" in parts["losses"] and "the task's" in parts["gradients"]
+    assert "Weights of the losses: PKD 7.5." in parts["gradients"]
     assert (
         re.search(r"TYPES\s+\['PKD'\]", parts["settings"]) and "distill_config.yaml" in parts["settings"]
     )
