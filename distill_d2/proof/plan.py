@@ -15,7 +15,13 @@ from .settings import Settings
 
 _CACHE = "MODEL.DISTILLER.TEACHER_CACHE"
 # Keys that change nothing of what is learned.
-_NOT_COMPARED = ("DATASETS.CUSTOM", "SOLVER.CHECKPOINT_PERIOD", _CACHE, f"{_CACHE}_GB")
+_NOT_COMPARED = (
+    "DATASETS.CUSTOM",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+    _CACHE,
+    f"{_CACHE}_GB",
+)
 
 
 class Plan:
