@@ -62,6 +62,10 @@ def add_distill_config(cfg: CN) -> None:
     cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
     cfg.TEST.EVAL_EPOCHS = 0.0
 
+    # The images of an evaluation that go through the model at a time, in each process: all of one padded size, so
+    # that detections are those of image by image, within float rounding.
+    cfg.TEST.IMS_PER_BATCH = 1
+
     # The metric, of those that evaluations log, whose best student is kept as OUTPUT_DIR/model_best.pth, such as
     # "bbox/AP" (of several datasets "my_val/bbox/AP"); "": none is kept. Higher is better.
     cfg.TEST.KEEP_BEST = ""
