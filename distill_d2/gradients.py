@@ -150,7 +150,7 @@ class _Total:
         for name, loss in losses.items():
             gradients = [gradient.cpu() for gradient in gradients_in(loss, parameters)]
             if name in self._gradients:
-                gradients = list(torch._foreach_add(self._gradients[name], gradients))
+                gradients = [a + b for a, b in zip(self._gradients[name], gradients)]
             self._gradients[name] = gradients
             self._values[name] = self._values.get(name, 0.0) + loss.item()
             self._owners[name] = owners.get(name, "")
