@@ -116,5 +116,5 @@ def test_a_folder_that_cannot_be_written_is_told(job):
 def test_lazy_config(tmp_path):
     job = LazyJob(tmp_path)
     job.run("distiller.TEACHER_CACHE=memory", "distiller.MEASURE_GRADIENTS=False", "train.max_iter=8")
-    hits = [line["teacher_cache/hits"] for line in metrics(job.output)]
+    hits = [line["teacher_cache/hits"] for line in metrics(job.output) if "total_loss" in line]
     assert hits[0] == 0.0 and hits[-1] == 1.0
