@@ -248,7 +248,8 @@ def dump(cfg: CN) -> str:
 
 
 def load_yaml(cfg: CN, path: str) -> ConfigFiles:
-    """Merge a yaml file, and its _BASE_, into ``cfg``. No code runs: see ``distill_d2.safe_yaml``.
+    """Merge a yaml file, and its _BASE_, into ``cfg``, and let its detector complete it. No code runs: see
+    ``distill_d2.safe_yaml``.
 
     Returns:
         the files that were read.
@@ -274,6 +275,7 @@ def load_yaml(cfg: CN, path: str) -> ConfigFiles:
         new = upgrade_config(old)
         cfg.clear()
         cfg.update(new)
+    plugins.complete(cfg)
     return content
 
 

@@ -36,12 +36,16 @@ solver = dict(BASE_LR=0.02, CLIP_GRADIENTS=dict(CLIP_VALUE=0.1))
 model = L(Distiller)(
     student=model,
     teacher=L(load_teacher)(config="{lazy_job.teacher}", official=False),
-    losses=[L(PKD)(weight=2.0), L(ICD)(input_feats=["p2", "p3"], hidden_dim=16, bypass_distill=0, solver=solver)],
+    gradient_ratio_period=1,
+    losses=[
+        L(PKD)(gradient_ratio=2.0),
+        L(ICD)(input_feats=["p2", "p3"], hidden_dim=16, bypass_distill=0, solver=solver),
+    ],
 )
 """
     lazy_job.run()
     first = metrics(lazy_job.output)[0]
-    assert {"loss_pkd", "loss_icd_value"} < set(first)
+    assert {"loss_pkd", "loss_icd_value", "weight/PKD", "grad_ratio/PKD"} < set(first)
     assert first["InstanceConditionalDistillation/lr"] == pytest.approx(0.02)
     lazy_job.run("--eval-only", f"train.init_checkpoint={lazy_job.output}/model_final.pth")
 
