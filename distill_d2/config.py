@@ -62,6 +62,10 @@ def add_distill_config(cfg: CN) -> None:
     cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
     cfg.TEST.EVAL_EPOCHS = 0.0
 
+    # The images of an evaluation that go through the model at a time, in each process: all of one padded size, so
+    # that detections are those of image by image, within float rounding.
+    cfg.TEST.IMS_PER_BATCH = 1
+
     # The metric, of those that evaluations log, whose best student is kept as OUTPUT_DIR/model_best.pth, such as
     # "bbox/AP" (of several datasets "my_val/bbox/AP"); "": none is kept. Higher is better.
     cfg.TEST.KEEP_BEST = ""
@@ -244,7 +248,8 @@ def dump(cfg: CN) -> str:
 
 
 def load_yaml(cfg: CN, path: str) -> ConfigFiles:
-    """Merge a yaml file, and its _BASE_, into ``cfg``. No code runs: see ``distill_d2.safe_yaml``.
+    """Merge a yaml file, and its _BASE_, into ``cfg``, and let its detector complete it. No code runs: see
+    ``distill_d2.safe_yaml``.
 
     Returns:
         the files that were read.
@@ -270,6 +275,7 @@ def load_yaml(cfg: CN, path: str) -> ConfigFiles:
         new = upgrade_config(old)
         cfg.clear()
         cfg.update(new)
+    plugins.complete(cfg)
     return content
 
 

@@ -105,6 +105,7 @@ class Detector:
         name: for tables and messages, such as "FCOS (AdelaiDet)".
         architecture: its name in META_ARCH_REGISTRY; "": it has none.
         add_config: adds its config keys to a config, in place.
+        complete: fills in, in place, values that a config leaves to it, once the config is read; raises nothing.
         num_classes_key: the key that holds its number of classes, such as "MODEL.FCOS.NUM_CLASSES"; "": the
             datasets' classes are not compared with it.
         rules: what its keys may hold, by their full names, such as {"MODEL.FCOS.NUM_CLASSES": Integer(at_least=1)}
@@ -120,6 +121,7 @@ class Detector:
     name: str
     architecture: str = ""
     add_config: Callable[[CfgNode], None] = _nothing
+    complete: Callable[[CfgNode], None] = _nothing
     num_classes_key: str = ""
     rules: Mapping[str, Rule] = field(default_factory=dict)
     check: Callable[[CfgNode], None] = _nothing
@@ -178,6 +180,14 @@ def detectors() -> dict[str, Detector]:
     """
     _find()
     return dict(sorted(_DETECTORS.items()))
+
+
+def complete(cfg: CfgNode) -> None:
+    """Let the detectors and backbones that a config names fill in the values that it leaves to them, in place."""
+    names = {_student_architecture(cfg), cfg.MODEL.BACKBONE.NAME}
+    for detector in detectors().values():
+        if detector.names & names:
+            detector.complete(cfg)
 
 
 def of_student(cfg: CfgNode) -> list[Detector]:

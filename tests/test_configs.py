@@ -81,6 +81,7 @@ def test_holds_plain_values_and_known_keys(name):
     cfg = load(name)
 
     cfg.DATASETS.TRAIN = cfg.DATASETS.TRAIN or ("of_the_user",)
+    cfg.MODEL.TIMM.NAME = cfg.MODEL.TIMM.NAME or "of_those_that_inherit"
     rules = {key: rule for key, rule in run_rules(cfg).items() if not isinstance(rule, Levels)}
     assert list(faults(Context(student_config(cfg)), rules)) == []
     last = max(cfg.SOLVER.STEPS, default=0)

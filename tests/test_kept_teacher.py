@@ -234,6 +234,20 @@ def test_a_limit_below_what_is_needed_leaves_a_share():
     assert "room for 39% of the images" in found.warnings()[0]
 
 
+def test_a_share_of_the_images_is_kept_with_their_mirror_images():
+    teacher_of_all = teacher()
+    layout, store = teacher_of_all.layout(), MemoryStore(10**8)
+    teacher_of_all.keep_outputs(store, layout, flips=[(2,)], share=0.3)
+    cache = teacher_of_all.cache
+    cache._compute = lambda images, size: {"backbone": [{"p2": torch.zeros(len(images), 1)}]}
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (200, 3, 4, 4), dtype=torch.uint8)
+    kept = [cache._compute_kept(image, image, SIZE, None) is not None for image in images]
+    mirrored = [cache._compute_kept(image, image, SIZE, None) is not None for image in images.flip(3)]
+    assert kept == mirrored and 40 <= sum(kept) <= 80
+    assert len(store._entries) == 2 * sum(kept)
+
+
 def test_many_paddings_are_told():
     found = plan([(32 * n, 32 * (20 - n)) for n in range(1, 20)], grouped=False)
     assert not found.all_paddings and "INPUT.FIXED_SIZE makes it one" in found.warnings()[0]

@@ -16,7 +16,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Packages whose names to pip are others than those to Python.
-OTHER_NAMES = {"cv2": "opencv-python-headless", "PIL": "Pillow", "yaml": "PyYAML"}
+OTHER_NAMES = {
+    "cv2": "opencv-python-headless",
+    "faster_coco_eval": "faster-coco-eval",
+    "PIL": "Pillow",
+    "yaml": "PyYAML",
+}
 #: What pip does not install for this package.
 OWN = {"detectron2", "distill_d2"}
 JUNK = shutil.ignore_patterns("__pycache__", "*.egg-info", "output", "build")

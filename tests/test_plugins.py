@@ -263,7 +263,7 @@ add_distill_config(get_cfg())
 packages = {module for each in detectors().values() for module in each.modules}
 def imported():
     return sorted(packages & set(sys.modules))
-assert len(packages) == 7 and imported() == []
+assert len(packages) == 8 and imported() == []
 for _ in range(2):
     assert META_ARCH_REGISTRY.get("OneStageDetector").__module__ == "adet"
 assert imported() == []

@@ -13,6 +13,7 @@ from matplotlib import cbook
 from runs import Job
 from safetensors.torch import save_file
 
+from distill_d2.engine.config_loading import load_config
 from distill_d2.inference import load_trained
 from distill_d2.rules import check_model
 from distill_d2.testing import tiny_config
@@ -132,6 +133,24 @@ def test_values_of_images_are_those_of_the_weights(name, source, mean, std):
         check_model(cfg)
 
 
+def test_values_of_images_that_are_left_to_the_weights(tmp_path):
+    """Those of detectron2 are replaced, on the command line's wish, too; others are left alone."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "MODEL: {BACKBONE: {NAME: build_timm_fpn_backbone}, TIMM: {NAME: tf_efficientnet_lite0}}\n"
+    )
+
+    def loaded(*opts):
+        cfg = load_config(str(path), opts)
+        return [*cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT]
+
+    default = loaded()
+    assert default == [103.53, 116.28, 123.675, 1.0, 1.0, 1.0, "BGR"]
+    assert loaded("MODEL.TIMM.WEIGHTS", LITE0) == [127.5] * 6 + ["RGB"]
+    assert loaded("MODEL.TIMM.WEIGHTS", LITE0, "INPUT.FORMAT", "RGB") == default[:-1] + ["RGB"]
+    assert loaded("MODEL.TIMM.WEIGHTS", "timm", "MODEL.TIMM.NAME", "no_such_model") == default
+
+
 def test_timm_has_no_such_weights():
     with pytest.raises(
         ValueError, match="MODEL.TIMM.NAME is 'resnet18.no_tag', of which timm has no weights"
@@ -152,6 +171,7 @@ def test_only_a_new_training_loads_them(tmp_path):
     body = student.backbone.bottom_up.body.state_dict()
     assert all(value.equal(state[key]) for key, value in body.items())
     job.run()
+    assert f"random weights, but for the backbone's, {path}" in (job.output / "log.txt").read_text()
     path.unlink()
     job.run("--resume", opts=["SOLVER.MAX_ITER", 2])
     assert load_trained(str(job.output)).model.backbone.bottom_up.weights == str(path)

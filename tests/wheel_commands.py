@@ -33,6 +33,14 @@ def write_inputs():
 
     student, teacher = tiny_config(), tiny_config(width=16)
     entry = write_dataset(Path("data").resolve())
+    for path in (
+        "annotations/train.json",
+        "annotations/val.json",
+        "annotations/test.json",
+        "images/0.jpg",
+    ):
+        (Path("photos") / path).parent.mkdir(parents=True, exist_ok=True)
+        (Path("photos") / path).write_text("{}")
     for cfg in (student, teacher):
         use_dataset(cfg, entry)
         cfg.VERSION = 2
@@ -54,6 +62,7 @@ def calls():
         "train": [[*cpu, *config]],
         "baseline": [[*cpu, *config, "OUTPUT_DIR", "output/alone"]],
         "evaluate": [[*cpu, "--config-file", f"{run}/config.yaml", *weights]],
+        "proof": [["--list", "--data", "photos", "--pairs", "retinanet"]],
         "init": [["data", "--output", "mine", "--device", "cpu"]],
         "check": [["--device", "cpu", *config]],
         "export": [

@@ -1,7 +1,8 @@
 """Modules that have pretrained weights of their own, such as backbones of timm.
 
-Such a module has a method ``load_initial_weights()``, which is called when a training starts without
-MODEL.WEIGHTS. It is not called when a checkpoint is loaded, which holds all that is needed.
+Such a module has an attribute ``weights``, which names them ("": none), and a method ``load_initial_weights()``,
+which is called when a training starts without MODEL.WEIGHTS. It is not called when a checkpoint is loaded, which
+holds all that is needed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ def load_initial_weights(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, _METHOD):
             getattr(module, _METHOD)()
+
+
+def initial_weights(model: nn.Module) -> list[str]:
+    """The names of these weights."""
+    named = [module.weights for module in model.modules() if hasattr(module, _METHOD)]
+    return [str(name) for name in named if name]
 
 
 def check_backbones(model: nn.Module, missing: Collection[str], source: str) -> None:

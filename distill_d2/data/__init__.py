@@ -1,6 +1,7 @@
 """Datasets that a config names, the generated shapes, and loaders whose order a resumed run continues."""
 
 from .augmentation import AUGMENTATION_REGISTRY, DATASET_MAPPER_REGISTRY, build_mapper
+from .batches import batched_test_loader
 from .builtin_voc import register_builtin_voc
 from .check import DataPlan, check_dataset, check_plan, raised
 from .check_config import check_datasets
@@ -26,6 +27,7 @@ __all__ = [
     "ResumableTrainingSampler",
     "ShieldedLoader",
     "adopt_coco_datasets",
+    "batched_test_loader",
     "box_statistics",
     "build_mapper",
     "build_train_loader",

@@ -15,6 +15,7 @@ from ..config_values import set_options
 from ..data import adopt_coco_datasets, register_builtin_voc, register_custom_datasets, register_shapes
 from ..epochs import options_decide
 from ..pairs import pairs_of
+from ..plugins import complete
 from ..teacher import in_official_zoo
 
 
@@ -45,6 +46,7 @@ def load_config(
     folders = _load_files(cfg, config_file, opts)
     set_options(cfg, [word for i, word in enumerate(opts) if opts[i - i % 2] != EXTRA_KEY])
     options_decide(cfg, opts[::2])
+    complete(cfg)
     cfg.EXTRA_CFG = []
     node = cfg.MODEL.DISTILLER
     node.MODEL_LOAD_OFFICIAL = is_official(

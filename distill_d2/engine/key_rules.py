@@ -131,6 +131,7 @@ COMMON: dict[str, Rule] = {
     "DATASETS.PROPOSAL_FILES_TEST": Sequence(_NAME, count=_files("TEST")),
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": COUNT,
     "DATASETS.CHECK": Choice(("all", "none")),
+    "TEST.IMS_PER_BATCH": COUNT,
     "TEST.KEYPOINT_OKS_SIGMAS": Sequence(POSITIVE, count=_keypoints),
     "TEST.EXPECTED_RESULTS": Sequence(Sequence(count=(4,))),
     "TEST.AUG.ENABLED": Unused(False, _NO_AUG),
@@ -215,6 +216,7 @@ LAZY: dict[str, Rule] = {
     "dataloader.train.num_workers": COUNT_OR_0,
     "dataloader.train.total_batch_size": COUNT,
     "dataloader.test.num_workers": COUNT_OR_0,
+    "dataloader.test.batch_size": COUNT,
 }
 
 

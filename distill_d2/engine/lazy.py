@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.data import build_detection_train_loader
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import default_setup
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -32,6 +32,7 @@ from ..config_values import config_keys
 from ..data import (
     ResumableTrainingSampler,
     ShieldedLoader,
+    batched_test_loader,
     build_train_loader,
     register_builtin_voc,
     register_shapes,
@@ -137,6 +138,11 @@ def read_run_config(args: argparse.Namespace, distill: bool) -> DictConfig:
 
 
 _MISSING = object()
+_DETECTRON2_TEST_LOADER = [
+    build_detection_test_loader,
+    "detectron2.data.build_detection_test_loader",
+    "detectron2.data.build.build_detection_test_loader",
+]
 _DETECTRON2_LOADER = [
     build_detection_train_loader,
     "detectron2.data.build_detection_train_loader",
@@ -193,7 +199,7 @@ class LazyDistillTrainer(DistillTrainer):
     def test(cls, cfg: DictConfig, model: nn.Module, evaluators=None) -> dict[str, Any]:
         if "evaluator" not in cfg.dataloader:
             return OrderedDict()
-        loader = instantiate(cfg.dataloader.test)
+        loader = _test_loader(cfg.dataloader.test, model)
         evaluator = with_model_evaluators(instantiate(cfg.dataloader.evaluator), model)
         results = inference_on_dataset(model, loader, evaluator)
         if comm.is_main_process():
@@ -203,6 +209,20 @@ class LazyDistillTrainer(DistillTrainer):
     @staticmethod
     def auto_scale_workers(cfg: DictConfig, num_workers: int) -> DictConfig:
         return cfg
+
+
+def _test_loader(node: DictConfig, model: nn.Module) -> Any:
+    """detectron2's ``build_detection_test_loader`` with a batch_size has batches of one padded size; other loaders
+    are as they are."""
+    arguments = {str(key): value for key, value in node.items() if key != "_target_"}
+    known = {"dataset", "mapper", "num_workers", "batch_size"}
+    detectron2s = node.get("_target_") in _DETECTRON2_TEST_LOADER and set(arguments) <= known
+    if not detectron2s or arguments.get("batch_size", 1) == 1:
+        return instantiate(node)
+    parts = {key: instantiate(value) for key, value in arguments.items()}
+    if not isinstance(parts["dataset"], list):
+        return instantiate(node)
+    return batched_test_loader(parts.pop("dataset"), parts.pop("mapper"), model, **parts)
 
 
 def _resumable_loader(node: DictConfig, accumulate: int) -> ShieldedLoader | None:

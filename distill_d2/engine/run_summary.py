@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from .. import __version__
+from ..checkpoint.initial import initial_weights
 from ..data import ShieldedLoader
 from ..run_files import BEST, STUDENT_FILE
 from .settings import RunSettings
@@ -55,7 +56,8 @@ def log_student(
     """
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     loaded = settings.weights if weights is None else weights
-    source = f"weights {loaded}" if loaded else "random weights"
+    own = "".join(f", but for the backbone's, {name}" for name in initial_weights(model))
+    source = f"weights {loaded}" if loaded else f"random weights{own}"
     if start_iter:
         source = f"resumed from {settings.output_dir} after iteration {start_iter - 1}"
     logger.info(f"Student: {type(model).__name__}, {millions:.3g} M parameters, {source}")

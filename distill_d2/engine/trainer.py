@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import verify_results
+from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import nn
@@ -21,6 +22,7 @@ from ..checkpoint import SafeCheckpointer
 from ..data import (
     NamedReadErrors,
     ShieldedLoader,
+    batched_test_loader,
     build_mapper,
     end_workers,
     train_loader_of_config,
@@ -148,9 +150,18 @@ class DistillTrainer(DefaultTrainer):
         return train_loader_of_config(cfg, images)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        mapper = NamedReadErrors(build_mapper(cfg, is_train=False))
-        return ShieldedLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str, model: nn.Module | None = None):
+        """
+        Args:
+            model: what is evaluated, in batches of TEST.IMS_PER_BATCH images; None: one by one.
+        """
+        mapper = build_mapper(cfg, is_train=False)
+        if model is None:
+            mapper = NamedReadErrors(mapper)
+            return ShieldedLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+        parts = build_detection_test_loader.from_config(cfg, dataset_name, mapper=mapper)
+        images, workers = cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS
+        return batched_test_loader(parts["dataset"], mapper, model, images, workers)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str):
@@ -163,13 +174,22 @@ class DistillTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict[str, Any]:
-        """DefaultTrainer's, with the evaluators that modules of the model provide."""
+        """DefaultTrainer's, with the evaluators that modules of the model provide, and in batches."""
         if evaluators is None:
             evaluators = [
                 with_model_evaluators(cls.build_evaluator(cfg, name), model)
                 for name in cfg.DATASETS.TEST
             ]
-        return super().test(cfg, model, evaluators)
+        if cfg.TEST.IMS_PER_BATCH == 1:
+            return super().test(cfg, model, evaluators)
+        results: dict[str, Any] = OrderedDict()
+        for name, evaluator in zip(cfg.DATASETS.TEST, evaluators):
+            loader = cls.build_test_loader(cfg, name, model)
+            results[name] = inference_on_dataset(model, loader, evaluator)
+            if comm.is_main_process():
+                logger.info(f"Evaluation results for {name} in csv format:")
+                print_csv_format(results[name])
+        return next(iter(results.values())) if len(results) == 1 else results
 
     def build_writers(self) -> list[EventWriter]:
         folder = self.settings.output_dir

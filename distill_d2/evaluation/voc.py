@@ -55,9 +55,12 @@ class VOCEvaluator(PascalVOCDetectionEvaluator):
         if not present:
             return {}
         precisions = np.full((len(self._class_names), len(_RULES), len(_THRESHOLDS)), np.nan)
+        places = {key: place for place, key in enumerate(ids)}
         for index, name in enumerate(self._class_names):
             if name in present:
                 lines = [line for part in gathered for line in part.get(index, [])]
+                # Their order decides between equal scores; that of the evaluation may be another.
+                lines.sort(key=lambda line: places.get(line.rsplit(maxsplit=5)[0], len(places)))
                 objects = {
                     key: [item for item in image.objects if item.label == name]
                     for key, image in images.items()

@@ -17,6 +17,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..balance import balanced_weight
+from ..checkpoint.initial import load_initial_weights
 from ..data import build_mapper, training_records
 from ..engine import load_config
 from ..gradients import term_gradients
@@ -52,8 +53,8 @@ class Trial:
 
 
 def try_out(folder: str, device: str) -> Trial:
-    """Train the detectors of a folder's distill.yaml and teacher.yaml for a few steps, from random weights;
-    nothing is written but to a temporary folder.
+    """Train the detectors of a folder's distill.yaml and teacher.yaml for a few steps, from random weights, but
+    for those of backbones that are installed; nothing is written but to a temporary folder.
 
     Args:
         device: of torch.
@@ -66,12 +67,14 @@ def try_out(folder: str, device: str) -> Trial:
         seed_all_rng(_SEED)
         teacher_cfg = load_config(os.path.join(folder, "teacher.yaml"), common)
         teacher = build_model(teacher_cfg)
+        load_initial_weights(teacher)
         weights = os.path.join(temporary, "teacher.pth")
         torch.save({"model": teacher.state_dict()}, weights)
         distiller = ["MODEL.META_ARCHITECTURE", "Distiller", "MODEL.DISTILLER.STUDENT_META_ARCH"]
         distiller += [teacher_cfg.MODEL.META_ARCHITECTURE, "MODEL.DISTILLER.TEACHER_WEIGHTS", weights]
         cfg = load_config(os.path.join(folder, "distill.yaml"), [*common, *distiller])
         model = build_model(cfg)
+        load_initial_weights(model)
         return _measure(cfg, teacher, model)
 
 

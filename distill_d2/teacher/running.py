@@ -273,7 +273,13 @@ class Teacher:
         if self._prepare:
             with self.view.taps.paused():
                 heads, tapped = bool(self.view.required), self.view.taps.paths
-                model = prepared_copy(self.model, self._memory_format(), heads=heads, tapped=tapped)
+                model = prepared_copy(
+                    self.model,
+                    self._memory_format(),
+                    heads=heads,
+                    tapped=tapped,
+                    probe_size=self.view.probe_size,
+                )
             self.view.replace_model(model)
         backbone = torch.compile(model.backbone.forward) if self._compile else model.backbone
         self._backbone = backbone

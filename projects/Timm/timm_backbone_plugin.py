@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
 
 from distill_d2.plugins import Detector, register_detector
 from distill_d2.rules import Choice, Context, Number, Rule, Sequence, Text
@@ -31,6 +32,26 @@ def add_timm_config(cfg: CN) -> None:
     node.TOP_BLOCK = "auto"
     # More arguments of timm.create_model, such as {drop_path_rate: 0.1}.
     node.ARGS = CN(new_allowed=True)
+
+
+def complete(cfg: CN) -> None:
+    """Take mean, std and order of the channels from the weights' description, if all three are detectron2's."""
+    from distill_d2.projects.timm_backbone.description import described
+
+    default = get_cfg()
+    if [*cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT] != [
+        *default.MODEL.PIXEL_MEAN,
+        *default.MODEL.PIXEL_STD,
+        default.INPUT.FORMAT,
+    ]:
+        return
+    try:
+        description = described(cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.WEIGHTS)
+    except (ImportError, ValueError):  # told when the keys are checked
+        return
+    if description is not None:
+        cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = list(description.mean), list(description.std)
+        cfg.INPUT.FORMAT = description.format
 
 
 _STAGES = Choice(("res2", "res3", "res4", "res5"))
@@ -78,9 +99,13 @@ register_detector(
     Detector(
         "timm",
         add_config=add_timm_config,
+        complete=complete,
         rules=RULES,
         modules=("distill_d2.projects.timm_backbone",),
         registers=("build_timm_backbone", "build_timm_fpn_backbone"),
         family="distill_d2.projects.timm_backbone.tiny:FAMILY",
     )
+)
+register_detector(
+    Detector("timm ViT", family="distill_d2.projects.timm_backbone.tiny:VIT_FAMILY"),
 )

@@ -48,6 +48,22 @@ def test_teacher_is_evaluated_too(trained, image_format):
     assert detections(trained.output) == detections(trained.folder / "without") != boxes
 
 
+def test_batches_of_one_size_give_the_same_detections(trained):
+    """Of student and teacher, in the same order."""
+    found = []
+    for images in (1, 4):
+        opts = ["TEST.IMS_PER_BATCH", images, "OUTPUT_DIR", trained.folder / str(images)]
+        trained.run("--eval-only", opts=[*opts, *EVAL_TEACHER])
+        folder = trained.folder / str(images)
+        found.append(detections(folder) + detections(folder / "teacher"))
+    assert len(found[0]) == len(found[1]) > 200
+    for one, batched in zip(*found):
+        assert (one["image_id"], one["category_id"]) == (batched["image_id"], batched["category_id"])
+        assert [one["score"], *one["bbox"]] == pytest.approx(
+            [batched["score"], *batched["bbox"]], rel=1e-4, abs=1e-3
+        )
+
+
 def test_teacher_of_another_channel_order_sees_reversed_images(trained):
     trained.use_detecting_teacher("RGB")
     trainer, seen = trained.trainer(opts=EVAL_TEACHER), []

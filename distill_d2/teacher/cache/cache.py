@@ -118,7 +118,7 @@ class TeacherCache:
         for dims in self._flips:
             group[digest(original.flip(dims))] = image.flip(dims)
         digests = sorted(group)  # whichever of them was seen first
-        if int(digests[0], 16) >= self._share * 16 ** len(digests[0]):
+        if _fraction(digests) >= self._share:
             return None
         wanted = _name(digest(original), padded_size, precision)
         found = None
@@ -140,6 +140,12 @@ def digest(image: torch.Tensor) -> str:
     found = hashlib.blake2b(f"{tuple(image.shape)} {image.dtype}".encode(), digest_size=16)
     found.update(as_bytes(image))
     return found.hexdigest()
+
+
+def _fraction(digests: Sequence[str]) -> float:
+    """A number from 0 to 1, always the same for an image and its mirror images."""
+    found = hashlib.blake2b("".join(digests).encode(), digest_size=6)
+    return int(found.hexdigest(), 16) / 16 ** len(found.hexdigest())
 
 
 def _name(image: str, padded_size: Size, precision: torch.dtype | None) -> str:

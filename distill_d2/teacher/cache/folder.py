@@ -25,6 +25,14 @@ logger = logging.getLogger(__name__)
 _MAGIC = b"d2teach1"
 _HEAD = struct.Struct("<8sII")  # magic, length of the header, checksum of header and data
 _ALIGNED = 64  # bytes
+# Of tensors, by the names in files.
+_TYPES = {
+    str(kind).rpartition(".")[2]: kind
+    for kind in (
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    )
+}
 _USAGE = "usage.lock"
 _ABANDONED = 3600  # seconds after which a file that is being written is taken to be left by a kill
 
@@ -71,7 +79,7 @@ class FolderStore:
         try:
             with open(self._path(name), "rb") as file:
                 return read_entry(file)
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError):
             return None
 
     def put(self, name: str, entry: Entry) -> None:
@@ -136,7 +144,7 @@ def write_entry(file: Any, header: bytes, entry: Entry) -> None:
 
 
 def read_entry(file: BinaryIO) -> Entry:
-    """Read what ``write_entry`` wrote. Raises ValueError if it is damaged."""
+    """Read what ``write_entry`` wrote. Raises ValueError or KeyError if it is damaged."""
     content = bytearray(os.fstat(file.fileno()).st_size)
     file.readinto(content)  # type: ignore[attr-defined]
     if len(content) < _HEAD.size:
@@ -147,7 +155,7 @@ def read_entry(file: BinaryIO) -> Entry:
     place = _HEAD.size + length
     entry: Entry = []
     for shape, dtype, last, kept in json.loads(content[_HEAD.size : place]):
-        kind = getattr(torch, dtype)
+        kind = _TYPES[dtype]
         if not kept:
             entry.append(torch.empty(shape, dtype=kind, device="meta"))
             continue

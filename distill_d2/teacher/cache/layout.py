@@ -30,13 +30,8 @@ class Layout:
         Args:
             view: the teacher's.
             outputs: of some images, to learn from.
-
-        Raises:
-            ValueError: an output does not consist of tensors with one part for each image; the message names the
-                module.
         """
         self._view = view
-        self._paths = {path: len(runs) for path, runs in outputs.items()}
         counted = iter(range(10**6))
         # Each tensor is replaced by its place in the list.
         self._places = map_tensors(lambda _: torch.tensor(next(counted)), dict(outputs))

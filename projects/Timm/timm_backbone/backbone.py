@@ -70,7 +70,7 @@ class TimmBackbone(Backbone):
         }
         self._indices = [index for index, _ in found]
         self.body.prune_intermediate_layers(self._indices, prune_head=True, prune_norm=True)
-        self.body = _with_norm(self.body, norm)
+        self.body = with_norm(self.body, norm)
         freeze_unread(self.body, found[-1][1]["module"])
         if freeze_at > 0:
             last = STAGES[self._out_features[-1]]
@@ -137,7 +137,7 @@ def _check_stages(name: str, stages: Sequence[str], strides: Sequence[int]) -> N
         )
 
 
-def _with_norm(body: nn.Module, norm: str) -> nn.Module:
+def with_norm(body: nn.Module, norm: str) -> nn.Module:
     """``body`` with its batch norms converted. detectron2's conversion would drop the activations in timm's."""
     from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 

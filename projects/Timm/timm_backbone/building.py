@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -15,52 +16,80 @@ from distill_d2.plugins import register_if_free
 from distill_d2.rules import Context, Levels, model_rules
 
 from .backbone import STAGES, TimmBackbone
+from .simple_pyramid import SimplePyramid
+from .vit import TimmViT, has_one_stride
 
 _LEVELS = {"none": 0, "maxpool": 1, "p6p7": 2}
 
 
 @register_if_free(BACKBONE_REGISTRY)
-def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """MODEL.TIMM.NAME, which returns the stages MODEL.TIMM.OUT_FEATURES.
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone | TimmViT | SimplePyramid:
+    """MODEL.TIMM.NAME, which returns the stages MODEL.TIMM.OUT_FEATURES. Of a ViT its map alone, or levels
+    of a simple pyramid, of MODEL.FPN.OUT_CHANNELS channels.
 
     Raises:
-        ImportError, ValueError: see ``TimmBackbone``.
+        ImportError, ValueError: see ``TimmBackbone``, ``TimmViT`` and ``SimplePyramid``.
     """
-    return _backbone(cfg, input_shape, list(cfg.MODEL.TIMM.OUT_FEATURES))
+    stages = list(cfg.MODEL.TIMM.OUT_FEATURES)
+    if not _is_vit(cfg, input_shape):
+        return _backbone(cfg, input_shape, stages)
+    vit = _vit(cfg, input_shape)
+    return vit if stages == [vit.stage] else _simple_pyramid(cfg, vit, stages, prefix="res")
 
 
 @register_if_free(BACKBONE_REGISTRY)
-def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The pyramid of MODEL.FPN on MODEL.TIMM.NAME, with MODEL.TIMM.TOP_BLOCK above it.
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN | SimplePyramid:
+    """The pyramid of MODEL.FPN on MODEL.TIMM.NAME, with MODEL.TIMM.TOP_BLOCK above it; on a ViT ViTDet's simple
+    pyramid.
 
     Returns:
-        FPN: levels "p2".. of strides 4, 8, ..; each (N, MODEL.FPN.OUT_CHANNELS, H / stride, W / stride).
+        levels "p2".. of strides 4, 8, ..; each (N, MODEL.FPN.OUT_CHANNELS, H / stride, W / stride).
 
     Raises:
-        ImportError, ValueError: see ``TimmBackbone``; the keys do not fit together.
+        ImportError, ValueError: see ``TimmBackbone``, ``TimmViT`` and ``SimplePyramid``; the keys do not fit
+            together.
     """
     names = _in_features(cfg)
+    top_block = _top_block(cfg, _level(names[-1]))
+    if _is_vit(cfg, input_shape):
+        return _simple_pyramid(cfg, _vit(cfg, input_shape), names, top_block=top_block)
     return FPN(
         bottom_up=_backbone(cfg, input_shape, list(cfg.MODEL.TIMM.OUT_FEATURES) or names),
         in_features=names,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=_top_block(cfg, _level(names[-1])),
+        top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
 
 
 def _backbone(cfg: CfgNode, input_shape: ShapeSpec, stages: list[str]) -> TimmBackbone:
+    return TimmBackbone(out_features=stages, **_arguments(cfg, input_shape))
+
+
+def _is_vit(cfg: CfgNode, input_shape: ShapeSpec) -> bool:
     node = cfg.MODEL.TIMM
-    return TimmBackbone(
-        node.NAME,
-        stages,
-        weights=node.WEIGHTS,
-        norm=node.NORM,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        in_channels=input_shape.channels,
-        args=node.ARGS,
-    )
+    return has_one_stride(node.NAME, {"in_chans": input_shape.channels, **node.ARGS})
+
+
+def _vit(cfg: CfgNode, input_shape: ShapeSpec) -> TimmViT:
+    return TimmViT(**_arguments(cfg, input_shape))
+
+
+def _arguments(cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+    node = cfg.MODEL.TIMM
+    return {
+        "name": node.NAME,
+        "weights": node.WEIGHTS,
+        "norm": node.NORM,
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+        "in_channels": input_shape.channels,
+        "args": node.ARGS,
+    }
+
+
+def _simple_pyramid(cfg: CfgNode, vit: TimmViT, stages: list[str], **arguments: Any) -> SimplePyramid:
+    return SimplePyramid(vit, stages, cfg.MODEL.FPN.OUT_CHANNELS, norm=cfg.MODEL.FPN.NORM, **arguments)
 
 
 def _in_features(cfg: CfgNode) -> list[str]:

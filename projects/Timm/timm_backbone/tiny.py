@@ -17,4 +17,15 @@ def config(width: int) -> CfgNode:
     return cfg
 
 
+def vit_config(width: int) -> CfgNode:
+    """A RetinaNet on levels p2 to p4 of a simple pyramid, on timm's smallest ViTs."""
+    cfg = config(width)
+    cfg.MODEL.FPN.NORM = "LN"
+    cfg.MODEL.TIMM.NAME = "test_vit"
+    # Two blocks are enough.
+    cfg.MODEL.TIMM.ARGS = CfgNode({"depth": 2, "embed_dim": 4 * width, "num_heads": 2})
+    return cfg
+
+
 FAMILY = Family(config)
+VIT_FAMILY = Family(vit_config, stages=("res4",))
