@@ -134,3 +134,19 @@ def test_broken_lazy_config(lazy_job, text, override, words):
     ) as caught:
         lazy_job.run(*([override] if override else []))
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def test_batches_of_an_evaluation_have_one_size(lazy_job, monkeypatch):
+    """Images of 48x64 and 64x48 in turn, three of each."""
+    shapes = []
+
+    def inference(model, loader, evaluator):
+        shapes.extend([tuple(item["image"].shape[1:]) for item in batch] for batch in loader)
+        return {}
+
+    monkeypatch.setattr("distill_d2.engine.lazy.inference_on_dataset", inference)
+    lazy_job.replace(
+        "    num_workers=0,\n)\ndataloader.evaluator", "    batch_size=2,\n)\ndataloader.evaluator"
+    )
+    lazy_job.run()
+    assert shapes == [[(64, 48)] * 2, [(64, 48)], [(48, 64)] * 2, [(48, 64)]]
