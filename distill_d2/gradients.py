@@ -14,6 +14,7 @@ from torch import nn
 
 from .distiller import Distiller
 from .distiller.phases import reaches_student
+from .losses.kept_graph import kept_graph
 from .moving_numbers import settle
 from .quiet import quiet
 from .random_state import unchanged_random_state
@@ -122,9 +123,10 @@ def gradients_in(loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> list
     """The gradients of a scalar, whose graph stays; zeros where it does not reach a parameter."""
     if not loss.requires_grad or not parameters:
         return [torch.zeros_like(parameter) for parameter in parameters]
-    found = torch.autograd.grad(
-        loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
+    with kept_graph():
+        found = torch.autograd.grad(
+            loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
     return list(found)
 
 

@@ -36,12 +36,16 @@ solver = dict(BASE_LR=0.02, CLIP_GRADIENTS=dict(CLIP_VALUE=0.1))
 model = L(Distiller)(
     student=model,
     teacher=L(load_teacher)(config="{lazy_job.teacher}", official=False),
-    losses=[L(PKD)(weight=2.0), L(ICD)(input_feats=["p2", "p3"], hidden_dim=16, bypass_distill=0, solver=solver)],
+    gradient_ratio_period=1,
+    losses=[
+        L(PKD)(gradient_ratio=2.0),
+        L(ICD)(input_feats=["p2", "p3"], hidden_dim=16, bypass_distill=0, solver=solver),
+    ],
 )
 """
     lazy_job.run()
     first = metrics(lazy_job.output)[0]
-    assert {"loss_pkd", "loss_icd_value"} < set(first)
+    assert {"loss_pkd", "loss_icd_value", "weight/PKD", "grad_ratio/PKD"} < set(first)
     assert first["InstanceConditionalDistillation/lr"] == pytest.approx(0.02)
     lazy_job.run("--eval-only", f"train.init_checkpoint={lazy_job.output}/model_final.pth")
 
@@ -130,3 +134,19 @@ def test_broken_lazy_config(lazy_job, text, override, words):
     ) as caught:
         lazy_job.run(*([override] if override else []))
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def test_batches_of_an_evaluation_have_one_size(lazy_job, monkeypatch):
+    """Images of 48x64 and 64x48 in turn, three of each."""
+    shapes = []
+
+    def inference(model, loader, evaluator):
+        shapes.extend([tuple(item["image"].shape[1:]) for item in batch] for batch in loader)
+        return {}
+
+    monkeypatch.setattr("distill_d2.engine.lazy.inference_on_dataset", inference)
+    lazy_job.replace(
+        "    num_workers=0,\n)\ndataloader.evaluator", "    batch_size=2,\n)\ndataloader.evaluator"
+    )
+    lazy_job.run()
+    assert shapes == [[(64, 48)] * 2, [(64, 48)], [(48, 64)] * 2, [(48, 64)]]

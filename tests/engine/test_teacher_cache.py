@@ -2,6 +2,7 @@
 
 import pytest
 from detectron2.utils.events import get_event_storage, has_event_storage
+from lazy_job import LazyJob
 from runs import Job, assert_equal, checkpoint, metrics, rewind
 
 from distill_d2.teacher import Teacher
@@ -110,3 +111,10 @@ def test_a_folder_that_cannot_be_written_is_told(job):
     file.write_text("")
     opts = [KEY, file / "below", "OUTPUT_DIR", job.folder / "unwritable"]
     job.fails(OSError, "TEACHER_CACHE: the folder", "cannot be written to", opts=opts)
+
+
+def test_lazy_config(tmp_path):
+    job = LazyJob(tmp_path)
+    job.run("distiller.TEACHER_CACHE=memory", "distiller.MEASURE_GRADIENTS=False", "train.max_iter=8")
+    hits = [line["teacher_cache/hits"] for line in metrics(job.output) if "total_loss" in line]
+    assert hits[0] == 0.0 and hits[-1] == 1.0

@@ -177,3 +177,18 @@ def test_detections_of_all_processes_count(voc, monkeypatch):
     assert evaluate_detections(name, {"a": detections((FIRST, 0.9, 0))})["AP"] == pytest.approx(100)
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     assert other.evaluate() == {}
+
+
+def test_the_order_of_the_evaluation_does_not_matter(voc):
+    """Equal scores in several images, in the order of the dataset and another."""
+    name = voc({key: [("cat", [11, 11, 30, 30], "")] for key in "abcd"})
+    results = []
+    for order in ("abcd", "dbca"):
+        evaluator = VOCEvaluator(name)
+        evaluator.reset()
+        for key in order:
+            shift = 40 * (key in "bd")  # of these images the object is missed
+            box = [11 + shift, 11, 30 + shift, 30]
+            evaluator.process([{"image_id": key}], [{"instances": detections((box, 0.5, 0))}])
+        results.append(evaluator.evaluate()["bbox"])
+    assert results[0] == results[1] and 0 < results[0]["AP50"] < 100

@@ -34,6 +34,11 @@ def weights_of(recipe, family):
 def test_measured_anew(recipe):
     model, weights, batch = weighed(recipe, recipes()[recipe].family)
     assert term_gradients(model, batch).ratio(*weights) == pytest.approx(1, rel=2e-3)
+    model.gradient_ratio_period, model.phases.supported_by_trainer = 1, True
+    losses = losses_of(model, batch)
+    (ratio,) = ratios_in_step(model, losses, lambda loss: loss).values()
+    assert ratio > 0
+    sum(losses.values()).backward()  # the graph is still there
 
 
 def step_with(period):

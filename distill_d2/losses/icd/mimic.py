@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ..kept_graph import is_graph_kept
 from .projection import Offsets, positions_of, project_levels, split_levels
 
 LOSS_FORMS = ("mse", "MSE", "l1", "smoothL1", "L2", "l2")
@@ -140,6 +141,9 @@ class _NormalizedDistance(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("ICD's value loss can be differentiated once; compute it again")
         grad_weight, grad_bias, grad_maps = ctx.gradients
+        if is_graph_kept():
+            of_maps = [None if gradient is None else gradient * grad for gradient in grad_maps]
+            return (grad_weight * grad, grad_bias * grad, None, None, *of_maps)
         ctx.gradients = None  # scaled in place below, so not usable again
         for gradient in (grad_weight, grad_bias, *grad_maps):
             if gradient is not None:

@@ -92,7 +92,8 @@ class TeacherCache:
             hits += entry is not None
             kept.append(entry or self._compute_kept(image, original, padded_size, precision))
         if has_event_storage():
-            get_event_storage().put_scalar("teacher_cache/hits", hits / len(images))
+            storage = get_event_storage()
+            storage.put_scalar("teacher_cache/hits", hits / len(images), smoothing_hint=False)
         others = [i for i, entry in enumerate(kept) if entry is None]
         if len(others) == len(images):
             self._run(images, padded_size)
