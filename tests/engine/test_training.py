@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import signal
 
 import pytest
@@ -111,7 +112,7 @@ def test_each_loss_is_logged(job):
     assert last["total_loss"] == pytest.approx(parts, rel=0.2)  # medians of a few iterations
     assert list(job.output.glob("events.out.tfevents*"))
     written = (job.output / "distill_config.yaml").read_text()
-    assert "    PKD:\n      # Neck levels (p3) or" in written
+    assert re.search(r"^    PKD:\n(      .*\n)+?      # Neck levels \(p3\) or", written, re.MULTILINE)
 
 
 def test_non_finite_loss_names_term_iteration_and_images(job, monkeypatch):

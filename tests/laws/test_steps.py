@@ -4,14 +4,7 @@ import pytest
 
 from distill_d2.testing import LAWS, Cell, families, recipes
 
-# Of detectors that differ from another by their backbone alone: losses of levels, of stages, with queries.
-FEW = {"timm ViT": ("PKD", "GHND", "InstanceConditionalDistillation")}
-CELLS = [
-    (name, family)
-    for name, recipe in recipes().items()
-    for family in recipe.only or families()
-    if name in FEW.get(family, (name,))
-]
+CELLS = [(name, family) for name, recipe in recipes().items() for family in recipe.only or families()]
 
 
 @pytest.fixture(scope="module", params=CELLS, ids=", ".join)
