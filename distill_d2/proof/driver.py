@@ -8,7 +8,7 @@ from typing import Any
 from ..duration import spoken
 from . import gates
 from .costs import Costs
-from .jobs import Job
+from .jobs import Job, mean_ap
 from .plan import Plan
 from .rows import Pair, Row
 from .settings import Settings
@@ -150,11 +150,6 @@ class Proof:
         time = spoken(costs.wall_time(left, self.processes))
         words = [*told, f"{len(left)} of {len(jobs)} trainings are left, about {time}"]
         print(f"  {'; '.join(words)}", flush=True)
-
-
-def mean_ap(jobs: Sequence[Job]) -> float:
-    """The mean of finished runs' AP."""
-    return sum(job.ap() for job in jobs) / len(jobs)
 
 
 def _told(jobs: Sequence[Job], costs: Costs) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .jobs import Job
+from .jobs import Job, mean_ap
 from .rows import Pair
 
 #: AP on val that twice the schedule may gain at most.
@@ -29,7 +28,7 @@ class Gate:
 
 def gates_of(pair: Pair, teacher: Job, alone: Sequence[Job], doubled: Sequence[Job]) -> list[Gate]:
     """The gates of a pair, by the AP on val of its finished runs."""
-    base, longer = _mean(alone), _mean(doubled)
+    base, longer = mean_ap(alone), mean_ap(doubled)
     gained, ahead = longer - base, teacher.ap() - base
     seeds = f"mean of {len(alone)} seeds" if len(alone) > 1 else "one seed"
     return [
@@ -54,7 +53,3 @@ def check(gates: Sequence[Gate]) -> None:
     closed = [f"{gate}: {gate.advice}" for gate in gates if not gate.holds]
     if closed:
         raise ValueError("\n".join([*closed, "--no-gates goes on, and the table says so"]))
-
-
-def _mean(jobs: Sequence[Job]) -> float:
-    return statistics.fmean(job.ap() for job in jobs)
