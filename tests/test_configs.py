@@ -84,8 +84,9 @@ def test_holds_plain_values_and_known_keys(name):
     cfg.MODEL.TIMM.NAME = cfg.MODEL.TIMM.NAME or "of_those_that_inherit"
     rules = {key: rule for key, rule in run_rules(cfg).items() if not isinstance(rule, Levels)}
     assert list(faults(Context(student_config(cfg)), rules)) == []
-    last = max(cfg.SOLVER.STEPS, default=0)
-    assert "MultiStep" not in cfg.SOLVER.LR_SCHEDULER_NAME or last < cfg.SOLVER.MAX_ITER
+    if "Base-" not in name:  # a part may leave the schedule to another part
+        last = max(cfg.SOLVER.STEPS, default=0)
+        assert "MultiStep" not in cfg.SOLVER.LR_SCHEDULER_NAME or last < cfg.SOLVER.MAX_ITER
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class Proof:
         costs = Costs(jobs)
         for pair in self._pairs:
             for row in pair.rows:
-                told = [job for job in jobs if (job.pair, job.row) == (pair, row)]
+                told = [job for job in jobs if (job.pair.name, job.row) == (pair.name, row)]
                 if told:
                     print(_told(told, costs))
         left = [job for job in jobs if not job.finished()]
@@ -92,7 +92,7 @@ class Proof:
 
     def _foreseen(self) -> list[Job]:
         """All trainings; those that depend on results not there yet as they are expected."""
-        return [*self._first(), *self._distilled(), *self._last()]
+        return _distinct([*self._first(), *self._distilled(), *self._last()])
 
     def _same_time(self, pair: Pair) -> list[Job]:
         if not pair.methods:
@@ -131,6 +131,7 @@ class Proof:
         Raises:
             SystemExit: a run ended without its results.
         """
+        jobs = _distinct(jobs)
         left = [job for job in jobs if not job.finished()]
         print(f"{stage}: {len(left)} of {len(jobs)} runs are left", flush=True)
         if not left:
@@ -150,6 +151,11 @@ class Proof:
         time = spoken(costs.wall_time(left, self.processes))
         words = [*told, f"{len(left)} of {len(jobs)} trainings are left, about {time}"]
         print(f"  {'; '.join(words)}", flush=True)
+
+
+def _distinct(jobs: Sequence[Job]) -> list[Job]:
+    """Pairs may share a teacher."""
+    return list({job.name: job for job in jobs}.values())
 
 
 def _told(jobs: Sequence[Job], costs: Costs) -> str:

@@ -28,13 +28,13 @@ class Gate:
 
 def gates_of(pair: Pair, teacher: Job, alone: Sequence[Job], doubled: Sequence[Job]) -> list[Gate]:
     """The gates of a pair, by the AP on val of its finished runs."""
-    base, longer = mean_ap(alone), mean_ap(doubled)
-    gained, ahead = longer - base, teacher.ap() - base
-    seeds = f"mean of {len(alone)} seeds" if len(alone) > 1 else "one seed"
+    seeds = [job.seed for job in doubled]
+    same, longer = mean_ap([job for job in alone if job.seed in seeds]), mean_ap(doubled)
+    gained, ahead = longer - same, teacher.ap() - mean_ap(alone)
     return [
         Gate(
-            f"{pair.name}: twice the schedule gains the student alone {gained:+.2f} AP on val ({base:.2f} to "
-            f"{longer:.2f}, {seeds}), less than {CONVERGED}",
+            f"{pair.name}: twice the schedule gains the student alone {gained:+.2f} AP on val ({same:.2f} to "
+            f"{longer:.2f}, seed {', '.join(map(str, seeds))}), less than {CONVERGED}",
             gained < CONVERGED,
             f"the student has not converged; raise SOLVER.MAX_ITER of configs/{pair.config(pair.alone)}",
         ),

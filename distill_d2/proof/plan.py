@@ -10,7 +10,7 @@ from .. import model_zoo
 from ..config_files import read_config
 from ..report.runs import flat
 from .jobs import FINAL, Job, noted_length
-from .rows import Pair, Row
+from .rows import PAIRS, Pair, Row
 from .settings import Settings
 
 _CACHE = "MODEL.DISTILLER.TEACHER_CACHE"
@@ -34,16 +34,16 @@ class Plan:
         self._known: dict[str, dict[str, Any]] = {}
 
     def teacher(self, pair: Pair) -> Job:
-        return self._training(pair, pair.teacher, self.settings.seeds[0])
+        return self._training(self._teachers(pair), pair.teacher, self.settings.seeds[0])
 
     def alone(self, pair: Pair) -> list[Job]:
         """The student alone, a job per seed."""
         return [self._training(pair, pair.alone, seed) for seed in self.settings.seeds]
 
     def doubled(self, pair: Pair) -> list[Job]:
-        """The same, with twice the iterations."""
+        """The same, with twice the iterations, for the first seed."""
         length = 2 * self.iterations(pair, pair.alone)
-        return [self._training(pair, pair.doubled, seed, length) for seed in self.settings.seeds]
+        return [self._training(pair, pair.doubled, seed, length) for seed in self.settings.seeds[:1]]
 
     def same_time(self, pair: Pair, ratio: float) -> list[Job]:
         """The same, as long as a training of ``ratio`` times its seconds per iteration; runs that have begun keep
@@ -87,15 +87,19 @@ class Plan:
         values = {**self._values(pair.config(row)), "SOLVER.MAX_ITER": length, "SEED": seed}
         own = {"SOLVER.MAX_ITER": str(length), "SEED": str(seed), "OUTPUT_DIR": str(folder)}
         if row in pair.methods:
-            teacher = self._folder("train", pair, pair.teacher, self.settings.seeds[0])
-            own["MODEL.DISTILLER.TEACHER_WEIGHTS"] = str(teacher / FINAL)
-            if _CACHE not in self._options:
+            teacher = self.teacher(pair)
+            own["MODEL.DISTILLER.TEACHER_WEIGHTS"] = str(teacher.folder / FINAL)
+            if pair.keeps_teacher and _CACHE not in self._options:
                 own[_CACHE] = str(self.settings.output / "teacher_cache" / pair.name)
-            values.update(
-                (f"teacher {k}", v) for k, v in self._values(pair.config(pair.teacher)).items()
-            )
+            config = teacher.pair.config(teacher.row)
+            values.update((f"teacher {key}", v) for key, v in self._values(config).items())
         words += [word for item in {**self._options, **own}.items() for word in item]
         return Job(pair, row, seed, folder, tuple(words), length, {**values, **self._digests})
+
+    @staticmethod
+    def _teachers(pair: Pair) -> Pair:
+        """The pair to which the teacher of ``pair`` belongs."""
+        return PAIRS.get(pair.taught_by, pair)
 
     def _values(self, config: str) -> dict[str, Any]:
         """All keys that a config and the command line set."""

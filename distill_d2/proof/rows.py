@@ -34,6 +34,8 @@ class Pair:
     Attributes:
         methods: the distillations of the student.
         best: so many of the methods, the best on val, are trained with more seeds.
+        taught_by: the pair whose teacher it shares; "": it has its own.
+        keeps_teacher: whether the teacher's outputs can be kept, as its images are not cropped.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Pair:
     alone: Row
     methods: tuple[Row, ...]
     best: int = 0
+    taught_by: str = ""
+    keeps_teacher: bool = True
 
     @property
     def doubled(self) -> Row:
@@ -77,6 +81,15 @@ RETINANET = Pair(
     ),
     best=2,
 )
+CROPS = Pair(
+    "crops",
+    "The same RetinaNets, students trained with random crops, too",
+    RETINANET.teacher,
+    Row(ALONE, "student alone, crops", 0.14),
+    (Row("pkd", "PKD, crops", 0.20), Row("icd", "ICD, crops", 0.21)),
+    taught_by="retinanet",
+    keeps_teacher=False,
+)
 RCNN = Pair(
     "rcnn",
     "Faster R-CNN, EfficientNet-Lite2 to EfficientNet-Lite0 up to stride 16",
@@ -98,6 +111,6 @@ SSD = Pair(
         Row("ssdkd_repository", "SSDKD, the repository's losses", 0.14),
     ),
 )
-PAIRS = {pair.name: pair for pair in (RETINANET, RCNN, SSD)}
+PAIRS = {pair.name: pair for pair in (RETINANET, CROPS, RCNN, SSD)}
 #: What --only names.
 METHODS = list(dict.fromkeys(row.name for pair in PAIRS.values() for row in pair.methods))

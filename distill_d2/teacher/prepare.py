@@ -109,7 +109,7 @@ def fold_separate_norms(
     replaced = {}
     for conv, norm in sole_readers(backbone, image, convs, norms, kept):
         _fold(conv, norm)
-        replaced[norm] = _rest_of(norm)
+        replaced[norm] = _rest_of(norm).eval()
     for module in modules:
         for name, child in list(module.named_children()):
             if child in replaced:

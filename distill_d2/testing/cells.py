@@ -197,6 +197,15 @@ class Cell:
         return FirstStep(model, losses, own, reached, calls, before)
 
     @cached_property
+    def without_task(self) -> Step:
+        """A new Distiller's step with TASK_LOSS_WEIGHT 0 and twice the weight, which several laws look at."""
+        model = self.distiller(task_loss_weight=0.0)
+        (loss,) = model.losses.values()
+        loss.applied_weight *= 2
+        losses = step(model, self.family.batch())
+        return Step(model, losses, gradients_of(model))
+
+    @cached_property
     def without_objects(self) -> Step:
         """A new Distiller's step on images without objects, which several laws look at."""
         model = self.distiller()

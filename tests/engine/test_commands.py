@@ -94,6 +94,7 @@ def test_commands_of_pkds_repository(folder, weights):
     assert evaluates_without_a_teacher(output)
 
 
+@pytest.mark.slow
 def test_distils_from_where_gids_page_puts_the_teacher(folder, weights):
     teacher = folder / "output" / "RetinaNet_Res101_1x"
     teacher.mkdir(parents=True)

@@ -61,13 +61,13 @@ class FakeRunner:
 
     Attributes:
         val: AP by row.
-        names: of the jobs that ran.
+        names, jobs: that ran.
         stop_at: the name of the job before which the machine is switched off.
     """
 
     def __init__(self, val=VAL):
         self.val = val
-        self.names = []
+        self.names, self.jobs = [], []
         self.stop_at = ""
 
     def __call__(self, jobs, processes, news):
@@ -75,6 +75,7 @@ class FakeRunner:
             if job.name == self.stop_at:
                 raise RuntimeError("switched off")
             self.names.append(job.name)
+            self.jobs.append(job)
             job.prepare()
             (self._train if job.iterations else self._evaluate)(job)
             news([job])
@@ -125,11 +126,11 @@ def test_all_stages(prove, capsys):
         return runner.names.index(f"retinanet/{name}")
 
     trained = [name for name in runner.names if name.startswith("retinanet/")]
-    assert len(trained) == 1 + 3 + 3 + 3 * 3 + 3 + 3 * 2
+    assert len(trained) == 1 + 3 + 1 + 3 * 3 + 3 + 3 * 2
     assert runner.names[: len(trained)] == trained
     assert set(runner.names[len(trained) :]) == {f"test of {name}" for name in trained}
     assert len(runner.names) == 2 * len(trained)
-    assert max(place("teacher/seed1"), place("student_doubled/seed3")) < place("pkd/seed1")
+    assert max(place("teacher/seed1"), place("student_doubled/seed1")) < place("pkd/seed1")
     assert place("gid/seed3") < place("gid/seed5")
     assert "retinanet/pkd/seed5" in trained and "retinanet/mimic/seed4" not in trained
     # gid is the slowest: 0.3 s beside the student's 0.2 s
@@ -177,6 +178,18 @@ def test_goes_on_where_it_was_stopped(prove, photos):
     prove(runner, *few, "--test", str(other))
     assert all(name.startswith("test-kept-") for name in runner.names)
     assert len(list(out.glob("table-kept-*.md"))) == 1
+
+
+def test_pairs_share_a_teacher(prove):
+    """It is trained and tested once; where students see crops, its outputs are not kept."""
+    runner = FakeRunner()
+    few = ("--seeds", "1", "--best-seeds", "1")
+    out = prove(runner, "--pairs", "retinanet", "crops", "--only", "pkd", *few)
+    assert runner.names.count("retinanet/teacher/seed1") == 1
+    assert runner.names.count("test of retinanet/teacher/seed1") == 1
+    kept = [job.name for job in runner.jobs if "MODEL.DISTILLER.TEACHER_CACHE" in job.words]
+    assert kept == ["retinanet/pkd/seed1"]
+    assert "PKD, crops" in (out / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +243,7 @@ def test_list_tells_hours_and_runs_nothing(prove, capsys):
     out = prove(runner, "--list", "--processes", "2")
     assert runner.names == [] and not out.exists()
     output = capsys.readouterr().out
-    assert "25 of 25 trainings left: about " in output and "h with 2 processes" in output
+    assert "23 of 23 trainings left: about " in output and "h with 2 processes" in output
 
 
 def test_a_failed_run_ends_the_others(tmp_path, capsys):
