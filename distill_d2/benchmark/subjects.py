@@ -68,6 +68,8 @@ def build_subjects(
         max_iter=cfg.SOLVER.MAX_ITER,
         freeze_names=node.FREEZE,
     ).to(device)
+    # Solvers of losses are measured; weights that GRADIENT_RATIO would measure change no time.
+    distiller.phases.supported_by_trainer = True
     for capability in teacher.view.required:
         plain.view.require(capability)
     for path in teacher.view.backbone_reads:

@@ -12,7 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from ..kernels import plain_layout
 from .addresses import direct_address, local_file
 from .choosing import LAST, choose
-from .initial import check_backbones, load_initial_weights
+from .initial import check_backbones, initial_weights, load_initial_weights
 from .integrity import check_finite, check_weights
 from .reading import errors_name_file, read_pickle, read_pycls, read_torch
 from .writing import write_whole
@@ -144,10 +144,11 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _check_use(self, path: str) -> None:
         names = [name for name, _ in self.model.named_parameters()]
         if set(names) <= set(self.incompatible.missing_keys):
+            start = "those of the backbone alone" if initial_weights(self.model) else "random ones"
             raise ValueError(
                 f"{_KEY}: no tensor of '{path}' fits the {type(self.model).__name__}: it has names such as "
                 f"{self.incompatible.unexpected_keys[:3]}, the model {names[:3]}. Give weights of this "
-                "model or its backbone, or '' to start from random ones"
+                f"model or its backbone, or '' to start from {start}"
             )
 
     def _not_loaded(self) -> set[str]:

@@ -65,7 +65,12 @@ def run(args: argparse.Namespace) -> None:
     if not kinds:
         raise ValueError("no run is given; expected RUN or --runs PATTERN")
     gains = None
-    if args.patterns or draws or (len(kinds) > 1 and any(len(kind.runs) > 1 for kind in kinds)):
+    if (
+        args.patterns
+        or draws
+        or args.metric
+        or (len(kinds) > 1 and any(len(kind.runs) > 1 for kind in kinds))
+    ):
         gains = gains_of(kinds, args.metric, draws=draws, seed=args.seed, truth=args.truth)
     if args.format == "json":
         content: dict[str, Any] = dict(as_values(kinds))

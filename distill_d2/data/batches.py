@@ -121,7 +121,12 @@ def _size(record: dict[str, Any], mapper: Callable[[dict[str, Any]], Any]) -> Si
     if height is None or width is None or type(mapper) is not DatasetMapper:
         return None
     detectron2s: Any = mapper
-    for augmentation in detectron2s.augmentations.augs:
+    return resized(detectron2s.augmentations.augs, height, width)
+
+
+def resized(augmentations: Sequence[Any], height: int, width: int) -> Size | None:
+    """(height, width) of an image after augmentations; None if it is not known before they are run."""
+    for augmentation in augmentations:
         if type(augmentation) is T.ResizeShortestEdge and len(set(augmentation.short_edge_length)) == 1:
             shortest = augmentation.short_edge_length[0]
             if shortest:

@@ -10,6 +10,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
 from .augmentation import BoxAwareMapper
+from .batches import resized
 from .loader import mapper_and_records
 from .read_errors import NamedReadErrors
 
@@ -104,14 +105,5 @@ def _flips(augmentations: Sequence[Any]) -> list[tuple[int, ...]]:
 def _sizes(augmentations: Sequence[Any], records: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
     if not all("height" in record and "width" in record for record in records):
         return []
-    return [_resized(augmentations, (record["height"], record["width"])) for record in records]
-
-
-def _resized(augmentations: Sequence[Any], size: tuple[int, int]) -> tuple[int, int]:
-    for augmentation in augmentations:
-        if type(augmentation) is T.Resize:
-            size = tuple(augmentation.shape)
-        if type(augmentation) is T.ResizeShortestEdge and augmentation.short_edge_length[0]:
-            shortest = augmentation.short_edge_length[0]
-            size = T.ResizeShortestEdge.get_output_shape(*size, shortest, augmentation.max_size)
-    return size
+    sizes = [resized(augmentations, record["height"], record["width"]) for record in records]
+    return [size for size in sizes if size is not None]

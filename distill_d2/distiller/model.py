@@ -317,9 +317,10 @@ class Distiller(nn.Module):
         if self.gradient_ratio_period:
             ratios["MODEL.DISTILLER.GRADIENT_RATIO_PERIOD"] = self.gradient_ratio_period
         if ratios and self.task_loss_weight == 0:
+            given = ", ".join(f"{key} is {value}" for key, value in ratios.items())
             raise ValueError(
-                f"{ratios}, but MODEL.DISTILLER.TASK_LOSS_WEIGHT is 0: without the student's own losses there is "
-                "no gradient to compare with; set them to 0, and give the losses' weights"
+                f"{given}, but MODEL.DISTILLER.TASK_LOSS_WEIGHT is 0: without the student's own losses there is "
+                "no gradient to compare with; expected 0, and weights of the losses"
             )
 
     def _check_fixed_size(self) -> None:

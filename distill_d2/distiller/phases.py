@@ -72,8 +72,8 @@ class TrainingPhases:
         settings.update(gradient_ratios(self._losses))
         if settings:
             raise RuntimeError(
-                f"{settings}: this trainer does not support it. Train with distill_d2.engine.DistillTrainer "
-                "(train_distill.py), or set them to 0"
+                f"{settings}: this trainer does not support these keys. Train with "
+                "distill_d2.engine.DistillTrainer (train_distill.py), or set them to 0"
             )
         own = [name for name, loss in self._trained_losses().items() if loss.solver is not None]
         if own and first_step:
@@ -138,6 +138,13 @@ def gradient_ratios(losses: Mapping[str, DistillLoss]) -> dict[str, float]:
         loss.config_key("gradient_ratio"): loss.settings.gradient_ratio for loss in losses.values()
     }
     return {key: ratio for key, ratio in ratios.items() if ratio}
+
+
+def measured_weights(losses: Mapping[str, DistillLoss]) -> list[str]:
+    """The config keys of the weights that GRADIENT_RATIO sets."""
+    return [
+        loss.config_key(loss.weight_setting) for loss in losses.values() if loss.settings.gradient_ratio
+    ]
 
 
 def reaches_student(loss: DistillLoss, iteration: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 _IGNORED = re.compile(
     r"(OUTPUT_DIR|MODEL\.(WEIGHTS|DEVICE)|TEST\.|DATASETS\.(TEST|CHECK|PROPOSAL_FILES_TEST)|VERSION$|VIS_PERIOD"
     r"|SOLVER\.CHECKPOINT_PERIOD|EXTRA_CFG|CUDNN_BENCHMARK|WANDB\.|MLFLOW\."
-    r"|(MODEL\.DISTILLER|distiller)\.(EVAL_TEACHER|MEASURE_GRADIENTS|GRADIENT_RATIO_PERIOD)"
+    r"|MODEL\.TIMM\.WEIGHTS$|(MODEL\.DISTILLER|distiller)\.(EVAL_TEACHER|MEASURE_GRADIENTS|GRADIENT_RATIO_PERIOD"
+    r"|TEACHER_CACHE(_GB)?$)"
     r"|train\.(output_dir|init_checkpoint|device|eval_|log_period|checkpointer|keep_best|patience)"
     r"|dataloader\.(test|evaluator)|distiller_not_used)"
 )
@@ -64,13 +65,19 @@ def settings_of_run(cfg: CfgNode | DictConfig, processes: int, images: str) -> d
     return settings
 
 
-def changes(saved: Mapping[str, str], current: Mapping[str, str], iteration: int) -> list[str]:
+def changes(
+    saved: Mapping[str, str],
+    current: Mapping[str, str],
+    iteration: int,
+    measured_weights: Collection[str] = (),
+) -> list[str]:
     """One line for each change that a user must know.
 
     Args:
         saved: ``settings_of_run`` of the checkpoint.
         current: that of this run.
         iteration: the first that is trained now.
+        measured_weights: keys of the losses' weights that GRADIENT_RATIO sets.
     """
     lines = []
     for key in [*saved, *(key for key in current if key not in saved)]:
@@ -78,6 +85,8 @@ def changes(saved: Mapping[str, str], current: Mapping[str, str], iteration: int
         if before == now or (key.lower().endswith("num_workers") and "0" not in (before, now)):
             continue
         meaning = next(text for pattern, text in _MEANINGS if re.match(pattern, key))
+        if re.sub("^distiller", "MODEL.DISTILLER", key) in measured_weights:
+            meaning = "GRADIENT_RATIO sets this weight, and goes on with the checkpoint's"
         meaning = meaning.format(iteration=f"iteration {iteration}")
         verb = "are" if key == IMAGES else "is"
         lines.append(
@@ -111,4 +120,5 @@ def _text(value: Any) -> str:
 
 
 def _short(text: str) -> str:
+    text = text or '""'
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."

@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..data import ResumableTrainingSampler
+from ..distiller import Distiller
+from ..distiller.phases import measured_weights
 from ..random_state import set_random_state
 from .changes import changes, settings_of_run
 from .ema import AveragedWeights
@@ -42,6 +44,7 @@ class RunState:
         images = getattr(loader, "images", "")
         self._settings = settings_of_run(cfg, comm.get_world_size(), images)
         self._saved_settings: dict[str, str] | None = None
+        self._measured_weights = measured_weights(model.losses) if isinstance(model, Distiller) else []
         self._process_state = ProcessState(model, student, average)
         self._processes: list[dict[str, Any]] = []
         self._random_state: dict[str, Any] | None = None
@@ -106,7 +109,7 @@ class RunState:
                 "changes are not noticed, and random numbers are new"
             )
             return
-        for line in changes(self._saved_settings, self._settings, iteration):
+        for line in changes(self._saved_settings, self._settings, iteration, self._measured_weights):
             logger.warning(line)
 
 

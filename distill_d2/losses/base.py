@@ -84,7 +84,7 @@ class DistillLoss(nn.Module):
         except SettingError as error:
             raise ValueError(f"{self.config_key(error.name)} {error.problem}") from None
         self.applied_weight = getattr(self.settings, self.weight_setting)
-        expected = f"above 0, or GRADIENT_RATIO 0.0, which is {self.settings.gradient_ratio}"
+        expected = f"above 0, because GRADIENT_RATIO is {self.settings.gradient_ratio}; both 0.0: the loss is off"
         is_on = self.applied_weight > 0 or not self.settings.gradient_ratio
         self.check_setting(self.weight_setting, is_on, expected)
 

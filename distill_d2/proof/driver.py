@@ -8,7 +8,7 @@ from typing import Any
 from ..duration import spoken
 from . import gates
 from .costs import Costs
-from .jobs import Job
+from .jobs import Job, mean_ap
 from .plan import Plan
 from .rows import Pair, Row
 from .settings import Settings
@@ -156,11 +156,6 @@ class Proof:
 def _distinct(jobs: Sequence[Job]) -> list[Job]:
     """Pairs may share a teacher."""
     return list({job.name: job for job in jobs}.values())
-
-
-def mean_ap(jobs: Sequence[Job]) -> float:
-    """The mean of finished runs' AP."""
-    return sum(job.ap() for job in jobs) / len(jobs)
 
 
 def _told(jobs: Sequence[Job], costs: Costs) -> str:

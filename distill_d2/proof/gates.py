@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .jobs import Job
+from .jobs import Job, mean_ap
 from .rows import Pair
 
 #: AP on val that twice the schedule may gain at most.
@@ -30,8 +29,8 @@ class Gate:
 def gates_of(pair: Pair, teacher: Job, alone: Sequence[Job], doubled: Sequence[Job]) -> list[Gate]:
     """The gates of a pair, by the AP on val of its finished runs."""
     seeds = [job.seed for job in doubled]
-    same, longer = _mean([job for job in alone if job.seed in seeds]), _mean(doubled)
-    gained, ahead = longer - same, teacher.ap() - _mean(alone)
+    same, longer = mean_ap([job for job in alone if job.seed in seeds]), mean_ap(doubled)
+    gained, ahead = longer - same, teacher.ap() - mean_ap(alone)
     return [
         Gate(
             f"{pair.name}: twice the schedule gains the student alone {gained:+.2f} AP on val ({same:.2f} to "
@@ -54,7 +53,3 @@ def check(gates: Sequence[Gate]) -> None:
     closed = [f"{gate}: {gate.advice}" for gate in gates if not gate.holds]
     if closed:
         raise ValueError("\n".join([*closed, "--no-gates goes on, and the table says so"]))
-
-
-def _mean(jobs: Sequence[Job]) -> float:
-    return statistics.fmean(job.ap() for job in jobs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,11 @@ class Job:
                 f"'{self.folder}' holds a run of other settings ({'; '.join(told)}{more}). Give another "
                 "--output, or remove that folder to train again"
             )
+
+
+def mean_ap(jobs: Sequence[Job]) -> float:
+    """The mean of finished runs' AP."""
+    return statistics.fmean(job.ap() for job in jobs)
 
 
 def noted_length(folder: Path) -> int:

@@ -6,6 +6,10 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from detectron2.config import get_cfg
+
+from ..config import add_distill_config
+from ..config_values import set_options
 from ..data.custom_entries import datasets_root
 from ..pairs import pairs_of
 from .data import Photos
@@ -42,7 +46,7 @@ class Settings:
             args: of ``distill-d2 proof``.
 
         Raises:
-            ValueError, FileNotFoundError: an argument is wrong.
+            KeyError, ValueError, FileNotFoundError: an argument is wrong.
         """
         for option, value in (("--seeds", args.seeds), ("--best-seeds", args.best_seeds)):
             if value < 1:
@@ -56,8 +60,16 @@ class Settings:
             tuple(range(1, args.seeds + 1)),
             tuple(range(1, args.best_seeds + 1)),
             args.num_gpus,
-            tuple(pairs_of(args.opts)),
+            _options(args.opts),
         )
+
+
+def _options(words: list[str]) -> tuple[str, ...]:
+    """The KEY VALUE words. Raises KeyError or ValueError for a wrong one, before hours of other runs."""
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    set_options(cfg, words)
+    return tuple(pairs_of(words))
 
 
 def _pairs(names: list[str], only: list[str] | None) -> tuple[Pair, ...]:

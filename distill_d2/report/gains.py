@@ -96,10 +96,13 @@ def gains_of(
         truth: see ``resampled``.
 
     Raises:
-        ValueError, OSError: there are no two kinds; a run lacks the metric; see also ``resampled``.
+        ValueError, OSError: there is one kind alone; a run lacks the metric; see also ``resampled``.
     """
     if len(kinds) < 2:
-        raise ValueError(f"gains need at least two kinds of runs, found {[kind.name for kind in kinds]}")
+        raise ValueError(
+            f"all runs are of one kind, '{kinds[0].name}'; expected a baseline, too, in a folder or "
+            "argument of its own"
+        )
     task, name = _metric(kinds, metric)
     notes = [*_uneven(kinds), *_too_few(draws, len(kinds) - 1)]
     by_seed = [_by_seed(kind, notes) for kind in kinds]

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from distill_d2.plugins import Detector, register_detector
-from distill_d2.rules import Choice, Context, Number, Rule, Sequence, Text
+from distill_d2.rules import Choice, Context, Integer, Number, Rule, Sequence, Text
 
 
 def add_timm_config(cfg: CN) -> None:
@@ -87,6 +87,7 @@ def _channels(context: Context) -> list[int]:
 RULES: dict[str, Rule] = {
     "MODEL.TIMM.NAME": Text(empty=False),
     "MODEL.TIMM.WEIGHTS": Text(),
+    "MODEL.BACKBONE.FREEZE_AT": Integer(at_least=-1, at_most=5),
     "MODEL.TIMM.NORM": Choice(("FrozenBN", "BN", "SyncBN")),
     "MODEL.TIMM.OUT_FEATURES": Sequence(_STAGES, unique=True),
     "MODEL.TIMM.TOP_BLOCK": Choice(("auto", "none", "maxpool", "p6p7")),

@@ -108,6 +108,7 @@ def test_every_promised_row_is_printed_and_written(make_config, tmp_path, capsys
         "2",
     ]
     arguments += ["--threads", "1", "--device", "cpu", "--json", str(tmp_path / "report.json")]
+    arguments += ["MODEL.DISTILLER.PKD.GRADIENT_RATIO", "1.0"]
     assert cli.main(["benchmark", *arguments]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     losses = ["PKD alone", "PKD alone, naive formula", "FeatureMimic alone"]

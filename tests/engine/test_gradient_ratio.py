@@ -28,8 +28,10 @@ def test_the_gradient_is_that_many_times_the_tasks_in_a_resumed_run_too(tmp_path
         ValueError, match=f"{RATIO} is 3.0, but the checkpoint's run has 2.0, with the weight"
     ):
         job.run("--resume", opts=[*SCHEDULE, RATIO, 3.0])
-    job.run("--resume", opts=opts)
+    job.run("--resume", opts=[*opts, "MODEL.DISTILLER.PKD.WEIGHT", 7.0])
     assert_equal(whole["model"], checkpoint(job.output)["model"])
+    told = "PKD.WEIGHT is 7.0, in the checkpoint 5.0: GRADIENT_RATIO sets this weight"
+    assert told in (job.output / "log.txt").read_text()
 
     job.run("--overwrite", opts=[*opts, "MODEL.DISTILLER.PKD.WEIGHT", 50.0, PERIOD, 2])
     assert_equal(whole["model"], checkpoint(job.output)["model"])
@@ -54,8 +56,8 @@ def test_adapters_that_start_almost_at_0_are_measured_while_they_grow(tmp_path, 
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("TASK_LOSS_WEIGHT", 0.0, f"{RATIO}': 1.0}}, but MODEL.DISTILLER.TASK_LOSS_WEIGHT is 0"),
-        ("PKD.WEIGHT", 0.0, "PKD.WEIGHT is 0.0; expected above 0, or GRADIENT_RATIO 0.0, which is 1.0"),
+        ("TASK_LOSS_WEIGHT", 0.0, f"{RATIO} is 1.0, but MODEL.DISTILLER.TASK_LOSS_WEIGHT is 0"),
+        ("PKD.WEIGHT", 0.0, "PKD.WEIGHT is 0.0; expected above 0, because GRADIENT_RATIO is 1.0"),
         ("FREEZE", ["backbone.*"], "in the student's trained backbone and neck the gradient of its own"),
     ],
 )

@@ -229,6 +229,7 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(prove, photos, capsys
         (["--seeds", "0"], "--seeds 0: expected 1 or more"),
         (["--test", "no.json"], "no.json' does not exist"),
         (["--pairs", "rcnn", "--only", "gid"], "--only gid: no pair of rcnn has such a row"),
+        (["--no-test", "SOLVER.MAX_ITRE", "5"], "unknown config key 'SOLVER.MAX_ITRE'"),
     ],
 )
 def test_wrong_arguments(prove, capsys, words, message):

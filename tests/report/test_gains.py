@@ -166,7 +166,7 @@ def _change_truth(change):
     "change, arguments, message",
     [
         (None, ["--runs", "nothing/*"], "--runs 'nothing/*' matches nothing in"),
-        (None, ["--runs", "pkd/*"], "at least two kinds of runs, found ['pkd']"),
+        (None, ["--runs", "pkd/*"], "all runs are of one kind, 'pkd'"),
         (None, ["--baseline", "icd"], "--baseline 'icd' is none of the runs: alone, pkd"),
         (None, ["--bootstrap", "5"], "--bootstrap 5: expected 0, or at least 100 draws"),
         (None, ["--metric", "segm/AP"], "no such task in common; they have ['bbox']"),

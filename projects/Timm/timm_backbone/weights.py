@@ -58,8 +58,12 @@ def _read(name: str, weights: str, args: Mapping[str, Any]) -> State:
     package = package_of(weights)
     if package in PACKAGES:
         return _of_known_package(package, name, args)
-    path = package_file(package) if package else local_file(weights)
-    return read_state(path)
+    if package:
+        return read_state(package_file(package))
+    try:
+        return read_state(local_file(weights))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"MODEL.TIMM.WEIGHTS: {error}") from error
 
 
 def _of_timm(name: str, args: Mapping[str, Any]) -> State:
@@ -70,8 +74,8 @@ def _of_timm(name: str, args: Mapping[str, Any]) -> State:
     except Exception as error:  # of huggingface_hub, requests, or torch.hub
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"MODEL.TIMM.WEIGHTS is 'timm', but timm's weights of '{name}' could not be had: {reason}. Download "
-            "them by other means and give the path of the file"
+            f"MODEL.TIMM.WEIGHTS is 'timm', but timm's weights of '{name}' cannot be downloaded: "
+            f"{reason.rstrip('.')}. Download them elsewhere, and give the path of the file"
         ) from error
 
 
