@@ -298,7 +298,7 @@ def test_default_trainer_trains_everything_with_one_optimizer(probe):
 @pytest.mark.parametrize("key", ["PRETRAIN_TEACHER_ITERS", "FIX_BACKBONE_BEFORE", "FIX_HEAD_BEFORE"])
 def test_default_trainer_refuses_phases(probe, key):
     cfg = probe.setup(opts=[f"MODEL.DISTILLER.{key}", 2])
-    with pytest.raises(RuntimeError, match=rf"{key}': 2.*does not support it"):
+    with pytest.raises(RuntimeError, match=rf"{key}': 2.*does not support these keys"):
         DefaultTrainer(cfg).train()
 
 
