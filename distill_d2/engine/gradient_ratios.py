@@ -14,6 +14,7 @@ from torch import nn
 
 from ..balance import weights_by_ratio
 from ..distiller import Distiller
+from ..distiller.phases import reaches_student
 from ..gradients import gradients_in, norm_of, trained_backbone
 from ..losses import DistillLoss
 from ..run_files import WEIGHT
@@ -163,7 +164,7 @@ def _iterations(loss: DistillLoss, max_iter: int) -> list[int]:
         iters = _GROWTH if _has_small_adapters(loss) else 0
     if iters == 0:
         return [0]
-    first = next((i for i in range(max_iter) if loss.factor(i) > 0), 0)
+    first = next((i for i in range(max_iter) if reaches_student(loss, i)), 0)
     powers = [2**k for k in range(math.ceil(math.log2(iters)))]
     return [*([0] if first else []), first, *(first + n for n in (*powers, iters))]
 

@@ -72,8 +72,8 @@ class Proof:
         left = [job for job in jobs if not job.finished()]
         time = spoken(costs.wall_time(left, self.processes))
         print(
-            f"{len(left)} of {len(jobs)} trainings left: about {time} with {self.processes} processes, and an "
-            "evaluation of each on the test set",
+            f"{len(left)} of {len(jobs)} trainings left: about {time} with {self.processes} "
+            f"process{'es' * (self.processes > 1)}, and an evaluation of each on the test set",
             flush=True,
         )
 

@@ -3,7 +3,9 @@
 import pytest
 from runs import Job, assert_equal, checkpoint, metrics, rewind
 
+from distill_d2 import DISTILL_LOSS_REGISTRY
 from distill_d2.engine.gradient_log import read_gradients
+from distill_d2.engine.gradient_ratios import _iterations
 
 RATIO = "MODEL.DISTILLER.PKD.GRADIENT_RATIO"
 PERIOD = "MODEL.DISTILLER.GRADIENT_RATIO_PERIOD"
@@ -51,6 +53,11 @@ def test_adapters_that_start_almost_at_0_are_measured_while_they_grow(tmp_path, 
     rewind(job.output, "model_0000001")
     job.run("--resume", opts=opts)
     assert_equal(whole["model"], checkpoint(job.output)["model"])
+
+
+def test_a_loss_that_learns_first_is_measured_again_when_it_begins_to_teach():
+    icd = DISTILL_LOSS_REGISTRY.get("InstanceConditionalDistillation")
+    assert _iterations(icd(bypass_distill=5, gradient_ratio_iters=1), 10) == [0, 5, 6]
 
 
 @pytest.mark.parametrize(
