@@ -212,11 +212,12 @@ def test_a_gate_that_does_not_hold_ends_it(prove, capsys, val, message):
 
 
 def test_a_run_of_other_settings_is_not_taken_for_this_one(prove, photos, capsys):
-    prove(FakeRunner(), "--no-test", "--seeds", "1", "--best-seeds", "1")
+    rate = "SOLVER.BASE_LR"
+    prove(FakeRunner(), "--no-test", "--seeds", "1", "--best-seeds", "1", rate, "0.25")
     with pytest.raises(SystemExit):
-        prove(FakeRunner(), "--no-test", "SOLVER.BASE_LR", "0.5")
+        prove(FakeRunner(), "--no-test", rate, "0.5")
     told = capsys.readouterr().err
-    assert "seed1' holds a run of other settings (SOLVER.BASE_LR 0.001 -> 0.5" in told
+    assert "seed1' holds a run of other settings (SOLVER.BASE_LR 0.25 -> 0.5" in told
     (photos / "annotations" / "val.json").write_text("{} ")
     with pytest.raises(SystemExit):
         prove(FakeRunner(), "--no-test")
