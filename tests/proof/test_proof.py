@@ -220,7 +220,7 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(prove, photos, capsys
     assert "seed1' holds a run of other settings (SOLVER.BASE_LR 0.25 -> 0.5" in told
     (photos / "annotations" / "val.json").write_text("{} ")
     with pytest.raises(SystemExit):
-        prove(FakeRunner(), "--no-test")
+        prove(FakeRunner(), "--no-test", rate, "0.25")
     assert "(annotations/val.json" in capsys.readouterr().err
 
 
