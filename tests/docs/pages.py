@@ -13,8 +13,24 @@ from pathlib import Path
 from runs import ROOT
 
 #: Commands that pages may have.
-PROGRAMS = ["distill-d2", "python", "pip", "make", "mkdocs", "torchrun", "srun", "docker", "git", "datasets", "export"]
-PAGES = ["README.md", "datasets/README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
+PROGRAMS = [
+    "distill-d2",
+    "python",
+    "pip",
+    "make",
+    "mkdocs",
+    "torchrun",
+    "srun",
+    "docker",
+    "git",
+    "datasets",
+    "export",
+]
+PAGES = [
+    "README.md",
+    "datasets/README.md",
+    *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")),
+]
 
 _BLOCK = re.compile(r"^```(\w*)(?: +title=\"([^\"]*)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -47,7 +63,9 @@ def run_bash(text: str, folder: Path, run: Callable[[list[str]], int]) -> None:
         re.sub(r"^datasets/", "datasets ", text, flags=re.MULTILINE),
     ]
     words = ["bash", "-c", "\n".join(script)]
-    bash = subprocess.Popen(words, cwd=folder, pass_fds=[ask, answers], stderr=subprocess.PIPE, text=True)
+    bash = subprocess.Popen(
+        words, cwd=folder, pass_fds=[ask, answers], stderr=subprocess.PIPE, text=True
+    )
     os.close(ask)
     os.close(answers)
     with os.fdopen(asked) as requests, os.fdopen(answer, "w") as replies:

@@ -68,8 +68,7 @@ LAZY += [f"dataloader.{part}.mapper.augmentations.0.short_edge_length=64" for pa
 class Small:
     """The folder of a page, its data, and the runs in it.
 
-    A command gets small images, two steps and narrow backbones; weights that would be downloaded are random. Runs
-    that a page takes for granted (output/pkd) are made when they are first named.
+    A command gets small images, two steps and narrow backbones; weights that would be downloaded are random.
     """
 
     def __init__(self, folder: Path):
@@ -84,7 +83,6 @@ class Small:
         """The exit status of a command."""
         if words[0] in NOT_RUN or words[0] == "distill-d2" and words[1] in ALSO_NOT_RUN:
             return 0
-        self._make_runs(words)
         script = ROOT / words[1] if words[1].startswith(("train_", "tools/")) else words[1]
         if words[0] == "distill-d2":
             script = self._main
@@ -108,7 +106,7 @@ class Small:
         if command == "proof":
             return [*words[:1], "--list", *words[1:]]
         if command == "demo":
-            return [*words, "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
+            return [*words, "--num-gpus", "0", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
         config = option(words, "--config-file")
         if config is None or command == "export":
             return words
@@ -118,7 +116,9 @@ class Small:
 
     def _yaml_keys(self, config: str, words: list[str]) -> list[str]:
         opts = words[words.index("--config-file") + 2 :]
-        cfg = load_config(config, [w for w in opts if not w.startswith("--")] if len(opts) % 2 == 0 else [])
+        cfg = load_config(
+            config, [w for w in opts if not w.startswith("--")] if len(opts) % 2 == 0 else []
+        )
         keys: dict[str, Any] = {**SHORT, **NARROW}
         if not Path(cfg.MODEL.WEIGHTS).is_file():
             keys["MODEL.WEIGHTS"] = ""
@@ -147,9 +147,6 @@ class Small:
             file.write_text(yaml.safe_dump(content))
         return str(file)
 
-    def _make_runs(self, words: list[str]) -> None:
-        """Runs of the demo's detectors for a page that shows what to do with them."""
-
 
 def write_data(folder: Path) -> None:
     """Stand-ins for COCO, VOC, the proof's photos, a user's own data, and photos."""
@@ -167,7 +164,9 @@ def write_data(folder: Path) -> None:
     write_coco(folder / "unused.json", folder / "photos", 2)
 
 
-def write_coco(file: Path, images: Path, count: int, categories: list[dict[str, Any]] | None = None) -> None:
+def write_coco(
+    file: Path, images: Path, count: int, categories: list[dict[str, Any]] | None = None
+) -> None:
     entry = write_dataset(file.parent / f".{file.stem}", count=count)
     content = json.loads(Path(entry["JSON"]).read_text())
     content["categories"] = categories or content["categories"]

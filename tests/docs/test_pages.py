@@ -58,7 +58,9 @@ def test_commands_are_understood(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language != "text" for b in blocks(page))])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(b.language != "text" for b in blocks(page))]
+)
 def test_page_runs(page, tmp_path, monkeypatch):
     """On small data, in the order of the page."""
     monkeypatch.chdir(tmp_path)
@@ -76,7 +78,13 @@ def test_page_runs(page, tmp_path, monkeypatch):
 def test_links_of_pages_outside_the_site():
     """mkdocs checks those within docs/."""
     broken = []
-    for page in ["README.md", "datasets/README.md", "tests/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]:
+    for page in [
+        "README.md",
+        "datasets/README.md",
+        "tests/README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    ]:
         text = (ROOT / page).read_text(encoding="utf-8")
         for link, _, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]*))?\)", text):
             target = (ROOT / page).parent / link if link else ROOT / page
@@ -106,8 +114,14 @@ def understand(words: list[str]) -> None:
         return
     args = parse(words[2:])
     config = getattr(args, "config_file", "") or ""
-    if config and not Path(config).exists() and config.removeprefix("configs/") not in available_configs():
-        assert Path(config).parts[0] in {"output", "distill", "work"}, f"{config} is neither packaged nor on the page"
+    if (
+        config
+        and not Path(config).exists()
+        and config.removeprefix("configs/") not in available_configs()
+    ):
+        assert Path(config).parts[0] in {"output", "distill", "work"}, (
+            f"{config} is neither packaged nor on the page"
+        )
         args.config_file, args.needs_config = "", False
     check_config_arguments(args)
     if not config.endswith(".py"):
@@ -132,5 +146,3 @@ def known(name: str, keys: list[CfgNode] = []) -> bool:  # noqa: B006
             return False
         node = node[part]
     return True
-
-
