@@ -50,8 +50,8 @@ def blocks(page: str) -> Iterator[Block]:
 
 
 def run_bash(text: str, folder: Path, run: Callable[[list[str]], int]) -> None:
-    """Run a bash block in ``folder``; each command of PROGRAMS is given to ``run``, which returns its status. Other
-    commands, and a status other than 0, fail."""
+    """Run a bash block in ``folder``. Each command of PROGRAMS is given to ``run``, which returns its status;
+    other commands, and a status other than 0, fail."""
     asked, ask = os.pipe()
     answers, answer = os.pipe()
     functions = [f'{name}() {{ _ask {name} "$@"; }}' for name in PROGRAMS]
