@@ -3,7 +3,7 @@
 
     tools/compatibility.py              # print the table
     tools/compatibility.py --reasons    # and why a loss is refused
-    tools/compatibility.py --write      # put the table into docs/losses.md
+    tools/compatibility.py --write      # put the table into docs/which_method.md
 
 A cell is "yes" where a step of the Distiller gives finite terms whose gradients reach the student, and
 "no" where the Distiller says, when it is built, why it refuses the two. Anything else is an error, which
@@ -22,7 +22,7 @@ from distill_d2 import DISTILL_LOSS_REGISTRY
 from distill_d2.testing import Cell, Family, families, recipes
 from distill_d2.testing.laws import trains_the_student
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "losses.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "which_method.md"
 MARKERS = ("<!-- compatibility -->\n", "<!-- /compatibility -->\n")
 
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reasons", action="store_true", help="print the message of each refusal, too")
-    parser.add_argument("--write", action="store_true", help="replace the table in docs/losses.md")
+    parser.add_argument("--write", action="store_true", help="replace the table in docs/which_method.md")
     args = parser.parse_args(arguments)
     refusals = all_refusals()
     print(table(refusals))

@@ -179,7 +179,7 @@ def test_fcos_of_gids_page(folder):
 
 # The VOC workflow of DeFeat's page: teacher, student, distilled student, test.
 
-PAGE = ROOT / "configs" / "Distillation-DeFeat" / "README.md"
+PAGE = ROOT / "docs" / "methods" / "defeat.md"
 VOC = "PascalVOC-Detection/faster_rcnn_R_{}_FPN_voc.yaml"
 RULES = ("bbox/AP50", "bbox/AP50_11point", "bbox/AP50_area")
 
@@ -188,7 +188,8 @@ def page_commands():
     """The four commands of the page's first block, for this machine: the checkout's scripts and configs, no
     GPU."""
     block = PAGE.read_text().partition("## VOC, step by step")[2].partition("Each also prints")[0]
-    lines = [words.split() for words in block.splitlines() if words.startswith("    python train_")]
+    block = block.replace("\\\n", " ")
+    lines = [words.split() for words in block.splitlines() if words.startswith("python train_")]
     scripts = ["train_baseline.py", "train_baseline.py", "train_distill.py", lines[0][1]]
     assert [words[1] for words in lines] == scripts
     for words in lines:

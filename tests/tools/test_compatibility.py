@@ -1,4 +1,4 @@
-"""tools/compatibility.py, and the table in docs/losses.md. tests/laws takes a step of every cell."""
+"""tools/compatibility.py, and the table in docs/which_method.md. tests/laws takes a step of every cell."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_table_of_the_page():
         for loss in compatibility.losses()
         for name, family in families().items()
     }
-    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "which_method.md").read_text(encoding="utf-8")
     assert compatibility.with_table(page, compatibility.table(refusals)) == page
     detectors = {name: type(family.build(8)).__name__ for name, family in families().items()}
     for (loss, name), reason in refusals.items():
@@ -37,7 +37,7 @@ def test_pages():
 
 def test_program(monkeypatch, tmp_path, capsys):
     start, end = compatibility.MARKERS
-    page = tmp_path / "losses.md"
+    page = tmp_path / "page.md"
     page.write_text(f"a\n{start}{end}b\n")
     monkeypatch.setattr(compatibility, "PAGE", page)
     refusals = {(loss, "X"): "why not" if loss == "HeadKD" else "" for loss in compatibility.losses()}
