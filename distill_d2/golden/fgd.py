@@ -12,10 +12,10 @@ from .neck import CaseRun, cases_of, compare_map, neck_kind, run_case
 
 _PARAMETERS = {
     "pairs.adapters.{}": "align",
-    "contexts.{}.s.mask": "conv_mask_s",
-    "contexts.{}.t.mask": "conv_mask_t",
-    "contexts.{}.s.add": "channel_add_conv_s",
-    "contexts.{}.t.add": "channel_add_conv_t",
+    "of_student.{}.mask": "conv_mask_s",
+    "of_teacher.{}.mask": "conv_mask_t",
+    "of_student.{}.add": "channel_add_conv_s",
+    "of_teacher.{}.add": "channel_add_conv_t",
 }
 
 

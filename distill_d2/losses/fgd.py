@@ -45,11 +45,10 @@ class ContextBlock(nn.Module):
         super().__init__()
         hidden = max(channels // 2, 1)
         self.mask = nn.Conv2d(channels, 1, 1)
-        nn.init.normal_(self.mask.weight, std=math.sqrt(2 / channels))
-        nn.init.zeros_(self.mask.bias)
+        nn.init.normal_(self.mask.weight, std=math.sqrt(2 / channels))  # its bias has no effect
         last = nn.Linear(hidden, channels)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
         self.add = nn.Sequential(nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU(), last)
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
@@ -75,7 +74,7 @@ class FGD(NeckLoss):
     NODE = "FGD"
     Settings = FGDSettings
     settings: FGDSettings
-    contexts: nn.ModuleDict  # from bind on
+    of_student: nn.ModuleDict  # from bind on, as of_teacher
 
     def __init__(self, **keys: Any):
         super().__init__(**keys)
@@ -83,9 +82,8 @@ class FGD(NeckLoss):
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         super().bind(student, teacher)
-        self.contexts = level_modules(
-            self.pairs, lambda s, t: nn.ModuleDict({"s": ContextBlock(s), "t": ContextBlock(t)})
-        )
+        self.of_student = level_modules(self.pairs, lambda channels, _: ContextBlock(channels))
+        self.of_teacher = level_modules(self.pairs, lambda _, channels: ContextBlock(channels))
 
     def level_terms(self, student: DetectorView, teacher: DetectorView, batch: Batch) -> LevelTerms:
         """fg, bg, at and global of each level."""
@@ -117,7 +115,7 @@ class FGD(NeckLoss):
         of_s, of_t = (attentions(x, self.settings.temperature) for x in (s, t))
         cells, squares, sums = weighted_distances(s, t, of_t[1])
         cells = cells * of_t[0]
-        delta = self.contexts[name]["s"](s) - self.contexts[name]["t"](t)
+        delta = self.of_student[name](s) - self.of_teacher[name](t)
         context = squares + (delta * (2 * sums + height * width * delta)).sum()
         return {
             "fg": (foreground * cells).sum() / images,
