@@ -166,7 +166,7 @@ def test_the_license_is_beside_the_installer_of_detectron2(wheel):
 
 def test_dockerfile_has_the_steps_of_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = next(part for part in readme.split("\n\n") if part.startswith("    pip install ."))
+    block = readme.partition("```bash\n")[2].partition("```")[0]
     steps = [line.partition("#")[0].strip() for line in block.splitlines()]
     assert steps.pop() == "distill-d2 demo" and "pip install ." in steps
     runs = re.findall(r"^RUN (.*)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)

@@ -95,7 +95,7 @@ class Proof:
         return _distinct([*self._first(), *self._distilled(), *self._last()])
 
     def _same_time(self, pair: Pair) -> list[Job]:
-        if not pair.methods:
+        if not (pair.timed and pair.methods):
             return []
         costs = Costs([*self._plan.alone(pair), *self._plan.methods(pair)])
         return self._plan.same_time(pair, costs.slowest_ratio(pair, pair.methods))

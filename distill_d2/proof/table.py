@@ -48,7 +48,7 @@ def results_of(pair: Pair, trained: Sequence[Job], tested: Sequence[Job], settin
         return gains_of(kinds, "bbox/AP", draws=DRAWS, truth=truth)
 
     methods = gains([pair.alone, *pair.methods])
-    return Results(pair, trained, tested, methods, gains([pair.alone, pair.doubled, pair.same_time]))
+    return Results(pair, trained, tested, methods, gains([pair.alone, *pair.controls]))
 
 
 def write_tables(settings: Settings, results: Sequence[Results], gates: Sequence[Gate]) -> str:

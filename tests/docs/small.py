@@ -1,0 +1,179 @@
+"""Runs the commands of a page on data and detectors that are small enough for a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.modeling import build_model
+from pages import option
+from pool import start_script
+from runs import ROOT
+from small_datasets import write_voc
+
+from distill_d2.engine import load_config
+from distill_d2.model_zoo import find_config
+from distill_d2.testing import write_dataset
+
+#: Programs that a test cannot run, and what covers them.
+NOT_RUN = {
+    "pip": "tests/test_packaging.py builds and installs the wheel",
+    "make": "it runs this test",
+    "mkdocs": "make docs",
+    "docker": "no daemon; tests/test_packaging.py compares the steps",
+    "git": "no remote repository",
+    "torchrun": "tests/engine/test_started_processes.py",
+    "srun": "tests/engine/test_started_processes.py",
+    "datasets": "downloads; tests/data/test_download_scripts.py",
+    "export": "the shell's own",
+}
+#: Commands of distill-d2, too.
+ALSO_NOT_RUN = {
+    "install-detectron2": "tests/commands/test_install_detectron2.py",
+    "convert": "needs checkpoints of other programs; tests/commands/test_convert_*.py",
+    "check-golden": "needs recorded arrays; tests/commands/test_check_golden.py",
+}
+MAIN = "import sys\nfrom distill_d2.cli import main\nsys.exit(main())\n"
+#: For every detector of a page.
+NARROW = {
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+}
+SHORT = {
+    "INPUT.MIN_SIZE_TRAIN": "(64,)",
+    "INPUT.MIN_SIZE_TEST": 64,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.BASE_LR": 0.0001,
+    "SOLVER.STEPS": "()",
+    "SOLVER.EPOCHS": 0.0,
+    "SOLVER.MAX_ITER": 2,
+    "SOLVER.WARMUP_ITERS": 0,
+    "SOLVER.CHECKPOINT_EPOCHS": 0.0,
+    "TEST.EVAL_EPOCHS": 0.0,
+    "TEST.EVAL_PERIOD": 0,
+    "MODEL.DISTILLER.BYPASS_DISTILL": 0,
+    "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS": 0,
+}
+LAZY = ["train.max_iter=2", "train.init_checkpoint=", "dataloader.train.total_batch_size=2"]
+LAZY += [f"dataloader.{part}.num_workers=0" for part in ("train", "test")]
+LAZY += [f"dataloader.{part}.mapper.augmentations.0.short_edge_length=64" for part in ("train", "test")]
+
+
+class Small:
+    """The folder of a page, its data, and the runs in it.
+
+    A command gets small images, two steps and narrow backbones; weights that would be downloaded are random.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._main = folder / ".programs" / "distill-d2"
+        self._main.parent.mkdir()
+        self._main.write_text(MAIN)
+        self._count = 0
+        write_data(folder)
+
+    def run(self, words: list[str]) -> int:
+        """The exit status of a command."""
+        if words[0] in NOT_RUN or words[0] == "distill-d2" and words[1] in ALSO_NOT_RUN:
+            return 0
+        script = ROOT / words[1] if words[1].startswith(("train_", "tools/")) else words[1]
+        if words[0] == "distill-d2":
+            script = self._main
+            words = [words[0], *words]
+        command = "train" if script != self._main else words[2]
+        rest = self._small(command, words[2:])
+        self._count += 1
+        output = self._main.parent / f"{self._count}.txt"
+        process = start_script([str(script), *rest], output)
+        process.join(timeout=300)
+        if process.exitcode:
+            print(f"$ {' '.join(words)}\n  run as {rest}\n{output.read_text()[-4000:]}")
+        return 1 if process.exitcode is None else process.exitcode
+
+    def _small(self, command: str, words: list[str]) -> list[str]:
+        words = list(words)
+        if "--num-gpus" in words:
+            words[words.index("--num-gpus") + 1] = "0"
+        if "--device" in words:
+            words[words.index("--device") + 1] = "cpu"
+        if command == "proof":
+            return [*words[:1], "--list", *words[1:]]
+        if command == "demo":
+            return [*words, "--num-gpus", "0", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
+        config = option(words, "--config-file")
+        if config is None or command == "export":
+            return words
+        if config.endswith(".py"):
+            return [*words, *LAZY]
+        return [*words, *self._yaml_keys(config, words)]
+
+    def _yaml_keys(self, config: str, words: list[str]) -> list[str]:
+        opts = words[words.index("--config-file") + 2 :]
+        cfg = load_config(
+            config, [w for w in opts if not w.startswith("--")] if len(opts) % 2 == 0 else []
+        )
+        keys: dict[str, Any] = {**SHORT, **NARROW}
+        if not Path(cfg.MODEL.WEIGHTS).is_file():
+            keys["MODEL.WEIGHTS"] = ""
+        node = cfg.MODEL.DISTILLER
+        if node.MODEL_DISTILLER_CONFIG and "--eval-only" not in words:
+            keys["MODEL.DISTILLER.MODEL_LOAD_OFFICIAL"] = False
+            keys["MODEL.DISTILLER.MODEL_DISTILLER_CONFIG"] = self._teacher(node)
+        return [str(word) for item in keys.items() for word in item]
+
+    def _teacher(self, node: Any) -> str:
+        """A narrow form of the teacher, whose weights are those of its config, where they are there."""
+        path = Path(node.MODEL_DISTILLER_CONFIG)
+        path = path if path.is_file() else Path(find_config(str(path)))
+        if path.suffix == ".py":
+            return str(path)
+        file = self._main.parent / f"{path.stem}_narrow.yaml"
+        content: dict[str, Any] = {"_BASE_": str(path.resolve()), "MODEL": {"RESNETS": {}}}
+        content["MODEL"]["RESNETS"] = {name.split(".")[-1]: value for name, value in NARROW.items()}
+        file.write_text(yaml.safe_dump(content))
+        cfg = load_config(str(file))
+        if not Path(cfg.MODEL.WEIGHTS).is_file() and not Path(node.TEACHER_WEIGHTS).is_file():
+            weights = file.with_suffix(".pth")
+            cfg.MODEL.DEVICE = "cpu"
+            torch.save({"model": build_model(cfg).state_dict()}, weights)
+            content["MODEL"]["WEIGHTS"] = str(weights)
+            file.write_text(yaml.safe_dump(content))
+        return str(file)
+
+
+def write_data(folder: Path) -> None:
+    """Stand-ins for COCO, VOC, the proof's photos, a user's own data, and photos."""
+    categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
+    coco = folder / "datasets" / "coco"
+    for split in ("train2017", "val2017"):
+        write_coco(coco / "annotations" / f"instances_{split}.json", coco / split, 2, categories)
+    images = {"1": [("cat", 5, 5, 40, 30)], "2": [("dog", 10, 8, 50, 35), ("cat", 2, 2, 20, 20)]}
+    for year, split in ((2007, "trainval"), (2007, "test"), (2012, "trainval")):
+        write_voc(folder / "datasets" / "VOCdevkit" / f"VOC{year}", images, split)
+    for name in ("data/cards", "datasets/voc_animals"):
+        for split in ("train", "val", "test"):
+            write_coco(folder / name / "annotations" / f"{split}.json", folder / name / "images", 6)
+    (folder / "datasets" / "cards").symlink_to(folder / "data" / "cards")
+    write_coco(folder / "unused.json", folder / "photos", 2)
+
+
+def write_coco(
+    file: Path, images: Path, count: int, categories: list[dict[str, Any]] | None = None
+) -> None:
+    entry = write_dataset(file.parent / f".{file.stem}", count=count)
+    content = json.loads(Path(entry["JSON"]).read_text())
+    content["categories"] = categories or content["categories"]
+    for image in content["images"]:
+        name = f"{file.stem}_{image['file_name']}"
+        images.mkdir(parents=True, exist_ok=True)
+        (Path(entry["IMAGES"]) / image["file_name"]).rename(images / name)
+        image["file_name"] = name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
