@@ -37,6 +37,7 @@ ALSO_NOT_RUN = {
     "convert": "needs checkpoints of other programs; tests/commands/test_convert_*.py",
     "check-golden": "needs recorded arrays; tests/commands/test_check_golden.py",
 }
+MODULE = "import runpy, sys\ndel sys.argv[0]\nrunpy.run_module(sys.argv[0], None, '__main__', True)\n"
 MAIN = "import sys\nfrom distill_d2.cli import main\nsys.exit(main())\n"
 #: For every detector of a page.
 NARROW = {
@@ -89,6 +90,9 @@ class Small:
         if words[0] == "distill-d2":
             script = self._main
             words = [words[0], *words]
+        if words[:2] == ["python", "-m"]:
+            script = self._main.with_name("module.py")
+            script.write_text(MODULE)
         command = "train" if script != self._main else words[2]
         rest = self._small(command, words[2:])
         self._count += 1
@@ -117,6 +121,8 @@ class Small:
         return [*words, *self._yaml_keys(config, words)]
 
     def _yaml_keys(self, config: str, words: list[str]) -> list[str]:
+        if "--import" in words:  # what it registers would stay in this process
+            return [str(word) for item in {**SHORT, **NARROW}.items() for word in item]
         opts = words[words.index("--config-file") + 2 :]
         cfg = load_config(
             config, [w for w in opts if not w.startswith("--")] if len(opts) % 2 == 0 else []
