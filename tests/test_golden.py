@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill_d2.golden import FixtureError, GoldenKind, load_kinds
+from distill_d2.golden import FixtureError, GoldenKind, load_kinds, neck
 
 Arrays = dict[str, np.ndarray]
 
@@ -40,6 +40,7 @@ INPUTS = {
     "icd_decoder": "in/* w/* rng/* prior/* meta_json",
     "ssd_forward": "image_rgb_blocks_30x30",
     "ssd_kd": "gt_* conf_* loc_* soft_logits_* br_student br_teacher br_gt *conf_index",
+    **neck.INPUTS,
 }
 # Results that others are computed from, gradients that are rounding errors, and levels without an object.
 NOT_CHANGED = (
@@ -189,7 +190,21 @@ def images_exchanged(arrays: Arrays) -> Arrays:
     return arrays
 
 
+def other_neck(arrays: Arrays) -> Arrays:
+    """The last two images."""
+    count = len(arrays[next(name for name in arrays if name.startswith("student/"))])
+    images = [count - 1, count - 2]
+    per_image = f"student/* teacher/* narrow/* image_sizes {neck.PER_IMAGE}"
+    arrays = of_images(arrays, per_image, images)
+    if "boxes" in arrays:
+        mine = np.isin(arrays["box_image"], images)
+        arrays["boxes"] = arrays["boxes"][mine]
+        arrays["box_image"] = count - 1 - arrays["box_image"][mine]
+    return arrays
+
+
 OTHERS = {
+    **dict.fromkeys(neck.INPUTS, other_neck),
     "gid": other_gid,
     "defeat": other_defeat,
     "ssd_kd": other_ssd_kd,

@@ -16,6 +16,7 @@ from ..views import Batch
 
 Size = tuple[int, int]
 
+_BOXES_AT_A_TIME = 16
 _STAGE_GRID = 4  # pixels: the stride at which the mask of backbone stages is drawn, and then resized
 
 
@@ -74,6 +75,44 @@ def gaussian_mask(boxes: torch.Tensor, drawn: torch.Tensor, size: Size, stride: 
     return (down[..., :, None] * across[..., None, :]).amax(dim=1)
 
 
+def inverse_area_mask(
+    boxes: torch.Tensor, drawn: torch.Tensor, size: Size, stride: int, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """In the cells of the drawn boxes 1 / (the box's number of cells), the largest of several: the smallest box
+    wins (FGD's mask).
+
+    A box covers the cells from floor(corner / stride) to ceil(corner / stride), both included, with corners
+    clamped to 0 from below; all of them count, also those beyond the level. One whose second corner is before
+    its first, or before 0, is not drawn.
+
+    Args:
+        scales: (N, 2), in place of 1 / stride the columns and rows per pixel, as in FGD's code: there corners
+            are not clamped, and a negative one counts from the end, as an index of Python does.
+    """
+    height, width = size
+    x1, y1, x2, y2 = (boxes.clamp(min=0) / stride if scales is None else boxes * _twice(scales)).unbind(
+        -1
+    )
+    x1, y1, x2, y2 = x1.floor(), y1.floor(), x2.ceil(), y2.ceil()
+    values = 1 / ((x2 + 1 - x1) * (y2 + 1 - y1))
+    if scales is None:
+        drawn = drawn & (boxes[..., 2:] >= boxes[..., :2]).all(-1) & (boxes[..., 2:] > 0).all(-1)
+    else:
+        x1, x2 = (_from_the_end(x, width) for x in (x1, x2 + 1))
+        y1, y2 = (_from_the_end(y, height) for y in (y1, y2 + 1))
+        x2, y2 = x2 - 1, y2 - 1
+    rows, columns = (torch.arange(length, device=boxes.device) for length in size)
+    across = (x1[..., None] <= columns) & (columns <= x2[..., None])
+    down = (y1[..., None] <= rows) & (rows <= y2[..., None]) & drawn[..., None]
+    mask = boxes.new_zeros(len(boxes), height, width)
+    # Some boxes at a time: on a fine level a map of all boxes and all cells is large.
+    parts = zip(*(part.split(_BOXES_AT_A_TIME, dim=1) for part in (down, across, values)))
+    for down, across, values in parts:
+        of_boxes = torch.where(across, values[..., None], 0.0)[:, :, None] * down[..., None]
+        mask = torch.maximum(mask, of_boxes.amax(dim=1))
+    return mask
+
+
 def anchor_mask(
     boxes: torch.Tensor, drawn: torch.Tensor, anchors: torch.Tensor, threshold: float = 0.5
 ) -> torch.Tensor:
@@ -122,6 +161,15 @@ def _gaussian(low: torch.Tensor, high: torch.Tensor, length: int, stride: int) -
     centers = (torch.arange(length, device=low.device) + 0.5) * stride
     deviation = ((high - low) / 2).clamp(min=stride / 2)[..., None]
     return torch.exp(-(((centers - (low + high)[..., None] / 2) / deviation) ** 2) / 2)
+
+
+def _twice(scales: torch.Tensor) -> torch.Tensor:
+    return torch.cat([scales, scales], dim=-1)[:, None]
+
+
+def _from_the_end(index: torch.Tensor, length: int) -> torch.Tensor:
+    """Where a slice with this index as a bound begins or ends."""
+    return torch.where(index < 0, index + length, index).clamp(0, length)
 
 
 def _overlap(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,8 @@ class FeaturePairs(nn.Module):
         always: bool = False,
         relu: bool = False,
         init_std: float = 0.0,
+        bias: bool = True,
+        adapt: bool = True,
         key: str = "",
     ):
         """
@@ -54,6 +57,8 @@ class FeaturePairs(nn.Module):
             relu: after each convolution.
             init_std: the convolutions' weights start from a normal distribution with this deviation, of
                 which the remainder by twice the deviation is taken (as in DeFeat); 0: PyTorch's default.
+            bias: of the convolutions.
+            adapt: False: maps keep their channels, which may differ; the student's are resized only.
             key: config keys of these arguments, for messages.
         """
         super().__init__()
@@ -65,10 +70,14 @@ class FeaturePairs(nn.Module):
         self.always = always
         self.relu = relu
         self.init_std = init_std
+        self.bias = bias
+        self.adapt = adapt
         self.key = key
         self.adapters = nn.ModuleDict()
         self.teacher_adapters = nn.ModuleDict()
         self.strides: dict[str, int] = {}
+        #: Channels of the student's and of the teacher's map that ``forward`` gives, by level name.
+        self.level_channels: dict[str, tuple[int, int]] = {}
 
     def bind(self, student: DetectorView, teacher: DetectorView) -> None:
         """Find the levels in both detectors and create the adapters.
@@ -104,8 +113,10 @@ class FeaturePairs(nn.Module):
             output = self.channels or of_teacher.channels
             student_channels[name] = (of_student.channels, output)
             teacher_channels[name] = (of_teacher.channels, output)
-        self.adapters.update(self._convolutions(student_channels, self.always))
-        self.teacher_adapters.update(self._convolutions(teacher_channels, False))
+            self.level_channels[name] = (output if self.adapt else of_student.channels, output)
+        if self.adapt:
+            self.adapters.update(self._convolutions(student_channels, self.always))
+            self.teacher_adapters.update(self._convolutions(teacher_channels, False))
 
     def _convolutions(self, channels: dict[str, tuple[int, int]], always: bool) -> dict[str, nn.Module]:
         """The convolutions that are needed: one per level, or one shared by all levels."""
@@ -120,7 +131,8 @@ class FeaturePairs(nn.Module):
         return {_SHARED: self._convolution(*channels[self.in_features[0]])}
 
     def _convolution(self, inputs: int, outputs: int) -> nn.Module:
-        convolution = nn.Conv2d(inputs, outputs, self.kernel_size, padding=self.kernel_size // 2)
+        size = self.kernel_size
+        convolution = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=self.bias)
         if self.init_std > 0:
             with torch.no_grad():
                 convolution.weight.normal_().fmod_(2).mul_(self.init_std)
@@ -150,7 +162,8 @@ class FeaturePairs(nn.Module):
         return rows
 
     def forward(self, student: DetectorView, teacher: DetectorView) -> Pairs:
-        """Per level name, the student's map and the teacher's, of equal shape (N, C, H, W)."""
+        """Per level name, the student's map and the teacher's, of equal shape (N, C, H, W); with ``adapt``
+        False, of equal N, H and W."""
         teacher_maps = self.of_teacher(teacher)
         sizes = [(level.shape[-2], level.shape[-1]) for level in teacher_maps.values()]
         student_maps = self.of_student(student, sizes)
@@ -184,6 +197,17 @@ class FeaturePairs(nn.Module):
         level = level.detach() if detach else level
         adapter = self._adapter(adapters, name)
         return level if adapter is None else adapter(level)
+
+
+def level_modules(pairs: FeaturePairs, make: Callable[[int, int], nn.Module]) -> nn.ModuleDict:
+    """Modules of a loss's own, one for each level of bound FeaturePairs, by level name.
+
+    A loss makes them in its ``bind``, so that they are moved, trained and saved as the adapters are.
+
+    Args:
+        make: (channels of the student's map, channels of the teacher's), as ``pairs`` gives the maps.
+    """
+    return nn.ModuleDict({name: make(*channels) for name, channels in pairs.level_channels.items()})
 
 
 def _common_levels(student: DetectorView, teacher: DetectorView) -> list[str]:

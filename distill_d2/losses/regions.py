@@ -47,6 +47,41 @@ def distance_map(
     return distance.sum(dim=1)
 
 
+class _WeightedDistances(torch.autograd.Function):
+    """Keeps s, t and the weights for the gradient."""
+
+    @staticmethod
+    def forward(ctx, student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor):
+        ctx.save_for_backward(student, teacher, weights)
+        difference = student - teacher
+        sums = difference.sum(dim=(2, 3))
+        squares = difference.square_()
+        total = squares.sum()
+        return squares.mul_(weights[..., None, None]).sum(dim=1), total, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_cells: torch.Tensor, grad_total: torch.Tensor, grad_sums: torch.Tensor):
+        student, teacher, weights = ctx.saved_tensors
+        factor = torch.addcmul(2 * grad_total, weights[..., None, None], 2 * grad_cells[:, None])
+        return (student - teacher).mul_(factor).add_(grad_sums[..., None, None]), None, None
+
+
+def weighted_distances(
+    student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of d = s - t of two maps (N, C, H, W), in one pass; differentiable in ``student``.
+
+    Args:
+        weights: of each image and channel, (N, C).
+
+    Returns:
+        in each cell the sum over channels of weights d^2, (N, H, W); the sum of all d^2, a scalar; the sum
+        over cells of d, (N, C).
+    """
+    return _WeightedDistances.apply(student, teacher, weights)
+
+
 def region_means(
     distances: torch.Tensor, mask: torch.Tensor, channels: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

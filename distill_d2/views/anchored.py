@@ -58,6 +58,7 @@ class AnchoredHead:
             background=self.background,
             encode=encoder_of(self.transform),
             assign=self.assign or (lambda boxes, valid: assign_by_iou(boxes, valid, rows)),
+            level_names=tuple(self.in_features),
         )
 
     def grids(self, view: DetectorView) -> dict[str, torch.Tensor]:

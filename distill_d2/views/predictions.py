@@ -43,6 +43,8 @@ class Predictions:
             finite where a box or an anchor has no area.
         assign: (boxes (N, M, 4), valid (N, M)) -> (N, R) int64: the box that each row belongs to, if
             ``match`` is 1 there.
+        level_names: of the neck levels that the head predicts on, in the order of ``logit_levels``;
+            empty for proposals.
     """
 
     logit_levels: Sequence[torch.Tensor]
@@ -56,11 +58,17 @@ class Predictions:
     classes: torch.Tensor | None = None
     encode: Decode = _not_given
     assign: Match = _not_given
+    level_names: Sequence[str] = ()
 
     @property
     def num_classes(self) -> int:
         """K, the number of foreground classes."""
         return self.logit_levels[0].shape[-1] - self.background
+
+    @property
+    def logits_by_level(self) -> dict[str, torch.Tensor]:
+        """``logit_levels`` by the name of the neck level; empty for proposals."""
+        return dict(zip(self.level_names, self.logit_levels))
 
     @property
     def level_sizes(self) -> list[int]:

@@ -1,5 +1,7 @@
 """Predictions: one layout for the outputs of all heads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
@@ -73,6 +75,13 @@ def test_rows_of_all_levels(layout):
     assert torch.equal(predictions.logits[:, row], logits[1][:, CLASSES : 2 * CLASSES, 1, 2])
     assert torch.equal(predictions.deltas[:, row], deltas[1][:, 4:8, 1, 2])
     assert torch.equal(rows_of(predictions.logit_levels), predictions.logits)
+
+
+def test_logits_by_the_name_of_the_level():
+    predictions = replace(dense(), level_names=("p3", "p4", "p5"))
+    assert list(predictions.logits_by_level) == ["p3", "p4", "p5"]
+    assert predictions.logits_by_level["p4"] is predictions.logit_levels[1]
+    assert scored().logits_by_level == {}
 
 
 # Classes.

@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 from typing import Any, Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode as CN
@@ -27,6 +26,7 @@ from torch import nn
 from ...views import Batch, DetectorView
 from ..base import DISTILL_LOSS_REGISTRY
 from ..pairing import FeaturePairs
+from ..randomness import seed_of
 from ..trained import TrainedLoss
 from .auxiliary import AuxiliaryTask
 from .decoder import ConditionalDecoder, Decoded, dropout_seed
@@ -181,7 +181,7 @@ class InstanceConditionalDistillation(TrainedLoss):
     def read(self, teacher: DetectorView, batch: Batch):
         """The teacher's levels (N, C, H, W), the Queries, and the Geometry of a batch."""
         maps = list(self.pairs.of_teacher(teacher).values())
-        queries = self.queries.sample(batch, _seed(batch.iteration))
+        queries = self.queries.sample(batch, seed_of(batch.iteration))
         sizes = tuple(tuple(feature.shape[-2:]) for feature in maps)
         images = tuple(batch.image_sizes)
         channels, device = self.settings.hidden_dim, maps[0].device
@@ -193,7 +193,7 @@ class InstanceConditionalDistillation(TrainedLoss):
         encoded = self.queries(queries)
         if self.settings.dropout == 0:
             return self.decoder(encoded, maps, geometry)
-        with dropout_seed(_seed(iteration), encoded.device):
+        with dropout_seed(seed_of(iteration), encoded.device):
             return self.decoder(encoded, maps, geometry)
 
     def auxiliary_terms(self, decoded: list[Decoded], queries: Queries, maps: Maps) -> Terms:
@@ -292,16 +292,6 @@ class InstanceConditionalDistillation(TrainedLoss):
         # The reference has projectors of positions even if they are not used.
         converted = from_reference(state).items()
         return {k: v for k, v in converted if k in own or "pos_projector" not in k}
-
-
-def _seed(iteration: int) -> int:
-    """For this process's random numbers of an iteration.
-
-    torch's seed is SEED plus the rank: processes differ, a resumed run repeats its numbers, and other
-    random numbers do not change.
-    """
-    entropy = [torch.initial_seed(), iteration % 2**32]
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def _reach(terms: Terms, parameters) -> Terms:
