@@ -18,6 +18,7 @@ from pool import start_script
 from runs import ROOT
 from small_datasets import write_voc
 
+from distill_d2.data.shapes import SPLITS, generate_shapes
 from distill_d2.engine import config_loading
 from distill_d2.model_zoo import find_config
 from distill_d2.testing import write_dataset
@@ -131,15 +132,18 @@ class Small:
 
     def _yaml_keys(self, config: str, args: argparse.Namespace) -> list[str]:
         keys: dict[str, Any] = {**SHORT, **NARROW}
+        evaluation = args.eval_only if "eval_only" in args else False
         if not args.imports:  # what these register would stay in this process
-            cfg = load_config(config, args.opts)
-            if not Path(cfg.MODEL.WEIGHTS).is_file():
-                keys["MODEL.WEIGHTS"] = ""
+            cfg = load_config(config, [*args.opts, *pairs(NARROW)])
             node = cfg.MODEL.DISTILLER
-            if node.MODEL_DISTILLER_CONFIG and not getattr(args, "eval_only", False):
+            if not Path(cfg.MODEL.WEIGHTS).is_file():
+                keys["MODEL.WEIGHTS"] = (
+                    self._random_weights(cfg, Path(config).stem) if evaluation else ""
+                )
+            if node.MODEL_DISTILLER_CONFIG and not evaluation:
                 keys["MODEL.DISTILLER.MODEL_LOAD_OFFICIAL"] = False
                 keys["MODEL.DISTILLER.MODEL_DISTILLER_CONFIG"] = self._teacher(node)
-        return [str(word) for item in keys.items() for word in item]
+        return pairs(keys)
 
     def _teacher(self, node: Any) -> str:
         """A narrow form of the teacher, whose weights are those of its config, where they are there."""
@@ -153,12 +157,20 @@ class Small:
         file.write_text(yaml.safe_dump(content))
         cfg = load_config(str(file))
         if not Path(cfg.MODEL.WEIGHTS).is_file() and not Path(node.TEACHER_WEIGHTS).is_file():
-            weights = file.with_suffix(".pth")
-            cfg.MODEL.DEVICE = "cpu"
-            torch.save({"model": build_model(cfg).state_dict()}, weights)
-            content["MODEL"]["WEIGHTS"] = str(weights)
+            content["MODEL"]["WEIGHTS"] = self._random_weights(cfg, file.stem)
             file.write_text(yaml.safe_dump(content))
         return str(file)
+
+    def _random_weights(self, cfg: Any, name: str) -> str:
+        file = self._main.with_name(f"{name}.pth")
+        cfg.MODEL.DEVICE = "cpu"
+        torch.save({"model": build_model(cfg).state_dict()}, file)
+        return str(file)
+
+
+def pairs(keys: dict[str, Any]) -> list[str]:
+    """KEY VALUE words."""
+    return [str(word) for item in keys.items() for word in item]
 
 
 def parse(command: str, words: list[str]) -> argparse.Namespace:
@@ -183,7 +195,7 @@ def load_config(config: str, opts: list[str] | None = None) -> Any:
 
 
 def write_data(folder: Path) -> None:
-    """Stand-ins for COCO, VOC, the proof's photos, a user's own data, and photos."""
+    """Stand-ins for COCO, VOC, shapes, the proof's photos, a user's own data, and photos."""
     categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
     coco = folder / "datasets" / "coco"
     for split in ("train2017", "val2017"):
@@ -196,6 +208,11 @@ def write_data(folder: Path) -> None:
         for split in ("train", "val", "test"):
             file = folder / name / "annotations" / f"{split}.json"
             write_coco(file, folder / name / "images", 6, classes)
+    for split, (count, seed) in SPLITS.items():
+        shapes = Path(generate_shapes(str(folder / "datasets" / "shapes"), split, 12, seed)[0])
+        content = json.loads(shapes.read_text())
+        content["info"]["num_images"] = count  # else it is generated again
+        shapes.write_text(json.dumps(content))
     (folder / "datasets" / "cards").symlink_to(folder / "data" / "cards")
     write_coco(folder / "unused.json", folder / "photos", 2)
 
