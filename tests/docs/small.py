@@ -128,13 +128,14 @@ class Small:
             return words
         if config.endswith(".py"):
             return [*words, *LAZY]
-        return [*words, *self._yaml_keys(config, parse(command, words))]
+        args = parse(command, words)
+        evaluation = command == "evaluate" or "--eval-only" in words
+        return [*words, *self._yaml_keys(config, args.opts, evaluation, bool(args.imports))]
 
-    def _yaml_keys(self, config: str, args: argparse.Namespace) -> list[str]:
+    def _yaml_keys(self, config: str, opts: list[str], evaluation: bool, imports: bool) -> list[str]:
         keys: dict[str, Any] = {**SHORT, **NARROW}
-        evaluation = args.eval_only if "eval_only" in args else False
-        if not args.imports:  # what these register would stay in this process
-            cfg = load_config(config, [*args.opts, *pairs(NARROW)])
+        if not imports:  # what these register would stay in this process
+            cfg = load_config(config, [*opts, *pairs(NARROW)])
             node = cfg.MODEL.DISTILLER
             if not Path(cfg.MODEL.WEIGHTS).is_file():
                 keys["MODEL.WEIGHTS"] = (
