@@ -57,6 +57,7 @@ SHORT = {
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.BASE_LR": 0.0001,
+    "SOLVER.CLIP_GRADIENTS.ENABLED": True,  # of random weights without a norm they are huge
     "SOLVER.STEPS": "()",
     "SOLVER.EPOCHS": 0.0,
     "SOLVER.MAX_ITER": 2,
