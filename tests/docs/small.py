@@ -56,7 +56,7 @@ SHORT = {
     "INPUT.MIN_SIZE_TEST": 64,
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.BASE_LR": 0.0001,
+    "SOLVER.BASE_LR": 1e-6,
     "SOLVER.CLIP_GRADIENTS.ENABLED": True,  # of random weights without a norm they are huge
     "SOLVER.STEPS": "()",
     "SOLVER.EPOCHS": 0.0,
