@@ -40,7 +40,9 @@ from distill_d2.visualize.picture import (
 )
 
 METHODS = {
+    "at": "AT",
     "defeat": "DeFeat",
+    "fgd": "FGD",
     "fgfi": "FGFI",
     "gid": "GID",
     "icd": "InstanceConditionalDistillation",
