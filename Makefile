@@ -1,4 +1,4 @@
-# `make demo`, `make proof`, `make test`, `make lint`: each does the set-up it needs and reuses what is there.
+# `make demo`, `make proof`, `make test`, `make lint`, `make docs`: each does the set-up it needs and reuses what is there.
 # Needs nothing but make and Python 3.9 or later; `make VENV=path PYTHON=python3.12 test` chooses others.
 
 VENV ?= .venv
@@ -20,7 +20,7 @@ RUN = OMP_NUM_THREADS=1 "$(VENV_PYTHON)"
 PYTEST = $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo proof lint test test-slow test-gpu clean
+.PHONY: help env demo proof lint docs test test-slow test-gpu clean
 
 help:
 	@echo "make demo       set up, then train a teacher, a student alone and a distilled student"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-slow  set up, then run the slow tests too (minutes of training)"
 	@echo "make test-gpu   check every loss and detector on one GPU, and measure costs (8 minutes; sets nothing up)"
 	@echo "make lint       set up, then check style (ruff) and types (mypy)"
+	@echo "make docs       set up, then build the pages of docs/ strictly, and run their commands on small data (minutes)"
 	@echo "make env        only set up: environment, detectron2, this package"
 	@echo "make clean      remove caches and build products (not the environment, data or output)"
 	@echo "VENV=path names the environment folder (now: $(VENV); about 6 GB), PYTHON=name its Python"
@@ -47,6 +48,11 @@ lint: env
 	"$(VENV_PYTHON)" -m ruff check .
 	"$(VENV_PYTHON)" -m ruff format --check .
 	"$(VENV_PYTHON)" -m mypy
+
+# The site is in output/site. One file of tests, so its pages are what runs side by side.
+docs: env
+	"$(VENV_PYTHON)" -m mkdocs build --strict
+	$(PYTEST) --dist load -m "slow or not slow" tests/docs
 
 test: env
 	$(PYTEST) -m "not slow"

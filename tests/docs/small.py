@@ -61,6 +61,8 @@ SHORT = {
     "MODEL.DISTILLER.BYPASS_DISTILL": 0,
     "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS": 0,
 }
+#: The classes of data/cards, of which a few have objects.
+CARDS = ["nine", "ten", "jack", "queen", "king", "ace"]
 LAZY = ["train.max_iter=2", "train.init_checkpoint=", "dataloader.train.total_batch_size=2"]
 LAZY += [f"dataloader.{part}.num_workers=0" for part in ("train", "test")]
 LAZY += [f"dataloader.{part}.mapper.augmentations.0.short_edge_length=64" for part in ("train", "test")]
@@ -163,9 +165,11 @@ def write_data(folder: Path) -> None:
     images = {"1": [("cat", 5, 5, 40, 30)], "2": [("dog", 10, 8, 50, 35), ("cat", 2, 2, 20, 20)]}
     for year, split in ((2007, "trainval"), (2007, "test"), (2012, "trainval")):
         write_voc(folder / "datasets" / "VOCdevkit" / f"VOC{year}", images, split)
-    for name in ("data/cards", "datasets/voc_animals"):
+    cards = [{"id": id_, "name": name} for id_, name in enumerate(CARDS, 1)]
+    for name, classes in (("data/cards", cards), ("datasets/voc_animals", None)):
         for split in ("train", "val", "test"):
-            write_coco(folder / name / "annotations" / f"{split}.json", folder / name / "images", 6)
+            file = folder / name / "annotations" / f"{split}.json"
+            write_coco(file, folder / name / "images", 6, classes)
     (folder / "datasets" / "cards").symlink_to(folder / "data" / "cards")
     write_coco(folder / "unused.json", folder / "photos", 2)
 

@@ -70,7 +70,7 @@ def test_page_runs(page, tmp_path, monkeypatch):
             write(block, tmp_path)
         elif block.language == "python":
             (tmp_path / "block.py").write_text(block.text)
-            small.run(["python", "block.py"])
+            assert small.run(["python", "block.py"]) == 0, block.text
         elif block.language == "bash":
             run_bash(block.text, tmp_path, small.run)
 
