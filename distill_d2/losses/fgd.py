@@ -86,9 +86,8 @@ class FGD(NeckLoss):
 
     def level_terms(self, student: DetectorView, teacher: DetectorView, batch: Batch) -> LevelTerms:
         """fg, bg, at and global of each level."""
-        return {
-            name: self._level(name, *s_t, batch) for name, s_t in self.pairs(student, teacher).items()
-        }
+        pairs = self.pairs(student, teacher).items()
+        return {name: self._level(name, s, t, batch) for name, (s, t) in pairs}
 
     @torch.no_grad()
     def masks(self, batch: Batch, level: str, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
