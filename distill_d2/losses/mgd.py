@@ -42,7 +42,9 @@ def generator(channels: int) -> nn.Sequential:
 class MGDSettings(LossSettings):
     in_features: Sequence[str] = key((), IN_FEATURES)
     weight: float = key(2e-5, "Of a sum over channels and cells: one-stage; two-stage 5e-7.", at_least=0)
-    mask_ratio: float = key(0.65, "Share of the cells that are hidden; two-stage 0.45.", at_least=0, below=1)
+    mask_ratio: float = key(
+        0.65, "Share of the cells that are hidden; two-stage 0.45.", at_least=0, below=1
+    )
 
 
 @DISTILL_LOSS_REGISTRY.register()
