@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import builtin
 from detectron2.utils import comm
 
 #: Imported once, in the process from which the others are forked.
@@ -110,12 +112,23 @@ def _run_script(words: list[str], folder: str, environment: dict[str, str], outp
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    _register_data()
     sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))
     torch.set_num_threads(1)
     try:
         runpy.run_path(words[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()
+
+
+def _register_data() -> None:
+    """detectron2's own data sets, below today's $DETECTRON2_DATASETS: the fork server has registered those of its
+    first test."""
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    DatasetCatalog.clear()
+    MetadataCatalog.clear()
+    for register in (builtin.register_all_coco, builtin.register_all_pascal_voc):
+        register(root)
 
 
 def _serve(rank: int, size: int, address: str, inbox: Any, outbox: Any) -> None:
