@@ -94,7 +94,7 @@ def add_distill_config(cfg: CN) -> None:
     # A crop's IoU with some object is at least one of these, or any, or the whole image is kept.
     cfg.INPUT.SSD.CROP_MIN_IOUS = [0.1, 0.3, 0.5, 0.7, 0.9]
 
-    # Datasets to register, a list of {NAME, FORMAT: voc, coco, yolo or images, ...}; see datasets/README.md.
+    # Datasets to register, a list of {NAME, FORMAT: voc, coco, yolo or images, ...}; see docs/own_data.md.
     cfg.DATASETS.CUSTOM = []
     # Before training, annotations, images, classes, mapper and evaluators are tried: "all"; "none" skips this.
     cfg.DATASETS.CHECK = "all"

@@ -27,7 +27,7 @@ def register_custom_datasets(entries: Sequence[dict[str, Any]]) -> None:
     Paths and keys are checked here, annotations when they are loaded (``check_datasets``).
 
     Args:
-        entries: dicts, whose keys datasets/README.md describes. Relative paths are below $DETECTRON2_DATASETS.
+        entries: dicts, whose keys docs/own_data.md describes. Relative paths are below $DETECTRON2_DATASETS.
 
     Raises:
         ValueError: an entry has missing or unknown keys, a value out of range, or a name that is

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 import yaml
@@ -15,7 +18,8 @@ from pool import start_script
 from runs import ROOT
 from small_datasets import write_voc
 
-from distill_d2.engine import load_config
+from distill_d2.data.shapes import SPLITS, generate_shapes
+from distill_d2.engine import config_loading
 from distill_d2.model_zoo import find_config
 from distill_d2.testing import write_dataset
 
@@ -38,6 +42,8 @@ ALSO_NOT_RUN = {
     "check-golden": "needs recorded arrays; tests/commands/test_check_golden.py",
 }
 MODULE = "import runpy, sys\ndel sys.argv[0]\nrunpy.run_module(sys.argv[0], None, '__main__', True)\n"
+#: Scripts of a checkout, and the commands that take the same options.
+SCRIPTS = {"train_distill.py": "train", "train_baseline.py": "baseline"}
 MAIN = "import sys\nfrom distill_d2.cli import main\nsys.exit(main())\n"
 #: For every detector of a page.
 NARROW = {
@@ -50,7 +56,8 @@ SHORT = {
     "INPUT.MIN_SIZE_TEST": 64,
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.BASE_LR": 0.0001,
+    "SOLVER.BASE_LR": 1e-6,
+    "SOLVER.CLIP_GRADIENTS.ENABLED": True,  # of random weights without a norm they are huge
     "SOLVER.STEPS": "()",
     "SOLVER.EPOCHS": 0.0,
     "SOLVER.MAX_ITER": 2,
@@ -63,6 +70,8 @@ SHORT = {
 }
 #: The classes of data/cards, of which a few have objects.
 CARDS = ["nine", "ten", "jack", "queen", "king", "ace"]
+#: ICD, which else starts later, teaches in so short a run, too.
+DEMO = ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "MODEL.DISTILLER.BYPASS_DISTILL", "0"]
 LAZY = ["train.max_iter=2", "train.init_checkpoint=", "dataloader.train.total_batch_size=2"]
 LAZY += [f"dataloader.{part}.num_workers=0" for part in ("train", "test")]
 LAZY += [f"dataloader.{part}.mapper.augmentations.0.short_edge_length=64" for part in ("train", "test")]
@@ -86,22 +95,24 @@ class Small:
         """The exit status of a command."""
         if words[0] in NOT_RUN or words[0] == "distill-d2" and words[1] in ALSO_NOT_RUN:
             return 0
-        script = ROOT / words[1] if words[1].startswith(("train_", "tools/")) else words[1]
         if words[0] == "distill-d2":
-            script = self._main
-            words = [words[0], *words]
-        if words[:2] == ["python", "-m"]:
-            script = self._main.with_name("module.py")
+            script, rest = self._main, [words[1], *self._small(words[1], words[2:])]
+        elif words[1] in SCRIPTS:
+            script, rest = ROOT / words[1], self._small(SCRIPTS[words[1]], words[2:])
+        elif words[1] == "-m":
+            script, rest = self._main.with_name("module.py"), words[2:]
             script.write_text(MODULE)
-        command = "train" if script != self._main else words[2]
-        rest = self._small(command, words[2:])
+        else:
+            script, rest = Path(words[1]), words[2:]
         self._count += 1
         output = self._main.parent / f"{self._count}.txt"
         process = start_script([str(script), *rest], output)
         process.join(timeout=300)
+        process.kill()  # one that takes longer
+        process.join()
         if process.exitcode:
             print(f"$ {' '.join(words)}\n  run as {rest}\n{output.read_text()[-4000:]}")
-        return 1 if process.exitcode is None else process.exitcode
+        return abs(process.exitcode)
 
     def _small(self, command: str, words: list[str]) -> list[str]:
         words = list(words)
@@ -110,31 +121,31 @@ class Small:
         if "--device" in words:
             words[words.index("--device") + 1] = "cpu"
         if command == "proof":
-            return [*words[:1], "--list", *words[1:]]
+            return ["--list", *words]
         if command == "demo":
-            return [*words, "--num-gpus", "0", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
+            return [*words, "--num-gpus", "0", *DEMO]
         config = option(words, "--config-file")
-        if config is None or command == "export":
+        if config is None or "--help" in words:
             return words
         if config.endswith(".py"):
             return [*words, *LAZY]
-        return [*words, *self._yaml_keys(config, words)]
+        args = parse(command, words)
+        evaluation = command == "evaluate" or "--eval-only" in words
+        return [*words, *self._yaml_keys(config, args.opts, evaluation, bool(args.imports))]
 
-    def _yaml_keys(self, config: str, words: list[str]) -> list[str]:
-        if "--import" in words:  # what it registers would stay in this process
-            return [str(word) for item in {**SHORT, **NARROW}.items() for word in item]
-        opts = words[words.index("--config-file") + 2 :]
-        cfg = load_config(
-            config, [w for w in opts if not w.startswith("--")] if len(opts) % 2 == 0 else []
-        )
+    def _yaml_keys(self, config: str, opts: list[str], evaluation: bool, imports: bool) -> list[str]:
         keys: dict[str, Any] = {**SHORT, **NARROW}
-        if not Path(cfg.MODEL.WEIGHTS).is_file():
-            keys["MODEL.WEIGHTS"] = ""
-        node = cfg.MODEL.DISTILLER
-        if node.MODEL_DISTILLER_CONFIG and "--eval-only" not in words:
-            keys["MODEL.DISTILLER.MODEL_LOAD_OFFICIAL"] = False
-            keys["MODEL.DISTILLER.MODEL_DISTILLER_CONFIG"] = self._teacher(node)
-        return [str(word) for item in keys.items() for word in item]
+        if not imports:  # what these register would stay in this process
+            cfg = load_config(config, [*opts, *pairs(NARROW)])
+            node = cfg.MODEL.DISTILLER
+            if not Path(cfg.MODEL.WEIGHTS).is_file():
+                keys["MODEL.WEIGHTS"] = (
+                    self._random_weights(cfg, Path(config).stem) if evaluation else ""
+                )
+            if node.MODEL_DISTILLER_CONFIG and not evaluation:
+                keys["MODEL.DISTILLER.MODEL_LOAD_OFFICIAL"] = False
+                keys["MODEL.DISTILLER.MODEL_DISTILLER_CONFIG"] = self._teacher(node)
+        return pairs(keys)
 
     def _teacher(self, node: Any) -> str:
         """A narrow form of the teacher, whose weights are those of its config, where they are there."""
@@ -148,16 +159,45 @@ class Small:
         file.write_text(yaml.safe_dump(content))
         cfg = load_config(str(file))
         if not Path(cfg.MODEL.WEIGHTS).is_file() and not Path(node.TEACHER_WEIGHTS).is_file():
-            weights = file.with_suffix(".pth")
-            cfg.MODEL.DEVICE = "cpu"
-            torch.save({"model": build_model(cfg).state_dict()}, weights)
-            content["MODEL"]["WEIGHTS"] = str(weights)
+            content["MODEL"]["WEIGHTS"] = self._random_weights(cfg, file.stem)
             file.write_text(yaml.safe_dump(content))
         return str(file)
 
+    def _random_weights(self, cfg: Any, name: str) -> str:
+        file = self._main.with_name(f"{name}.pth")
+        cfg.MODEL.DEVICE = "cpu"
+        torch.save({"model": build_model(cfg).state_dict()}, file)
+        return str(file)
+
+
+def pairs(keys: dict[str, Any]) -> list[str]:
+    """KEY VALUE words."""
+    return [str(word) for item in keys.items() for word in item]
+
+
+def parse(command: str, words: list[str]) -> argparse.Namespace:
+    """What a command of distill-d2 reads of these words, with its own parser; AssertionError if they are wrong."""
+    module = importlib.import_module(f"distill_d2.commands.{command.replace('-', '_')}")
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    parser.error = _refuse  # type: ignore[assignment]
+    return (parser.parse_intermixed_args if hasattr(module, "INTERMIXED") else parser.parse_args)(words)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise AssertionError(message)
+
+
+def load_config(config: str, opts: list[str] | None = None) -> Any:
+    """A config, whose datasets are not registered: another page has others of the same names."""
+    with mock.patch.multiple(
+        config_loading, register_custom_datasets=mock.DEFAULT, adopt_coco_datasets=mock.DEFAULT
+    ):
+        return config_loading.load_config(config, opts)
+
 
 def write_data(folder: Path) -> None:
-    """Stand-ins for COCO, VOC, the proof's photos, a user's own data, and photos."""
+    """Stand-ins for COCO, VOC, shapes, the proof's photos, a user's own data, and photos."""
     categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
     coco = folder / "datasets" / "coco"
     for split in ("train2017", "val2017"):
@@ -170,6 +210,11 @@ def write_data(folder: Path) -> None:
         for split in ("train", "val", "test"):
             file = folder / name / "annotations" / f"{split}.json"
             write_coco(file, folder / name / "images", 6, classes)
+    for split, (count, seed) in SPLITS.items():
+        shapes = Path(generate_shapes(str(folder / "datasets" / "shapes"), split, 12, seed)[0])
+        content = json.loads(shapes.read_text())
+        content["info"]["num_images"] = count  # else it is generated again
+        shapes.write_text(json.dumps(content))
     (folder / "datasets" / "cards").symlink_to(folder / "data" / "cards")
     write_coco(folder / "unused.json", folder / "photos", 2)
 

@@ -5,8 +5,6 @@ All pages: `pytest -m "slow or not slow" tests/docs`; one page: `-k docs/start.m
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import re
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from pages import PAGES, Block, blocks, option, run_bash
 from runs import ROOT
-from small import Small
+from small import SCRIPTS, Small, parse
 
 import distill_d2
 from distill_d2.cli import COMMANDS
@@ -24,7 +22,6 @@ from distill_d2.model_zoo import available_configs
 
 LABEL = "not yet run at this size"
 LANGUAGES = {"bash", "yaml", "python", "text", "mermaid"}
-SCRIPTS = {"train_distill.py": "train", "train_baseline.py": "baseline"}
 
 
 def write(block: Block, folder: Path) -> None:
@@ -70,7 +67,7 @@ def test_page_runs(page, tmp_path, monkeypatch):
             write(block, tmp_path)
         elif block.language == "python":
             (tmp_path / "block.py").write_text(block.text)
-            small.run(["python", "block.py"])
+            assert small.run(["python", "block.py"]) == 0, block.text
         elif block.language == "bash":
             run_bash(block.text, tmp_path, small.run)
 
@@ -105,15 +102,10 @@ def understand(words: list[str]) -> None:
     if words[0] != "distill-d2" or words[1].startswith("-"):
         return
     assert words[1] in COMMANDS, words
-    command = importlib.import_module(f"distill_d2.commands.{words[1].replace('-', '_')}")
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    command.add_arguments(parser)
-    parser.error = refuse  # type: ignore[method-assign]
-    parse = parser.parse_intermixed_args if getattr(command, "INTERMIXED", False) else parser.parse_args
     if "--help" in words:
         return
-    args = parse(words[2:])
-    config = getattr(args, "config_file", "") or ""
+    args = parse(words[1], words[2:])
+    config = option(words, "--config-file") or ""
     if (
         config
         and not Path(config).exists()
@@ -129,10 +121,6 @@ def understand(words: list[str]) -> None:
         names = [word.partition("=")[0] for word in opts if "=" in word] or opts[::2]
         unknown = [name for name in names if not known(name)]
         assert not unknown, f"{words}: no keys {unknown}"
-
-
-def refuse(message: str) -> None:
-    raise AssertionError(message)
 
 
 def known(name: str, keys: list[CfgNode] = []) -> bool:  # noqa: B006
