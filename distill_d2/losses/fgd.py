@@ -11,10 +11,9 @@ attentions A_s (N, H, W) and A_c (N, C) of a map at temperature T, d = s - t, an
 M_fg is 1 / (cells of the smallest box there), M_bg 1 / (cells without a box), see ``inverse_area_mask``;
 R(x) = x + delta(x) is a trained global context block (GCNet), one for each detector and level.
 
-Weights (fg, bg, at, global) of the released configs: RetinaNet 1e-3, 5e-4, 5e-4, 5e-6 with T 0.5, the default
-(the paper has 1e-3 for at); Faster and Mask R-CNN 5e-5, 2.5e-5, 5e-5, 5e-7; FCOS 1.6e-3, 8e-4, 8e-4, 8e-6 with
-T 0.8 (the paper has 8e-3 for at). They are for C = 256 and whole images. The authors' code stretches boxes of
-padded images, and loses those that begin beyond the image: REFERENCE_BUGS.
+Weights (fg, bg, at, global) of the released configs, for C = 256: RetinaNet 1e-3, 5e-4, 5e-4, 5e-6 with T 0.5,
+the default (at 1e-3 in the paper); Faster and Mask R-CNN 5e-5, 2.5e-5, 5e-5, 5e-7; FCOS 1.6e-3, 8e-4, 8e-4, 8e-6
+with T 0.8 (at 8e-3 in the paper). The authors' code stretches boxes of padded images: REFERENCE_BUGS.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ class ContextBlock(nn.Module):
         hidden = max(channels // 2, 1)
         self.mask = nn.Conv2d(channels, 1, 1)
         nn.init.normal_(self.mask.weight, std=math.sqrt(2 / channels))  # its bias has no effect
-        last = nn.Linear(hidden, channels)
+        first, last = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
-        self.add = nn.Sequential(nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU(), last)
+        self.add = nn.Sequential(first, nn.LayerNorm(hidden), nn.ReLU(), last)
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
         weights = self.mask(feature).flatten(1).softmax(dim=1)
@@ -87,10 +86,8 @@ class FGD(NeckLoss):
 
     def level_terms(self, student: DetectorView, teacher: DetectorView, batch: Batch) -> LevelTerms:
         """fg, bg, at and global of each level."""
-        return {
-            name: self._level(name, s, t, *self.masks(batch, name, (t.shape[-2], t.shape[-1])))
-            for name, (s, t) in self.pairs(student, teacher).items()
-        }
+        pairs = self.pairs(student, teacher).items()
+        return {name: self._level(name, s, t, batch) for name, (s, t) in pairs}
 
     @torch.no_grad()
     def masks(self, batch: Batch, level: str, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,14 +101,10 @@ class FGD(NeckLoss):
         return foreground, background / background.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
     def _level(
-        self,
-        name: str,
-        s: torch.Tensor,
-        t: torch.Tensor,
-        foreground: torch.Tensor,
-        background: torch.Tensor,
+        self, name: str, s: torch.Tensor, t: torch.Tensor, batch: Batch
     ) -> dict[str, torch.Tensor]:
         images, _, height, width = s.shape
+        foreground, background = self.masks(batch, name, (height, width))
         of_s, of_t = (attentions(x, self.settings.temperature) for x in (s, t))
         cells, squares, sums = weighted_distances(s, t, of_t[1])
         cells = cells * of_t[0]

@@ -143,6 +143,7 @@ RECIPES = {
         not_zero=("loss_icd_",),
         host=_ICD_HOST,
     ),
+    "MGD": Recipe("MGD", not_zero=("loss_mgd",)),  # the generators learn
     # A cross entropy, and a 1x1 convolution for the student's features.
     "SSDKD": Recipe(
         "SSDKD",

@@ -40,10 +40,13 @@ from distill_d2.visualize.picture import (
 )
 
 METHODS = {
+    "at": "AT",
     "defeat": "DeFeat",
+    "fgd": "FGD",
     "fgfi": "FGFI",
     "gid": "GID",
     "icd": "InstanceConditionalDistillation",
+    "mgd": "MGD",
     "mimic": "FeatureMimic",
     "pkd": "PKD",
 }
@@ -116,7 +119,8 @@ def run(config, method, output, *more):
 
 @pytest.mark.parametrize(
     "method, images",
-    [(m, [0]) for m in ("defeat", "fgfi", "icd", "mimic")] + [("gid", [0, 2, 4]), ("pkd", [0, 3])],
+    [(m, [0]) for m in ("defeat", "fgfi", "icd", "mgd", "mimic")]
+    + [("gid", [0, 2, 4]), ("pkd", [0, 3])],
 )
 def test_writes_a_picture_per_image(config, method, images, tmp_path, capsys):
     more = ["--images", str(len(images)), *(ICD_OPTIONS if method == "icd" else [])]
