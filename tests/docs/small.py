@@ -44,7 +44,7 @@ ALSO_NOT_RUN = {
 MODULE = "import runpy, sys\ndel sys.argv[0]\nrunpy.run_module(sys.argv[0], None, '__main__', True)\n"
 #: Scripts of a checkout, and the commands that take the same options.
 SCRIPTS = {"train_distill.py": "train", "train_baseline.py": "baseline"}
-MAIN = "import sys\nfrom distill_d2.cli import main\nsys.exit(main())\n"
+MAIN = "import sys\nfrom distill_d2.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
 #: For every detector of a page.
 NARROW = {
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
