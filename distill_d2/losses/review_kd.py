@@ -112,7 +112,8 @@ class ReviewKD(NeckLoss):
     def made(self, student: DetectorView, teacher: DetectorView) -> Pairs:
         """What is made of the student's maps, and the teacher's map, by level name."""
         pairs, coarser, made = self.pairs(student, teacher), None, {}
-        for name, fusion in self.fusions.items():
+        for name in self.fusions:
+            fusion: Any = self.fusions[name]
             s, t = pairs[name]
             coarser = fusion.join(s, coarser)
             made[name] = fusion.last(coarser), t
