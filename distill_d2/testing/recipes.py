@@ -144,6 +144,7 @@ RECIPES = {
         host=_ICD_HOST,
     ),
     "MGD": Recipe("MGD", not_zero=("loss_mgd",)),  # the generators learn
+    "ReviewKD": Recipe("ReviewKD", not_zero=("loss_review_kd",)),  # as do its convolutions
     # A cross entropy, and a 1x1 convolution for the student's features.
     "SSDKD": Recipe(
         "SSDKD",

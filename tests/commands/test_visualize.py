@@ -49,6 +49,7 @@ METHODS = {
     "mgd": "MGD",
     "mimic": "FeatureMimic",
     "pkd": "PKD",
+    "reviewkd": "ReviewKD",
 }
 ICD = METHODS["icd"]
 ICD_OPTIONS = ["MODEL.DISTILLER.INS.HIDDEN_DIM", "16", "MODEL.DISTILLER.INS.ATT_HEADS", "2"]
@@ -119,7 +120,7 @@ def run(config, method, output, *more):
 
 @pytest.mark.parametrize(
     "method, images",
-    [(m, [0]) for m in ("defeat", "fgfi", "icd", "mgd", "mimic")]
+    [(m, [0]) for m in ("defeat", "fgfi", "icd", "mgd", "mimic", "reviewkd")]
     + [("gid", [0, 2, 4]), ("pkd", [0, 3])],
 )
 def test_writes_a_picture_per_image(config, method, images, tmp_path, capsys):
