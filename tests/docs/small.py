@@ -6,11 +6,13 @@ import argparse
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest import mock
 
 import torch
 import yaml
+from detectron2.config import LazyConfig
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.modeling import build_model
 from pages import option
@@ -68,6 +70,8 @@ SHORT = {
     "MODEL.DISTILLER.BYPASS_DISTILL": 0,
     "MODEL.DISTILLER.PRETRAIN_TEACHER_ITERS": 0,
 }
+#: Values of options.
+SMALLER = {"--num-gpus": "0", "--device": "cpu", "--rounds": "1"}
 #: The classes of data/cards, of which a few have objects.
 CARDS = ["nine", "ten", "jack", "queen", "king", "ace"]
 #: ICD, which else starts later, teaches in so short a run, too.
@@ -116,10 +120,9 @@ class Small:
 
     def _small(self, command: str, words: list[str]) -> list[str]:
         words = list(words)
-        if "--num-gpus" in words:
-            words[words.index("--num-gpus") + 1] = "0"
-        if "--device" in words:
-            words[words.index("--device") + 1] = "cpu"
+        for name, value in SMALLER.items():
+            if name in words:
+                words[words.index(name) + 1] = value
         if command == "proof":
             return ["--list", *words]
         if command == "demo":
@@ -128,7 +131,7 @@ class Small:
         if config is None or "--help" in words:
             return words
         if config.endswith(".py"):
-            return [*words, *LAZY]
+            return [*words, *LAZY, *self._lazy_teacher(config)]
         args = parse(command, words)
         evaluation = command == "evaluate" or "--eval-only" in words
         return [*words, *self._yaml_keys(config, args.opts, evaluation, bool(args.imports))]
@@ -145,6 +148,8 @@ class Small:
             if node.MODEL_DISTILLER_CONFIG and not evaluation:
                 keys["MODEL.DISTILLER.MODEL_LOAD_OFFICIAL"] = False
                 keys["MODEL.DISTILLER.MODEL_DISTILLER_CONFIG"] = self._teacher(node)
+                if not Path(node.TEACHER_WEIGHTS).is_file():
+                    keys["MODEL.DISTILLER.TEACHER_WEIGHTS"] = '""'
         return pairs(keys)
 
     def _teacher(self, node: Any) -> str:
@@ -162,6 +167,14 @@ class Small:
             content["MODEL"]["WEIGHTS"] = self._random_weights(cfg, file.stem)
             file.write_text(yaml.safe_dump(content))
         return str(file)
+
+    def _lazy_teacher(self, config: str) -> list[str]:
+        """Overrides for a LazyConfig whose teacher's weights would be downloaded."""
+        node = LazyConfig.load(find_config(config)).get("distiller")
+        if node is None or Path(node.get("TEACHER_WEIGHTS", "")).is_file():
+            return []
+        teacher = self._teacher(SimpleNamespace(TEACHER_WEIGHTS="", **node))
+        return [f"distiller.MODEL_DISTILLER_CONFIG={teacher}"]
 
     def _random_weights(self, cfg: Any, name: str) -> str:
         file = self._main.with_name(f"{name}.pth")
@@ -204,7 +217,18 @@ def write_data(folder: Path) -> None:
         write_coco(coco / "annotations" / f"instances_{split}.json", coco / split, 2, categories)
     images = {"1": [("cat", 5, 5, 40, 30)], "2": [("dog", 10, 8, 50, 35), ("cat", 2, 2, 20, 20)]}
     for year, split in ((2007, "trainval"), (2007, "test"), (2012, "trainval")):
-        write_voc(folder / "datasets" / "VOCdevkit" / f"VOC{year}", images, split)
+        write_voc(folder / "datasets" / f"VOC{year}", images, split)
+    cells = {"1": [("RBC", 5, 5, 40, 30), ("WBC", 20, 10, 50, 35), ("Platelets", 2, 2, 20, 20)]}
+    for split in ("train", "val"):
+        write_voc(folder / "datasets" / "bccd", cells, split)
+    for split in ("train", "val"):
+        nuclei = folder / "datasets" / "nuclei"
+        write_coco(
+            nuclei / "annotations" / f"{split}.json",
+            nuclei / "images",
+            2,
+            [{"id": 1, "name": "nucleus"}],
+        )
     cards = [{"id": id_, "name": name} for id_, name in enumerate(CARDS, 1)]
     for name, classes in (("data/cards", cards), ("datasets/voc_animals", None)):
         for split in ("train", "val", "test"):
@@ -225,6 +249,8 @@ def write_coco(
     entry = write_dataset(file.parent / f".{file.stem}", count=count)
     content = json.loads(Path(entry["JSON"]).read_text())
     content["categories"] = categories or content["categories"]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 1 + (annotation["category_id"] - 1) % len(content["categories"])
     for image in content["images"]:
         name = f"{file.stem}_{image['file_name']}"
         images.mkdir(parents=True, exist_ok=True)
