@@ -145,7 +145,7 @@ class Small:
                 keys["MODEL.WEIGHTS"] = (
                     self._random_weights(cfg, Path(config).stem) if evaluation else ""
                 )
-            if node.MODEL_DISTILLER_CONFIG and not evaluation:
+            if node.MODEL_DISTILLER_CONFIG and (node.EVAL_TEACHER or not evaluation):
                 keys["MODEL.DISTILLER.MODEL_LOAD_OFFICIAL"] = False
                 keys["MODEL.DISTILLER.MODEL_DISTILLER_CONFIG"] = self._teacher(node)
                 if not Path(node.TEACHER_WEIGHTS).is_file():
@@ -174,7 +174,7 @@ class Small:
         if node is None or Path(node.get("TEACHER_WEIGHTS", "")).is_file():
             return []
         teacher = self._teacher(SimpleNamespace(TEACHER_WEIGHTS="", **node))
-        return [f"distiller.MODEL_DISTILLER_CONFIG={teacher}"]
+        return [f"distiller.MODEL_DISTILLER_CONFIG={teacher}", "+distiller.BYPASS_DISTILL=0"]
 
     def _random_weights(self, cfg: Any, name: str) -> str:
         file = self._main.with_name(f"{name}.pth")
