@@ -5,6 +5,7 @@ All pages: `pytest -m "slow or not slow" tests/docs`; one page: `-k docs/start.m
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -123,14 +124,18 @@ def understand(words: list[str]) -> None:
         assert not unknown, f"{words}: no keys {unknown}"
 
 
-def known(name: str, keys: list[CfgNode] = []) -> bool:  # noqa: B006
+def known(name: str) -> bool:
     """Whether this is a config key."""
-    if not keys:
-        keys.append(get_cfg())
-        distill_d2.add_distill_config(keys[0])
-    node = keys[0]
+    node = all_keys()
     for part in name.split("."):
         if not isinstance(node, CfgNode) or part not in node:
             return False
         node = node[part]
     return True
+
+
+@functools.cache
+def all_keys() -> CfgNode:
+    cfg = get_cfg()
+    distill_d2.add_distill_config(cfg)
+    return cfg

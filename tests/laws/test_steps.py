@@ -5,24 +5,33 @@ import pytest
 from distill_d2.losses import DISTILL_LOSS_REGISTRY
 from distill_d2.losses.neck import NeckLoss
 from distill_d2.testing import LAWS, Cell, families, recipes
+from distill_d2.testing.laws import trains_the_student
 
-#: Losses on necks read all detectors alike, as PKD does: of them these, and all in the slow tests.
+#: Losses on necks read all detectors alike, as PKD does. They take a step on each in every run; the other laws are
+#: tested on these, and on all in the slow tests.
 OF_NECKS = ("RetinaNet", "Faster R-CNN", "SSD")
 
 
-def marks(loss, family):
+def marks(loss, family, law):
     on_necks = issubclass(DISTILL_LOSS_REGISTRY.get(loss), NeckLoss)
-    return [pytest.mark.slow] if on_necks and family not in OF_NECKS else []
+    return (
+        [pytest.mark.slow]
+        if on_necks and family not in OF_NECKS and law is not trains_the_student
+        else []
+    )
 
 
-CELLS = [
-    pytest.param((name, family), marks=marks(recipe.loss, family))
+LAWS_OF_CELLS = [
+    pytest.param(
+        (name, family), law, marks=marks(recipe.loss, family, law), id=f"{name}, {family}-{law.__name__}"
+    )
     for name, recipe in recipes().items()
     for family in recipe.only or families()
+    for law in LAWS
 ]
 
 
-@pytest.fixture(scope="module", params=CELLS, ids=", ".join)
+@pytest.fixture(scope="module")
 def cell(request):
     recipe, family = request.param
     cell = Cell.of_recipe(recipes()[recipe], families()[family])
@@ -31,6 +40,6 @@ def cell(request):
     return cell
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("cell, law", LAWS_OF_CELLS, indirect=["cell"])
 def test_law(cell, law):
     law(cell)
